@@ -1,0 +1,35 @@
+# `make help` lists the targets. PIP_ARGS is handed to pip, for instance to name the index of torch's smaller CPU build:
+#   make demo PIP_ARGS="--extra-index-url URL"
+PYTHON := python3
+PIP_ARGS :=
+BIN := .venv/bin
+
+.PHONY: help demo test test-all check clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+demo: .venv/demo.stamp  ## train a small Longhorn on Python's own documentation (under 3 minutes on 2 cores)
+	@rm -rf runs/demo
+	@$(BIN)/recur train longhorn --out runs/demo
+
+test: .venv/test.stamp  ## run the suite
+	@$(BIN)/pytest -n 2 --hypothesis-profile ci
+
+test-all: .venv/test.stamp  ## run the suite with many more examples a law
+	@$(BIN)/pytest -n 2 --hypothesis-profile nightly
+
+check: .venv/test.stamp  ## formatter, linter and type checker
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+clean:  ## remove the environment and everything that was built
+	rm -rf .venv build *.egg-info runs
+
+.venv/%.stamp: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing recur with its '$*' extra into .venv (the first time takes a few minutes)"
+	@$(BIN)/python -m pip install -qq $(PIP_ARGS) -c constraints.txt -e '.[$*]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""The Triton kernel lands here."""

@@ -1,0 +1,519 @@
+"""The separable scan, S_t = a_t S_{t-1} + k_t v_tᵀ and y_t = S_tᵀ q_t, forward and backward in one program.
+
+Legend
+    B T H G     batch, time, heads, groups of heads that share a tensor; K, V rows and columns of the state S
+    C, R        tokens a chunk; tokens a tile: C, SUB or 1
+    q, k, v     roles, not names: q reads the state, k and v write it. The backward of the scan is the scan:
+                    y   left to right   q k v  = q  k  v       gates on the rows of S
+                    dq  left to right   q k v  = do v  k       gates on the columns (the state is Sᵀ)
+                    dv  right to left   q k v  = k  q  do      gates on the rows
+                    dk  right to left   q k v  = v  do q       gates on the columns
+                A pair of tokens s, t is weighed by the gates after the earlier one up to the later one in all four.
+    log_a       natural log of the gates, turned into log2 when it is loaded
+    x, half     log2 of the gates summed since the middle of the chunk's total decay; that half. Counted from there the
+                reader's factor 2^x and the writer's 2^-x both stay small, and 2^half meets the state twice.
+    span        tokens a segment; segments lie side by side in the grid, chunks of a segment one after the other
+
+A chunk whose gates span too much for two factors is walked in tiles of SUB tokens, and a tile which still does, or
+forgets everything, token by token: no logs are subtracted there, so resets are exact. The choice is made at run time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from recur.kernels.tiles import load_tile, store_tile, sums_along
+
+LOG2E = tl.constexpr(1.4426950408889634)
+RESET = tl.constexpr(-150.0)  # log2 of what is 0 in float32
+FLOOR = tl.constexpr(-1000.0)  # stands for every log below it, −inf too: 2^-1000 is the same 0 and spoils no sum
+SUB = tl.constexpr(16)  # tokens of the smallest tile that a matmul takes
+
+
+@triton.jit
+def _rows(tensor, row, inside, cols):
+    """[R D] of a tensor (pointer, heads, head, D) whose axes are [rows heads D]."""
+    ptr, heads, head, size = tensor
+    return load_tile(ptr, row * heads + head, inside, cols, size)
+
+
+@triton.jit
+def _gates(gates, token, inside, cols, size, DECAY: tl.constexpr):
+    """log2 of the gates of R tokens: [R 1] if one serves the whole state, else [R D]. Outside nothing decays."""
+    ptr, stride_t, stride_d = gates
+    if DECAY == "none":
+        return tl.zeros([token.shape[0], 1], tl.float32)
+    if DECAY == "scalar":
+        log_a = tl.load(ptr + token * stride_t, mask=inside, other=0.0)[:, None]
+    else:
+        ptrs = ptr + token[:, None] * stride_t + cols[None, :] * stride_d
+        log_a = tl.load(ptrs, mask=inside[:, None] & (cols[None, :] < size), other=0.0)
+    return tl.maximum(log_a.to(tl.float32) * LOG2E, FLOOR)
+
+
+@triton.jit
+def _tied(log2_a):
+    """1 − 2^x, by its series near 0 where the difference would cancel."""
+    x = log2_a / LOG2E
+    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(x > -0.25, series, 1 - tl.exp2(log2_a))
+
+
+@triton.jit
+def _finish(
+    y, edge, log2_a, row, inside, cols, scale, out, mate, dots_ptr, sums_ptr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, TIED: tl.constexpr, GRAD: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Store y [R V]. Of the gate's gradient, Σ_{s≥t} (q_s ⊙ dq_s − k_s ⊙ dk_s), "dots" leaves the first product and
+    "sums" makes the rest, `edge` being what the tokens to the right add up to. Returns the edge further left."""
+    y_ptr, heads, head, size = out
+    at = row * heads + head
+    if not REVERSE:
+        y = y * scale
+    if TIED != "mate":
+        store_tile(y_ptr, at, inside, cols, size, y)
+    if GRAD != "none":
+        product = y * (_tied(log2_a) if TIED == "mate" else _rows(mate, row, inside, cols).to(tl.float32))
+        if DECAY == "scalar":
+            cols, size = tl.arange(0, 1), 1
+            product = tl.sum(product, 1, keep_dims=True)
+        if GRAD == "dots":
+            store_tile(dots_ptr, at, inside, cols, size, product)
+        else:
+            product = load_tile(dots_ptr, at, inside, cols, size) - product
+            if row.shape[0] == 1:
+                sums = product + edge[None, :]
+            elif DECAY == "scalar":
+                sums = tl.cumsum(product, 0, reverse=True) + edge[None, :]
+            else:
+                offs = tl.arange(0, row.shape[0])
+                later = tl.where(offs[:, None] <= offs[None, :], 1.0, 0.0)
+                sums = sums_along(later, product, DOT) + edge[None, :]
+            sums = tl.where(log2_a <= RESET, 0.0, sums)  # nothing depends on the log of 0
+            # a tile with a reset in it is walked token by token; what lies left of it owes nothing to what lies right
+            edge = tl.sum(sums, 0) if row.shape[0] == 1 else edge + tl.sum(product, 0)
+            if TIED == "mate":
+                sums -= tl.exp2(log2_a) * y
+            store_tile(sums_ptr, at, inside, cols, size, sums)
+    return edge
+
+
+@triton.jit
+def _token(S, q, k, v, log2_a, DECAY: tl.constexpr, REVERSE: tl.constexpr, EMIT: tl.constexpr):
+    """The definition, one token: q, k [1 K], v [1 V]. Returns y [1 V] and S. Right to left it reads, then decays."""
+    a = tl.exp2(log2_a)
+    if DECAY == "rows":
+        a = tl.trans(a)
+    written = tl.trans(k.to(tl.float32)) * v.to(tl.float32)
+    S = S + written if REVERSE else S * a + written
+    y = tl.sum(tl.trans(q.to(tl.float32)) * S, 0, keep_dims=True) if EMIT else v
+    return y, S * a if REVERSE else S
+
+
+@triton.jit
+def _running(log2_a, DECAY: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr):
+    """x [R D], the gates up to and with token t less half of all, and that half [D]. Right to left x changes sign."""
+    half = tl.sum(log2_a, 0) * 0.5
+    sign: tl.constexpr = -1.0 if REVERSE else 1.0
+    if DECAY == "scalar":
+        return sign * (tl.cumsum(log2_a, 0) - half[None, :]), half
+    offs = tl.arange(0, log2_a.shape[0])
+    weights = tl.where(offs[:, None] >= offs[None, :], sign * 0.5, sign * -0.5)
+    return sums_along(weights, log2_a, DOT), half
+
+
+@triton.jit
+def _tile(
+    S, q, k, v, x, half, write,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, EMIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """R tokens by matmuls: q, k [R K], v [R V], x and half of `_running`. Returns y [R V] and S."""
+    R: tl.constexpr = k.shape[0]
+    offs = tl.arange(0, R)
+    seen = offs[:, None] <= offs[None, :] if REVERSE else offs[:, None] >= offs[None, :]  # [t s]
+    y = v
+    if DECAY == "rows" or DECAY == "columns":
+        rise, fall, middle = tl.exp2(x), tl.exp2(-x) * write, tl.exp2(half)
+        if DECAY == "rows":
+            q, k, v, middle = (q * rise).to(DOT), (k * fall).to(DOT), v.to(DOT), middle[:, None]
+        else:
+            q, k, v, middle = q.to(DOT), k.to(DOT), (v * fall).to(DOT), middle[None, :]
+        S = S * middle
+        if EMIT:
+            scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
+            y = tl.dot(q, S.to(DOT), input_precision=PRECISION)
+            y = tl.dot(scores.to(DOT), v, y, input_precision=PRECISION)
+            if DECAY == "columns":
+                y = y * rise
+        S = tl.dot(tl.trans(k), v, S, input_precision=PRECISION) * middle
+    else:
+        q, k, v = q.to(DOT), k.to(DOT), v.to(DOT)
+        if EMIT:
+            y = tl.dot(q, S.to(DOT), input_precision=PRECISION)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if DECAY == "scalar":
+                y = y * tl.exp2(half[None, :] + x)
+                # mask before exp: pairs not seen have a positive difference, which could overflow
+                scores = scores * tl.exp2(tl.where(seen, x - tl.trans(x), FLOOR))
+            else:
+                scores = tl.where(seen, scores, 0.0)
+            y = tl.dot((scores * write).to(DOT), v, y, input_precision=PRECISION)
+        if DECAY == "scalar":
+            k = (k * (tl.exp2(half[None, :] - x) * write)).to(DOT)
+            S = S * tl.exp2(2 * half)[None, :]
+        else:
+            k = (k * write).to(DOT)
+        S = tl.dot(tl.trans(k), v, S, input_precision=PRECISION)
+    return y, S
+
+
+@triton.jit
+def _step(
+    S, edge, share, start, stop, first, scale, q, k, v, gates, offs_k, offs_v, out, mate, dots_ptr, sums_ptr,
+    R: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, TIED: tl.constexpr, GRAD: tl.constexpr,
+    EMIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Tokens start to start + R - 1 of the segment that ends at stop. Returns S, edge and share beyond them."""
+    K, V = k[3], v[3]
+    token = start + tl.arange(0, R).to(tl.int64)
+    row, inside = first + token, token < stop
+    if DECAY == "columns":
+        log2_a = _gates(gates, token, inside, offs_v, V, DECAY)
+    else:
+        log2_a = _gates(gates, token, inside, offs_k, K, DECAY)
+    key = _tied(log2_a) if TIED == "key" else _rows(k, row, inside, offs_k)  # [R K]
+    value = _tied(log2_a) if TIED == "value" else _rows(v, row, inside, offs_v)  # [R V]
+    query = key
+    if EMIT:
+        query = _tied(log2_a) if TIED == "query" else _rows(q, row, inside, offs_k)  # [R K]
+    write = scale if REVERSE else 1.0  # right to left q is part of what is written
+
+    if R == 1:
+        y, S = _token(S, query, key, value.to(tl.float32) * write, log2_a, DECAY, REVERSE, EMIT)
+        share *= tl.exp2(tl.sum(log2_a, 0))
+        if EMIT:
+            edge = _finish(
+                y, edge, log2_a, row, inside, offs_v, scale, out, mate, dots_ptr, sums_ptr,
+                DECAY, REVERSE, TIED, GRAD, DOT,
+            )  # fmt: skip
+        return S, edge, share
+
+    x, half = log2_a, tl.sum(log2_a, 0)
+    calm = True
+    if DECAY != "none":
+        x, half = _running(log2_a, DECAY, REVERSE, DOT)
+        calm = tl.max(tl.abs(x)) <= LIMIT
+    if calm:
+        y, S = _tile(S, query, key, value, x, half, write, DECAY, REVERSE, EMIT, DOT, PRECISION)
+        share *= tl.exp2(2 * half)
+        if EMIT:
+            edge = _finish(
+                y, edge, log2_a, row, inside, offs_v, scale, out, mate, dots_ptr, sums_ptr,
+                DECAY, REVERSE, TIED, GRAD, DOT,
+            )  # fmt: skip
+    elif DECAY != "none":
+        smaller: tl.constexpr = SUB if R > SUB else 1
+        for i in range(0, R, smaller):
+            at = start + (R - smaller - i if REVERSE else i)
+            S, edge, share = _step(
+                S, edge, share, at, stop, first, scale, q, k, v, gates, offs_k, offs_v, out, mate, dots_ptr, sums_ptr,
+                smaller, DECAY, REVERSE, TIED, GRAD, EMIT, DOT, PRECISION, LIMIT,
+            )  # fmt: skip
+    return S, edge, share
+
+
+@triton.jit
+def _walk(
+    q_ptr, k_ptr, v_ptr, log_a_ptr, y_ptr,  # [B T heads *], in their roles
+    enter_ptr, leave_ptr, share_ptr,  # [B H segments K V] states, [B H segments K] product of the gates
+    mate_ptr, dots_ptr, sums_ptr, edge_ptr,  # for the gate's gradient
+    B, T, H, GQ, GK, GV, GM, K, V, tiles, segments, span,  # sizes
+    stride_ab, stride_at, stride_ah, stride_ad, stride_sk, stride_sv, scale,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, TIED: tl.constexpr, GRAD: tl.constexpr, EMIT: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program owns columns [BLOCK_V] of the state of one segment of one head, and walks its tokens."""
+    pid = tl.program_id(0).to(tl.int64)
+    tile, strand = pid % tiles, pid // tiles  # strand counts (b, h, segment)
+    segment, bh = strand % segments, strand // segments
+    b, h = bh // H, bh % H
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
+    inside = (offs_k < K)[:, None] & (offs_v < V)[None, :]
+    cell = offs_k[:, None].to(tl.int64) * stride_sk + offs_v[None, :] * stride_sv  # [K V] inside one state
+    q, k, v = (q_ptr, GQ, h * GQ // H, K), (k_ptr, GK, h * GK // H, K), (v_ptr, GV, h * GV // H, V)
+    out, mate = (y_ptr, H, h, V), (mate_ptr, GM, h * GM // H, V)
+    gates = (log_a_ptr, stride_at, stride_ad)
+    if DECAY != "none":
+        gates = (log_a_ptr + b * stride_ab + h * stride_ah, stride_at, stride_ad)
+
+    S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if enter_ptr is not None:
+        S = tl.load(enter_ptr + strand * K * V + cell, mask=inside, other=0.0)
+    edge = tl.zeros([BLOCK_V if DECAY == "columns" else 1], tl.float32)
+    share = tl.full([BLOCK_K if DECAY == "rows" else 1], 1.0, tl.float32)
+    if edge_ptr is not None:
+        edge = tl.load(edge_ptr + strand * V + offs_v, mask=offs_v < V, other=0.0)
+        if DECAY == "scalar":
+            edge = tl.sum(edge, 0, keep_dims=True)
+    if GRAD != "none" and DECAY == "scalar":
+        dots_ptr += tile * B * T * H  # every tile of columns has its part of the sum over K
+        sums_ptr = dots_ptr
+    begin = segment * span
+    stop = tl.minimum(begin + span, T)
+    chunks = tl.cdiv(stop - begin, BLOCK_C)
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        S, edge, share = _step(
+            S, edge, share, begin + (chunks - 1 - i if REVERSE else i) * BLOCK_C, stop, b * T, scale,
+            q, k, v, gates, offs_k, offs_v, out, mate, dots_ptr, sums_ptr,
+            BLOCK_C, DECAY, REVERSE, TIED, GRAD, EMIT, DOT, PRECISION, LIMIT,
+        )  # fmt: skip
+    if leave_ptr is not None:
+        if EMIT:  # only the segment that ends the sequence
+            inside = inside & (segment == (0 if REVERSE else segments - 1))
+            strand = bh
+        tl.store(leave_ptr + strand * K * V + cell, S, mask=inside)
+    if share_ptr is not None:
+        share = share + tl.zeros([BLOCK_K], tl.float32)
+        tl.store(share_ptr + strand * K + offs_k, share, mask=(offs_k < K) & (tile == 0))
+
+
+@triton.jit
+def _combine(
+    state_ptr, share_ptr, enter_ptr,  # [B H segments K V] left by each segment alone, [B H segments K], [B H K V]
+    K, V, segments,
+    REVERSE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Overwrite what each segment leaves by the state that enters it, S <- share S + left, from one end to the other."""
+    bh = tl.program_id(0).to(tl.int64)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (offs_k < K)[:, None] & (offs_v < V)[None, :]
+    cell = offs_k[:, None] * V + offs_v[None, :]
+    S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if enter_ptr is not None:
+        S = tl.load(enter_ptr + bh * K * V + cell, mask=inside, other=0.0)
+    for i in range(0, segments):
+        strand = bh * segments + (segments - 1 - i if REVERSE else i)
+        left = tl.load(state_ptr + strand * K * V + cell, mask=inside, other=0.0)
+        share = tl.load(share_ptr + strand * K + offs_k, mask=offs_k < K, other=0.0)
+        tl.store(state_ptr + strand * K * V + cell, S, mask=inside)
+        S = S * share[:, None] + left
+
+
+class Tiles(NamedTuple):
+    """The tiles of one walk: BLOCK_C tokens, BLOCK_K rows and BLOCK_V columns of the state, `count` tiles of columns."""
+
+    block_c: int
+    block_k: int
+    block_v: int
+    count: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """How a scan is laid on the machine: `segments` of `span` tokens; tiles for states [K V], and for states [V K]."""
+
+    segments: int
+    span: int
+    straight: Tiles
+    turned: Tiles
+
+
+def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, processors: int = 132) -> Plan:
+    """The plan for `heads` states [K V] (batch times heads) over T tokens.
+
+    One segment if it gives every processor two programs; otherwise as many as that takes, none below 256 tokens.
+    """
+    straight, turned = _tiles(K, V, dtype), _tiles(V, K, dtype)
+    wanted = max(1, 2 * processors // max(1, heads * straight.count))
+    span = 64 * triton.cdiv(max(T, 1), 64 * min(wanted, max(1, T // 256)))
+    return Plan(max(1, triton.cdiv(T, span)), span, straight, turned)
+
+
+def _tiles(rows: int, columns: int, dtype: torch.dtype) -> Tiles:
+    half = dtype == torch.bfloat16
+    block_k = max(16, triton.next_power_of_2(rows))
+    block_v = min(64 if half else 32, max(16, triton.next_power_of_2(columns)))
+    return Tiles(
+        block_c=64 if half else 32,
+        block_k=block_k,
+        block_v=block_v,
+        count=triton.cdiv(columns, block_v),
+        warps=8 if block_k * block_v > 128 * 64 else 4,
+        stages=2 if half else 1,
+    )
+
+
+class _Scan(NamedTuple):
+    """What the walks of one scan share: gates [B T H 1|K] (or None), sizes, plan."""
+
+    gates: Tensor | None
+    sizes: tuple[int, int, int]
+    scale: float
+    plan: Plan
+
+    def walk(
+        self,
+        q: Tensor | None,
+        k: Tensor | None,
+        v: Tensor | None,
+        y: Tensor | None,
+        *,
+        widths: tuple[int, int],
+        reverse: bool = False,
+        turned: bool = False,
+        tied: str = "",
+        enter: Tensor | None = None,
+        leave: Tensor | None = None,
+        share: Tensor | None = None,
+        grad: str = "none",
+        mate: Tensor | None = None,
+        dots: Tensor | None = None,
+        sums: Tensor | None = None,
+        edge: Tensor | None = None,
+    ) -> None:
+        """Launch one walk. widths are the rows and columns of its state, which is stored transposed if `turned`."""
+        (B, T, H), (K, V) = self.sizes, widths
+        tiles = self.plan.turned if turned else self.plan.straight
+        decay, strides = "none", (0, 0, 0, 0)
+        if self.gates is not None:
+            width = self.gates.shape[-1]
+            decay = "scalar" if width == 1 else "columns" if turned else "rows"
+            strides = self.gates.expand(B, T, H, width).stride()
+        dot, precision, limit = _numbers((y if q is None else q) if k is None else k, decay)
+        groups = [H if x is None else x.shape[2] for x in (q, k, v, mate)]
+        _walk[(tiles.count * B * H * self.plan.segments,)](
+            q, k, v, self.gates, y, enter, leave, share, mate, dots, sums, edge,
+            B, T, H, *groups, K, V, tiles.count, self.plan.segments, self.plan.span,
+            *strides, *((1, K) if turned else (V, 1)), self.scale,
+            DECAY=decay, REVERSE=reverse, TIED=tied, GRAD=grad, EMIT=y is not None,
+            DOT=dot, PRECISION=precision, LIMIT=limit,
+            BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_V=tiles.block_v, STAGES=tiles.stages,
+            num_warps=tiles.warps,
+        )  # fmt: skip
+
+    def entering(
+        self, k: Tensor | None, v: Tensor, initial: Tensor | None, *, K: int, reverse: bool, tied: str = ""
+    ) -> Tensor | None:
+        """[B H segments K V], the state that enters each segment; from the right if reverse."""
+        segments = self.plan.segments
+        if segments == 1:
+            return initial
+        (B, _, H), V = self.sizes, v.shape[-1]
+        states = torch.empty(B, H, segments, K, V, dtype=torch.float32, device=v.device)
+        share = torch.empty(B, H, segments, K, dtype=torch.float32, device=v.device)
+        self.walk(None, k, v, None, widths=(K, V), reverse=reverse, tied=tied, leave=states, share=share)
+        block_k, block_v = min(16, triton.next_power_of_2(K)), min(64, triton.next_power_of_2(V))
+        _combine[(B * H, triton.cdiv(K, block_k), triton.cdiv(V, block_v))](
+            states, share, initial, K, V, segments, REVERSE=reverse, BLOCK_K=block_k, BLOCK_V=block_v
+        )
+        return states
+
+
+def _numbers(like: Tensor, decay: str) -> tuple[tl.dtype, str, float]:
+    """What matmuls are fed with, their precision, and how far |x| may go.
+
+    float16 is computed in tf32, which has its digits and the range that states need. Where one gate serves the whole
+    state no factor exceeds 1, and only the digits of x are at stake.
+    """
+    if like.dtype == torch.float32:
+        return tl.float32, "tf32x3", 20.0
+    dot, precision = (tl.bfloat16, "ieee") if like.dtype == torch.bfloat16 else (tl.float32, "tf32")
+    return dot, precision, 1000.0 if decay == "scalar" else 60.0
+
+
+def _describe(q: Tensor, v: Tensor, log_decay: Tensor | None, scale: float) -> _Scan:
+    (B, T, H, V), K = v.shape, q.shape[-1]
+    processors = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else 1
+    return _Scan(
+        log_decay, (B, T, H), scale, plan(heads=B * H, T=T, K=K, V=V, dtype=v.dtype, processors=processors)
+    )
+
+
+@torch.library.custom_op(
+    "recur::chunk_scan",
+    mutates_args=(),
+    schema="(Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? initial, float scale) -> (Tensor, Tensor)",
+)
+def chunk_scan(
+    q: Tensor, k: Tensor | None, v: Tensor, log_decay: Tensor | None, initial: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """S_t = exp(log_decay_t) S_{t-1} + k_t v_tᵀ, y_t = scale S_tᵀ q_t.
+
+    Args: q, k [B T G K] (k None: 1 − exp(log_decay)); v [B T H V], all contiguous and of one dtype; log_decay
+        [B|1 T|1 H K|1]; initial [B H K V] float32.
+    Returns: y [B T H V]; state [B H K V] float32.
+    """
+    (B, _, H, V), K, tied = v.shape, q.shape[-1], "key" if k is None else ""
+    scan = _describe(q, v, log_decay, scale)
+    y, state = torch.empty_like(v), torch.empty(B, H, K, V, dtype=torch.float32, device=v.device)
+    enter = scan.entering(k, v, initial, K=K, reverse=False, tied=tied)
+    scan.walk(q, k, v, y, widths=(K, V), tied=tied, enter=enter, leave=state)
+    return y, state
+
+
+@chunk_scan.register_fake
+def _(q, k, v, log_decay, initial, scale):  # type: ignore[no-untyped-def]
+    return torch.empty_like(v), v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "recur::chunk_scan_backward",
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? dstate, Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? initial, "
+    "Tensor state, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def chunk_scan_backward(
+    dy: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    state: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay and initial; empty for what is None. Has no derivative itself.
+
+    Source: the backward of the scan is the scan, with the roles of the legend.
+    """
+    (B, T, H, V), K = v.shape, q.shape[-1]
+    scan = _describe(q, v, log_decay, scale)
+    tie = (lambda role: role) if k is None else (lambda role: "")
+    entered = scan.entering(k, v, initial, K=K, reverse=False, tied=tie("key"))
+    returned = scan.entering(q, dy, dstate, K=K, reverse=True)
+    new = partial(torch.empty, dtype=torch.float32, device=v.device)
+    dots = sums = edge = None
+    if log_decay is not None:
+        keywise = log_decay.shape[-1] > 1
+        dots = new(B, T, H, K) if keywise else new(scan.plan.turned.count, B, T, H)
+        sums = torch.empty_like(log_decay) if log_decay.shape == dots.shape else dots
+        edge = _edges(entered, returned, state, dstate, scan.plan.segments)
+    gate = {"none": "none"} if log_decay is None else {}
+    dq = new(B, T, H, K) if q.shape[2] < H else torch.empty_like(q)
+    scan.walk(
+        dy, v, k, dq, widths=(V, K), turned=True, tied=tie("value"), enter=entered,
+        grad=gate.get("none", "dots"), mate=q, dots=dots,
+    )  # fmt: skip
+    dv = torch.empty_like(v)
+    dinitial = new(0) if initial is None else torch.empty_like(initial)
+    scan.walk(
+        k, q, dy, dv, widths=(K, V), reverse=True, tied=tie("query"), enter=returned,
+        leave=None if initial is None else dinitial,
+    )  # fmt: skip
+    dk = new(B, T, H, K) if k is None or k.shape[2] < H else torch.empty_like(k)
+    scan.walk(
+        v, dy, q, dk, widths=(V, K), reverse=True, turned=True, tied=tie("mate"), enter=returned,
+        grad=gate.get("none", "sums"), mate=k, dots=dots, sums=sums, edge=edge,
+    )  # fmt: skip
+    ...

@@ -1,0 +1,41 @@
+"""Composable primitives for linear-recurrence sequence models: everything public."""
+
+from recur import convert, presets, testing
+from recur.axes import RecipeError
+from recur.blocks import LanguageModel, Mixer
+from recur.primitives.diagonal import gated_scan, gated_step
+from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
+from recur.primitives.fixed import fixed_scan, fixed_step
+from recur.primitives.forms import ScanOut
+from recur.primitives.scan import scan, step
+from recur.primitives.summary import Summary, advance, combine, summary
+from recur.recipe import Flow, Part, Recipe
+from recur.shapes import ShapeError
+
+__all__ = [
+    "Flow",
+    "LanguageModel",
+    "Mixer",
+    "Part",
+    "Recipe",
+    "RecipeError",
+    "ScanOut",
+    "ShapeError",
+    "Summary",
+    "advance",
+    "combine",
+    "convert",
+    "fixed_scan",
+    "fixed_step",
+    "gated_scan",
+    "gated_step",
+    "online_scan",
+    "online_step",
+    "presets",
+    "scan",
+    "selective_scan",
+    "selective_step",
+    "step",
+    "summary",
+    "testing",
+]

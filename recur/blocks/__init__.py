@@ -1,0 +1,32 @@
+"""Bricks that own weights, and what is built from them."""
+
+from recur.blocks.attention import Attention, Rotary
+from recur.blocks.gates import BoundedDecay, ComplexGate, Decay, FixedDecay, LowerBounds, OutputGate
+from recur.blocks.glue import (
+    Act,
+    Dropout,
+    LowRank,
+    Map,
+    Norm,
+    Project,
+    Reverse,
+    Scale,
+    ScaleGrad,
+    ShortConv,
+    Skip,
+    Sum,
+    TokenShift,
+)
+from recur.blocks.hidden import DenseFusion
+from recur.blocks.language_model import Block, LanguageModel
+from recur.blocks.mixer import Mixer, MixerOut
+from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, SelectiveScan
+from recur.recipe import Chain
+
+PARTS = (
+    Act, Attention, BoundedDecay, Chain, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout, FixedDecay, FixedScan,
+    GatedScan, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate, Project, Reverse, Rotary, Scale,
+    ScaleGrad, SelectiveScan, ShortConv, Skip, Sum, TokenShift,
+)  # fmt: skip
+
+__all__ = ["Block", "LanguageModel", "Mixer", "MixerOut", *(part.__name__ for part in PARTS)]

@@ -1,0 +1,171 @@
+"""Parts that decide what is kept, turned and let out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from recur.axes import RecipeError, Spec, spec
+from recur.primitives.gates import (
+    activation,
+    complex_gate,
+    lower_bounded_decay,
+    lower_bounds,
+    output_gate,
+    polar_gate,
+    sigmoid_decay,
+)
+from recur.recipe import Axes, Flow, Part, Site, State
+from recur.weights import Param, ones
+
+
+@dataclass(frozen=True)
+class Decay(Part):
+    """Log decay of a sigmoid gate: log_a = log(sigmoid(z)) / tau."""
+
+    source: str = "z"
+    tau: float = 1.0
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes[self.source]}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.out: sigmoid_decay(flow[self.source], tau=self.tau)}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = log sigmoid({self.source}){f' / {self.tau:g}' if self.tau != 1 else ''}"
+
+
+@dataclass(frozen=True)
+class LowerBounds(Part):
+    """The least each layer keeps: bound_l = sum_{1<=j<=l} softmax(logits over layers)_j, rising with depth from 0.
+
+    One table for the whole model; every layer takes its row.
+    """
+
+    axes: str
+    out: str = "bound"
+    scope = "model"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: spec(self.axes)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"logits": Param((site.depth, *site.size(self.axes)), ones, decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.out: lower_bounds(weights.logits)[flow.layer][None, None]}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = sum_{{1<=j<=layer}} softmax(logits)_j"
+
+
+@dataclass(frozen=True)
+class BoundedDecay(Part):
+    """A forget gate above its bound, and what it lets in: a = g + (1 - g) sigmoid(z); log_a and keep = 1 - a."""
+
+    source: str = "z"
+    bound: str = "bound"
+    out: str = "log_a"
+    keep: str = "k"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found = axes.same(self.source, self.bound)
+        return {self.out: found, self.keep: found}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        log_a, keep = lower_bounded_decay(flow[self.source], flow[self.bound])
+        return flow.set(**{self.out: log_a, self.keep: keep.to(flow[self.source].dtype)}), None
+
+    def formula(self) -> str:
+        g, z = self.bound, self.source
+        return f"a = {g} + (1 - {g}) sigmoid({z}), {self.out} = log a, {self.keep} = 1 - a"
+
+
+@dataclass(frozen=True)
+class FixedDecay(Part):
+    """RetNet's constant decay per head, a_h = 1 - 2^(-5-h), and the eps with which its head norm forgets its own scale.
+
+    A plain state grows like n_t = sum_{s<=t} a^(t-s); dividing by sqrt(n_t) before a norm of eps is the same as the
+    norm of the plain read with eps n_t, which follows from the position alone.
+    """
+
+    heads: str = "H"
+    eps: float = 1e-6
+    out: str = "log_a"
+    eps_out: str = "eps"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: spec(self.heads), self.eps_out: spec(self.heads)}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"heads": site.size(self.heads)[0]}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        position = flow.positions()
+        head = torch.arange(weights.heads, device=position.device, dtype=torch.float64)
+        log_a = torch.log1p(-(2.0 ** (-5 - head)))  # [H]
+        grown = torch.expm1(log_a * (position[..., None] + 1)) / torch.expm1(log_a)  # [B T H]
+        wide = torch.float64 if flow["x"].dtype == torch.float64 else torch.float32
+        return flow.set(**{self.out: log_a.to(wide)[None, None], self.eps_out: (self.eps * grown).to(wide)}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = log(1 - 2^(-5-h)), {self.eps_out} = {self.eps:g} sum_{{s<=t}} a^(t-s)"
+
+
+@dataclass(frozen=True)
+class ComplexGate(Part):
+    """Complex log decay from pairs c [... 2].
+
+    law: "polar", a = sigmoid(|c|) c/|c|, or "amplitude_phase", a = sigmoid(c_0) e^{i c_1}.
+    """
+
+    source: str = "c"
+    law: str = "polar"
+    out: str = "log_a"
+
+    def __post_init__(self) -> None:
+        if self.law not in ("polar", "amplitude_phase"):
+            raise RecipeError(f'ComplexGate: law must be "polar" or "amplitude_phase", got {self.law!r}')
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found = axes[self.source]
+        if not found or found[-1] != "2":
+            raise RecipeError(
+                f"{axes.reader} reads pairs: {self.source} must end in an axis of 2, got [{' '.join(found)}]"
+            )
+        return {self.out: found[:-1]}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        law = polar_gate if self.law == "polar" else complex_gate
+        return flow.set(**{self.out: law(*flow[self.source].unbind(-1))}), None
+
+    def formula(self) -> str:
+        c = self.source
+        return f"a = sigmoid(|{c}|) {c}/|{c}|" if self.law == "polar" else f"a = sigmoid({c}_0) exp(i {c}_1)"
+
+
+@dataclass(frozen=True)
+class OutputGate(Part):
+    """Let a second branch decide how much of the result leaves: y <- y * act(z)."""
+
+    gate: str = "z"
+    act: str = "silu"
+    out: str = "y"
+
+    def __post_init__(self) -> None:
+        activation(self.act)
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.same(self.out, self.gate)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.out: output_gate(flow[self.out], flow[self.gate], act=self.act)}), None
+
+    def formula(self) -> str:
+        gate = self.gate if self.act == "identity" else f"{self.act}({self.gate})"
+        return f"{self.out} <- {self.out} * {gate}"

@@ -1,0 +1,418 @@
+"""Parts that prepare, mix and combine tensors of the flow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recur.axes import Spec, spec
+from recur.primitives.conv import causal_conv, token_shift
+from recur.primitives.gates import activation, scale_gradient
+from recur.primitives.norms import KINDS, normalise
+from recur.recipe import Axes, Chain, Flow, Part, RecipeError, Site, State
+from recur.weights import Init, Param, constant, matrix_init, normal, ones, uniform, zeros
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An output of Project that passes through `rank` channels: W2 W1 x (+ b), an activation between them if wanted."""
+
+    axes: str
+    rank: str
+    bias: bool = False
+    act: str = "identity"
+    init: str = "linear"
+
+
+@dataclass(frozen=True, init=False)
+class Project(Part):
+    """Linear maps of one tensor, in one matrix product: u = W_u x (+ b_u), z = W_z x (+ b_z), ...
+
+    Project("x", u="E", k="N", rate=LowRank("E", rank="R")). Outputs may have several axes ("H K": head h holds the
+    channels h K .. h K + K - 1). Rows of the weight lie in the order written here.
+
+    Args:
+        source: the tensor read; all its axes are flattened.
+        bias:   whether all outputs have one.
+        init:   law of the weight (recur.weights.matrix_init).
+    """
+
+    source: str
+    outs: tuple[tuple[str, Any], ...]
+    bias: bool
+    init: str
+
+    def __init__(
+        self,
+        source: str,
+        outs: tuple[tuple[str, Any], ...] = (),
+        *,
+        bias: bool = False,
+        init: str = "linear",
+        name: str | None = None,
+        **named: str | LowRank,
+    ) -> None:
+        values = {"source": source, "outs": tuple((n, a) for n, a in outs) + tuple(named.items())}
+        for key, value in {**values, "bias": bias, "init": init, "name": name}.items():
+            object.__setattr__(self, key, value)
+
+    def _first(self) -> list[str]:
+        """Axes each output has after the shared product."""
+        return [out.rank if isinstance(out, LowRank) else out for _, out in self.outs]
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        axes[self.source]
+        return {name: spec(out.axes if isinstance(out, LowRank) else out) for name, out in self.outs}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        fan_in = _product(site.of(self.source))
+        rows = [_product(site.size(first)) for first in self._first()]
+        made = {"weight": Param((sum(rows), fan_in), self._fill(rows, fan_in, site.depth))}
+        if self.bias:
+            made["bias"] = Param((sum(rows),), uniform(fan_in**-0.5) if self.init != "normal" else zeros, decay=False)
+        for (name, out), rank in zip(self.outs, rows, strict=True):
+            if isinstance(out, LowRank):
+                width = _product(site.size(out.axes))
+                made[f"{name}_up"] = Param((width, rank), matrix_init(out.init, rank, width, site.depth))
+                if out.bias:
+                    made[f"{name}_bias"] = Param((width,), zeros, decay=False)
+        return made
+
+    def _fill(self, rows: list[int], fan_in: int, depth: int) -> Init:
+        """Every output's rows drawn as the matrix of its own that they are."""
+        laws = [matrix_init(self.init, fan_in, fan_out, depth) for fan_out in rows]
+
+        def fill(weight: Tensor) -> None:
+            for law, piece in zip(laws, weight.split(rows), strict=True):
+                law(piece)
+
+        return fill
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {
+            "splits": [_product(site.size(first)) for first in self._first()],
+            "shapes": [site.size(out.axes if isinstance(out, LowRank) else out) for _, out in self.outs],
+        }
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        x = flow[self.source].flatten(2)
+        pieces = F.linear(x, weights.weight, weights.bias if self.bias else None).split(weights.splits, dim=-1)
+        made = {}
+        for (name, out), piece, shape in zip(self.outs, pieces, weights.shapes, strict=True):
+            if isinstance(out, LowRank):
+                bias = getattr(weights, f"{name}_bias") if out.bias else None
+                piece = F.linear(activation(out.act)(piece), getattr(weights, f"{name}_up"), bias)
+            made[name] = piece.unflatten(-1, shape)
+        return flow.set(**made), None
+
+    def formula(self) -> str:
+        bias = " + b" if self.bias else ""
+        return ", ".join(
+            f"{name} = W2 {'' if out.act == 'identity' else out.act + ' '}W1 {self.source}{' + b' if out.bias else ''}"
+            if isinstance(out, LowRank)
+            else f"{name} = W {self.source}{bias}"
+            for name, out in self.outs
+        )
+
+
+@dataclass(frozen=True)
+class ShortConv(Part):
+    """Depthwise causal convolution over the last `width` tokens, then an activation: u <- act(conv(u))."""
+
+    source: str
+    width: int = 4
+    bias: bool = True
+    act: str = "silu"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.source: axes[self.source]}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        channels, law = _product(site.of(self.source)), uniform(self.width**-0.5)
+        made = {"weight": Param((channels, self.width), law)}
+        return made | ({"bias": Param((channels,), law, decay=False)} if self.bias else {})
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return site.zeros(batch, self.width - 1, _product(site.of(self.source)))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        x, bias = flow[self.source], weights.bias if self.bias else None
+        y, state = causal_conv(x.flatten(2), weights.weight, bias, initial_state=state, cu_seqlens=flow.cu_seqlens)
+        return flow.set(**{self.source: activation(self.act)(y).view_as(x)}), state
+
+    def formula(self) -> str:
+        u, bias = self.source, " + b" if self.bias else ""
+        return f"{u} <- {self.act}(sum_w c_w {u}_{{t-w}}{bias}), w < {self.width}"
+
+
+@dataclass(frozen=True)
+class TokenShift(Part):
+    """Mix every token with the one before it, a share per channel: to = x_t + mu (x_{t-1} - x_t)."""
+
+    source: str
+    to: str
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.to: axes.rank(self.source, 1)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"mu": Param(site.of(self.source), constant(0.5), decay=False)}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return site.zeros(batch, 1, *site.of(self.source))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        x = flow[self.source]
+        before, state = token_shift(x, initial_state=state, cu_seqlens=flow.cu_seqlens)
+        return flow.set(**{self.to: torch.lerp(x, before, weights.mu.to(x.dtype))}), state
+
+    def formula(self) -> str:
+        return f"{self.to} = {self.source}_t + mu ({self.source}_{{t-1}} - {self.source}_t)"
+
+
+@dataclass(frozen=True)
+class Norm(Part):
+    """Normalise a tensor over some of its trailing axes (recur.primitives.norms.normalise has the formulas).
+
+    Args:
+        source: the tensor; the result goes to `to`, or takes its place.
+        kind:   "rms", "layer" or "l2".
+        over:   the trailing axes normalised together, such as "V" for each head alone; all of them when omitted.
+        eps:    a number, or the name of a tensor [B T H] that holds one value a head.
+        affine: "full" (a weight, and a bias if kind is "layer"), "weight", or "none".
+    """
+
+    source: str
+    kind: str = "rms"
+    over: str | None = None
+    eps: float | str = 1e-5
+    affine: str = "full"
+    to: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise RecipeError(f"Norm: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.affine not in ("full", "weight", "none"):
+            raise RecipeError(f'Norm: affine must be "full", "weight" or "none", got {self.affine!r}')
+
+    def _axes(self, axes: Axes) -> Spec:
+        found = axes[self.source]
+        over = found if self.over is None else spec(self.over)
+        if found[len(found) - len(over) :] != over:
+            raise RecipeError(
+                f"{axes.reader}: over must be the last axes of {self.source} [{' '.join(found)}], got {self.over!r}"
+            )
+        return over
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        over = self._axes(axes)
+        if isinstance(self.eps, str) and axes[self.eps] != axes[self.source][: -len(over)]:
+            raise RecipeError(
+                f"{axes.reader}: eps {self.eps!r} must have the axes of {self.source} that are not normalised"
+            )
+        return {self.to or self.source: axes[self.source]}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        shape = site.size(self._axes(site.axes))
+        weight = {"weight": Param(shape, ones, decay=False)} if self.affine != "none" else {}
+        bias = {"bias": Param(shape, zeros, decay=False)} if self.affine == "full" and self.kind == "layer" else {}
+        return weight | bias
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"rank": len(self._axes(site.axes))}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        eps = flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
+        scale, shift = getattr(weights, "weight", None), getattr(weights, "bias", None)
+        y = normalise(flow[self.source], self.kind, axes=weights.rank, eps=eps, weight=scale, bias=shift)
+        return flow.set(**{self.to or self.source: y}), None
+
+    def formula(self) -> str:
+        over = f" over {self.over}" if self.over else ""
+        return (
+            f"{self.to or self.source} {'=' if self.to else '<-'} {self.kind} norm({self.source}){over}, eps {self.eps}"
+        )
+
+
+@dataclass(frozen=True)
+class Act(Part):
+    """A pointwise function of some tensors: Act("q k", "silu")."""
+
+    names: str
+    fn: str = "silu"
+
+    def __post_init__(self) -> None:
+        activation(self.fn)
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {name: axes[name] for name in self.names.split()}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{name: activation(self.fn)(flow[name]) for name in self.names.split()}), None
+
+    def formula(self) -> str:
+        return ", ".join(f"{name} <- {self.fn}({name})" for name in self.names.split())
+
+
+@dataclass(frozen=True)
+class Scale(Part):
+    """Multiply a tensor by a number, given as an expression over axes: Scale("k", "1/sqrt(K)")."""
+
+    source: str
+    by: str
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.source: axes[self.source]}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"factor": site.number(self.by)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.source: flow[self.source] * weights.factor}), None
+
+    def formula(self) -> str:
+        return f"{self.source} <- {self.source} * {self.by}"
+
+
+@dataclass(frozen=True)
+class ScaleGrad(Part):
+    """The same value with a fraction of its gradient."""
+
+    source: str
+    fraction: float
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.source: axes[self.source]}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.source: scale_gradient(flow[self.source], self.fraction)}), None
+
+    def formula(self) -> str:
+        return f"gradient of {self.source} times {self.fraction}"
+
+
+@dataclass(frozen=True)
+class Skip(Part):
+    """Pass a tensor around the scan, a learned share per channel: y <- y + D * u.  D starts as N(mean, std^2)."""
+
+    source: str
+    out: str = "y"
+    mean: float = 1.0
+    std: float = 0.0
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.same(self.out, self.source)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"D": Param(site.of(self.source), normal(self.std, self.mean), decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        y = flow[self.out]
+        return flow.set(**{self.out: (y + weights.D * flow[self.source]).to(y.dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.out} <- {self.out} + D * {self.source}"
+
+
+@dataclass(frozen=True)
+class Dropout(Part):
+    """Zero entries with probability p while training."""
+
+    source: str
+    p: float
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.source: axes[self.source]}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.source: F.dropout(flow[self.source], self.p, weights.training)}), None
+
+    def formula(self) -> str:
+        return f"{self.source} <- dropout({self.source}, {self.p})"
+
+
+@dataclass(frozen=True)
+class Sum(Part):
+    """Add tensors of equal axes: Sum("f b", out="y")."""
+
+    names: str
+    out: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.same(*self.names.split())}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.out: sum(flow[name] for name in self.names.split())}), None  # type: ignore[arg-type]
+
+    def formula(self) -> str:
+        return f"{self.out} = {' + '.join(self.names.split())}"
+
+
+@dataclass(frozen=True)
+class Map(Part):
+    """Any function of tensors of the flow, token by token: Map(fn, reads="q k", out="s", axes="H"); not for JSON."""
+
+    fn: Callable[..., Tensor]
+    reads: str
+    out: str
+    axes: str
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        for name in self.reads.split():
+            axes[name]
+        return {self.out: spec(self.axes)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.out: self.fn(*(flow[name] for name in self.reads.split()))}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = {getattr(self.fn, '__name__', 'fn')}({', '.join(self.reads.split())})"
+
+
+@dataclass(frozen=True)
+class Reverse(Part):
+    """Run parts from the last token to the first: the anti-causal half of a bidirectional recipe."""
+
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    @property
+    def body(self) -> Chain:
+        return Chain(tuple(self.parts))
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return self.body.shapes(axes)
+
+    def build(self, site: Site) -> Any:
+        return self.body.build(site)
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        T = flow["x"].shape[1]
+        mirrored = {name: tensor.flip(1) for name, tensor in flow.tensors.items()}
+        borders = None if flow.cu_seqlens is None else T - flow.cu_seqlens.flip(0)
+        seen = flow.position if borders is None else flow.position.flip(0)
+        inner = dataclasses.replace(flow, tensors=mirrored, cu_seqlens=borders, position=seen)
+        inner, state = self.body(inner, weights, None)
+        made = {name: tensor.flip(1) for name, tensor in inner.tensors.items() if tensor is not mirrored.get(name)}
+        if borders is not None:
+            state = torch.utils._pytree.tree_map(lambda leaf: leaf.flip(0), state)
+        return flow.set(**made), state
+
+    def formula(self) -> str:
+        return "right to left: " + "; ".join(part.formula() for part in self.parts)
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    result = 1
+    for factor in sizes:
+        result *= factor
+    return result

@@ -1,0 +1,346 @@
+"""A language model: embedding, a stack of residual blocks, a head; trained whole, run token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from recur.axes import RecipeError
+from recur.blocks.feedforward import feedforward
+from recur.blocks.glue import Norm
+from recur.blocks.mixer import Mixer, detach, overwrite
+from recur.blocks.sampling import sample_token
+from recur.primitives.forms import check_packing
+from recur.recipe import Flow, Recipe, State
+from recur.shapes import bind
+from recur.weights import Param, Weights, declared, normal
+
+
+class Block(nn.Module):
+    """A residual layer: x + mixer(norm(x)), then x + ffn(norm(x)) if there is a feed-forward.
+
+    order "pre" normalises what each branch reads; "post" normalises each sum instead: norm(x + mixer(x)).
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dim: int,
+        *,
+        ffn: Recipe | None = None,
+        order: str = "pre",
+        norm: Norm | None = None,
+        dropout: float = 0.0,
+        depth: int = 1,
+        layer: int = 0,
+        shared: nn.ModuleDict | None = None,
+    ) -> None:
+        super().__init__()
+        if order not in ("pre", "post"):
+            raise RecipeError(f'Block: order must be "pre" or "post", got {order!r}')
+        self.order, self.dropout = order, dropout
+        self.mixer = Mixer(recipe, dim, depth=depth, layer=layer, shared=shared)
+        self.mixer_norm = StreamNorm(norm, dim)
+        self.ffn = None if ffn is None else Mixer(ffn, dim, depth=depth, layer=layer, shared=shared)
+        self.ffn_norm = None if ffn is None else StreamNorm(norm, dim)
+
+    def forward(self, x: Tensor, state: State = None, **options: Any) -> tuple[Tensor, State, Mapping[str, Tensor]]:
+        """The stream after this layer, its state, and what it publishes for deeper layers."""
+        before, after = state or {}, {}
+        x, after["mixer"], published = self._branch(self.mixer, self.mixer_norm, x, before.get("mixer"), options)
+        if self.ffn is not None:
+            options = {**options, "past": ()}
+            x, after["ffn"], _ = self._branch(self.ffn, self.ffn_norm, x, before.get("ffn"), options)
+        return x, after, published
+
+    def _branch(
+        self, branch: Mixer, norm: nn.Module | None, x: Tensor, state: State, options: dict[str, Any]
+    ) -> tuple[Tensor, State, Mapping[str, Tensor]]:
+        assert norm is not None
+        flow, state = branch.run(norm(x) if self.order == "pre" else x, state, **options)
+        y = F.dropout(flow["y"], self.dropout, self.training)
+        x = x + y.to(x.dtype)
+        return (x if self.order == "pre" else norm(x)), state, flow.published
+
+    def init_state(self, batch: int, max_len: int | None = None) -> State:
+        state = {"mixer": self.mixer.init_state(batch, max_len)}
+        return state if self.ffn is None else state | {"ffn": self.ffn.init_state(batch, max_len)}
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every submodule's own mode afterwards, whatever happens in between."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+class StreamNorm(nn.Module):
+    """A Norm part applied to the residual stream; the identity when there is none."""
+
+    def __init__(self, norm: Norm | None, dim: int) -> None:
+        super().__init__()
+        self.norm = norm
+        self.weights = None if norm is None else norm.build(Recipe(norm, Norm("x", to="y")).site(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm is None:
+            return x
+        flow, _ = self.norm(Flow({"x": x}, x.new_zeros(x.shape[0], dtype=torch.long)), self.weights, None)
+        return flow[self.norm.to or "x"]
+
+
+def stream_norm(norm: Norm | str | None) -> Norm | None:
+    """The norm of the residual stream that a short name stands for: "rms", "layer", "l2", or a Norm of "x"."""
+    return Norm("x", kind=norm, to="y") if isinstance(norm, str) else norm
+
+
+class LanguageModel(nn.Module):
+    """Token ids [B T] to logits [B T vocab_size].
+
+    Args:
+        recipe:     the mixer of every layer, or a list cycled over the depth (a hybrid).
+        vocab_size: number of tokens.
+        dim:        D, width of the residual stream.
+        depth:      number of layers.
+        ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", or any recipe.
+        block:      "pre" or "post": which side of the residual sum is normalised.
+        norm:       "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by themselves.
+        final_norm: the norm before the head; by default `norm` for "pre" and none for "post".
+        tie:        whether the head is the embedding.
+        positions:  None, "sinusoidal", or the number of learned positions.
+        dropout:    of the embedding and of every branch.
+        checkpoint: recompute each layer in the backward pass instead of keeping its activations.
+        embed_std:  standard deviation of the embedding's first values.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | Sequence[Recipe],
+        *,
+        vocab_size: int,
+        dim: int,
+        depth: int,
+        ffn: Recipe | str | None = None,
+        block: str = "pre",
+        norm: Norm | str | None = "rms",
+        final_norm: Norm | str | None = "same",
+        tie: bool = True,
+        positions: str | int | None = None,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+        embed_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
+        for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("recipes", len(recipes))):
+            if number < 1:
+                raise ValueError(f"LanguageModel: {name} must be at least 1, got {number}")
+        self.vocab_size, self.dim, self.depth, self.dropout, self.checkpoint = (
+            vocab_size,
+            dim,
+            depth,
+            dropout,
+            checkpoint,
+        )
+        table = Param((vocab_size, dim), normal(embed_std))
+        self.embedding = Weights({"weight": table})
+        if not (positions is None or positions == "sinusoidal" or isinstance(positions, int)):
+            raise ValueError(f'LanguageModel: positions must be None, "sinusoidal" or a number, got {positions!r}')
+        self.sinusoidal = positions == "sinusoidal"
+        self.positions = (
+            Weights({"weight": Param((positions, dim), normal(embed_std))}) if isinstance(positions, int) else None
+        )
+        between = stream_norm(norm)
+        self.shared = nn.ModuleDict()
+        layers = range(depth)
+        common: dict[str, Any] = {"ffn": feedforward(ffn), "order": block, "norm": between, "dropout": dropout}
+        common |= {"depth": depth, "shared": self.shared}
+        self.blocks = nn.ModuleList(Block(recipes[i % len(recipes)], dim, layer=i, **common) for i in layers)
+        last = (between if block == "pre" else None) if final_norm == "same" else stream_norm(final_norm)
+        self.final_norm = StreamNorm(last, dim)
+        self.head = None if tie else Weights({"weight": Param((vocab_size, dim), normal(dim**-0.5))})
+
+    @property
+    def causal(self) -> bool:
+        return all(block.mixer.recipe.causal for block in self._layers())
+
+    def _layers(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        ids: Tensor,
+        state: State = None,
+        *,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        form: str = "auto",
+    ) -> Any:
+        """Logits [B T vocab_size]; with return_state also the state to go on from. cu_seqlens [n+1] packs n documents.
+
+        Raises: ShapeError, TypeError if ids are no [B T] integers, ValueError for an id out of vocabulary (on a CPU).
+        """
+        x, state = self._hidden(ids, state, cu_seqlens=cu_seqlens, form=form)
+        logits = self._logits(x)
+        return (logits, state) if return_state else logits
+
+    def _hidden(self, ids: Tensor, state: State, *, cu_seqlens: Tensor | None, form: str) -> tuple[Tensor, State]:
+        """The normalised stream after the last layer [B T D], and the state after the last token."""
+        self._check_ids(ids)
+        B, T = ids.shape
+        check_packing("LanguageModel", cu_seqlens, B, T)
+        rows = B if cu_seqlens is None else len(cu_seqlens) - 1
+        position = torch.zeros(rows, dtype=torch.long, device=ids.device) if state is None else state["position"]
+        x = F.embedding(ids, self.embedding.weight)
+        x = self._add_positions(x, position, cu_seqlens)
+        x = F.dropout(x, self.dropout, self.training)
+        past: tuple[Mapping[str, Tensor], ...] = ()
+        layers = []
+        for layer, block in enumerate(self._layers()):
+            before = None if state is None else state["layers"][layer]
+            options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "form": form, "past": past}
+            if self.checkpoint and torch.is_grad_enabled():
+                x, after, published = checkpoint(block, x, before, use_reentrant=False, **options)
+            else:
+                x, after, published = block(x, before, **options)
+            past += (published,)
+            layers.append(after)
+        length = T if cu_seqlens is None else cu_seqlens.diff()
+        return self.final_norm(x), {"position": position + length, "layers": layers}
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, (self.embedding if self.head is None else self.head).weight)
+
+    def _add_positions(self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        if self.positions is None and not self.sinusoidal:
+            return x
+        at = Flow({"x": x}, position, cu_seqlens=cu_seqlens).positions()
+        if self.positions is not None:
+            room = self.positions.weight.shape[0]
+            if at.device.type == "cpu" and at.numel() and int(at.max()) >= room:
+                raise ValueError(
+                    f"LanguageModel: it has {room} learned positions, got a text of {int(at.max()) + 1} tokens"
+                )
+            return x + F.embedding(at, self.positions.weight)
+        rate = 10000.0 ** -(torch.arange(0, self.dim, 2, dtype=torch.float64, device=x.device) / self.dim)
+        angle = at[..., None] * rate
+        wave = torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., : self.dim]
+        return x + wave.to(x.dtype)
+
+    def _check_ids(self, ids: Tensor) -> None:
+        bind("LanguageModel", ids=(ids, "B T"))
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"LanguageModel: ids must be int32 or int64, got {ids.dtype}")
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= self.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"LanguageModel: ids must lie in 0 .. {self.vocab_size - 1}, got {bad}")
+
+    # ------------------------------------------------------------------ token by token
+
+    def init_state(self, batch: int, max_len: int | None = None) -> State:
+        """The state before the first token; `max_len` fixes the length of attention caches."""
+        weight = self.embedding.weight
+        position = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        return {"position": position, "layers": [block.init_state(batch, max_len) for block in self._layers()]}
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, state: State) -> Tensor:
+        """One token a sequence: ids [B] to logits [B vocab_size]; `state` is overwritten, no gradient."""
+        logits, new = self(ids[:, None], state, return_state=True)
+        for old, after in zip(state["layers"], new["layers"], strict=True):
+            overwrite(old, after)
+        state["position"].copy_(new["position"])
+        return logits[:, 0]
+
+    @torch.no_grad()
+    def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, State]:
+        """Read prompts [B T] in one pass, right-padded if `lengths` [B] are given: last logits [B vocab_size], state."""
+        if lengths is None:
+            x, state = self._hidden(ids, None, cu_seqlens=None, form="auto")
+            return self._logits(x[:, -1]), detach(state)
+        inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        borders = F.pad(lengths.cumsum(0), (1, 0))
+        x, state = self._hidden(ids[inside][None], None, cu_seqlens=borders, form="auto")
+        return self._logits(x[0, borders[1:] - 1]), detach(state)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos: int | None = None,
+        seed: int | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Continue prompts: the prompt is read in one pass, then every token costs one step.
+
+        Args:
+            ids:            [B T] prompts, right-padded if `lengths` [B] gives their own lengths.
+            max_new_tokens: how many tokens to add.
+            temperature:    0 takes the likeliest token.
+            top_k, top_p, min_p: keep the k likeliest tokens, the fewest with probability p together, those with at
+                            least min_p of the likeliest; applied in this order, after the temperature.
+            eos:            a row that has produced this token repeats it.
+            seed:           row i draws from its own generator (seed, i), so a batch equals its rows; None draws anew.
+
+        Returns: [B T + max_new_tokens], each row its prompt, its new tokens, then (for shorter prompts) `eos` or 0.
+        """
+        self._check_ids(ids)
+        if ids.shape[1] == 0 or max_new_tokens < 0:
+            raise ValueError(
+                f"generate: needs a prompt and max_new_tokens >= 0, got {ids.shape[1]} tokens and {max_new_tokens}"
+            )
+        own = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths.to(ids.device)
+        if tuple(own.shape) != (len(ids),) or int(own.min()) < 1 or int(own.max()) > ids.shape[1]:
+            raise ValueError(f"generate: lengths must be [B] within 1 .. T={ids.shape[1]}, got {own.tolist()}")
+        first = torch.seed() if seed is None else seed
+        draws = [torch.Generator().manual_seed((first + (row << 32)) % 2**63) for row in range(len(ids))]
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        rows, length = torch.arange(len(ids), device=ids.device), ids.shape[1]
+        text = torch.full((len(ids), length + max_new_tokens), eos or 0, device=ids.device, dtype=ids.dtype)
+        inside = torch.arange(length, device=ids.device) < own[:, None]
+        text[:, :length] = torch.where(inside, ids, text[:, :length])
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        with evaluating(self):
+            logits, state = self.prefill(ids, lengths)
+            for new in range(max_new_tokens):
+                token = sample_token(logits, draws, **options).to(ids.dtype)
+                if eos is not None:
+                    token = torch.where(done, eos, token)
+                    done |= token == eos
+                text[rows, own + new] = token
+                if bool(done.all()) or new + 1 == max_new_tokens:
+                    break
+                logits = self.step(token, state)
+        return text
+
+    # ------------------------------------------------------------------ training
+
+    def decay_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser: weight decay on what is declared so, none on gates, norms and biases."""
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for weight, param in declared(self):
+            if param.trainable:
+                groups[param.decay].append(weight)
+        return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+
+    def extra_repr(self) -> str:
+        return f"D={self.dim}, {self.depth} layers, {sum(weight.numel() for weight in self.parameters()):,} parameters"

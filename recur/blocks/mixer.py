@@ -1,0 +1,168 @@
+"""A recipe with weights: one layer that maps [B T D] to [B T D], whole, in pieces, or token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from recur.axes import RecipeError
+from recur.primitives.forms import check_packing
+from recur.recipe import Flow, Recipe, State
+from recur.shapes import bind, expect
+
+
+class MixerOut(NamedTuple):
+    """What a layer returns: `y` [B T D] and the `state` to go on from."""
+
+    y: Tensor
+    state: State
+
+
+class Mixer(nn.Module):
+    """The layer a recipe describes, at width `dim`.
+
+    Args:
+        recipe: what to build.
+        dim:    D.
+        depth:  layers of the model it stands in, for what depends on that (residual initialisation, lower bounds).
+        layer:  which of them it is, from 0.
+        shared: weights of parts that the whole model shares; the model passes one ModuleDict to all its layers.
+
+    Call: y, state = mixer(x, state, cu_seqlens=...); x [B T D]. `state` None starts afresh, and
+    mixer(x[:, :5]) followed by mixer(x[:, 5:], state) equals mixer(x). With cu_seqlens [n+1], B is 1 and the row holds
+    n documents, each with its own state. Further inputs the recipe names are given by keyword, [B T ...] or [B 1 ...].
+    """
+
+    def __init__(
+        self, recipe: Recipe, dim: int, *, depth: int = 1, layer: int = 0, shared: nn.ModuleDict | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"Mixer: recipe must be a Recipe, got {type(recipe).__name__}")
+        self.recipe, self.dim, self.depth, self.layer = recipe, dim, depth, layer
+        site = recipe.site(dim, depth=depth, layer=layer)
+        for name in recipe.axes:
+            site.size(name)
+        own = nn.ModuleDict() if shared is None else shared
+        self.parts = recipe.body.build(site, own)
+        if shared is None:
+            self.shared = own
+        self._lent = (own,)  # in a tuple: the model owns and registers what its layers share
+
+    def forward(
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+        form: str = "auto",
+        **inputs: Tensor,
+    ) -> MixerOut:
+        flow, state = self.run(x, state, inputs, cu_seqlens=cu_seqlens, grid=grid, form=form)
+        return MixerOut(flow["y"], state)
+
+    def run(
+        self,
+        x: Tensor,
+        state: State = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+        form: str = "auto",
+        past: tuple[Mapping[str, Tensor], ...] = (),
+    ) -> tuple[Flow, State]:
+        """The whole flow after the last part, for what wants more than "y" (layers that publish, tests)."""
+        bind("Mixer", x=(x, "B T D"))
+        B, T, _ = x.shape
+        expect("Mixer", "x", x, "B T D", (B, T, self.dim))
+        check_packing("Mixer", cu_seqlens, B, T)
+        inputs = inputs or {}
+        self._check_inputs(inputs, B, T)
+        if state is not None and not self.recipe.causal:
+            raise RecipeError("Mixer: this recipe is not causal, so it cannot go on from a state")
+        rows = B if cu_seqlens is None else len(cu_seqlens) - 1
+        position = x.new_zeros(rows, dtype=torch.long) if state is None else state["position"]
+        expect("Mixer", "state", position, "B" if cu_seqlens is None else "n", (rows,))
+        flow = Flow({"x": x, **inputs}, position, form, cu_seqlens, self.layer, grid, past)
+        flow, parts = self.recipe.body(flow, {**dict(self.parts), **dict(self._lent[0])}, (state or {}).get("parts"))
+        length = T if cu_seqlens is None else cu_seqlens.diff()
+        return flow, {"position": position + length, "parts": parts}
+
+    def _check_inputs(self, inputs: Mapping[str, Tensor], B: int, T: int) -> None:
+        if set(inputs) != set(self.recipe.inputs):
+            wanted, got = ", ".join(self.recipe.inputs) or "none", ", ".join(inputs) or "none"
+            raise TypeError(f"Mixer: further inputs must be {wanted}, got {got}")
+        site = self.recipe.site(self.dim)
+        for name, tensor in inputs.items():
+            sizes = site.of(name)
+            if tensor.ndim != 2 + len(sizes) or tuple(tensor.shape[2:]) != sizes or tensor.shape[1] not in (1, T):
+                letters = f"B T {self.recipe.inputs[name]}"
+                expect("Mixer", name, tensor, letters, (B, T, *sizes))
+
+    def init_state(self, batch: int, max_len: int | None = None) -> State:
+        """The state before the first token. `max_len` gives attention caches a fixed length; nothing else needs it.
+
+        Raises: RecipeError if the recipe is not causal.
+        """
+        if not self.recipe.causal:
+            raise RecipeError("init_state: this recipe is not causal, so it has no state to stream from")
+        weight = next(iter(self.parameters()), torch.zeros(()))
+        site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer, dtype=weight.dtype, device=weight.device)
+        position = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        return {"position": position, "parts": self.recipe.body.init_state(site, batch, max_len)}
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: State, **inputs: Tensor) -> Tensor:
+        """One token [B D] -> [B D]; `state` is overwritten, no gradient."""
+        y, new = self(x[:, None], state, **{name: tensor[:, None] for name, tensor in inputs.items()})
+        overwrite(state, new)
+        return y[:, 0]
+
+    def __repr__(self) -> str:
+        """Every stage with its sizes, parameters and bytes of state a sequence (a growing attention cache counts 0)."""
+        site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer)
+        weights = {**dict(self.parts), **dict(self._lent[0])}
+        rows = [("", "writes", "parameters", "state bytes")]
+        for (key, part, place), (_, _, wrote) in zip(
+            self.recipe.body.sites(site), self.recipe.body.walk(site.axes), strict=True
+        ):
+            writes = ", ".join(f"{name} {list(site.size(axes))}" for name, axes in wrote.items())
+            state = nbytes(part.init_state(place, 1, None)) if part.causal else 0
+            rows.append((key, writes, f"{_count(weights[key]):,}", f"{state:,}"))
+        total = sum(int(row[3].replace(",", "")) for row in rows[1:])
+        rows.append(("total", "", f"{_count(self):,}", f"{total:,}" if self.recipe.causal else "not causal"))
+        wide = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}" for a, b, c, d in rows]
+        return f"Mixer at D={self.dim}\n" + "\n".join(lines)
+
+
+def nbytes(state: State) -> int:
+    """Bytes of all tensors of a state."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def overwrite(state: dict[str, Any], new: dict[str, Any]) -> None:
+    """Put a new state into an old one: in place where the shape is the same, by reference where a cache grew."""
+    for key, value in new.items():
+        old = state.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            overwrite(old, value)
+        elif isinstance(value, Tensor) and isinstance(old, Tensor) and old.shape == value.shape:
+            old.copy_(value)
+        else:
+            state[key] = value
+
+
+def detach(state: State) -> State:
+    """The same numbers without their history, as truncated backpropagation wants them."""
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, state)

@@ -1,0 +1,272 @@
+"""Parts that remember: each calls one scan of recur.primitives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recur.axes import RecipeError, Spec
+from recur.primitives.diagonal import gated_scan
+from recur.primitives.elementwise import online_scan, selective_scan
+from recur.primitives.fixed import fixed_scan
+from recur.primitives.poles import poles, zero_order_hold
+from recur.primitives.scan import scan
+from recur.recipe import Axes, Flow, Part, Site, State
+from recur.weights import Param, constant, normal
+
+
+def _options(flow: Flow, state: State) -> dict[str, Any]:
+    return {"initial_state": state, "cu_seqlens": flow.cu_seqlens, "form": flow.form}
+
+
+def _decay(flow: Flow, name: str) -> Tensor:
+    """The log decay; without its B and T axes if it is constant (both of length 1)."""
+    log_a = flow[name]
+    constant_in_time = log_a.shape[:2] == (1, 1) and flow["x"].shape[:2] != (1, 1)
+    return log_a[0, 0] if constant_in_time else log_a
+
+
+@dataclass(frozen=True)
+class GatedScan(Part):
+    """h_t = a_t * h_{t-1} + u_t, each channel by itself; y = h."""
+
+    source: str
+    decay: str = "log_a"
+    out: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.same(self.source, self.decay)}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return site.memory(batch, *site.of(self.source))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        y, state = gated_scan(flow[self.source], _decay(flow, self.decay), **_options(flow, state))
+        return flow.set(**{self.out: y}), state
+
+    def formula(self) -> str:
+        return f"h_t = exp({self.decay}) * h_{{t-1}} + {self.source}, {self.out} = h_t"
+
+
+@dataclass(frozen=True)
+class OuterScan(Part):
+    """Write key times value, read with the query: S_t = A_t S_{t-1} + k v^T, y = scale S^T q.
+
+    Args:
+        q, v:   [G K] (G divides H) and [H V].
+        k:      [G K]; None ties it to a real key-wise decay, k = 1 - a.
+        decay:  [H] or [H K], real or complex; None keeps everything.
+        scale:  a number, or an expression over axes such as "1/sqrt(K)".
+        rotates: whether the decay is complex, which makes the state complex.
+    """
+
+    q: str = "q"
+    k: str | None = "k"
+    v: str = "v"
+    decay: str | None = "log_a"
+    scale: float | str = 1.0
+    rotates: bool = False
+    out: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        (_, K), (H, V) = axes.rank(self.q, 2), axes.rank(self.v, 2)
+        if self.k is not None:
+            axes.same(self.q, self.k)
+        if self.decay is not None and axes[self.decay] not in ((H,), (H, K)):
+            raise RecipeError(
+                f"{axes.reader} needs a decay {self.decay} [{H}] or [{H} {K}], got [{' '.join(axes[self.decay])}]"
+            )
+        return {self.out: (H, V)}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"scale": site.number(self.scale)}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        (_, K), (H, V) = site.of(self.q), site.of(self.v)
+        complex_of = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+        real = site.memory(batch, H, K, V)
+        return real.to(complex_of[real.dtype]) if self.rotates else real
+
+    def write(self, flow: Flow) -> dict[str, Tensor]:
+        """Further arguments of the scan that say how it writes."""
+        return {}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        k = None if self.k is None else flow[self.k]
+        options = {**_options(flow, state), **self.write(flow)}
+        log_a = None if self.decay is None else _decay(flow, self.decay)
+        y, state = scan(flow[self.q], k, flow[self.v], log_a, scale=weights.scale, **options)
+        return flow.set(**{self.out: y}), state
+
+    def formula(self) -> str:
+        k = self.k or "(1 - a)"
+        keep = f"exp({self.decay}) " if self.decay else ""
+        return f"S_t = {keep}S_{{t-1}} + {k} {self.v}^T, {self._read()}"
+
+    def _read(self) -> str:
+        scale = "" if self.scale == 1 else f"{self.scale} "
+        return f"{self.out} = {scale}{'Re ' if self.rotates else ''}S_t^T {self.q}"
+
+
+@dataclass(frozen=True)
+class DeltaScan(OuterScan):
+    """Write the error instead of the value: S_t = A S_{t-1} + k u^T, u = beta (v - (A S_{t-1})^T k); beta [H]."""
+
+    beta: str = "beta"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        written = super().shapes(axes)
+        if axes[self.beta] != written[self.out][:1]:
+            raise RecipeError(
+                f"{axes.reader} needs {self.beta} [{written[self.out][0]}], got [{' '.join(axes[self.beta])}]"
+            )
+        return written
+
+    def write(self, flow: Flow) -> dict[str, Tensor]:
+        return {"beta": flow[self.beta]}
+
+    def formula(self) -> str:
+        keep = f"exp({self.decay}) " if self.decay else ""
+        write = f"S_t = S + {self.beta} {self.k} ({self.v} - S^T {self.k})^T"
+        return f"S = {keep}S_{{t-1}}, {write}, {self._read()}"
+
+
+@dataclass(frozen=True)
+class OnlineScan(Part):
+    """Longhorn's closed-form online update, with r = sigmoid(rate): eps = r / (1 + r |k|^2) and
+
+    diagonal:  S_t = (1 - eps k^2) * S_{t-1} + (eps u) k      (the architecture)
+    exact:     S_t = (I - eps k k^T) S_{t-1} + (eps u) k      (each channel its own eps)
+    y = S_t q.  u, rate [E]; k, q [N].
+    """
+
+    source: str
+    rate: str = "rate"
+    k: str = "k"
+    q: str = "q"
+    diagonal: bool = True
+    out: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        axes.same(self.k, self.q)
+        axes.rank(self.k, 1)
+        return {self.out: axes.same(self.source, self.rate)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"rate_bias": Param(site.of(self.rate), constant(0.0), decay=False, float32=True)}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return site.memory(batch, *site.of(self.source), *site.of(self.k))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        rate = torch.sigmoid(flow[self.rate] + weights.rate_bias)
+        u, k, q = flow[self.source], flow[self.k], flow[self.q]
+        y, state = online_scan(u, rate, k, q, diagonal=self.diagonal, **_options(flow, state))
+        return flow.set(**{self.out: y}), state
+
+    def formula(self) -> str:
+        erase = f"{self.k}^2) * S" if self.diagonal else f"{self.k} {self.k}^T) S"
+        return (
+            f"r = sigmoid({self.rate} + b), eps = r / (1 + r |{self.k}|^2), "
+            f"S_t = (1 - eps {erase}_{{t-1}} + (eps {self.source}) {self.k}, {self.out} = S_t {self.q}"
+        )
+
+
+@dataclass(frozen=True)
+class SelectiveScan(Part):
+    """Mamba's selective state space: delta = softplus(dt + b), S_t = exp(delta A) * S_{t-1} + (delta u) B, y = S_t C.
+
+    u, dt [E]; B, C [N]; owns A = -exp(A_log) [E N] and the bias b, whose first values spread delta over 0.001 to 0.1.
+    """
+
+    source: str
+    dt: str = "dt"
+    B: str = "B"
+    C: str = "C"
+    out: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        axes.same(self.B, self.C)
+        axes.rank(self.B, 1)
+        return {self.out: axes.same(self.source, self.dt)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        (E,), (N,) = site.of(self.source), site.of(self.B)
+        return {
+            "A_log": Param(
+                (E, N), lambda weight: weight.copy_(torch.arange(1.0, N + 1).log()), decay=False, float32=True
+            ),
+            "dt_bias": Param((E,), spread_time_constants, decay=False, float32=True),
+        }
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return site.memory(batch, *site.of(self.source), *site.of(self.B))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        delta = F.softplus(flow[self.dt] + weights.dt_bias)
+        u, B, C = flow[self.source], flow[self.B], flow[self.C]
+        y, state = selective_scan(u, delta, -weights.A_log.exp(), B, C, **_options(flow, state))
+        return flow.set(**{self.out: y}), state
+
+    def formula(self) -> str:
+        return (
+            f"delta = softplus({self.dt} + b), S_t = exp(-delta exp(A_log)) * S_{{t-1}} "
+            f"+ (delta {self.source}) {self.B}, {self.out} = S_t {self.C}"
+        )
+
+
+def spread_time_constants(bias: Tensor, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
+    """Fill with b so that softplus(b) is log-uniform in [low, high] and at least floor."""
+    delta = torch.empty_like(bias).uniform_(math.log(low), math.log(high)).exp_().clamp_(min=floor)
+    bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+
+
+@dataclass(frozen=True)
+class FixedScan(Part):
+    """DSS: constant complex poles shared by all channels, a read-out per channel, discretised by zero-order hold.
+
+    z = -exp(rho) + i omega, S_t = e^z S_{t-1} + u, y = Re sum_n C_n (e^z - 1)/z S_n;  omega = exp(eta) or eta.
+
+    Args: source: u [V]; N: axis of the poles; frequency: "exp" or "linear".
+    """
+
+    source: str
+    N: str = "N"
+    frequency: str = "exp"
+    out: str = "y"
+
+    def __post_init__(self) -> None:
+        if self.frequency not in ("exp", "linear"):
+            raise RecipeError(f'FixedScan: frequency must be "exp" or "linear", got {self.frequency!r}')
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.rank(self.source, 1)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        (N,), (V,) = site.size(self.N), site.of(self.source)
+        pole = Param((N,), normal(), decay=False, float32=True)
+        read = Param((V, N), normal(), decay=False, float32=True)
+        return {"rho": pole, "eta": pole, "C_real": read, "C_imag": read}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        state = site.memory(batch, *site.of(self.source), *site.size(self.N))
+        return torch.complex(state, torch.zeros_like(state))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        omega = weights.eta.exp() if self.frequency == "exp" else weights.eta
+        log_decay = poles(weights.rho, omega)
+        readout = torch.complex(weights.C_real, weights.C_imag) * zero_order_hold(log_decay)
+        y, state = fixed_scan(flow[self.source], log_decay, readout, **_options(flow, state))
+        return flow.set(**{self.out: y}), state
+
+    def formula(self) -> str:
+        omega = "exp(eta)" if self.frequency == "exp" else "eta"
+        return (
+            f"z = -exp(rho) + i {omega}, S_t = e^z S_{{t-1}} + {self.source}, {self.out} = Re sum_n C (e^z - 1)/z S_t"
+        )

@@ -1,0 +1,57 @@
+"""RetNet, as the Longhorn repository runs it."""
+
+from __future__ import annotations
+
+from recur.blocks import LanguageModel, Mixer, Norm
+from recur.blocks.feedforward import gated
+from recur.convert.keys import Keys, rows, tied, under
+from recur.convert.official import Official
+from recur.presets import retnet
+
+MIXER_KEYS: Keys = {
+    "parts.project.weight": rows("q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight"),
+    "parts.project_2.weight": "out_proj.weight",
+}
+FFN_KEYS: Keys = {"project.weight": rows("fc1.weight", "gate.weight"), "project_2.weight": "fc2.weight"}
+KEYS: Keys = {
+    "embedding.weight": tied(
+        "embed_tokens.weight", "transformer.embed_tokens.weight", "transformer.output_projection.weight"
+    ),
+    **under("blocks.*.mixer.", "transformer.layers.*.retention.", MIXER_KEYS),
+    "blocks.*.mixer_norm.weights.*": "transformer.layers.*.retention_layer_norm.*",
+    **under("blocks.*.ffn.parts.", "transformer.layers.*.ffn.", FFN_KEYS),
+    "blocks.*.ffn_norm.weights.*": "transformer.layers.*.final_layer_norm.*",
+    "final_norm.weights.*": "transformer.layer_norm.*",
+}
+
+
+def mixer(
+    decoder_embed_dim: int, decoder_value_embed_dim: int, decoder_retention_heads: int, layernorm_eps: float = 1e-6
+) -> Mixer:
+    recipe = retnet(heads=decoder_retention_heads, value=decoder_value_embed_dim, eps=layernorm_eps)
+    return Mixer(recipe, decoder_embed_dim)
+
+
+def model(
+    vocab_size: int,
+    decoder_layers: int,
+    decoder_embed_dim: int,
+    decoder_value_embed_dim: int,
+    decoder_retention_heads: int,
+    decoder_ffn_embed_dim: int,
+    layernorm_eps: float = 1e-6,
+) -> LanguageModel:
+    return LanguageModel(
+        retnet(heads=decoder_retention_heads, value=decoder_value_embed_dim, eps=layernorm_eps),
+        vocab_size=vocab_size,
+        dim=decoder_embed_dim,
+        depth=decoder_layers,
+        ffn=gated(hidden=str(decoder_ffn_embed_dim), act="gelu", init="normal"),
+        norm=Norm("x", eps=layernorm_eps, to="y"),
+    )
+
+
+FORMS = ("max_target_positions", "chunkwise_recurrent", "recurrent_chunk_size")
+OF_MODEL = ("vocab_size", "decoder_layers", "decoder_ffn_embed_dim")
+MIXER = Official(mixer, MIXER_KEYS, inert=(*FORMS, *OF_MODEL))
+MODEL = Official(model, KEYS, derived=("retnet_rel_pos.angle", "retnet_rel_pos.decay"), inert=FORMS)

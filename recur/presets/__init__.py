@@ -1,0 +1,19 @@
+"""Published architectures as recipes, one file a paper: functions that return a Recipe. `names()` lists them."""
+
+from recur.presets.dense_retnet import dense_retnet
+from recur.presets.gateloop import gateloop, simple_gateloop
+from recur.presets.gla import gla
+from recur.presets.gss import gss
+from recur.presets.hgrn2 import hgrn2
+from recur.presets.longhorn import longhorn
+from recur.presets.mamba import mamba
+from recur.presets.retnet import retnet
+
+PRESETS = (dense_retnet, gateloop, gla, gss, hgrn2, longhorn, mamba, retnet, simple_gateloop)
+
+__all__ = ["names", *(preset.__name__ for preset in PRESETS)]
+
+
+def names() -> list[str]:
+    """The name of every preset."""
+    return [preset.__name__ for preset in PRESETS]

@@ -1,0 +1,24 @@
+"""RetNet: attention with rotation and a constant decay in place of softmax."""
+
+from recur.blocks import FixedDecay, Norm, OuterScan, OutputGate, Project, Rotary, Scale
+from recur.recipe import Recipe
+
+
+def retnet(*, heads: int = 4, value: int | str = "2*D", eps: float = 1e-6) -> Recipe:
+    """S_t = a_h S_{t-1} + k_t v_t^T, y_t = norm(S_t^T q_t) * silu(g_t); a_h = 1 - 2^(-5-h), q and k rotated.
+
+    Args: heads: H; value: width of all values together; eps: of the head norm, before its scale is divided out.
+    Source: Sun et al. 2023, arXiv:2307.08621.
+    """
+    return Recipe(
+        Project("x", q="H K", k="H K", v="H V", g="H V", init="normal"),
+        Scale("k", "1/sqrt(K)"),
+        Rotary("q k", inclusive=True),
+        FixedDecay(eps=eps),
+        OuterScan(),
+        Norm("y", over="V", eps="eps", affine="none"),
+        OutputGate("g"),
+        Project("y", y="D", init="normal"),
+        axes={"H": heads, "K": "D/H", "E": value, "V": "E/H"},
+        source="Sun et al. 2023, arXiv:2307.08621",
+    )

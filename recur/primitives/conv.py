@@ -1,0 +1,84 @@
+"""Short causal convolution and token shift: the last few tokens, carried as state like any other memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recur.primitives.forms import ScanOut, check_packing, document_of
+from recur.shapes import bind, expect
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> ScanOut:
+    """Depthwise causal convolution: y_t = b + sum_w weight[:, w] x_{t - (W-1) + w}; the newest token, the last tap.
+
+    Args:
+        x:             [B T D].
+        weight:        [D W], oldest tap first.
+        bias:          [D].
+        initial_state: [B W-1 D] the tokens before the first, newest last ([n W-1 D] if packed); zeros when omitted.
+        cu_seqlens:    [n+1] document borders; no tap reaches across one.
+
+    Returns: y [B T D]; state [B W-1 D], the last W-1 inputs.   Raises: ShapeError.   Cost: O(B T D W).
+    """
+    bind("causal_conv", x=(x, "B T D"), weight=(weight, "D W"), bias=(bias, "D"))
+    (B, T, D), W = x.shape, weight.shape[1]
+    check_packing("causal_conv", cu_seqlens, B, T)
+    rows = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    if initial_state is None:
+        initial_state = x.new_zeros(rows, W - 1, D)
+    expect(
+        "causal_conv", "initial_state", initial_state, "B W-1 D" if cu_seqlens is None else "n W-1 D", (rows, W - 1, D)
+    )
+    if cu_seqlens is None:
+        context = torch.cat([initial_state.to(x.dtype), x], dim=1)
+        y = F.conv1d(context.mT, weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), groups=D)
+        return ScanOut(y.mT, context[:, T:])
+    before = packed_context(x[0], initial_state.to(x.dtype), cu_seqlens)
+    y = torch.einsum("twd,dw->td", before, weight.to(x.dtype)) + (0 if bias is None else bias.to(x.dtype))
+    return ScanOut(y[None], packed_tail(x[0], initial_state, cu_seqlens))
+
+
+def token_shift(x: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None) -> ScanOut:
+    """The token before: y_t = x_{t-1}, and initial_state (zeros when omitted) before the first.
+
+    Args: x: [B T D]; initial_state: [B 1 D] ([n 1 D] if packed); cu_seqlens: [n+1] document borders.
+    Returns: y [B T D]; state [B 1 D], the last token.   Source: Peng et al. 2023, arXiv:2305.13048.
+    """
+    one_back = torch.zeros(x.shape[-1], 2, dtype=x.dtype, device=x.device)
+    one_back[:, 0] = 1
+    return causal_conv(x, one_back, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def packed_context(x: Tensor, state: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[T W D]: each token of a packed row x [T D] after the W-1 tokens of its own document (or its state)."""
+    T, reach = x.shape[0], state.shape[1]
+    document = document_of(cu_seqlens, T)
+    offset = torch.arange(T, device=x.device) - cu_seqlens[document]  # tokens of the document already seen
+    back = torch.arange(-reach, 1, device=x.device)
+    inside = offset[:, None] + back >= 0  # [T W]
+    token = (torch.arange(T, device=x.device)[:, None] + back).clamp(min=0)
+    slot = (reach + offset[:, None] + back).clamp(0, max(reach - 1, 0))
+    if reach == 0:
+        return x[:, None]
+    return torch.where(inside[..., None], x[token], state[document[:, None], slot])
+
+
+def packed_tail(x: Tensor, state: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[n W-1 D]: the last W-1 tokens of each document of a packed row x [T D]; short ones are filled from state."""
+    reach = state.shape[1]
+    if x.shape[0] == 0 or reach == 0:
+        return state
+    begin, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
+    token = end - reach + torch.arange(reach, device=x.device)  # [n W-1]
+    slot = (token - begin + reach).clamp(0, reach - 1)
+    old = state[torch.arange(len(state), device=x.device)[:, None], slot]
+    return torch.where((token >= begin)[..., None], x[token.clamp(0, x.shape[0] - 1)].to(state.dtype), old)

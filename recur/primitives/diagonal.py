@@ -1,0 +1,334 @@
+"""The diagonal recurrence h_t = a_t h_{t-1} + x_t, one number a channel, on which the other elementwise scans stand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, mirror, unroll
+from recur.shapes import ShapeError, accumulation_dtype, bind
+
+SIDE_BY_SIDE = 65_536  # numbers that one call should update: fewer waste the call and a second thread
+
+
+def linear_recurrence(a: Tensor, x: Tensor, initial: Tensor | None = None) -> Tensor:
+    """First-order recurrence along axis 1: h_t = a_t h_{t-1} + x_t, every h_t returned.
+
+    Args:
+        a: decay, [B T *] of x's dtype; any axis may have size 1 and is then shared.
+        x: [B T *] what each token writes, real or complex.
+        initial: [B *] the state before the first token; zeros when omitted.
+
+    Returns: h [B T *].
+    Cost: T multiply-adds a channel, three times that where few channels are cut into chunks walked side by side.
+    Gates are multiplied, never divided or subtracted in logs, so an exact 0 forgets exactly. Twice differentiable.
+    """
+    return _recurrence(a, x, initial, False)
+
+
+@torch.library.custom_op("recur::linear_recurrence", mutates_args=())
+def _recurrence(a: Tensor, x: Tensor, initial: Tensor | None, adjoint: bool) -> Tensor:
+    """The recurrence h, or its adjoint g_t = x_t + conj(a_{t+1}) g_{t+1}: each is the backward of the other.
+
+    One operator, so that a compiler sees one node and not T of them.
+    """
+    return walk_left(a, x) if adjoint else walk_right(a, x, initial)
+
+
+@_recurrence.register_fake
+def _(a: Tensor, x: Tensor, initial: Tensor | None, adjoint: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
+    a, _, initial, ctx.adjoint = inputs
+    ctx.save_for_backward(a, initial, output)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
+    a, initial, out = ctx.saved_tensors
+    other = _recurrence(a, grad, None, not ctx.adjoint)
+    h, g = (other, out) if ctx.adjoint else (out, other)
+    grad_a = grad_initial = None
+    if ctx.needs_input_grad[0]:
+        product = torch.empty_like(h)  # g_t conj(h_{t-1}), built in place: a fresh tensor costs more than a pass
+        product[:, :1] = 0 if initial is None else initial[:, None].conj()
+        product[:, 1:] = h[:, :-1].conj()
+        grad_a = product.mul_(g).sum_to_size(a.shape)
+    if ctx.needs_input_grad[2]:
+        grad_initial = (a[:, :1].conj() * g[:, :1]).sum(1)
+    return grad_a, other, grad_initial, None
+
+
+_recurrence.register_autograd(_gradients, setup_context=_save)
+
+
+def walk_right(a: Tensor, x: Tensor, initial: Tensor | None) -> Tensor:
+    """h_t = x_t + a_t h_{t-1}, without gradient."""
+    h = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.shape[1] > 0:
+        state = h[:, 0].copy_(x[:, 0])
+        if initial is not None:
+            state.addcmul_(a[:, 0], initial)
+        _walk(_links(a, x), x[:, 1:], h[:, 1:], state, 1)
+    return h
+
+
+def walk_left(a: Tensor, x: Tensor) -> Tensor:
+    """g_t = x_t + conj(a_{t+1}) g_{t+1}, without gradient."""
+    g = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.shape[1] > 0:
+        if x.is_complex():  # conj(g_t) = conj(x_t) + a_{t+1} conj(g_{t+1}) needs no conjugate of a
+            x = torch.conj_physical(x, out=g)
+        _walk(_links(a, x), x[:, :-1], g[:, :-1], g[:, -1].copy_(x[:, -1]), -1)
+        if x.is_complex():
+            g.conj_physical_()
+    return g
+
+
+def _links(a: Tensor, x: Tensor) -> Tensor:
+    """The gates a_1 ... a_{T-1} that join neighbouring tokens."""
+    return a.expand(-1, x.shape[1], *a.shape[2:])[:, 1:]
+
+
+def _walk(a: Tensor, x: Tensor, out: Tensor, state: Tensor, order: int) -> None:
+    """out <- x + a * (the out before it), from the left (order 1) or the right (order -1), after `state`.
+
+    Where a token is too small to be worth a call, n chunks are walked side by side, each from the state that a first
+    walk over all of them has found. n depends on shapes alone.
+    """
+    length = x.shape[1]
+    n = max(1, min(math.isqrt(length), SIDE_BY_SIDE // max(1, state.numel())))
+    C, rest = divmod(length, n)
+    chunks, single = (slice(rest, None), slice(0, rest)) if order > 0 else (slice(0, n * C), slice(n * C, None))
+    for decay, write, target in _columns(order, 1, a[:, single], x[:, single], out[:, single]):
+        state = torch.addcmul(write, decay, state, out=target)
+    a, x, out = (t[:, chunks].unflatten(1, (n, C)) for t in (a, x, out))  # [B n C *]
+    state = state[:, None] if n == 1 else _enter_chunks(a, x, state, order)
+    for decay, write, target in _columns(order, 2, a, x, out):
+        state = torch.addcmul(write, decay, state, out=target)
+
+
+def _enter_chunks(a: Tensor, x: Tensor, state: Tensor, order: int) -> Tensor:
+    """[B n *]: the state with which the walk enters each of the n chunks of a and x [B n C *]."""
+    n = x.shape[1]
+    entering = x.new_empty(x.shape[:2] + x.shape[3:])
+    if order > 0:
+        done, entered, first = slice(0, -1), slice(1, None), 0
+    else:
+        done, entered, first = slice(1, None), slice(0, -1), n - 1
+    kept, written = torch.ones_like(a[:, done, 0]), entering[:, entered].zero_()
+    for decay, write in _columns(order, 2, a[:, done], x[:, done]):
+        torch.addcmul(write, decay, written, out=written)
+        kept.mul_(decay)
+    entering[:, first] = state
+    states = entering.unbind(1)[::order]
+    for before, after, factor in zip(states, states[1:], kept.unbind(1)[::order], strict=False):
+        after.addcmul_(factor, before)
+    return entering
+
+
+def _columns(order: int, axis: int, *tensors: Tensor) -> zip[tuple[Tensor, ...]]:
+    """Token by token along `axis`, from the left (order 1) or from the right (order -1)."""
+    return zip(*(t.unbind(axis)[::order] for t in tensors), strict=True)
+
+
+def gate(log_decay: Tensor) -> Tensor:
+    """exp(log_decay), where a real part of -inf is an exact 0 with a zero gradient, whatever the phase.
+
+    The complex exponential would make NaN of it; so would the polar form in its second derivative.
+    """
+    if not log_decay.is_complex():
+        return log_decay.exp()
+    size, phase = log_decay.real.exp(), log_decay.imag
+    return torch.complex(size * phase.cos(), size * phase.sin())
+
+
+def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
+    """[T] bool: whether a document starts at this token."""
+    document = document_of(cu_seqlens, length)
+    return torch.cat([document.new_full((1,), -1), document])[:length] != document
+
+
+def enter_documents(a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Gates and writes of one packed row in which each document starts from its own state.
+
+    A document's first gate becomes 0 and what it would have kept of initial [n *] is written instead.
+    """
+    starts = document_starts(cu_seqlens, x.shape[1])
+    if initial is not None and x.shape[1] > 0:
+        first = cu_seqlens[:-1].long().clamp(max=x.shape[1] - 1)
+        filled = like_batch(cu_seqlens[1:] > cu_seqlens[:-1], initial)
+        kept = a.expand(-1, x.shape[1], *a.shape[2:])[0, first] * torch.where(filled, initial, 0)
+        x = x.index_add(1, first, kept[None])
+    return a.masked_fill(like_batch(starts, x[0])[None], 0), x
+
+
+def leave_documents(h: Tensor, initial: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    """[n *]: the state h [1 T *] after each document's last token; an empty document hands on its initial state."""
+    n = cu_seqlens.numel() - 1
+    untouched = h.new_zeros(n, *h.shape[2:]) if initial is None else initial
+    if h.shape[1] == 0:
+        return untouched.clone()
+    last = h[0, (cu_seqlens[1:].long() - 1).clamp(min=0)]
+    return torch.where(like_batch(cu_seqlens[1:] > cu_seqlens[:-1], last), last, untouched)
+
+
+def like_batch(flags: Tensor, tensor: Tensor) -> Tensor:
+    """flags [n] with as many axes as tensor [n *]."""
+    return flags.reshape(-1, *[1] * (tensor.ndim - 1))
+
+
+def gated_scan(
+    x: Tensor,
+    log_decay: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    form: str = "auto",
+) -> ScanOut:
+    """Gated diagonal scan, one memory a channel: h_t = exp(log_decay_t) * h_{t-1} + x_t, y_t = h_t.
+
+    Args:
+        x: [B T *] what each token writes, input gate already applied; real or complex.
+        log_decay: [B T *] | [*] natural log of the gate: real part <= 0 (-inf forgets), imaginary part in radians.
+        initial_state: [B *] h before the first token; zeros when omitted.
+        cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n *].
+        reverse: read from the last token to the first: initial_state enters after token T-1, state is h at token 0.
+        form: "recurrent", the token loop, or "chunked", chunks walked side by side in place; "auto" is "chunked".
+
+    Returns: y [B T *] of x's dtype, or complex if the gate is; state [B *] float32 (float64 if an input is), complex if
+        x or the gate is.
+    Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.
+    Cost: O(B T *) time; memory for x, the gates and y. Defined by `gated_step`.
+    Source: Martin and Cundy 2018, arXiv:1709.04057; Katsch 2023, arXiv:2311.01927 (complex gates).
+    """
+    form = choose_form("gated_scan", form, ("recurrent", "chunked"))
+    gates, states = _axes_of_gate(x, log_decay, "B T *"), "B *" if cu_seqlens is None else "n *"
+    bind("gated_scan", x=(x, "B T *"), log_decay=(log_decay, gates), initial_state=(initial_state, states))
+    check_packing("gated_scan", cu_seqlens, *x.shape[:2])
+    check_documents("gated_scan", initial_state, cu_seqlens)
+    number = _number("gated_scan", x, log_decay, initial_state=initial_state)
+    scan = _recurrent if form == "recurrent" else _chunked
+    initial = None if initial_state is None else initial_state.to(number)
+    log_decay = log_decay if gates == "B T *" else log_decay[None, None]
+    run = right_to_left(scan) if reverse else scan
+    y, state = run(initial, cu_seqlens, x=x.to(number), log_decay=_widen(log_decay, number))
+    return ScanOut(y if y.is_complex() else y.to(x.dtype), state)
+
+
+def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+    """One token of `gated_scan`: h = exp(log_decay) * h + x, y = h. `state` is overwritten; no gradient.
+
+    Args: x [B *]; log_decay [B *] | [*]; state [B *] float32 (float64 if an input is), complex if x or the gate is.
+    Returns: y [B *] of x's dtype, or complex if the gate is.   Raises: ShapeError, TypeError.   Cost: O(B *).
+    """
+    gates = _axes_of_gate(x, log_decay, "B *")
+    bind("gated_step", x=(x, "B *"), log_decay=(log_decay, gates), state=(state, "B *"))
+    number = _number("gated_step", x, log_decay, state=state)
+    check_state("gated_step", state, number)
+    with torch.no_grad():
+        y, new = _step(state, x=x.to(number), log_decay=_widen(log_decay, number))
+        state.copy_(new)
+        return y if y.is_complex() else y.to(x.dtype)
+
+
+def _step(state: Tensor, *, x: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    h = gate(log_decay) * state + x
+    return h, h
+
+
+def _recurrent(initial: Tensor | None, cu_seqlens: Tensor | None, *, x: Tensor, log_decay: Tensor) -> ScanOut:
+    B, T = x.shape[:2]
+    state = x.new_zeros(B, *x.shape[2:]) if initial is None or cu_seqlens is not None else initial
+    if cu_seqlens is not None:
+        _, x = enter_documents(gate(log_decay), x, initial, cu_seqlens)
+        starts = like_batch(document_starts(cu_seqlens, T), x[0])
+        log_decay = torch.where(starts, torch.full_like(log_decay, -math.inf), log_decay)
+    if T == 0:
+        h, state = x, state.clone()
+    else:
+        h, state = unroll(_step, state, x=x, log_decay=log_decay.expand(-1, T, *log_decay.shape[2:]))
+    return ScanOut(h, state if cu_seqlens is None else leave_documents(h, initial, cu_seqlens))
+
+
+def _chunked(initial: Tensor | None, cu_seqlens: Tensor | None, *, x: Tensor, log_decay: Tensor) -> ScanOut:
+    a = gate(log_decay).to(x.dtype)
+    if cu_seqlens is not None:
+        a, x = enter_documents(a, x, initial, cu_seqlens)
+        h = linear_recurrence(a, x)
+        return ScanOut(h, leave_documents(h, initial, cu_seqlens))
+    h = linear_recurrence(a, x, initial)
+    if x.shape[1] == 0:
+        return ScanOut(h, x.new_zeros(x.shape[0], *x.shape[2:]) if initial is None else initial.clone())
+    return ScanOut(h, h[:, -1].clone())  # a step may overwrite the state, which must not reach into y
+
+
+def right_to_left(scan: Callable[..., ScanOut]) -> Callable[..., ScanOut]:
+    """The scan `(initial, cu_seqlens, **tokens)` read from the end: documents and their states are mirrored too."""
+
+    def flipped(initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
+        length = next(iter(tokens.values())).shape[1]
+        states = [] if cu_seqlens is None else [0]
+        initial = None if initial is None else initial.flip(states)
+        y, state = scan(
+            initial, mirror(cu_seqlens, length), **{name: tensor.flip(1) for name, tensor in tokens.items()}
+        )
+        return ScanOut(y.flip(1), state.flip(states))
+
+    return flipped
+
+
+def check_documents(function: str, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Raise ShapeError unless a packed row comes with one initial state a document."""
+    if cu_seqlens is not None and initial_state is not None and initial_state.shape[0] != cu_seqlens.numel() - 1:
+        raise ShapeError(
+            f"{function}: initial_state must be [n ...] with n={cu_seqlens.numel() - 1} documents, "
+            f"got shape {tuple(initial_state.shape)}"
+        )
+
+
+def check_state(function: str, state: Tensor, number: torch.dtype) -> None:
+    """Raise TypeError unless a step can overwrite `state` without rounding it."""
+    if state.dtype != number:
+        raise TypeError(f"{function}: state must be {number} for these inputs, got {state.dtype}")
+
+
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def number_of(real: torch.dtype, *tensors: Tensor | None) -> torch.dtype:
+    """`real`, or the complex type of that width if any tensor is complex."""
+    return _COMPLEX[real] if any(t is not None and t.is_complex() for t in tensors) else real
+
+
+def _number(function: str, x: Tensor, log_decay: Tensor, **state: Tensor | None) -> torch.dtype:
+    """What a gated scan computes in. Raise TypeError for integers, or a complex state that a real scan would cut."""
+    for name, tensor in {"x": x, "log_decay": log_decay, **state}.items():
+        if tensor is None and name not in state:
+            raise TypeError(f"{function}: {name} must be a tensor, got None")
+        if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(f"{function}: {name} must be floating or complex, got {tensor.dtype}")
+    number = number_of(accumulation_dtype(x, log_decay, *state.values()), x, log_decay)
+    for name, tensor in state.items():
+        if tensor is not None and tensor.is_complex() and not number.is_complex:
+            raise TypeError(f"{function}: {name} must be real because x and log_decay are, got {tensor.dtype}")
+    return number
+
+
+def _widen(log_decay: Tensor, number: torch.dtype) -> Tensor:
+    """log_decay in the width of `number`, still real if it was."""
+    if log_decay.is_complex():
+        return log_decay.to(number)
+    return log_decay.double() if number in (torch.float64, torch.complex128) else log_decay.float()
+
+
+def _axes_of_gate(x: Tensor, log_decay: Tensor, letters: str) -> str:
+    """`letters`, or "*" alone when the gate lacks the axes before it and is shared by batch and time."""
+    shared = x.ndim + 1 - len(letters.split()) if isinstance(x, Tensor) else 0
+    return "*" if isinstance(log_decay, Tensor) and log_decay.ndim == shared else letters

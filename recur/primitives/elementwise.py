@@ -1,0 +1,570 @@
+"""Scans whose gate differs in every entry of a matrix state: Mamba's selective scan and Longhorn's online scan.
+
+Both are S_t = A_t * S_{t-1} + k_t u_tᵀ, y_t = S_tᵀ q_t. Inside this file channels stand in their groups, V = G W: u and
+what varies along channels is [B T G 1 W], k and q are [B T G N 1] and S is [B G N W]. What does not depend on the token
+has length 1 at T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recur.primitives.diagonal import (
+    check_documents,
+    check_state,
+    document_starts,
+    enter_documents,
+    leave_documents,
+    like_batch,
+    linear_recurrence,
+    right_to_left,
+    walk_left,
+    walk_right,
+)
+from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, unroll
+from recur.shapes import ShapeError, accumulation_dtype, bind, check_float
+
+SEGMENT = 2**19  # numbers of A_t that are held at a time
+
+
+def selective_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    form: str = "auto",
+) -> ScanOut:
+    """Mamba's selective scan, a vector of N memories a channel.
+
+        S_t[v, n] = exp(delta_t[v] A[v, n]) S_{t-1}[v, n] + delta_t[v] x_t[v] B_t[n]
+        y_t[v] = sum_n C_t[n] S_t[v, n]
+
+    Args:
+        x: [B T V] what each token writes.
+        delta: [B T V] step size, already positive; 0 is a token that does nothing.
+        A: [V N] log decay per unit of delta, negative.
+        B, C: [B T N] | [B T G N] | [V N] weights of writing and reading; channel v uses group v // (V/G).
+        initial_state: [B V N] S before the first token; zeros when omitted.
+        cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n V N].
+        reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
+        form: "recurrent", the token loop, or "chunked", segments that the backward computes again; "auto" is "chunked".
+
+    Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is).
+    Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.
+    Cost: O(B T V N) time, memory for one segment and one state a segment. Defined by `selective_step`.
+    Source: Gu and Dao 2023, arXiv:2312.00752.
+    """
+    form = choose_form("selective_scan", form, ("recurrent", "chunked"))
+    weights, states = "B T N | B T G N | V N", "B V N" if cu_seqlens is None else "n V N"
+    sizes = bind(
+        "selective_scan",
+        x=(x, "B T V"),
+        delta=(delta, "B T V"),
+        A=(A, "V N"),
+        B=(B, weights),
+        C=(C, weights),
+        initial_state=(initial_state, states),
+    )
+    check_float("selective_scan", x=x, delta=delta, A=A, B=B, C=C, initial_state=initial_state)
+    _check("selective_scan", sizes, initial_state, cu_seqlens)
+    with torch.autocast(x.device.type, enabled=False):
+        tokens = _selective(sizes, x, delta, A, B, C, initial_state)
+        y, state = _scan(form, "selective", sizes, initial_state, cu_seqlens, reverse, *tokens)
+    return ScanOut(y.to(x.dtype), state)
+
+
+def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
+    """One token of `selective_scan`. `state` is overwritten; no gradient.
+
+    Args:
+        x, delta: [B V]; A: [V N].
+        B, C: [B N] | [B G N] | [V N]. Two axes are [B N] if the first has the size of the batch, else [V N].
+        state: [B V N] float32 (float64 if an input is).
+
+    Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError.   Cost: O(V N) a row.
+    """
+    bind("selective_step", x=(x, "B V"))
+    k, q = ("B N | B G N" if w.ndim != 2 or w.shape[0] == x.shape[0] else "V N" for w in (B, C))
+    sizes = bind(
+        "selective_step",
+        x=(x, "B V"),
+        delta=(delta, "B V"),
+        A=(A, "V N"),
+        B=(B, k),
+        C=(C, q),
+        state=(state, "B V N"),
+    )
+    check_float("selective_step", x=x, delta=delta, A=A, B=B, C=C, state=state)
+    _check("selective_step", sizes, None, None)
+    B, C = (w if letters == "V N" else w[:, None] for w, letters in ((B, k), (C, q)))
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        tokens = _selective(sizes, x[:, None], delta[:, None], A, B, C, state)
+        return _step("selective_step", "selective", sizes, state, *tokens).to(x.dtype)
+
+
+def online_scan(
+    x: Tensor,
+    rate: Tensor,
+    k: Tensor,
+    q: Tensor,
+    *,
+    diagonal: bool = True,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    form: str = "auto",
+) -> ScanOut:
+    """Longhorn: each token is one proximal step of the regression "answer x when asked k", solved in closed form.
+
+        eps_t = rate_t / (1 + rate_t |k_t|²), channel by channel;        y_t = S_t q_t
+        diagonal:  S_t = (1 − eps_t k_t²ᵀ) * S_{t-1} + (eps_t x_t) k_tᵀ        entry by entry, the architecture
+        exact:     S_t[v] = (I − eps_t[v] k_t k_tᵀ) S_{t-1}[v] + eps_t[v] x_t[v] k_t        row by row, the delta rule
+
+    Args:
+        x: [B T V] what the memory should answer.
+        rate: [B T V] in [0, 1], weight of the token's error against keeping the memory.
+        k, q: [B T N] | [B T G N] keys and queries, of any norm; channel v uses group v // (V/G).
+        diagonal: keep only the diagonal of k kᵀ.
+        initial_state: [B V N] S before the first token; zeros when omitted.
+        cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n V N].
+        reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
+        form: "recurrent", the token loop, or "chunked"; "auto" is "chunked". With diagonal=False those of `scan`.
+
+    Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is).
+    Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError for rates and forms, NotImplementedError.
+    Cost: as `selective_scan`; exact as `scan` with V heads of one value each. Defined by `online_step`.
+    Source: Liu et al. 2024, arXiv:2407.14207.
+    """
+    keys, states = "B T N | B T G N", "B V N" if cu_seqlens is None else "n V N"
+    sizes = bind(
+        "online_scan",
+        x=(x, "B T V"),
+        rate=(rate, "B T V"),
+        k=(k, keys),
+        q=(q, keys),
+        initial_state=(initial_state, states),
+    )
+    check_float("online_scan", x=x, rate=rate, k=k, q=q, initial_state=initial_state)
+    _check("online_scan", sizes, initial_state, cu_seqlens)
+    _check_rate("online_scan", rate)
+    with torch.autocast(x.device.type, enabled=False):
+        if not diagonal:
+            from recur.primitives.scan import scan  # here, because only this case needs it
+
+            query, key, value, beta = _delta(sizes, x, rate, k, q, initial_state)
+            initial = None if initial_state is None else initial_state[..., None]
+            y, state = scan(
+                query, key, value, beta=beta, initial_state=initial, cu_seqlens=cu_seqlens, reverse=reverse, form=form
+            )
+            return ScanOut(y[..., 0].to(x.dtype), state[..., 0])
+        form = choose_form("online_scan", form, ("recurrent", "chunked"))
+        tokens = _online(sizes, x, rate, k, q, initial_state)
+        y, state = _scan(form, "online", sizes, initial_state, cu_seqlens, reverse, *tokens)
+    return ScanOut(y.to(x.dtype), state)
+
+
+def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *, diagonal: bool = True) -> Tensor:
+    """One token of `online_scan`. `state` is overwritten; no gradient.
+
+    Args: x, rate [B V]; k, q [B N] | [B G N]; state [B V N] float32 (float64 if an input is); diagonal as there.
+    Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError, ValueError for rates.   Cost: O(V N) a row.
+    """
+    keys = "B N | B G N"
+    sizes = bind("online_step", x=(x, "B V"), rate=(rate, "B V"), k=(k, keys), q=(q, keys), state=(state, "B V N"))
+    check_float("online_step", x=x, rate=rate, k=k, q=q, state=state)
+    _check("online_step", sizes, None, None)
+    _check_rate("online_step", rate)
+    x_t, rate_t, k_t, q_t = (token[:, None] for token in (x, rate, k, q))
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if diagonal:
+            tokens = _online(sizes, x_t, rate_t, k_t, q_t, state)
+            return _step("online_step", "online", sizes, state, *tokens).to(x.dtype)
+        from recur.primitives.scan import step  # here, because only this case needs it
+
+        query, key, value, beta = (token[:, 0] for token in _delta(sizes, x_t, rate_t, k_t, q_t, state))
+        check_state("online_step", state, value.dtype)
+        return step(query, key, value, None, state[..., None], beta=beta)[..., 0].to(x.dtype)
+
+
+# Doors: checks, groups, and what each family makes of its arguments
+
+
+def _check(function: str, sizes: dict[str, Any], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Groups divide channels; documents fit."""
+    V, G = sizes["V"], sizes.get("G", 1)
+    if G == 0 or V % G != 0:
+        raise ShapeError(f"{function}: G must divide V, got G={G} and V={V}")
+    if "T" in sizes:
+        check_packing(function, cu_seqlens, sizes["B"], sizes["T"])
+        check_documents(function, initial_state, cu_seqlens)
+
+
+def _check_rate(function: str, rate: Tensor) -> None:
+    """Values are read only on a CPU outside compilation, where it is cheap."""
+    if rate.device.type == "cpu" and not torch.compiler.is_compiling() and rate.numel() > 0:
+        low, high = (bound.item() for bound in rate.detach().aminmax())
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"{function}: rate must lie in [0, 1] (take its sigmoid), got {low:.3g} to {high:.3g}")
+
+
+def _channels(tensor: Tensor, sizes: dict[str, Any]) -> Tensor:
+    """[B T V] -> [B T G 1 W]."""
+    G = sizes.get("G", 1)
+    return tensor.unflatten(-1, (G, sizes["V"] // G)).unsqueeze(-2)
+
+
+def _slots(tensor: Tensor, sizes: dict[str, Any]) -> Tensor:
+    """[B T N] | [B T G N] -> [B T G N 1], [V N] -> [1 1 G N W]; one group stays one."""
+    if tensor.ndim == 2:
+        G = sizes.get("G", 1)
+        return tensor.unflatten(0, (G, sizes["V"] // G)).transpose(1, 2)[None, None]
+    return (tensor if tensor.ndim == 4 else tensor[:, :, None])[..., None]
+
+
+def _enter(state: Tensor, sizes: dict[str, Any]) -> Tensor:
+    """[B V N] -> [B G N W]."""
+    G = sizes.get("G", 1)
+    return state.unflatten(1, (G, sizes["V"] // G)).transpose(2, 3)
+
+
+def _leave(state: Tensor) -> Tensor:
+    """[B G N W] -> [B V N]."""
+    return state.transpose(2, 3).flatten(1, 2)
+
+
+def _selective(
+    sizes: dict[str, Any], x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None
+) -> tuple[Tensor, ...]:
+    """u, k, q and what the gate is made of: delta and A."""
+    real = accumulation_dtype(x, delta, A, B, C, state)
+    x, delta, A, B, C = (tensor.to(real) for tensor in (x, delta, A, B, C))
+    return _channels(delta * x, sizes), _slots(B, sizes), _slots(C, sizes), _channels(delta, sizes), _slots(A, sizes)
+
+
+def _online(
+    sizes: dict[str, Any], x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor | None
+) -> tuple[Tensor, ...]:
+    """u, k, q and what the gate 1 − eps k_n² is made of: 1 − eps |k|², eps, and |k|² − k_n², none by subtraction."""
+    real = accumulation_dtype(x, rate, k, q, state)
+    x, rate = (_channels(tensor.to(real), sizes) for tensor in (x, rate))
+    k, q = (_slots(tensor.to(real), sizes) for tensor in (k, q))
+    square = k.square()
+    kept = 1 / (1 + rate * square.sum(-2, keepdim=True))
+    before = F.pad(square[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
+    after = F.pad(square[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+    return rate * kept * x, k, q, kept, rate * kept, before + after
+
+
+def _delta(
+    sizes: dict[str, Any], x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k [B T G N], v [B T V 1] and beta [B T V] of the delta rule with one head a channel."""
+    real = accumulation_dtype(x, rate, k, q, state)
+    x, rate = x.to(real), rate.to(real)
+    k, q = (_slots(tensor.to(real), sizes)[..., 0] for tensor in (k, q))
+    norm = k.square().sum(-1).repeat_interleave(sizes["V"] // k.shape[2], dim=2)
+    k, q = (tensor.expand(-1, -1, sizes.get("G", 1), -1) for tensor in (k, q))
+    return q, k, x[..., None], rate / (1 + rate * norm)
+
+
+# Gates: A_t from what varies along channels and slots
+
+
+class _Gate(NamedTuple):
+    """A_t as a function of its makings, and the gradients of the makings from A_t and its gradient (overwritten)."""
+
+    value: Callable[..., Tensor]
+    gradients: Callable[..., list[Tensor]]
+
+
+def _exponential(delta: Tensor, A: Tensor) -> Tensor:
+    return (delta * A).exp_()
+
+
+def _exponential_gradients(a: Tensor, grad: Tensor, delta: Tensor, A: Tensor) -> list[Tensor]:
+    grad.mul_(a)
+    return [(grad * A).sum_to_size(delta.shape), (grad * delta).sum_to_size(A.shape)]
+
+
+def _affine(kept: Tensor, step: Tensor, others: Tensor) -> Tensor:
+    return torch.addcmul(kept, step, others)
+
+
+def _affine_gradients(a: Tensor, grad: Tensor, kept: Tensor, step: Tensor, others: Tensor) -> list[Tensor]:
+    return [grad.sum_to_size(kept.shape), _over_slots(others, grad, step), _over_channels(grad, step, others)]
+
+
+GATES = {
+    "selective": _Gate(_exponential, _exponential_gradients),
+    "online": _Gate(_affine, _affine_gradients),
+}
+
+
+def _over_slots(weights: Tensor, S: Tensor, like: Tensor) -> Tensor:
+    """Sum of weights * S over the slots N, and over whatever else `like` has not."""
+    product = weights.mT @ S if weights.shape[-1] == 1 else (weights * S).sum(-2, keepdim=True)
+    return product.sum_to_size(like.shape)
+
+
+def _over_channels(S: Tensor, weights: Tensor, like: Tensor) -> Tensor:
+    """Sum of S * weights over the channels W, and over whatever else `like` has not."""
+    product = (weights @ S.mT).mT if like.shape[-1] == 1 else S * weights
+    return product.sum_to_size(like.shape)
+
+
+# Forms
+
+
+def _update(family: str, S: Tensor, *, u: Tensor, k: Tensor, q: Tensor, **rates: Tensor) -> tuple[Tensor, Tensor]:
+    """One token, which defines the scan."""
+    S = GATES[family].value(*rates.values()) * S + k * u
+    return (q * S).sum(-2, keepdim=True), S
+
+
+def _update_packed(
+    family: str, states: tuple[Tensor, Tensor], *, starts: Tensor, own: Tensor, ends: Tensor, **token: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The same where a document may start with its own state, and may end and leave its state to `final`."""
+    S, final = states
+    y, S = _update(family, torch.where(starts, own, S), **token)
+    return y, (S, torch.where(ends[0], S, final))
+
+
+def _step(function: str, family: str, sizes: dict[str, Any], state: Tensor, *tokens: Tensor) -> Tensor:
+    check_state(function, state, tokens[0].dtype)
+    y, S = _update(family, _enter(state, sizes), **_named(*(token[:, 0] for token in tokens)))
+    state.copy_(_leave(S))
+    return y.flatten(1)
+
+
+def _named(u: Tensor, k: Tensor, q: Tensor, *rates: Tensor) -> dict[str, Tensor]:
+    return {"u": u, "k": k, "q": q, **{f"rate{i}": rate for i, rate in enumerate(rates)}}
+
+
+def _scan(
+    form: str,
+    family: str,
+    sizes: dict[str, Any],
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    *tokens: Tensor,
+) -> ScanOut:
+    """y [B T V] and the state [B V N]."""
+    initial = None if initial_state is None else _enter(initial_state.to(tokens[0].dtype), sizes).contiguous()
+    u, k = tokens[:2]
+    rows = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if initial is None and (cu_seqlens is None or form == "recurrent" or sizes["T"] == 0):
+        initial = u.new_zeros(rows, u.shape[2], k.shape[3], u.shape[4])
+    if sizes["T"] == 0:
+        return ScanOut(u.flatten(2), _leave(initial).clone())
+    run = partial(_recurrent if form == "recurrent" else _chunked, family)
+    y, state = (right_to_left(run) if reverse else run)(initial, cu_seqlens, **_named(*tokens))
+    return ScanOut(y.flatten(2), _leave(state))
+
+
+def _recurrent(family: str, initial: Tensor, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
+    T = tokens["u"].shape[1]
+    tokens = {name: tensor.expand(-1, T, *tensor.shape[2:]) for name, tensor in tokens.items()}
+    if cu_seqlens is None:
+        return unroll(partial(_update, family), initial, **tokens)
+    document, starts = document_of(cu_seqlens, T), document_starts(cu_seqlens, T)
+    last = torch.cat([starts[1:], starts[:1]])
+    ends = last[:, None] & (document[:, None] == torch.arange(len(initial), device=document.device))  # [T n]
+    marks = {
+        "starts": starts[None, :, None, None, None],
+        "own": initial[document][None],
+        "ends": ends[None, ..., None, None, None],
+    }
+    y, (_, final) = unroll(partial(_update_packed, family), (torch.zeros_like(initial[:1]), initial), **marks, **tokens)
+    return ScanOut(y, final)
+
+
+def _chunked(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
+    y, state, _ = _segments(family, initial, cu_seqlens, list(tokens.values()))
+    return ScanOut(y, state)
+
+
+def _whole(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: list[Tensor]) -> ScanOut:
+    """The scan in one piece, out of differentiable operations: how second derivatives are taken."""
+    u, k, q, *rates = tokens
+    a, x = GATES[family].value(*rates), k * u
+    if cu_seqlens is None:
+        h = linear_recurrence(a, x, initial)
+        return ScanOut((q * h).sum(-2, keepdim=True), h[:, -1])
+    a, x = enter_documents(a, x, initial, cu_seqlens)
+    h = linear_recurrence(a, x)
+    return ScanOut((q * h).sum(-2, keepdim=True), leave_documents(h, initial, cu_seqlens))
+
+
+class _Borders(NamedTuple):
+    """Where documents start and end, by token [T]; a token that is no border points at row n, one after the last."""
+
+    starts: Tensor
+    opens: Tensor
+    closes: Tensor
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, length: int) -> _Borders:
+        document, starts = document_of(cu_seqlens, length), document_starts(cu_seqlens, length)
+        none = cu_seqlens.numel() - 1
+        ends = torch.cat([starts[1:], starts[:1]])
+        return cls(starts[:, None, None, None], document.where(starts, none), document.where(ends, none))
+
+
+def _pieces(u: Tensor, k: Tensor) -> list[slice]:
+    """Segments of tokens whose gates together are about SEGMENT numbers, at least 16 tokens each."""
+    B, T, G, _, W = u.shape
+    length = max(16, SEGMENT // max(1, B * G * k.shape[3] * W))
+    return [slice(start, min(start + length, T)) for start in range(0, T, length)]
+
+
+def _cut(tokens: list[Tensor], T: int, piece: slice) -> list[Tensor]:
+    return [tensor[:, piece] if tensor.shape[1] == T else tensor for tensor in tokens]
+
+
+def _padded(states: Tensor) -> Tensor:
+    """[n+1 ...]: a row of zeros after the last."""
+    return torch.cat([states, torch.zeros_like(states[:1])]) if len(states) else states.new_zeros(1, *states.shape[1:])
+
+
+@torch.library.custom_op("recur::elementwise_segments", mutates_args=())
+def _segments(
+    family: str, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Segment after segment: y [B T G 1 W], final states [B G N W] and the state entering each segment [n B G N W]."""
+    u, k = tokens[:2]
+    (B, T, G, _, W), N = u.shape, k.shape[3]
+    state = u.new_zeros(B, G, N, W) if cu_seqlens is not None else initial
+    if cu_seqlens is not None:
+        borders = _Borders.of(cu_seqlens, T)
+        final = u.new_zeros(cu_seqlens.numel(), G, N, W) if initial is None else _padded(initial)
+        own = None if initial is None else _padded(initial)
+    y, entering = torch.empty_like(u), []
+    for piece in _pieces(u, k):
+        entering.append(state)
+        u_, k_, q_, *rates = _cut(tokens, T, piece)
+        a, x = GATES[family].value(*rates), k_ * u_
+        if cu_seqlens is not None:
+            if own is not None:
+                x.addcmul_(a, own.index_select(0, borders.opens[piece])[None])
+            a.masked_fill_(borders.starts[piece], 0)
+        h = walk_right(a, x, state)
+        y[:, piece] = _over_slots(q_, h, u_)
+        state = h[:, -1].clone()
+        if cu_seqlens is not None:
+            final.index_copy_(0, borders.closes[piece], h[0])
+    return y, state if cu_seqlens is None else final[:-1].clone(), torch.stack(entering)
+
+
+@_segments.register_fake
+def _(
+    family: str, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    u, k = tokens[:2]
+    (B, _, G, _, W), N = u.shape, k.shape[3]
+    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty_like(u), u.new_empty(rows, G, N, W), u.new_empty(len(_pieces(u, k)), B, G, N, W)
+
+
+@torch.library.custom_op("recur::elementwise_segments_backward", mutates_args=())
+def _segments_backward(
+    family: str,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tokens: list[Tensor],
+    entering: Tensor,
+    grad_y: Tensor,
+    grad_state: Tensor,
+) -> list[Tensor]:
+    """Gradients of initial and tokens: from the last segment to the first, each computed again from its entering state.
+
+    G_t = q_t dy_tᵀ + A_{t+1} * G_{t+1} is the gradient of S_t; everything else is a product with it.
+    """
+    u, k = tokens[:2]
+    T = u.shape[1]
+    gradients = [torch.zeros_like(tensor) for tensor in tokens]
+    carried = grad_state if cu_seqlens is None else torch.zeros_like(entering[0])
+    if cu_seqlens is not None:
+        borders, final = _Borders.of(cu_seqlens, T), _padded(grad_state)
+        own = None if initial is None else _padded(initial)
+        empty = like_batch(cu_seqlens[1:] == cu_seqlens[:-1], grad_state)
+        grad_own = _padded(grad_state * empty)
+    for piece, state in reversed(list(zip(_pieces(u, k), entering, strict=True))):
+        u_, k_, q_, *rates = _cut(tokens, T, piece)
+        gate, dy = GATES[family].value(*rates), grad_y[:, piece]
+        a, x, G = gate, k_ * u_, q_ * dy
+        if cu_seqlens is not None:
+            if own is not None:
+                before = own.index_select(0, borders.opens[piece])[None]
+                x.addcmul_(gate, before)
+            a = gate.masked_fill(borders.starts[piece], 0)
+            G += final.index_select(0, borders.closes[piece])
+        h = walk_right(a, x, state)
+        G[:, -1] += carried
+        G = walk_left(a, G)
+        carried = a[:, 0] * G[:, 0]
+        grad_gate = x  # its numbers are no longer needed
+        grad_gate[:, 0] = G[:, 0] * state
+        torch.mul(G[:, 1:], h[:, :-1], out=grad_gate[:, 1:])
+        if cu_seqlens is not None:
+            grad_gate.masked_fill_(borders.starts[piece], 0)
+            if own is not None:
+                grad_gate.addcmul_(G, before)
+                grad_own.index_add_(0, borders.opens[piece], (gate * G)[0])
+        parts = [_over_slots(k_, G, u_), _over_channels(G, u_, k_), _over_channels(h, dy, q_)]
+        parts += GATES[family].gradients(gate, grad_gate, *rates)
+        for gradient, part in zip(_cut(gradients, T, piece), parts, strict=True):
+            gradient += part
+    if cu_seqlens is None:
+        return [carried, *gradients]
+    return [grad_own[:-1].clone(), *gradients]
+
+
+@_segments_backward.register_fake
+def _(
+    family: str,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tokens: list[Tensor],
+    entering: Tensor,
+    grad_y: Tensor,
+    grad_state: Tensor,
+) -> list[Tensor]:
+    return [torch.empty_like(grad_state), *(torch.empty_like(tensor) for tensor in tokens)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.family, initial, cu_seqlens, tokens = inputs
+    ctx.save_for_backward(initial, cu_seqlens, output[2], *tokens)
+
+
+def _gradients(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Any, ...]:
+    initial, cu_seqlens, entering, *tokens = ctx.saved_tensors
+    with torch.autocast(grad_y.device.type, enabled=False):
+        if torch.is_grad_enabled():
+            sources = [tensor for tensor in (initial, *tokens) if tensor is not None and tensor.requires_grad]
+            outputs = _whole(ctx.family, initial, cu_seqlens, tokens)
+            found = iter(torch.autograd.grad(outputs, sources, (grad_y, grad_state), create_graph=True))
+            grad_initial, *gradients = [
+                next(found) if tensor is not None and tensor.requires_grad else None for tensor in (initial, *tokens)
+            ]
+        else:
+            grad_initial, *gradients = _segments_backward(
+                ctx.family, initial, cu_seqlens, tokens, entering, grad_y, grad_state
+            )
+    return None, None if initial is None else grad_initial, None, gradients
+
+
+_segments.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,128 @@
+"""Gates: how much is kept, by which angle it turns, how much leaves. Decays are natural logs, in float32 or wider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recur.shapes import accumulation_dtype, bind, check_float
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "elu": F.elu,
+    "1+elu": lambda x: 1 + F.elu(x),
+    "tanh": torch.tanh,
+    "exp": torch.exp,
+    "softplus": F.softplus,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The pointwise function of that name. Raises: ValueError listing the names there are."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: name must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def sigmoid_decay(z: Tensor, *, tau: float = 1.0) -> Tensor:
+    """Log decay of a sigmoid gate: log a = log(sigmoid(z)) / tau, so a = sigmoid(z)^(1/tau) in (0, 1).
+
+    Args:
+        z:   [*] gate logits.
+        tau: how many tokens share one sigmoid of forgetting; 16 in GLA.
+
+    Returns: [*] natural log decay, float32 or wider.   Cost: O(size).   Source: Yang et al. 2023, arXiv:2312.06635.
+    """
+    check_float("sigmoid_decay", z=z)
+    return F.logsigmoid(z.to(accumulation_dtype(z))) / tau
+
+
+def lower_bounded_decay(z: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """A forget gate that never falls below its bound: a = g + (1 - g) sigmoid(z), and what it lets in, 1 - a.
+
+    Args:
+        z:     [*] gate logits.
+        bound: broadcastable to z, g in [0, 1).
+
+    Returns: log a and 1 - a = (1 - g) sigmoid(-z), each [*], float32 or wider; neither is formed by a difference.
+    Cost: O(size).   Source: Qin et al. 2023, arXiv:2311.04823; Qin et al. 2024, arXiv:2404.07904.
+    """
+    check_float("lower_bounded_decay", z=z, bound=bound)
+    dtype = accumulation_dtype(z, bound)
+    z, bound = z.to(dtype), bound.to(dtype)
+    free = F.logsigmoid(z)
+    bounded = bound > 0
+    safe = torch.where(bounded, bound, 0.5)  # a bound of 0 must not reach log, whose gradient there is infinite
+    log_a = torch.where(bounded, torch.logaddexp(safe.log(), torch.log1p(-safe) + free), free)
+    return log_a, (1 - bound) * torch.sigmoid(-z)
+
+
+def lower_bounds(logits: Tensor) -> Tensor:
+    """Bounds that rise with depth: g_l = sum_{1 <= j <= l} P_j with P = softmax(logits) over the layers; g_0 = 0.
+
+    Args: logits: [L *] one row a layer.
+    Returns: [L *] bounds in [0, 1).   Cost: O(size).   Source: Qin et al. 2024, arXiv:2404.07904.
+    """
+    check_float("lower_bounds", logits=logits)
+    share = logits.to(accumulation_dtype(logits)).softmax(0)
+    return torch.cat([torch.zeros_like(share[:1]), share[1:].cumsum(0)])
+
+
+def complex_gate(magnitude: Tensor, phase: Tensor) -> Tensor:
+    """Complex log decay from a magnitude logit and an angle: log a = log(sigmoid(m)) + i phi.
+
+    Args:
+        magnitude: [*] logits m; |a| = sigmoid(m).
+        phase:     [*] angle phi in radians by which the state turns each token.
+
+    Returns: [*] complex64 (complex128 for float64), real part <= 0.
+    Cost: O(size); a scan with it costs as much as a real one twice as wide.
+    Source: Katsch 2023, arXiv:2311.01927 (amplitude and phase law).
+    """
+    bind("complex_gate", magnitude=(magnitude, "*"), phase=(phase, "*"))
+    check_float("complex_gate", magnitude=magnitude, phase=phase)
+    dtype = accumulation_dtype(magnitude, phase)
+    return torch.complex(F.logsigmoid(magnitude.to(dtype)), phase.to(dtype))
+
+
+def polar_gate(real: Tensor, imag: Tensor) -> Tensor:
+    """Complex log decay read from one complex number c: a = sigmoid(|c|) c / |c|, so |a| lies in [0.5, 1).
+
+    Args: real, imag: [*] the two parts of c. At c = 0 the angle is 0 and so are both gradients.
+    Returns: [*] complex64 (complex128 for float64).   Cost: O(size).
+    Source: the released PyTorch GateLoop, after Katsch 2023, arXiv:2311.01927.
+    """
+    bind("polar_gate", real=(real, "*"), imag=(imag, "*"))
+    check_float("polar_gate", real=real, imag=imag)
+    dtype = accumulation_dtype(real, imag)
+    c = torch.complex(real.to(dtype), imag.to(dtype))
+    return complex_gate(c.abs(), c.angle())
+
+
+def output_gate(y: Tensor, z: Tensor, *, act: str = "silu") -> Tensor:
+    """Let a second branch decide how much of the result leaves: y * act(z).
+
+    Args:
+        y:   [*] what the recurrence read.
+        z:   [*] gate of the same shape.
+        act: name of a pointwise function; "identity" multiplies as is.
+
+    Returns: [*] in y's dtype.   Raises: ShapeError if the shapes differ.   Cost: O(size).
+    Source: Hua et al. 2022, arXiv:2202.10447 (gated attention unit); Mehta et al. 2022, arXiv:2206.13947.
+    """
+    bind("output_gate", y=(y, "*"), z=(z, "*"))
+    return y * activation(act)(z).to(y.dtype)
+
+
+def scale_gradient(x: Tensor, fraction: float) -> Tensor:
+    """The same value with `fraction` of the gradient: GateLoop's gate learns a little slower than the rest."""
+    return fraction * x + (1 - fraction) * x.detach()

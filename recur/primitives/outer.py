@@ -1,0 +1,95 @@
+"""The outer-product state expansion: a decaying sum of k vᵀ, read by q."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from recur.primitives.chunks import carry, cut
+from recur.primitives.diagonal import gate, gated_scan
+from recur.primitives.forms import ScanOut
+from recur.primitives.within import lay_out, turned, within
+
+
+def outer_step(
+    state: Tensor, *, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, bonus: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token, pure: S = exp(log_decay) S + k vᵀ, y = Re(S)ᵀ q; with a bonus y = (S_before + diag(bonus) k vᵀ)ᵀ q.
+
+    Args: state [B H K V]; q, k [B G K]; v [B H V]; log_decay [B H K | 1]; bonus [H K | 1].   Returns: y [B H V], S.
+    """
+    q, k = to_heads(q, v.shape[1]), to_heads(k, v.shape[1])
+    kept = state if log_decay is None else gate(log_decay)[..., None] * state
+    new = kept + k[..., None] * v[..., None, :]
+    if bonus is None:
+        return read(new, q), new
+    return read(state, q) + (q * bonus * k).sum(-1, keepdim=True) * v, new
+
+
+def outer_scan(
+    initial: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    bonus: Tensor | None = None,
+    chunk_size: int,
+) -> ScanOut:
+    """All tokens in chunks of chunk_size, a power of two: S_t = A_t S_{t-1} + k_t v_tᵀ, y_t = Re(S_t)ᵀ q_t.
+
+    Args: as `outer_step` with an axis T, which is 1 for a log_decay that does not change; initial [B H K V], or
+        [n H K V] for the n documents of cu_seqlens.
+    Returns: y [B T H V]; state like initial.
+    Cost: matmuls of chunk_size * (K + V) + 2 K V a token and head. Memory: scores C T and states 2 T K V / C a head.
+    Source: Yang et al. 2024, arXiv:2312.06635; Dao and Gu 2024, arXiv:2405.21060; Katsch 2023, arXiv:2311.01927.
+    """
+    G, K, before = q.shape[2], q.shape[3], bonus is not None
+    chunks = cut(v.shape[1], chunk_size, cu_seqlens)
+    q, k, v = (lay_out(chunks, x, G) for x in (q, k, v))
+    own = None if bonus is None else q * rearrange(bonus, "(G r) K -> G r 1 K", G=G) * k
+    log_decay = None if log_decay is None else lay_out(chunks, log_decay, G)
+    q, k, a, turn = turned(q, k, log_decay, before=before)
+    (scores,), (q,), k, total = within((q,), k, a, before=before)
+    total, write = total[..., :K, None], k.mT @ v
+    if turn is not None:
+        total, write = total * turn[..., None], joined(write) * turn[..., None]
+    total = total.expand(-1, chunks.n, -1, -1, -1, -1)
+    entering, state = carry(chunks, total, write, rearrange(initial, "B (G r) K V -> B G r K V", G=G))
+    y = scores @ v + q @ (entering if turn is None else stacked(entering))
+    if own is not None:
+        y = y + own.sum(-1, keepdim=True) * v
+    y = chunks.merge(rearrange(y, "B n G r C V -> B n C (G r) V"))
+    return ScanOut(y, rearrange(state, "B G r K V -> B (G r) K V"))
+
+
+def narrow_scan(
+    initial: Tensor, cu_seqlens: Tensor | None, *, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
+) -> ScanOut:
+    """`outer_scan` for K = 1, where the state is a vector and the scan is diagonal: y_t = q_t Re(h_t)."""
+    x = to_heads(k, v.shape[2]) * v
+    log_decay = x.new_zeros(()) if log_decay is None else log_decay
+    h, state = gated_scan(x, log_decay.expand_as(x), initial_state=initial.squeeze(2), cu_seqlens=cu_seqlens)
+    return ScanOut(to_heads(q, v.shape[2]) * h.real, state.unsqueeze(2))
+
+
+def read(state: Tensor, q: Tensor) -> Tensor:
+    """Re(S)ᵀ q: [B H K V], [B H K] -> [B H V]."""
+    return torch.einsum("bhkv,bhk->bhv", state.real, q)
+
+
+def to_heads(x: Tensor, heads: int) -> Tensor:
+    """[... G K] -> [... H K]: every head its group's."""
+    return x if x.shape[-2] == heads else repeat(x, "... G K -> ... (G r) K", r=heads // x.shape[-2])
+
+
+def joined(state: Tensor) -> Tensor:
+    """Real and imaginary part one below the other [... 2K V] -> complex [... K V]."""
+    return torch.complex(*state.chunk(2, -2))
+
+
+def stacked(state: Tensor) -> Tensor:
+    """Complex [... K V] -> real and imaginary part one below the other [... 2K V]."""
+    return torch.cat([state.real, state.imag], -2)

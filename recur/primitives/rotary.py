@@ -1,0 +1,39 @@
+"""Rotary positions: pairs of channels turned by an angle proportional to the position."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recur.shapes import accumulation_dtype
+
+
+def rotary_frequencies(dim: int, *, base: float = 10000.0, inclusive: bool = False) -> Tensor:
+    """[dim/2] float64 radians a token: base^(-2j/dim); if inclusive base^(-j/(dim/2 - 1)), the last being 1/base."""
+    if dim % 2:
+        raise ValueError(f"rotary_frequencies: dim must be even, got {dim}")
+    pairs = torch.arange(dim // 2, dtype=torch.float64)
+    return base ** -(pairs / max(dim // 2 - 1, 1) if inclusive else 2 * pairs / dim)
+
+
+def rotate(x: Tensor, position: Tensor, frequencies: Tensor, *, layout: str = "interleaved") -> Tensor:
+    """Turn pair j of every head by the angle position * frequencies[j].
+
+    Args:
+        x:           [B T H K].
+        position:    [B T] integer positions.
+        frequencies: [K/2] radians a token.
+        layout:      "interleaved" pairs (2j, 2j+1), or "half" pairs (j, j + K/2).
+
+    Returns: [B T H K] in x's dtype.   Raises: ValueError for another layout.
+    Cost: O(B T H K).   Source: Su et al. 2021, arXiv:2104.09864.
+    """
+    if layout not in ("interleaved", "half"):
+        raise ValueError(f'rotate: layout must be "interleaved" or "half", got {layout!r}')
+    dtype = accumulation_dtype(x)
+    angle = (position[..., None].double() * frequencies.to(position.device)).to(dtype)[:, :, None]  # [B T 1 K/2]
+    cos, sin = angle.cos(), angle.sin()
+    pairs = x.to(dtype).unflatten(-1, (-1, 2) if layout == "interleaved" else (2, -1))
+    side = -1 if layout == "interleaved" else -2
+    a, b = pairs.unbind(side)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], side).flatten(-2).to(x.dtype)

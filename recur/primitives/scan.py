@@ -1,0 +1,214 @@
+"""The scan with a matrix state: the public door of the outer-product expansion and of the delta rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from recur.primitives.delta import delta_scan, delta_step
+from recur.primitives.diagonal import check_state, number_of, right_to_left
+from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, unroll
+from recur.primitives.outer import narrow_scan, outer_scan, outer_step
+from recur.shapes import ShapeError, accumulation_dtype, bind, check_float
+
+CHUNK = 64  # tokens a chunk
+
+
+def scan(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    beta: Tensor | None = None,
+    bonus: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    scale: float = 1.0,
+    form: str = "auto",
+) -> ScanOut:
+    """Scan with a matrix state S [K V] a head: what is written with key k is read with query q.
+
+        S_t = A_t S_{t-1} + k_t u_tᵀ        A_t = exp(log_decay_t), one number, or one a row of S
+        u_t = v_t, or with beta u_t = beta_t (v_t − Re(A_t S_{t-1})ᵀ k_t)
+        y_t = scale Re(S_t)ᵀ q_t, or with bonus y_t = scale Re(S_{t-1} + diag(bonus) k_t v_tᵀ)ᵀ q_t
+
+    Args:
+        q: [B T G K] queries, G divides H and head h reads group h // (H/G).
+        k: [B T G K] keys; None ties them to the gate, k = 1 − exp(log_decay), which then is [H K] or [B T H K] and real.
+        v: [B T H V] values.
+        log_decay: None | [H] | [H K] | [B T H] | [B T H K] natural log of the gate, real part <= 0 (−inf forgets),
+            imaginary part in radians.
+        beta: [B T H] write strength of the delta rule.
+        bonus: [H] | [H K] weight of the current token, read before the state is decayed and written; not with beta.
+        initial_state: [B H K V] S before the first token; zeros when omitted.
+        cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n H K V].
+        reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
+        scale: factor on y.
+        form: "recurrent", the token loop; "chunked", matmuls inside chunks and a scan over them; "parallel", one chunk;
+            "auto" is "chunked".
+
+    Returns: y [B T H V] of v's dtype; state [B H K V] float32 (float64 if an input is), complex if log_decay is.
+    Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError for arguments that exclude each other,
+        NotImplementedError for forms.
+    Cost: "chunked" O(T (C + K) (K + V)) a head with C = 64, and O(T (C + K V / C)) memory. Defined by `outer_step` and
+        `delta_step`.
+    Source: Katharopoulos et al. 2020, arXiv:2006.16236; Yang et al. 2024, arXiv:2312.06635 and arXiv:2412.06464.
+    """
+    form = choose_form("scan", form, ("recurrent", "chunked", "parallel"))
+    states = "B H K V" if cu_seqlens is None else "n H K V"
+    decays = "H | H K | B T H | B T H K"
+    _check("scan", "B T", q, k, v, log_decay, decays, beta, bonus, initial_state=(initial_state, states))
+    B, T, H, V = v.shape
+    check_packing("scan", cu_seqlens, B, T)
+    real = accumulation_dtype(q, k, v, log_decay, beta, bonus, initial_state)
+    number = number_of(real, log_decay)
+    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if initial_state is None:
+        initial_state = torch.zeros(rows, H, q.shape[3], V, dtype=number, device=v.device)
+    if initial_state.is_complex() and not number.is_complex:
+        raise TypeError(f"scan: initial_state must be real because log_decay is not complex, got {initial_state.dtype}")
+    if initial_state.shape[0] != rows:
+        raise ShapeError(f"scan: initial_state must be [n H K V], n={rows}, got shape {tuple(initial_state.shape)}")
+    if T == 0:
+        return ScanOut(torch.zeros_like(v), initial_state.to(number, copy=True))
+    if log_decay is not None and log_decay.ndim <= 2:
+        log_decay = log_decay[None, None]
+    with torch.autocast(v.device.type, enabled=False):
+        tokens = _tokens(real, q, k, v, log_decay, beta, scale)
+        run = _choose(form, "beta" in tokens, tokens["k"].shape, None if bonus is None else bonus.to(real).reshape(H, -1))
+        y, state = (right_to_left(run) if reverse else run)(initial_state.to(number), cu_seqlens, **tokens)
+    return ScanOut(y.to(v.dtype), state)
+
+
+def step(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    *,
+    beta: Tensor | None = None,
+    bonus: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """One token of `scan`. `state` is overwritten; no gradient.
+
+    Args:
+        q: [B G K]; k: [B G K] or None, tied; v: [B H V]; beta: [B H]; bonus: [H] | [H K]; all as in `scan`.
+        log_decay: None | [H] | [H K] | [B H] | [B H K]. Two axes are [B H] if their sizes are B and H, else [H K].
+        state: [B H K V] float32 (float64 if an input is), complex if log_decay is.
+
+    Returns: y [B H V] of v's dtype.   Raises: as `scan`.   Cost: O(H K V) a row.
+    """
+    bind("step", v=(v, "B H V"))
+    token_decay = log_decay is not None and (log_decay.ndim == 3 or log_decay.shape == v.shape[:2])
+    decays = "H | B H | B H K" if token_decay else "H | H K"
+    _check("step", "B", q, k, v, log_decay, decays, beta, bonus, state=(state, "B H K V"))
+    real = accumulation_dtype(q, k, v, log_decay, beta, bonus, state)
+    check_state("step", state, number_of(real, log_decay))
+    if log_decay is not None:
+        log_decay = log_decay[:, None] if token_decay else log_decay[None, None]
+    q, k, v, beta = (None if x is None else x[:, None] for x in (q, k, v, beta))
+    with torch.no_grad(), torch.autocast(state.device.type, enabled=False):
+        tokens = _tokens(real, q, k, v, log_decay, beta, scale)
+        advance = _step_of("beta" in tokens, None if bonus is None else bonus.to(real).reshape(state.shape[1], -1))
+        y, new = advance(state, **{name: token.squeeze(1) for name, token in tokens.items()})
+        state.copy_(new)
+        return y.to(v.dtype)
+
+
+def _check(
+    function: str,
+    lead: str,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None,
+    decays: str,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    **state: tuple[Tensor | None, str],
+) -> None:
+    """Raise unless axes and dtypes fit and no two arguments exclude each other."""
+    sizes = bind(
+        function,
+        q=(q, f"{lead} G K"),
+        k=(k, f"{lead} G K"),
+        v=(v, f"{lead} H V"),
+        log_decay=(log_decay, decays),
+        beta=(beta, f"{lead} H"),
+        bonus=(bonus, "H | H K"),
+        **state,
+    )
+    check_float(function, q=q, k=k, v=v, beta=beta, bonus=bonus)
+    if log_decay is not None and not (log_decay.is_floating_point() or log_decay.is_complex()):
+        raise TypeError(f"{function}: log_decay must be floating or complex, got {log_decay.dtype}")
+    if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
+        raise ShapeError(f"{function}: G must divide H, got G={sizes['G']} (q) and H={sizes['H']} (v)")
+    if beta is not None and bonus is not None:
+        raise ValueError(f"{function}: bonus must be None with beta: the delta rule reads after the write, got both")
+    if k is None and (log_decay is None or log_decay.is_complex() or log_decay.shape[-2:] != (sizes["H"], sizes["K"])):
+        got = None if log_decay is None else f"{log_decay.dtype} {tuple(log_decay.shape)}"
+        raise ValueError(
+            f"{function}: k=None is 1 − exp(log_decay), so log_decay must be real and end in [H K]; "
+            f"expected H={sizes['H']}, K={sizes['K']}, got {got}"
+        )
+
+
+def _tokens(
+    real: torch.dtype,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+) -> dict[str, Tensor]:
+    """The tensors [B T ...] that every form takes, wide enough to sum in; log_decay [B|1 T|1 H K|1]."""
+    tokens = {"q": q.to(real) if scale == 1.0 else q.to(real) * scale, "v": v.to(real)}
+    if log_decay is not None:
+        log_decay = log_decay.to(number_of(real, log_decay))
+        tokens["log_decay"] = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
+    tokens["k"] = -torch.expm1(tokens["log_decay"]).expand(*v.shape[:3], -1) if k is None else k.to(real)
+    if beta is not None:
+        tokens["beta"] = beta.to(real)
+    return tokens
+
+
+def _choose(form: str, delta: bool, keys: torch.Size, bonus: Tensor | None) -> Callable[..., ScanOut]:
+    """The scan `(initial, cu_seqlens, **tokens)` for keys [B T G K]."""
+    _, T, _, K = keys
+    if form == "recurrent":
+        return partial(_recurrent, _step_of(delta, bonus))
+    whole = 1 << (T - 1).bit_length()
+    size = whole if form == "parallel" else min(CHUNK, whole)
+    if delta:
+        return partial(delta_scan, chunk_size=size)
+    if K == 1 and bonus is None and form == "chunked":
+        return narrow_scan
+    return partial(outer_scan, bonus=bonus, chunk_size=size)
+
+
+def _step_of(delta: bool, bonus: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    return delta_step if delta else partial(outer_step, bonus=bonus)
+
+
+def _recurrent(
+    step: Callable[..., tuple[Tensor, Tensor]], initial: Tensor, cu_seqlens: Tensor | None, **tokens: Tensor
+) -> ScanOut:
+    """The token loop. A packed row picks its document's state [n H K V] for every token and puts it back."""
+    B, T = tokens["v"].shape[:2]
+    tokens = {name: token.expand(B, T, *token.shape[2:]) for name, token in tokens.items()}
+    if cu_seqlens is None:
+        return unroll(step, initial, **tokens)
+
+    def packed(states: Tensor, *, document: Tensor, **token: Tensor) -> tuple[Tensor, Tensor]:
+        y, state = step(states.index_select(0, document), **token)
+        return y, states.index_copy(0, document, state)
+
+    return unroll(packed, initial, document=document_of(cu_seqlens, T)[None], **tokens)

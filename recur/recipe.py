@@ -1,0 +1,389 @@
+"""Part, Flow, Recipe: the one joint. A recipe is a frozen sequence of parts; parts meet only in the flow."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from recur.axes import RecipeError, Spec, evaluate, letters, size, spec
+from recur.weights import Param, Weights
+
+State = Any  # None, a tensor, or a dict of states
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What parts read and write: named tensors [B T ...] (T may be 1 for what does not change in time).
+
+    tensors:    "x" is the input and stays; "y" is the result at the end.
+    position:   [B] tokens each sequence has seen before these ([n] if packed).
+    past:       what each shallower layer published, oldest first; `publish` collects what this layer hands down.
+    """
+
+    tensors: Mapping[str, Tensor]
+    position: Tensor
+    form: str = "auto"
+    cu_seqlens: Tensor | None = None
+    layer: int = 0
+    grid: tuple[int, ...] | None = None
+    past: tuple[Mapping[str, Tensor], ...] = ()
+    published: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def set(self, **tensors: Tensor) -> Flow:
+        return dataclasses.replace(self, tensors={**self.tensors, **tensors})
+
+    def publish(self, **tensors: Tensor) -> Flow:
+        return dataclasses.replace(self, published={**self.published, **tensors})
+
+    def positions(self) -> Tensor:
+        """[B T] the position of every token in its own sequence."""
+        token = torch.arange(self["x"].shape[1], device=self["x"].device)
+        if self.cu_seqlens is None:
+            return self.position[:, None] + token
+        from recur.primitives.forms import document_of
+
+        document = document_of(self.cu_seqlens, len(token))
+        return (self.position[document] + token - self.cu_seqlens[document])[None]
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of every tensor written so far, as one part sees them."""
+
+    written: Mapping[str, Spec]
+    reader: str = ""
+
+    def __getitem__(self, name: str) -> Spec:
+        if name not in self.written:
+            raise RecipeError(f"{self.reader} reads {name!r}, which nobody wrote; available: {', '.join(self.written)}")
+        return self.written[name]
+
+    def same(self, *names: str) -> Spec:
+        """The axes these tensors share. Raises: RecipeError naming two that differ."""
+        first = self[names[0]]
+        for name in names[1:]:
+            if self[name] != first:
+                raise RecipeError(
+                    f"{self.reader} needs {names[0]!r} and {name!r} of equal axes, "
+                    f"got {names[0]} [{' '.join(first)}] and {name} [{' '.join(self[name])}]"
+                )
+        return first
+
+    def rank(self, name: str, *ranks: int) -> Spec:
+        """The axes of a tensor that must have one of these many."""
+        if len(self[name]) not in ranks:
+            wanted = " or ".join(map(str, ranks))
+            raise RecipeError(
+                f"{self.reader} needs {name!r} with {wanted} axes after B T, got [{' '.join(self[name])}]"
+            )
+        return self[name]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a part is built: sizes of the axes, what has been written before it, and its place in the model."""
+
+    sizes: Mapping[str, str | int]
+    axes: Axes
+    depth: int = 1
+    layer: int = 0
+    dtype: torch.dtype = torch.float32
+    device: torch.device | None = None
+
+    def size(self, axes: str | Spec) -> tuple[int, ...]:
+        """The sizes of "H K"."""
+        return tuple(size(axis, self.sizes) for axis in (spec(axes) if isinstance(axes, str) else axes))
+
+    def of(self, name: str) -> tuple[int, ...]:
+        """The sizes of a tensor's axes after B T."""
+        return self.size(self.axes[name])
+
+    def number(self, expression: str | float) -> float:
+        return float(evaluate(expression, self.sizes))
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A fresh activation-like state."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def memory(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A fresh recurrent state: float32, or float64 in a float64 model."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return torch.zeros(shape, dtype=(dtype or wide), device=self.device)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A frozen record that says what it reads and writes; its weights live in the module a Mixer builds from it.
+
+    A part of one's own is a frozen dataclass with `shapes` and `__call__`, and `params` or `init_state` if it has
+    weights or state. `name` keys its weights; two parts of one name share them.
+    """
+
+    name: str | None = field(default=None, kw_only=True)
+    scope: ClassVar[str] = "layer"  # "model": built once, shared by all layers
+
+    @property
+    def causal(self) -> bool:
+        return True
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        """Axes of what it writes, from the axes of what it reads."""
+        raise NotImplementedError(f"{type(self).__name__}: a part must say what it writes: define shapes(axes)")
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        """Its weights."""
+        return {}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        """Numbers that its sizes fix, found beside the weights when it is called."""
+        return {}
+
+    def build(self, site: Site) -> nn.Module:
+        """The module that holds its weights and facts."""
+        return Weights(self.params(site), self.facts(site))
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        """The state before the first token; None if it has none."""
+        return None
+
+    def formula(self) -> str:
+        """Its equation, in the names of the flow."""
+        return ""
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        raise NotImplementedError(f"{type(self).__name__}: a part must act: define __call__(flow, weights, state)")
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        kept = {key: _plain(value) for key, value in values.items() if key != "name" or value is not None}
+        return {"part": type(self).__name__, **kept}
+
+
+@dataclass(frozen=True)
+class Chain(Part):
+    """Parts one after another: the body of every recipe and of every combinator."""
+
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def causal(self) -> bool:
+        return all(part.causal for part in self.parts)
+
+    def keys(self) -> list[str]:
+        """The name of each part's weights and state: its own, else class and ordinal."""
+        counts: dict[str, int] = {}
+        keys = []
+        for part in self.parts:
+            kind = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(part).__name__).lower()
+            counts[kind] = counts.get(kind, 0) + (part.name is None)
+            keys.append(part.name or (kind if counts[kind] == 1 else f"{kind}_{counts[kind]}"))
+        return keys
+
+    def walk(self, axes: Axes) -> Iterable[tuple[Part, Axes, Mapping[str, Spec]]]:
+        """Each part with what it finds and what it writes."""
+        for number, part in enumerate(self.parts, 1):
+            axes = dataclasses.replace(axes, reader=f"part {number} {type(part).__name__}")
+            wrote = dict(part.shapes(axes))
+            if "x" in wrote:
+                raise RecipeError(f"{axes.reader} writes 'x', which every part may read and none may change")
+            yield part, axes, wrote
+            axes = Axes({**axes.written, **wrote})
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {name: spec for _, _, wrote in self.walk(axes) for name, spec in wrote.items()}
+
+    def sites(self, site: Site) -> Iterable[tuple[str, Part, Site]]:
+        """Each part with its key and its place."""
+        for key, (part, axes, _) in zip(self.keys(), self.walk(site.axes), strict=True):
+            yield key, part, dataclasses.replace(site, axes=axes)
+
+    def build(self, site: Site, shared: nn.ModuleDict | None = None) -> nn.ModuleDict:
+        modules = nn.ModuleDict()
+        for key, part, place in self.sites(site):
+            home = shared if part.scope == "model" and shared is not None else modules
+            if key not in home:
+                home[key] = part.build(place)
+        return modules
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        states = {key: part.init_state(place, batch, max_len) for key, part, place in self.sites(site)}
+        return {key: state for key, state in states.items() if state is not None}
+
+    def __call__(self, flow: Flow, weights: Mapping[str, nn.Module], state: State) -> tuple[Flow, State]:
+        before, after = state or {}, {}
+        for key, part in zip(self.keys(), self.parts, strict=True):
+            flow, new = part(flow, weights[key], before.get(key))
+            if new is not None:
+                after[key] = new
+        return flow, after
+
+
+class Recipe:
+    """A frozen sequence of parts from "x" [B T D] to "y" [B T D], checked when built.
+
+    Args:
+        parts:  in the order the data meets them.
+        axes:   letters and their sizes: integers, or expressions over D and each other.
+        inputs: further tensors a call must bring, name -> axes ("H K").
+        source: where the architecture was published.
+
+    Raises: RecipeError naming the part, the name or axis that does not fit, and what was available.
+    """
+
+    def __init__(
+        self,
+        *parts: Part,
+        axes: Mapping[str, str | int] | None = None,
+        inputs: Mapping[str, str] | None = None,
+        source: str = "",
+    ) -> None:
+        for part in parts:
+            if not isinstance(part, Part):
+                raise TypeError(f"Recipe: parts must be of class Part, got {type(part).__name__}")
+        self.body = Chain(tuple(parts))
+        self.axes: dict[str, str | int] = dict(axes or {})
+        self.inputs: dict[str, str] = dict(inputs or {})
+        self.source = source
+        known = {"D", *self.axes}
+        for name, expression in self.axes.items():
+            if unknown := letters(expression) - known:
+                raise RecipeError(
+                    f"Recipe: axis {name}={expression} mentions {', '.join(sorted(unknown))}, no axis of it"
+                )
+        given = Axes({"x": ("D",), **{name: spec(axes) for name, axes in self.inputs.items()}})
+        written: dict[str, Spec] = dict(given.written)
+        owners: dict[str, str] = {}
+        for key, (part, found, wrote) in zip(self.body.keys(), self.body.walk(given), strict=True):
+            for name, axes_of in wrote.items():
+                for axis in axes_of:
+                    if unknown := letters(axis) - known:
+                        axes_here = ", ".join(["D", *self.axes])
+                        raise RecipeError(
+                            f"{found.reader} writes {name} [{' '.join(axes_of)}], "
+                            f"but {', '.join(sorted(unknown))} is no axis; axes are {axes_here}"
+                        )
+            if owners.setdefault(key, type(part).__name__) != type(part).__name__:
+                raise RecipeError(
+                    f"{found.reader} is called {key!r}, as is a {owners[key]}; weights cannot be shared across classes"
+                )
+            written |= wrote
+        if written.get("y") != ("D",):
+            got = f"y [{' '.join(written['y'])}]" if "y" in written else "no y"
+            raise RecipeError(f"Recipe: the last parts must write y [D], got {got}; written: {', '.join(written)}")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.body.parts
+
+    @property
+    def causal(self) -> bool:
+        return self.body.causal
+
+    def site(self, dim: int, **place: Any) -> Site:
+        """The place of this recipe's parts at width D = dim."""
+        axes = Axes({"x": ("D",), **{name: spec(axes) for name, axes in self.inputs.items()}})
+        return Site({"D": dim, **self.axes}, axes, **place)
+
+    # ------------------------------------------------------------------ edits: each returns a new recipe
+
+    def replace(self, which: type[Part] | str, *new: Part) -> Recipe:
+        """With these parts in the place of the one part of that class or name."""
+        at = self._find("replace", which)
+        return self._with(self.parts[:at] + new + self.parts[at + 1 :])
+
+    def insert_before(self, which: type[Part] | str, *new: Part) -> Recipe:
+        """With these parts before the one part of that class or name."""
+        at = self._find("insert_before", which)
+        return self._with(self.parts[:at] + new + self.parts[at:])
+
+    def remove(self, which: type[Part] | str) -> Recipe:
+        """Without the one part of that class or name."""
+        at = self._find("remove", which)
+        return self._with(self.parts[:at] + self.parts[at + 1 :])
+
+    def _with(self, parts: tuple[Part, ...]) -> Recipe:
+        return Recipe(*parts, axes=self.axes, inputs=self.inputs, source=self.source)
+
+    def _find(self, verb: str, which: type[Part] | str) -> int:
+        def fits(key: str, part: Part) -> bool:
+            return key == which if isinstance(which, str) else isinstance(part, which)
+
+        keys = self.body.keys()
+        hits = [i for i, (key, part) in enumerate(zip(keys, self.parts, strict=True)) if fits(key, part)]
+        if len(hits) != 1:
+            label = repr(which) if isinstance(which, str) else which.__name__
+            raise RecipeError(f"{verb}: exactly one part must be {label}, got {len(hits)} among {', '.join(keys)}")
+        return hits[0]
+
+    # ------------------------------------------------------------------ JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON value that `from_dict` turns back into this recipe. Raises: RecipeError if a part holds a function."""
+        parts = [part.to_dict() for part in self.parts]
+        return {"axes": dict(self.axes), "inputs": dict(self.inputs), "source": self.source, "parts": parts}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], parts: Iterable[type] = ()) -> Recipe:
+        """The recipe that `to_dict` described. Classes of one's own are passed in; names are never imported."""
+        from recur.blocks import PARTS
+
+        known = {kind.__name__: kind for kind in (*PARTS, *parts)}
+        built = [_build(entry, known) for entry in data["parts"]]
+        return cls(*built, axes=data["axes"], inputs=data["inputs"], source=data["source"])
+
+    def __eq__(self, other: object) -> bool:
+        mine = (self.parts, self.axes, self.inputs, self.source)
+        return isinstance(other, Recipe) and mine == (other.parts, other.axes, other.inputs, other.source)
+
+    def __hash__(self) -> int:
+        return hash((self.parts, tuple(self.axes.items()), self.source))
+
+    def __repr__(self) -> str:
+        """Stages, what each writes, and its equation."""
+        rows = []
+        for key, (part, _, wrote) in zip(self.body.keys(), self.body.walk(self.site(1).axes), strict=True):
+            writes = ", ".join(f"{name} [{' '.join(axes)}]" for name, axes in wrote.items())
+            rows.append((key, writes, part.formula()))
+        wide = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
+        lines = [f"{key:<{wide[0]}}  {writes:<{wide[1]}}  {formula}".rstrip() for key, writes, formula in rows]
+        axes = ", ".join(f"{letter} = {value}" for letter, value in self.axes.items())
+        head = "  ".join(text for text in (self.source, axes) if text)
+        return "\n".join(([head] if head else []) + lines)
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON."""
+    if isinstance(value, Part):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"part": type(value).__name__} | {
+            f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)
+        }
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise RecipeError(
+        f"to_dict: a part's fields must be numbers, strings or parts, got {value!r}, which JSON cannot hold"
+    )
+
+
+def _build(entry: Any, known: Mapping[str, Callable[..., Any]]) -> Any:
+    """The value a JSON field described."""
+    if isinstance(entry, list):
+        return tuple(_build(item, known) for item in entry)
+    if not isinstance(entry, Mapping):
+        return entry
+    kind = entry["part"]
+    if kind not in known:
+        raise RecipeError(f"from_dict: {kind!r} is no part of recur; pass its class: from_dict(data, parts=({kind},))")
+    return known[kind](**{key: _build(value, known) for key, value in entry.items() if key != "part"})

@@ -1,0 +1,84 @@
+"""The axis letters, checked in one place.
+
+B batch, T time, H heads, G groups of heads, K key dim, V value dim, N state slots, C chunk, D model width.
+A pattern names one letter an axis, "*" any number of further axes, "|" separates alternatives: "B T H | B T H K".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ShapeError(ValueError):
+    """Axes that do not fit, named in the letters of the docstring."""
+
+
+def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any]:
+    """Match every tensor with its pattern and return the size of each letter ("*" as a tuple).
+
+    `bind("gated_scan", x=(x, "B T *"))` returns {"B": 2, "T": 128, "*": (64,)}. A tensor that is None is skipped.
+
+    Raises: TypeError if an argument is no tensor, ShapeError if ranks or sizes disagree, ValueError if devices do.
+    """
+    sizes: dict[str, Any] = {}
+    owner: dict[str, tuple[str, str]] = {}
+    device, device_of = None, ""
+    for name, (tensor, patterns) in arguments.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{function}: {name} must be a tensor [{patterns}], got {type(tensor).__name__}")
+        letters = _fitting(patterns, tensor.ndim)
+        if letters is None:
+            raise ShapeError(f"{function}: {name} must be [{patterns}], got shape {tuple(tensor.shape)}")
+        for letter, size in zip(letters, _split(letters, tuple(tensor.shape)), strict=True):
+            if sizes.setdefault(letter, size) != size:
+                other, pattern = owner[letter]
+                raise ShapeError(
+                    f"{function}: {other} has {letter}={sizes[letter]} but {name} has {letter}={size}; "
+                    f"expected {other}: [{pattern}] and {name}: [{patterns}], got {name} of shape {tuple(tensor.shape)}"
+                )
+            owner.setdefault(letter, (name, patterns))
+        if device is not None and tensor.device != device:
+            raise ValueError(f"{function}: {device_of} is on {device} but {name} is on {tensor.device}")
+        device, device_of = tensor.device, name
+    return sizes
+
+
+def _fitting(patterns: str, rank: int) -> list[str] | None:
+    """The first alternative that has this rank."""
+    for pattern in patterns.split("|"):
+        letters = pattern.split()
+        if len(letters) == rank or ("*" in letters and rank >= len(letters) - 1):
+            return letters
+    return None
+
+
+def _split(letters: list[str], shape: tuple[int, ...]) -> list[int | tuple[int, ...]]:
+    """One size a letter; the sizes that "*" stands for as a tuple."""
+    if "*" not in letters:
+        return list(shape)
+    at, extra = letters.index("*"), len(shape) - len(letters) + 1
+    return [*shape[:at], shape[at : at + extra], *shape[at + extra :]]
+
+
+def expect(function: str, name: str, tensor: Tensor | None, letters: str, shape: tuple[int, ...]) -> None:
+    """Raise ShapeError unless the tensor, if given, has exactly this shape, whose axes are these letters."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ShapeError(f"{function}: {name} must be [{letters}] = {shape}, got shape {tuple(tensor.shape)}")
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any tensor is float64 (or complex128), float32 otherwise: what states and decays are computed in."""
+    wide = (torch.float64, torch.complex128)
+    return torch.float64 if any(t is not None and t.dtype in wide for t in tensors) else torch.float32
+
+
+def check_float(function: str, **tensors: Tensor | None) -> None:
+    """Raise TypeError unless every tensor given is real and floating."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{function}: {name} must be real and floating, got {tensor.dtype}")

@@ -1,0 +1,191 @@
+"""Two ways to compute the same thing, compared: values, all gradients, and words for the largest difference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+
+RELATIVE = 1e-9  # of the largest entry of a tensor: how far float64 sums in another order may drift apart
+ROUNDING = 1e-13  # of the largest entry among all tensors compared: what is left where large terms cancel
+
+
+class LawBroken(AssertionError):
+    """A law does not hold; the text names the law, the sizes and the seed, and the largest difference."""
+
+
+class Result(NamedTuple):
+    """What a subject returns."""
+
+    y: Tensor
+    state: Any
+
+
+@dataclass(frozen=True, repr=False)
+class Inputs:
+    """One valid call of a subject, and what the laws may know of it.
+
+    tokens:    [B T ...] by argument name.
+    constants: what all rows and tokens share, by argument name: a constant decay, the weights of a layer.
+    state:     [B ...] before the first token, a tensor or a tree of them; None starts afresh.
+    sizes:     what the counter-example is to say: letters, regime.
+    seed:      what the tensors, and whatever random numbers a law needs, were made from.
+    like:      the token whose shape and dtype y takes.
+    turns:     whether y is complex although that token is real.
+    linear:    tokens in which, together with the state, y is linear; none if unknown.
+    idle:      values that make a token leave the state alone; none if there are no such values.
+    decay:     the token that holds the log decay, -inf being an exact reset; None if there is none.
+    heads:     the axis along which tokens, constants ("state", "y" too) are n independent recurrences, by name.
+    """
+
+    tokens: Mapping[str, Tensor]
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Any = None
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    like: str = "x"
+    turns: bool = False
+    linear: tuple[str, ...] = ()
+    idle: Mapping[str, float] = field(default_factory=dict)
+    decay: str | None = None
+    heads: Mapping[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in {**self.sizes, "seed": self.seed}.items())
+
+    @property
+    def batch(self) -> int:
+        return self.tokens[self.like].shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.tokens[self.like].shape[1]
+
+    def replace(self, **changes: Any) -> Inputs:
+        return dataclasses.replace(self, **changes)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """With every token tensor changed."""
+        return self.replace(tokens={name: change(tensor) for name, tensor in self.tokens.items()})
+
+    def between(self, first: int, last: int) -> Inputs:
+        """Tokens first .. last - 1."""
+        return self.each(lambda tensor: tensor[:, first:last])
+
+    def rows(self, index: Any) -> Inputs:
+        """Those rows of the batch, in that order; index is a slice or a tensor."""
+        return self.each(lambda tensor: tensor[index]).replace(state=map_tensors(lambda s: s[index], self.state))
+
+    def random(self, like: Tensor, salt: int = 1) -> Tensor:
+        """Normal numbers of this shape and dtype, fixed by the seed; up to rounding the same in every precision."""
+        generator = torch.Generator().manual_seed(self.seed + (salt << 32))
+        wide = torch.complex128 if like.is_complex() else torch.float64
+        return torch.randn(like.shape, generator=generator, dtype=wide).to(like.dtype)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """A state with every tensor changed."""
+    return tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, state)
+
+
+def named(prefix: str, state: Any) -> dict[str, Tensor]:
+    """The tensors of a state by their path, attention caches apart.
+
+    A cache (a state with the key "grows") has room for more tokens than it holds; it is judged by what is read from it.
+    """
+    if isinstance(state, dict) and "grows" in state:
+        return {}
+    if isinstance(state, dict):
+        return {path: leaf for key, value in state.items() for path, leaf in named(f"{prefix}.{key}", value).items()}
+    leaves, _ = tree_flatten_with_path(state)
+    return {prefix + keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def values(result: Result) -> dict[str, Tensor]:
+    """Outputs by name."""
+    return {"y": result.y, **named("state", result.state)}
+
+
+def values_and_gradients(run: Callable[[Inputs], Result], inputs: Inputs) -> dict[str, Tensor]:
+    """Outputs by name, and the gradients of a random linear function of them to every input, as "gradient of q"."""
+
+    def leaf(tensor: Tensor) -> Tensor:
+        differentiable = tensor.is_floating_point() or tensor.is_complex()
+        return tensor.detach().clone().requires_grad_() if differentiable else tensor
+
+    inputs = inputs.each(leaf).replace(
+        constants={name: leaf(tensor) for name, tensor in inputs.constants.items()},
+        state=map_tensors(leaf, inputs.state),
+    )
+    outputs = values(run(inputs))
+    leaves = {**inputs.tokens, **inputs.constants, **named("state", inputs.state)}
+    leaves = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
+    loss = torch.zeros((), dtype=torch.float64)
+    for salt, tensor in enumerate(outputs.values(), 2):
+        if tensor.requires_grad:
+            weighed = (tensor * inputs.random(tensor, salt).conj()).sum()
+            loss = loss + weighed.real.double()
+    if loss.requires_grad:
+        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    else:
+        gradients = tuple(torch.zeros_like(tensor) for tensor in leaves.values())
+    found = {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return {name: tensor.detach() for name, tensor in {**outputs, **found}.items()}
+
+
+def agree(
+    inputs: Inputs, ways: tuple[str, str], one: Callable[[Inputs], Result], other: Callable[[Inputs], Result]
+) -> None:
+    """Raise LawBroken unless both ways have the same outputs and gradients in float64."""
+    same(values_and_gradients(one, inputs), values_and_gradients(other, inputs), ways)
+
+
+def same(got: Mapping[str, Tensor], want: Mapping[str, Tensor], ways: tuple[str, str]) -> None:
+    """Raise LawBroken, naming the largest difference and where it is, unless all tensors are finite and equal.
+
+    `ways` says in words how each was computed.
+    """
+    largest = max((_largest(tensor) for name, tensor in want.items() if not name.startswith("gradient")), default=0.0)
+    steepest = max((_largest(tensor) for name, tensor in want.items() if name.startswith("gradient")), default=0.0)
+    for name, right in want.items():
+        left = got[name]
+        if left.shape != right.shape:
+            raise LawBroken(f"{name} has shape {tuple(left.shape)} {ways[0]} but {tuple(right.shape)} {ways[1]}")
+        for tensor, way in ((left, ways[0]), (right, ways[1])):
+            finite(name, tensor, way)
+        if left.numel() == 0:
+            continue
+        difference = (_wide(left) - _wide(right)).abs()
+        group = steepest if name.startswith("gradient") else largest
+        if difference.max() > RELATIVE * _largest(right) + ROUNDING * group:
+            at = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
+            raise LawBroken(
+                f"{name} differs by {difference.max().item():.1e} at {list(at)}: {_number(left[at])} {ways[0]}, "
+                f"{_number(right[at])} {ways[1]} (largest entry {_largest(right):.1e})"
+            )
+
+
+def finite(name: str, tensor: Tensor, way: str) -> None:
+    """Raise LawBroken naming the first entry that is no finite number."""
+    bad = ~torch.isfinite(tensor)
+    if bad.any():
+        at = tuple(bad.nonzero()[0].tolist())
+        raise LawBroken(f"{name} is {_number(tensor[at])} at {list(at)} {way}")
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _number(entry: Tensor) -> str:
+    value = entry.item()
+    return f"{value}" if isinstance(value, (int, bool)) else f"{value:.6g}"

@@ -1,0 +1,496 @@
+"""The laws: what every recurrence owes, one function a law, named as the law, its docstring the statement.
+
+A law draws inputs and whatever else it needs, computes something in two ways, and raises LawBroken with the largest
+difference if they are not equal. Equal means: in float64, values and the gradients to every input, to 1e-9 of the
+largest entry. LAWS says which law applies to which subject.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from itertools import accumulate
+from typing import Any
+
+import hypothesis.strategies as st
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from recur.axes import RecipeError
+from recur.primitives.summary import advance, combine
+from recur.recipe import Part, Recipe
+from recur.testing.compare import (
+    Inputs,
+    LawBroken,
+    Result,
+    agree,
+    finite,
+    map_tensors,
+    named,
+    same,
+    values,
+    values_and_gradients,
+)
+from recur.testing.strategies import cuts, documents
+from recur.testing.subjects import Layer, Subject
+
+Draw = Callable[..., Any]  # draw(strategy, name): a value that the counter-example shows under this name
+
+
+def forms(subject: Subject, draw: Draw) -> None:
+    """All forms agree."""
+    inputs = draw(subject.inputs)
+    form = draw(st.sampled_from([form for form in subject.forms if form != "recurrent"]), "form")
+    agree(
+        inputs,
+        (f"as {form}", "as recurrent"),
+        lambda inputs: subject.run(inputs, form=form),
+        lambda inputs: subject.run(inputs, form="recurrent"),
+    )
+
+
+def splits(subject: Subject, draw: Draw) -> None:
+    """Any split with carried state equals one run."""
+    inputs = draw(subject.inputs)
+    cut, form = draw(cuts(inputs.length), "cut"), _draw_form(subject, draw)
+
+    def in_two(inputs: Inputs) -> Result:
+        head = subject.run(inputs.between(0, cut), form=form)
+        tail = subject.run(inputs.between(cut, inputs.length).replace(state=head.state), form=form)
+        return Result(torch.cat([head.y, tail.y], dim=1), tail.state)
+
+    agree(inputs, ("in two runs", "in one"), in_two, lambda inputs: subject.run(inputs, form=form))
+
+
+def steps(subject: Subject, draw: Draw) -> None:
+    """A step, which overwrites the state, is one token of the whole run."""
+    inputs = draw(subject.inputs)
+    inputs = inputs.between(0, min(inputs.length, 9))
+    with torch.no_grad():
+        whole = subject.run(inputs)
+        start = subject.fresh(inputs) if inputs.state is None else inputs.state
+        state = map_tensors(torch.clone, start)
+        ys = [subject.run_step(inputs.between(t, t + 1), state) for t in range(inputs.length)]
+        y = torch.stack(ys, dim=1) if ys else whole.y
+    same(values(Result(y, state)), values(whole), ("step by step", "in one run"))
+
+
+def packing(subject: Subject, draw: Draw) -> None:
+    """Documents packed in one row equal separate runs, and so do their continuations from the returned states."""
+    inputs = draw(subject.inputs)
+    first = draw(documents(inputs.batch, inputs.length), "lengths")
+    second = [inputs.length - length for length in first] if draw(st.booleans(), "continued") else []
+    form = _draw_form(subject, draw)
+
+    def packed(inputs: Inputs) -> Result:
+        ys, state = [], inputs.state
+        for begin, lengths in (([0] * len(first), first), (first, second)):
+            if lengths:
+                row, borders = _pack(inputs, begin, lengths)
+                y, state = subject.run(row.replace(state=state), cu_seqlens=borders, form=form)
+                ys.append(y)
+        return Result(torch.cat(ys, dim=1), [_row(state, i) for i in range(inputs.batch)])
+
+    def separate(inputs: Inputs) -> Result:
+        ys: list[list[Tensor]] = [[], []]
+        states = []
+        for i in range(inputs.batch):
+            document = inputs.rows(slice(i, i + 1))
+            y, state = subject.run(document.between(0, first[i]), form=form)
+            ys[0].append(y)
+            if second:
+                y, state = subject.run(document.between(first[i], inputs.length).replace(state=state), form=form)
+                ys[1].append(y)
+            states.append(state)
+        return Result(torch.cat(ys[0] + ys[1], dim=1), states)
+
+    agree(inputs, ("packed", "in separate runs"), packed, separate)
+
+
+def causality(subject: Subject, draw: Draw) -> None:
+    """The future never changes the past."""
+    inputs = draw(subject.inputs)
+    cut, form = draw(cuts(inputs.length), "cut"), _draw_form(subject, draw)
+    other = inputs.each(lambda tensor: torch.cat([tensor[:, :cut], tensor.roll(1, dims=1)[:, cut:]], dim=1))
+    with torch.no_grad():
+        got, want = (subject.run(each, form=form).y[:, :cut] for each in (other, inputs))
+    same({"y": got}, {"y": want}, ("with another future", "with the first"))
+
+
+def linearity(subject: Subject, draw: Draw) -> None:
+    """With the gates held fixed, outputs are linear in what is written and in the initial state together."""
+    inputs = draw(subject.inputs)
+    form = _draw_form(subject, draw)
+    start = inputs.state if inputs.state is not None else _zero_state(subject, inputs)
+
+    def at(weight: float, other_weight: float) -> Result:
+        """The run on weight * these inputs + other_weight * others."""
+
+        def mix(tensor: Tensor, salt: int) -> Tensor:
+            return weight * tensor + other_weight * inputs.random(tensor, salt)
+
+        written = {name: mix(inputs.tokens[name], salt) for salt, name in enumerate(inputs.linear, 2)}
+        return subject.run(inputs.replace(tokens={**inputs.tokens, **written}, state=mix(start, 1)), form=form)
+
+    with torch.no_grad():
+        one, other, both = at(1, 0), at(0, 1), at(2, -3)
+        summed = Result(2 * one.y - 3 * other.y, 2 * one.state - 3 * other.state)
+    same(values(both), values(summed), ("for 2 a - 3 b", "as 2 (for a) - 3 (for b)"))
+
+
+def chunk_sizes(subject: Subject, draw: Draw) -> None:
+    """Chunk size does not matter."""
+    inputs = draw(subject.inputs)
+    small, large = draw(st.sampled_from([1, 2, 4, 8, 32]), "chunk"), draw(st.sampled_from([16, 64, 256]), "other chunk")
+    agree(
+        inputs,
+        (f"in chunks of {small}", f"in chunks of {large}"),
+        lambda inputs: subject.run(inputs, chunk_size=small),
+        lambda inputs: subject.run(inputs, chunk_size=large),
+    )
+
+
+def padding(subject: Subject, draw: Draw) -> None:
+    """A token that keeps everything and writes nothing is the identity."""
+    inputs = draw(subject.inputs)
+    at, form = draw(cuts(inputs.length), "padding before"), _draw_form(subject, draw)
+
+    def padded(inputs: Inputs) -> Result:
+        def pad(name: str, tensor: Tensor) -> Tensor:
+            idle = tensor.new_full((tensor.shape[0], 1, *tensor.shape[2:]), inputs.idle.get(name, 0.5))
+            return torch.cat([tensor[:, :at], idle, tensor[:, at:]], dim=1)
+
+        tokens = {name: pad(name, tensor) for name, tensor in inputs.tokens.items()}
+        y, state = subject.run(inputs.replace(tokens=tokens), form=form)
+        return Result(torch.cat([y[:, :at], y[:, at + 1 :]], dim=1), state)
+
+    agree(inputs, ("with padding", "without"), padded, lambda inputs: subject.run(inputs, form=form))
+
+
+def finiteness(subject: Subject, draw: Draw) -> None:
+    """Outputs and gradients are finite whatever the gates are."""
+    inputs = draw(subject.inputs)
+    form = _draw_form(subject, draw)
+    found = values_and_gradients(lambda inputs: subject.run(inputs, form=form), inputs)
+    for name, tensor in found.items():
+        finite(name, tensor, "in the run" if form is None else f"as {form}")
+
+
+def resets(subject: Subject, draw: Draw) -> None:
+    """A log decay of -inf forgets exactly, and its gradient is exactly 0."""
+    inputs = draw(subject.inputs.filter(lambda inputs: inputs.length > 0))
+    at, form = draw(st.integers(0, inputs.length - 1), "reset"), _draw_form(subject, draw)
+    assert inputs.decay is not None
+    log_decay = inputs.tokens[inputs.decay].clone()
+    log_decay[:, at] = complex(-math.inf, 1) if log_decay.is_complex() else -math.inf
+    inputs = inputs.replace(tokens={**inputs.tokens, inputs.decay: log_decay})
+    slope = values_and_gradients(lambda inputs: subject.run(inputs, form=form), inputs)[f"gradient of {inputs.decay}"][
+        :, at
+    ]
+    if not bool((slope == 0).all()):
+        raise LawBroken(f"gradient of {inputs.decay} must be exactly 0 at a reset, got {slope.abs().max().item():.1e}")
+    other = inputs.each(lambda tensor: torch.cat([tensor.roll(1, dims=1)[:, :at], tensor[:, at:]], dim=1))
+    other = other.replace(state=map_tensors(inputs.random, inputs.state))
+    with torch.no_grad():
+        got, want = (subject.run(each, form=form) for each in (other, inputs))
+    after, other_after = (values(Result(y[:, at + 1 :], state)) for y, state in (got, want))
+    same(after, other_after, ("after a reset, with one past", "with another"))
+
+
+def gradients(subject: Subject, draw: Draw) -> None:
+    """Gradients are the derivatives of the outputs: finite differences in float64."""
+    _differences(torch.autograd.gradcheck, subject, draw)
+
+
+def second_gradients(subject: Subject, draw: Draw) -> None:
+    """Second gradients are the derivatives of the first."""
+    _differences(torch.autograd.gradgradcheck, subject, draw)
+
+
+def low_precision(subject: Subject, draw: Draw) -> None:
+    """In 16 bits no form errs more than twice as much as the definition with operands and results rounded alike."""
+    inputs = draw(subject.inputs)
+    dtype = draw(st.sampled_from([torch.bfloat16, torch.float16]), "dtype")
+    form = draw(st.sampled_from([form for form in subject.forms if form != "recurrent"]), "form")
+    low = subject.rounded(inputs, dtype)
+    truth = values_and_gradients(subject.run, inputs.replace(state=inputs.state if low.state is not None else None))
+    got = values_and_gradients(lambda low: subject.run(low, form=form), low)
+    reference = values_and_gradients(subject.reference, low)
+    for name, exact in truth.items():
+        if exact.numel():
+            error, allowed = (float((each[name].to(exact.dtype) - exact).abs().max()) for each in (got, reference))
+            if not error <= 2 * allowed:
+                raise LawBroken(
+                    f"{name} errs by {error:.2e} as {form}, where rounding the operands alone costs {allowed:.2e}"
+                )
+
+
+def rows(subject: Subject, draw: Draw) -> None:
+    """Rows of a batch do not see each other."""
+    inputs = draw(subject.inputs)
+    order = draw(st.permutations(range(inputs.batch)), "order")
+    row, form = draw(st.sampled_from(order), "row"), _draw_form(subject, draw)
+    index = torch.tensor(order)
+    with torch.no_grad():
+        whole = subject.run(inputs, form=form)
+        shuffled = subject.run(inputs.rows(index), form=form)
+        alone = subject.run(inputs.rows(slice(row, row + 1)), form=form)
+    want = Result(whole.y[index], map_tensors(lambda leaf: leaf[index], whole.state))
+    same(values(shuffled), values(want), ("shuffled", "in order"))
+    want = Result(whole.y[row : row + 1], _row(whole.state, row))
+    same(values(alone), values(want), ("alone", "in a batch"))
+
+
+def heads(subject: Subject, draw: Draw) -> None:
+    """Heads do not see each other: one alone gives what it gives among others."""
+    inputs = draw(subject.inputs.filter(lambda inputs: inputs.heads))
+    given = {**inputs.tokens, **inputs.constants}
+    count = min(tensor.shape[inputs.heads[name]] for name, tensor in given.items() if name in inputs.heads)
+    unit, form = draw(st.integers(0, count - 1), "head"), _draw_form(subject, draw)
+
+    def one(name: str, tensor: Tensor) -> Tensor:
+        if name not in inputs.heads:
+            return tensor
+        axis = inputs.heads[name]
+        each = tensor.shape[axis] // count
+        return tensor.narrow(axis, unit * each, each)
+
+    alone = inputs.replace(
+        tokens={name: one(name, tensor) for name, tensor in inputs.tokens.items()},
+        constants={name: one(name, tensor) for name, tensor in inputs.constants.items()},
+        state=map_tensors(lambda leaf: one("state", leaf), inputs.state),
+    )
+    with torch.no_grad():
+        whole = subject.run(inputs, form=form)
+        got = subject.run(alone, form=form)
+    same(values(got), {"y": one("y", whole.y), "state": one("state", whole.state)}, ("alone", "among others"))
+
+
+def reversal(subject: Subject, draw: Draw) -> None:
+    """reverse=True equals flip, scan, flip."""
+    inputs = draw(subject.inputs)
+    form = _draw_form(subject, draw)
+
+    def flipped(inputs: Inputs) -> Result:
+        y, state = subject.run(inputs.each(lambda tensor: tensor.flip(1)), form=form)
+        return Result(y.flip(1), state)
+
+    agree(
+        inputs,
+        ("with reverse=True", "flipped by hand"),
+        lambda inputs: subject.run(inputs, form=form, reverse=True),
+        flipped,
+    )
+
+
+def reversed_packing(subject: Subject, draw: Draw) -> None:
+    """With reverse=True, too, documents packed in one row equal separate runs."""
+    inputs = draw(subject.inputs)
+    lengths, form = draw(documents(inputs.batch, inputs.length), "lengths"), _draw_form(subject, draw)
+
+    def packed(inputs: Inputs) -> Result:
+        row, borders = _pack(inputs, [0] * inputs.batch, lengths)
+        return subject.run(row, cu_seqlens=borders, form=form, reverse=True)
+
+    def separate(inputs: Inputs) -> Result:
+        runs = [
+            subject.run(inputs.rows(slice(i, i + 1)).between(0, length), form=form, reverse=True)
+            for i, length in enumerate(lengths)
+        ]
+        return Result(*(torch.cat(parts, dim) for parts, dim in zip(zip(*runs, strict=True), (1, 0), strict=True)))
+
+    agree(inputs, ("packed", "in separate runs"), packed, separate)
+
+
+def promises(subject: Subject, draw: Draw) -> None:
+    """Outputs have the shape, dtype and device that are promised; states are at least float32 and can be fed back."""
+    inputs = draw(subject.inputs)
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]), "dtype")
+    low = inputs if dtype == torch.float64 else subject.rounded(inputs, dtype)
+    x = low.tokens[low.like]
+    y, state = subject.run(low)
+    _promised("y", y, x.shape, x.dtype.to_complex() if low.turns else x.dtype, x.device)
+    want = named("state", subject.promised_state(inputs, state, dtype))
+    for name, leaf in named("state", state).items():
+        _promised(name, leaf, want[name].shape, want[name].dtype, x.device)
+    if subject.causal:
+        for name, leaf in named("state", subject.run(low.replace(state=state)).state).items():
+            _promised(name, leaf, want[name].shape, want[name].dtype, x.device)
+
+
+def summaries(subject: Subject, draw: Draw) -> None:
+    """Summaries of neighbouring stretches combine, in any grouping, and advance a state as the scan does."""
+    inputs = draw(subject.inputs.filter(lambda inputs: inputs.length >= 1))
+    one, two = sorted((draw(cuts(inputs.length), "cut"), draw(cuts(inputs.length), "second cut")))
+    start = inputs.state if inputs.state is not None else _zero_state(subject, inputs)
+    summarise, reads = subject.summary, ("k", "v", "log_decay", "beta")
+    assert summarise is not None
+
+    def of(begin: int, end: int) -> Any:
+        stretch = inputs.between(begin, end)
+        given = {**stretch.tokens, **stretch.constants}
+        return summarise(**{name: given.get(name) for name in reads})
+
+    left, middle, right = of(0, one), of(one, two), of(two, inputs.length)
+    grouped, other = combine(combine(left, middle), right), combine(left, combine(middle, right))
+    for name in grouped._fields:
+        same({name: getattr(grouped, name)}, {name: getattr(other, name)}, ("as (a b) c", "as a (b c)"))
+    whole = subject.run(inputs.replace(state=start)).state
+    same({"state": advance(grouped, start)}, {"state": whole}, ("by summaries", "by the scan"))
+
+
+def serialisation(subject: Subject, draw: Draw) -> None:
+    """A recipe's JSON round trip gives the same recipe and the same layer."""
+    assert isinstance(subject, Layer)
+    recipe = subject.recipe
+    back = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())), parts=_classes(recipe.parts))
+    if back != recipe:
+        raise LawBroken(f"the recipe that came back differs:\n{back}\nfrom\n{recipe}")
+    inputs = draw(subject.inputs)
+    again = Layer(back, subject.dim, subject.depth)
+    with torch.no_grad():
+        same(values(again.run(inputs)), values(subject.run(inputs)), ("after the round trip", "before"))
+
+
+def one_way(subject: Subject, draw: Draw) -> None:
+    """A recipe that reads the future refuses to start from a state or to step."""
+    assert isinstance(subject, Layer)
+    inputs = draw(subject.inputs)
+    state = subject.run(inputs).state
+    refused = {
+        "init_state": lambda: subject.module.init_state(inputs.batch),
+        "a state": lambda: subject.run(inputs.replace(state=state)),
+    }
+    for what, call in refused.items():
+        try:
+            call()
+        except RecipeError:
+            continue
+        raise LawBroken(f"{what} was accepted, though the recipe is not causal")
+
+
+def _draw_form(subject: Subject, draw: Draw) -> str | None:
+    return draw(st.sampled_from(subject.forms), "form") if subject.forms else None
+
+
+def _row(state: Any, row: int) -> Any:
+    return map_tensors(lambda leaf: leaf[row : row + 1], state)
+
+
+def _pack(inputs: Inputs, begin: list[int], lengths: list[int]) -> tuple[Inputs, Tensor]:
+    """Tokens begin_i .. begin_i + length_i - 1 of every row i in one row, and their borders."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        pieces = (tensor[i, b : b + length] for i, (b, length) in enumerate(zip(begin, lengths, strict=True)))
+        return torch.cat(list(pieces))[None]
+
+    return inputs.each(pack), torch.tensor([0, *accumulate(lengths)])
+
+
+def _zero_state(subject: Subject, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        return torch.zeros_like(subject.run(inputs.replace(state=None)).state)
+
+
+def _differences(differentiate: Callable[..., bool], subject: Subject, draw: Draw) -> None:
+    """Compare gradients with finite differences along random directions, for a few tokens."""
+    inputs = draw(subject.inputs).rows(slice(0, 2))
+    inputs = inputs.between(0, min(inputs.length, 5))
+    form = _draw_form(subject, draw)
+    state, tree = tree_flatten(inputs.state)
+    differentiable = [number for number, leaf in enumerate(state) if isinstance(leaf, Tensor) and _moves(leaf)]
+    tokens, constants = list(inputs.tokens), list(inputs.constants)
+
+    def run(*leaves: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(leaves)
+        given = {name: next(rest) for name in tokens}
+        fixed = {name: next(rest) for name in constants}
+        moved = list(state)
+        for number in differentiable:
+            moved[number] = next(rest)
+        result = subject.run(Inputs(given, fixed, tree_unflatten(moved, tree), like=inputs.like), form=form)
+        return tuple(leaf for leaf in values(result).values() if leaf.requires_grad)
+
+    leaves = [*inputs.tokens.values(), *inputs.constants.values(), *(state[number] for number in differentiable)]
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    if not run(*leaves):
+        return
+    try:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(inputs.seed)
+            differentiate(run, leaves, fast_mode=True)
+    except GradcheckError as error:
+        raise LawBroken(" ".join(str(error).split())) from None
+
+
+def _moves(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _promised(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+    got, want = (tuple(tensor.shape), tensor.dtype, tensor.device), (tuple(shape), dtype, device)
+    if got != want:
+        raise LawBroken(f"{name} must be {want[0]} {want[1]} on {want[2]}, got {got[0]} {got[1]} on {got[2]}")
+
+
+def _classes(value: Any) -> set[type]:
+    """The classes of all parts in a recipe, those inside others included."""
+    if isinstance(value, (tuple, list)):
+        return {kind for item in value for kind in _classes(item)}
+    if not isinstance(value, Part):
+        return set()
+    return {type(value)}.union(*(_classes(getattr(value, field.name)) for field in fields(value)))
+
+
+def _twice_differentiable(subject: Subject) -> bool:
+    """Whether second gradients exist: torch says so itself where they do not (fused attention)."""
+    sample = subject.sample
+    x = sample.tokens[sample.like].detach().clone().requires_grad_()
+    y = subject.run(sample.replace(tokens={**sample.tokens, sample.like: x})).y
+    (slope,) = torch.autograd.grad(y.abs().square().sum(), x, create_graph=True)
+    try:
+        torch.autograd.grad(slope.abs().square().sum(), x)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _serialisable(subject: Subject) -> bool:
+    if not isinstance(subject, Layer):
+        return False
+    try:
+        subject.recipe.to_dict()
+    except RecipeError:
+        return False
+    return True
+
+
+LAWS: dict[Callable[[Subject, Draw], None], Callable[[Subject], bool]] = {
+    promises: lambda subject: True,
+    forms: lambda subject: len(subject.forms) > 1,
+    splits: lambda subject: subject.causal and subject.takes("initial_state"),
+    steps: lambda subject: subject.causal and subject.step is not None,
+    packing: lambda subject: subject.takes("cu_seqlens"),
+    causality: lambda subject: subject.causal,
+    linearity: lambda subject: subject.draws("linear") and subject.takes("initial_state"),
+    chunk_sizes: lambda subject: subject.takes("chunk_size"),
+    padding: lambda subject: subject.draws("idle"),
+    finiteness: lambda subject: True,
+    resets: lambda subject: subject.draws("decay"),
+    gradients: lambda subject: True,
+    second_gradients: _twice_differentiable,
+    low_precision: lambda subject: len(subject.forms) > 1 and "recurrent" in subject.forms,
+    rows: lambda subject: True,
+    heads: lambda subject: subject.draws("heads"),
+    reversal: lambda subject: subject.takes("reverse"),
+    reversed_packing: lambda subject: subject.takes("reverse") and subject.takes("cu_seqlens"),
+    summaries: lambda subject: subject.summary is not None,
+    serialisation: _serialisable,
+    one_way: lambda subject: isinstance(subject, Layer) and not subject.causal,
+}

@@ -1,0 +1,243 @@
+"""What the laws are about: a scan, which is a function, or a layer, which is a recipe with weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import hypothesis
+import torch
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from recur.blocks.mixer import Mixer
+from recur.recipe import Recipe
+from recur.testing import strategies
+from recur.testing.compare import Inputs, Result, map_tensors
+
+FORMS = ("recurrent", "chunked", "parallel", "triton")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A function (tensors by name, initial_state=, cu_seqlens=, reverse=, form=, chunk_size=) -> (y, state).
+
+    Only what its signature has is asked of it. `step` and `summary` belong to it and are checked against it:
+    step(one token of each argument, state=) -> y, and summary(the arguments it shares with the scan) -> Summary.
+    """
+
+    function: Callable[..., Any]
+    inputs: SearchStrategy[Inputs]
+    step: Callable[..., Tensor] | None = None
+    summary: Callable[..., Any] | None = None
+    causal: bool = True
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def takes(self, option: str) -> bool:
+        """Whether its signature has this argument."""
+        return option in inspect.signature(self.function).parameters
+
+    @functools.cached_property
+    def sample(self) -> Inputs:
+        """Some inputs of at least two tokens."""
+        return _find(self.inputs, lambda inputs: inputs.length >= 2)
+
+    def draws(self, field: str) -> bool:
+        """Whether some of its inputs have this field."""
+        try:
+            _find(self.inputs, lambda inputs: bool(getattr(inputs, field)))
+        except hypothesis.errors.NoSuchExample:
+            return False
+        return True
+
+    @functools.cached_property
+    def forms(self) -> tuple[str, ...]:
+        """The forms it has, found by asking for each."""
+        return tuple(form for form in FORMS if _works(self, form)) if self.takes("form") else ()
+
+    def run(self, inputs: Inputs, **options: Any) -> Result:
+        """One call."""
+        if self.takes("initial_state"):
+            options["initial_state"] = inputs.state
+        options = {name: value for name, value in options.items() if value is not None}
+        y, state = self.function(**inputs.tokens, **inputs.constants, **options)
+        return Result(y, state)
+
+    def run_step(self, inputs: Inputs, state: Any) -> Tensor:
+        """The first token; `state` is overwritten."""
+        assert self.step is not None
+        return self.step(
+            **{name: tensor[:, 0] for name, tensor in inputs.tokens.items()}, **inputs.constants, state=state
+        )
+
+    def fresh(self, inputs: Inputs) -> Any:
+        """The state before the first token, which a step may overwrite."""
+        return torch.zeros_like(self.run(inputs.replace(state=None)).state)
+
+    def rounded(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
+        """The same call in low precision, the state in float32."""
+
+        def low(tensor: Tensor) -> Tensor:
+            return tensor.to(torch.complex64 if tensor.is_complex() else dtype)
+
+        constants = {name: low(tensor) for name, tensor in inputs.constants.items()}
+        state = map_tensors(_low, inputs.state)
+        return inputs.each(low).replace(constants=constants, state=state)
+
+    def reference(self, low: Inputs) -> Result:
+        """The definition in float64 on operands of low precision, its results rounded as promised."""
+        constants = {name: _wide(tensor) for name, tensor in low.constants.items()}
+        wide = low.each(_wide).replace(constants=constants, state=map_tensors(_wide, low.state))
+        y, state = self.run(wide, form="recurrent")
+        return Result(
+            y.to(low.tokens[low.like].dtype.to_complex() if low.turns else low.tokens[low.like].dtype),
+            map_tensors(_low, state),
+        )
+
+    def promised_state(self, inputs: Inputs, state: Any, dtype: torch.dtype) -> Any:
+        """A state of the shape and dtype that inputs of this dtype must leave: float32, or float64 for float64."""
+        fitting = state if inputs.state is None else inputs.state
+        shape = (inputs.batch, *fitting.shape[1:])
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.empty(shape, dtype=wide.to_complex() if fitting.is_complex() else wide)
+
+
+class Layer:
+    """The layer of a recipe, or `depth` of them in a residual stack that hand tensors down, in float64."""
+
+    summary = None
+
+    def __init__(self, recipe: Recipe, dim: int, depth: int = 1) -> None:
+        self.recipe, self.dim, self.depth = recipe, dim, depth
+        self.step = self.run_step if depth == 1 else None
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            self.module = _Stack(recipe, dim, depth).double().eval()
+        site = recipe.site(dim)
+        self.reads = {"x": (dim,), **{name: site.of(name) for name in recipe.inputs}}
+        self.causal = recipe.causal
+        self.name = f"this recipe ({recipe.source})" if recipe.source else "this recipe"
+        self.inputs = strategies.layers(self)
+
+    def takes(self, option: str) -> bool:
+        return option in ("initial_state", "cu_seqlens", "form")
+
+    @functools.cached_property
+    def sample(self) -> Inputs:
+        """Some inputs of at least two tokens."""
+        return _find(self.inputs, lambda inputs: inputs.length >= 2)
+
+    def draws(self, field: str) -> bool:
+        """Nothing is known of what its parts do to a token."""
+        return False
+
+    @functools.cached_property
+    def forms(self) -> tuple[str, ...]:
+        """The forms that all its scans have, found by asking for each."""
+        return tuple(form for form in FORMS if _works(self, form))
+
+    def run(self, inputs: Inputs, **options: Any) -> Result:
+        """One call with the weights that the inputs hold."""
+        options = {name: value for name, value in options.items() if value is not None}
+        return Result(
+            *functional_call(self.module, dict(inputs.constants), (dict(inputs.tokens), inputs.state), options)
+        )
+
+    def run_step(self, inputs: Inputs, state: Any) -> Tensor:
+        """The first token; `state` is overwritten."""
+        tokens = {name: tensor[:, 0] for name, tensor in inputs.tokens.items()}
+        return functional_call(self.module, dict(inputs.constants), (tokens, state), {"one": True})
+
+    def fresh(self, inputs: Inputs) -> Any:
+        """The state before the first token, which a step may overwrite."""
+        return self.module.init_state(inputs.batch)
+
+    def rounded(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
+        """The same call in low precision from the start, the weights cast as `module.to` casts them."""
+        low = dict(copy.deepcopy(self.module).to(dtype).named_parameters())
+        constants = {name: tensor.to(low[name].dtype) for name, tensor in inputs.constants.items()}
+        return inputs.each(lambda tensor: tensor.to(dtype)).replace(constants=constants, state=None)
+
+    def reference(self, low: Inputs) -> Result:
+        """The token loop in low precision, which rounds between its parts where every other form does."""
+        return self.run(low, form="recurrent")
+
+    def promised_state(self, inputs: Inputs, state: Any, dtype: torch.dtype) -> Any:
+        """What `init_state` gives in this dtype; what a recipe that is not causal leaves is not promised."""
+        return copy.deepcopy(self.module).to(dtype).init_state(inputs.batch) if self.causal else state
+
+
+Subject = Scan | Layer
+
+
+class _Stack(nn.Module):
+    """Layers of one recipe: the first alone, deeper ones added to what came before."""
+
+    def __init__(self, recipe: Recipe, dim: int, depth: int) -> None:
+        super().__init__()
+        self.shared = nn.ModuleDict()
+        mixers = [Mixer(recipe, dim, depth=depth, layer=layer, shared=self.shared) for layer in range(depth)]
+        self.mixers: Any = nn.ModuleList(mixers)
+
+    def forward(self, tokens: Mapping[str, Tensor], state: Any = None, one: bool = False, **options: Any) -> Any:
+        """The whole run; or, with `one`, one step."""
+        x, further = tokens["x"], {name: tensor for name, tensor in tokens.items() if name != "x"}
+        if one:
+            return self.mixers[0].step(x, state["0"], **further)
+        states = {}
+        past: tuple[Mapping[str, Tensor], ...] = ()
+        for layer, mixer in enumerate(self.mixers):
+            before = None if state is None else state[str(layer)]
+            flow, states[str(layer)] = mixer.run(x, before, past=past, **options, **further)
+            x, past = flow["y"] if layer == 0 else x + flow["y"], (*past, flow.published)
+        return x, states
+
+    def init_state(self, batch: int) -> Any:
+        return {str(layer): mixer.init_state(batch) for layer, mixer in enumerate(self.mixers)}
+
+
+def subject_of(
+    subject: Recipe | Callable[..., Any], strategy: SearchStrategy[Inputs] | None, dim: int, depth: int, *own: Any
+) -> Scan | Layer:
+    """What `check` was given, as something laws can be run on. Raises: TypeError saying what is missing."""
+    if isinstance(subject, Recipe):
+        return Layer(subject, dim, depth)
+    if not callable(subject):
+        raise TypeError(f"check: subject must be a Recipe or a scan, got {type(subject).__name__}")
+    if strategy is None:
+        raise TypeError(
+            "check: a scan needs a strategy that draws its inputs, such as recur.testing.strategies.scans()"
+        )
+    return Scan(subject, strategy, *own)
+
+
+def _find(inputs: SearchStrategy[Inputs], fits: Callable[[Inputs], bool]) -> Inputs:
+    quick = hypothesis.settings(database=None, deadline=None, phases=[hypothesis.Phase.generate], max_examples=50)
+    return hypothesis.find(inputs, fits, settings=quick, random=Random(0))
+
+
+def _works(subject: Subject, form: str) -> bool:
+    """Whether the subject has this form: it says so by NotImplementedError."""
+    try:
+        with torch.no_grad():
+            subject.run(subject.sample, form=form)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _low(state: Tensor) -> Tensor:
+    return state.to(torch.complex64 if state.is_complex() else torch.float32)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

@@ -1,0 +1,123 @@
+"""How weights are declared: shape, first value, and what an optimiser or a cast may do with them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Init = Callable[[Tensor], Any]  # fills a tensor in place
+
+
+@dataclass(frozen=True)
+class Param:
+    """One weight.
+
+    shape:     its sizes.
+    init:      a function that fills it in place.
+    decay:     whether weight decay applies: matrices yes; gates, time constants, norms and biases no.
+    float32:   kept at least float32 when the module is cast to half precision.
+    trainable: False for what is loaded and frozen.
+    """
+
+    shape: tuple[int, ...]
+    init: Init
+    decay: bool = True
+    float32: bool = False
+    trainable: bool = True
+
+
+class Weights(nn.Module):
+    """The parameters of one part, each remembering its declaration, and `facts`: numbers that its sizes fix."""
+
+    def __init__(self, params: Mapping[str, Param], facts: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self.__dict__.update(facts or {})
+        self.declared = dict(params)
+        for name, param in self.declared.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(param.shape), requires_grad=param.trainable))
+        self.reset_parameters()
+
+    def __getattr__(self, name: str) -> Any:  # parameters are looked up by name: let a type checker know
+        return super().__getattr__(name)
+
+    def reset_parameters(self) -> None:
+        """Draw every weight anew from its declared law."""
+        with torch.no_grad():
+            for name, param in self.declared.items():
+                param.init(getattr(self, name))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weights:
+        kept = {name: getattr(self, name) for name, param in self.declared.items() if param.float32}
+        wide = {name: weight.detach() for name, weight in kept.items()}
+        super()._apply(fn, recurse)
+        for name, weight in wide.items():
+            new = getattr(self, name)
+            if new.dtype in (torch.float16, torch.bfloat16):  # a cast to half: move, but keep the numbers
+                new.data = weight.to(device=new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name} {list(param.shape)}" for name, param in self.declared.items())
+
+
+def declared(module: nn.Module) -> Iterator[tuple[nn.Parameter, Param]]:
+    """Every declared parameter of a module with its declaration, each once."""
+    seen = set()
+    for owner in module.modules():
+        if isinstance(owner, Weights):
+            for name, param in owner.declared.items():
+                weight = getattr(owner, name)
+                if id(weight) not in seen:
+                    seen.add(id(weight))
+                    yield weight, param
+
+
+# ---------------------------------------------------------------------- laws of initialisation
+
+
+def constant(value: float) -> Init:
+    return lambda weight: weight.fill_(value)
+
+
+def normal(std: float = 1.0, mean: float = 0.0) -> Init:
+    return lambda weight: weight.normal_(mean, std)
+
+
+def uniform(bound: float) -> Init:
+    return lambda weight: weight.uniform_(-bound, bound)
+
+
+def zeros(weight: Tensor) -> None:
+    weight.zero_()
+
+
+def ones(weight: Tensor) -> None:
+    weight.fill_(1)
+
+
+def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
+    """The laws a projection can name.
+
+    "linear":   U(-b, b), b = 1/sqrt(fan_in), as torch's Linear.
+    "residual": the same divided by sqrt(depth), for what adds to the residual stream.
+    "normal":   N(0, 0.02^2).
+    "xavier":   uniform Xavier with gain 2^-2.5.
+    "zeros":    0.
+
+    Raises: ValueError for another name.
+    """
+    laws = {
+        "linear": uniform(fan_in**-0.5),
+        "residual": uniform((fan_in * depth) ** -0.5),
+        "normal": normal(0.02),
+        "xavier": uniform(2**-2.5 * math.sqrt(6 / (fan_in + fan_out))),
+        "zeros": zeros,
+    }
+    if law not in laws:
+        raise ValueError(f"init: law must be one of {', '.join(laws)}, got {law!r}")
+    return laws[law]

@@ -1,0 +1,240 @@
+"""The commands: what they print, and one clear line for each input that is no use."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import recur
+from recur import train
+from recur.cli import main
+
+TINY = ["--dim", "16", "--depth", "1", "--steps", "4", "--batch", "2", "--length", "16", "--every", "2"]
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A finished run of four steps."""
+    out = tmp_path_factory.mktemp("run") / "tiny"
+    choices = {
+        "preset": "longhorn",
+        "text": str(text_file),
+        "dim": 16,
+        "depth": 1,
+        "steps": 4,
+        "batch": 2,
+        "length": 16,
+    }
+    train.fit(train.prepare(out, choices), out)
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The one line that `recur argv` leaves on stderr."""
+    with pytest.raises(SystemExit) as leaving:
+        main([str(word) for word in argv])
+    printed = capsys.readouterr()
+    assert leaving.value.code == 2
+    assert re.fullmatch(r"recur: error: [^\n]+\n", printed.err), printed.err
+    assert printed.out == ""
+    return printed.err
+
+
+def test_train_reports_and_resumes(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path) -> None:
+    out = tmp_path / "run"
+    assert main(["train", "longhorn", "--text", str(text_file), "--out", str(out), *TINY]) == 0
+    first = capsys.readouterr()
+    assert str(recur.presets.longhorn()) in first.out
+    assert re.search(r"depth 1, width 16: [\d,]+ parameters", first.out)
+    assert re.search(r"validation loss \d\.\d+ nats per character over 200 characters", first.out)
+    assert re.search(r"\d\.\d+ \(single characters\) and \d\.\d+ \(pairs\)", first.out)
+    assert re.search(r"loss \d\.\d+, [\d,]+ tokens/s", first.err)
+    assert {path.name for path in out.iterdir()} == {"curve.csv", "curve.png", "step-00000004"}
+    drawn = first.out.split("-" * 80)[1].strip("\n")
+    assert len(drawn) >= 300
+
+    assert main(["train", "longhorn", "--out", str(out), "--resume"]) == 0  # a finished run reports again
+    assert capsys.readouterr().out == first.out
+
+
+def test_generate_is_decided_by_its_seed(capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:
+    written = []
+    for seed in ("0", "0", "1"):
+        assert main(["generate", str(run_folder), "--prompt", "the ", "--max-new-tokens", "40", "--seed", seed]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0].startswith("the ")
+    assert len(written[0]) == 4 + 40 + 1  # prompt, new characters, end of line
+    assert written[0] == written[1] != written[2]
+
+
+def test_list_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recur.presets.names()
+    assert all(len(line.split()) > 1 for line in lines)
+
+
+def test_show_prints_the_recipe_and_with_a_width_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "longhorn"]) == 0
+    assert capsys.readouterr().out.strip() == str(recur.presets.longhorn()).strip()
+    assert main(["show", "longhorn", "--dim", "32"]) == 0
+    assert capsys.readouterr().out.strip() == str(recur.Mixer(recur.presets.longhorn(), 32)).strip()
+
+
+def test_check_tells_kept_and_broken_laws(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import recur.testing
+
+    checked = []
+    monkeypatch.setattr(recur.testing, "check", checked.append)
+    assert main(["check", "longhorn"]) == 0
+    assert "longhorn: every law that applies holds" in capsys.readouterr().out
+    assert checked == [recur.presets.longhorn()]
+
+    def broken(recipe: recur.Recipe) -> None:
+        raise AssertionError("split at 3 differs by 0.5")
+
+    monkeypatch.setattr(recur.testing, "check", broken)
+    assert main(["check", "longhorn"]) == 1
+    assert capsys.readouterr().err == "longhorn breaks a law:\nsplit at 3 differs by 0.5\n"
+
+
+@pytest.mark.parametrize("command", ["list", "show", "check", "train", "generate"])
+def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main([command, "--help"])
+    assert leaving.value.code == 0
+    assert f"examples:\n  recur {command}" in capsys.readouterr().out
+
+
+BAD_TEXTS = {
+    "missing": (None, "cannot read .*: no such file or directory"),
+    "empty": (b"", "must hold text, got an empty file"),
+    "blank": (b" \n\n", "must hold text, got an empty file"),
+    "binary": (b"\x89PNG\r\n\x1a\n\xff", "must be UTF-8 text, got other bytes at offset 0"),
+    "zeros": (b"abc\0def", "must be UTF-8 text, got a zero byte at offset 3"),
+    "short": (b"too short to learn from", "text must have at least 1290 characters for --length 128, got 23"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEXTS)
+def test_a_text_of_no_use(capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str) -> None:
+    content, words = BAD_TEXTS[kind]
+    path = tmp_path / "bad.txt"
+    if content is not None:
+        path.write_bytes(content)
+    said = refused(capsys, "train", "longhorn", "--text", path, "--length", 128, "--out", tmp_path / "run")
+    assert re.search(words, said), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_no_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    said = refused(capsys, "train", "longhorn", "--text", tmp_path, "--out", tmp_path / "run")
+    assert "is a directory" in said
+
+
+@pytest.mark.parametrize("command", ["show", "check", "train"])
+def test_an_unknown_preset_brings_near_names(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert "no preset is called 'longhron'; did you mean longhorn?" in refused(capsys, command, "longhron")
+    assert "'xyz'; known presets: " in refused(capsys, command, "xyz")
+
+
+def test_a_width_that_does_not_divide(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path) -> None:
+    words = "hgrn2 cannot be built with --dim 7: "
+    assert words in refused(capsys, "show", "hgrn2", "--dim", 7)
+    arguments = ("--text", text_file, "--length", 16, "--dim", 7, "--out", tmp_path / "run")
+    assert words in refused(capsys, "train", "hgrn2", *arguments)
+
+
+BAD_VALUES = {
+    "--dim": ("0", "a whole number of at least 1, got '0'"),
+    "--steps": ("many", "a whole number of at least 1, got 'many'"),
+    "--lr": ("-1", "a positive number, got '-1'"),
+    "--dropout": ("1", "a number from 0 up to but not including 1, got '1'"),
+    "--seed": ("-3", "a whole number from 0 to 2^63 - 1, got '-3'"),
+}
+
+
+@pytest.mark.parametrize("option", BAD_VALUES)
+def test_a_value_out_of_range(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    value, words = BAD_VALUES[option]
+    assert f"argument {option}: must be {words}" in refused(capsys, "train", "longhorn", f"{option}={value}")
+
+
+@pytest.mark.parametrize("argv", [[], ["sing"], ["train"], ["train", "longhorn", "--loud"]])
+def test_a_command_that_is_none(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    refused(capsys, *argv)
+
+
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path) -> None:
+    arguments = ("train", "longhorn", "--text", text_file, "--length", 16, "--out", tmp_path / "run", "--device")
+    assert "--device abacus is not available" in refused(capsys, *arguments, "abacus")
+    assert "--device cuda:99 is not available" in refused(capsys, *arguments, "cuda:99")
+
+
+def test_a_run_is_not_overwritten(capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:
+    assert "already holds a run: continue it with --resume" in refused(capsys, "train", "longhorn", "--out", run_folder)
+
+
+RESUMED = {
+    "preset": (["hgrn2"], "the run was started with preset longhorn, got hgrn2"),
+    "width": (["longhorn", "--dim", "32"], "the run was started with dim 16, got 32"),
+    "steps": (["longhorn", "--steps", "8"], "the run was started with steps 4, got 8"),
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_resuming_with_other_settings(capsys: pytest.CaptureFixture[str], run_folder: Path, kind: str) -> None:
+    words, said = RESUMED[kind]
+    assert said in refused(capsys, "train", *words, "--resume", "--out", run_folder)
+
+
+def test_resuming_with_another_text(capsys: pytest.CaptureFixture[str], run_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("something else " * 50)
+    said = refused(capsys, "train", "longhorn", "--resume", "--out", run_folder, "--text", other)
+    assert "needs the text that the run in" in said
+
+
+def test_a_checkpoint_that_is_missing_or_damaged(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path
+) -> None:
+    out = tmp_path / "run"
+    for command in (("train", "longhorn", "--resume", "--out", out), ("generate", out, "--prompt", "the ")):
+        assert f"no checkpoint in {out}" in refused(capsys, *command)
+    assert main(["train", "longhorn", "--text", str(text_file), "--out", str(out), *TINY]) == 0
+    capsys.readouterr()
+    with (out / "step-00000004" / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    for command in (("train", "longhorn", "--resume", "--out", out), ("generate", out, "--prompt", "the ")):
+        assert "is damaged: model.safetensors changed after it was written" in refused(capsys, *command)
+
+
+def test_a_prompt_the_vocabulary_lacks(capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:
+    assert "lacks '°' 'ß'" in refused(capsys, "generate", run_folder, "--prompt", "the ß°")
+    assert "prompt must have at least one character" in refused(capsys, "generate", run_folder, "--prompt", "")
+
+
+def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert "tqdm is not installed: pip install 'recur-primitives[demo]'" in refused(capsys, "train", "longhorn")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tomllib") is None, reason="tomllib came with Python 3.11")
+def test_every_package_is_distributed() -> None:
+    import tomllib
+
+    top = Path(__file__).parent.parent
+    listed = tomllib.loads((top / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(top).parts) for path in top.glob("recur/**/__init__.py")}
+    assert set(listed) == found | {"recur.kernels"}

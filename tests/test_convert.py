@@ -1,0 +1,127 @@
+"""Official state_dicts in and out: complete, reversible, and refused as a whole when something does not fit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from test_golden import FILES, MODULES, Vectors
+from torch import Tensor
+
+from recur import LanguageModel, Mixer, convert, presets
+
+STEMS = [stem for stem in FILES if Vectors(stem).case in MODULES]
+CONFIG = {"d_model": 8, "n_layer": 2, "vocab_size": 10, "ssm_cfg": {"d_state": 2}}
+HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
+
+
+def longhorn_lm() -> dict[str, Tensor]:
+    """A state_dict that was never official."""
+    recipe = presets.longhorn(state=2)
+    return convert.to_official("longhorn_lm", LanguageModel(recipe, vocab_size=16, dim=8, depth=2))
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_what_goes_in_comes_out(stem: str) -> None:
+    vectors = Vectors(stem)
+    name, recorded = MODULES[vectors.case][0], vectors.section("param")
+    back = convert.to_official(name, convert.from_official(name, recorded, vectors.arguments))
+    tied = vectors.config.get("tied_keys", {})
+    learned = {key for key in recorded if ".retnet_rel_pos." not in key}
+    assert set(back) == learned | set(tied)
+    for key, tensor in back.items():
+        assert tensor.dtype == recorded[tied.get(key, key)].dtype
+        assert torch.equal(tensor, recorded[tied.get(key, key)]), key
+
+
+def test_every_official_name_is_covered_by_a_recorded_file() -> None:
+    assert {MODULES[Vectors(stem).case][0] for stem in STEMS} == set(convert.names())
+
+
+def test_all_that_does_not_fit_is_listed_at_once() -> None:
+    state = longhorn_lm()
+    del state["backbone.norm_f.weight"], state["backbone.layers.1.mixer.D"]
+    state["backbone.layers.0.mixer.in_proj.weight"] = torch.zeros(32, 7)
+    state["backbone.layers.0.mixer.A_log"] = torch.zeros(16, 2)
+    with pytest.raises(ValueError, match="must fit longhorn_lm") as error:
+        convert.from_official("longhorn_lm", state, CONFIG)
+    assert str(error.value).splitlines()[1:] == [
+        "  misshapen: backbone.layers.0.mixer.in_proj.weight must be [32, 8], got [32, 7]",
+        "  missing: backbone.layers.1.mixer.D",
+        "  missing: backbone.norm_f.weight",
+        "  unexpected: backbone.layers.0.mixer.A_log",
+    ]
+
+
+@pytest.mark.parametrize("kept", [EMBEDDING, HEAD])
+def test_a_tied_tensor_may_come_under_any_of_its_names(kept: str) -> None:
+    state = longhorn_lm()
+    alone = {key: tensor for key, tensor in state.items() if key not in (EMBEDDING, HEAD) or key == kept}
+    back = convert.to_official("longhorn_lm", convert.from_official("longhorn_lm", alone, CONFIG))
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+
+
+def test_tied_tensors_that_differ_are_refused() -> None:
+    state = longhorn_lm()
+    state[HEAD] = state[HEAD] + 1
+    with pytest.raises(ValueError, match=f"different: {HEAD} must equal {EMBEDDING}"):
+        convert.from_official("longhorn_lm", state, CONFIG)
+
+
+def test_an_untied_head_has_a_place_of_its_own() -> None:
+    state = longhorn_lm()
+    state[HEAD] = state[HEAD] + 1
+    model = convert.from_official("longhorn_lm", state, {**CONFIG, "tie_embeddings": False})
+    back = convert.to_official("longhorn_lm", model)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+
+
+def test_the_prefix_of_a_wrapper_is_dropped() -> None:
+    state = longhorn_lm()
+    wrapped = {f"transformer.{key}": tensor for key, tensor in state.items()}
+    back = convert.to_official("longhorn_lm", convert.from_official("longhorn_lm", wrapped, CONFIG))
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+
+
+def test_the_module_shares_neither_memory_nor_random_numbers_with_its_caller() -> None:
+    state = longhorn_lm()
+    before = {key: tensor.clone() for key, tensor in state.items()}
+    seed = torch.get_rng_state()
+    model = convert.from_official("longhorn_lm", state, CONFIG)
+    assert torch.equal(seed, torch.get_rng_state())
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    assert all(torch.equal(state[key], tensor) for key, tensor in before.items())
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_module_has_the_dtype_of_the_checkpoint(dtype: torch.dtype) -> None:
+    state = {key: tensor.to(dtype) for key, tensor in longhorn_lm().items()}
+    model = convert.from_official("longhorn_lm", state, CONFIG)
+    assert model.embedding.weight.dtype == dtype
+    skip = model.blocks[0].mixer.parts["skip"].D
+    assert skip.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+
+
+def test_an_unknown_name_is_told_its_nearest() -> None:
+    with pytest.raises(ValueError, match=r"name must be one of .*got 'longhorn-lm'; the nearest is 'longhorn_lm'"):
+        convert.from_official("longhorn-lm", {}, {})
+
+
+def test_arguments_are_checked_before_anything_is_built() -> None:
+    with pytest.raises(ValueError, match=r"unknown: d_stat, n_heads; lacking: d_model"):
+        convert.from_official("mamba", {}, {"d_stat": 4, "n_heads": 2})
+    with pytest.raises(NotImplementedError, match="reverse must be False so far, got True"):
+        convert.from_official("simple_gate_loop", {}, {"dim": 4, "reverse": True})
+    sizes = {"hidden_size": 64, "query_key_dim": 16, "num_attention_heads": 2, "dense_block_layers": 1}
+    with pytest.raises(ValueError, match=r"query_key_dim must be hidden_size / 2 = 32, got 16"):
+        convert.from_official("densessm_retention", {}, sizes)
+
+
+def test_a_foreign_module_has_no_official_form() -> None:
+    with pytest.raises(ValueError, match=re.escape("parts.selective_scan.A_log")):
+        convert.to_official("longhorn", Mixer(presets.mamba(), 8))

@@ -1,0 +1,91 @@
+"""What the README and the pages of docs/ say is true: code runs, output is real, commands and links exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from recur import presets
+from recur.cli import _parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [line.partition(" #")[0].strip() for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def own_random_numbers() -> object:
+    with torch.random.fork_rng(devices=()):
+        yield
+
+
+def test_it_opens_with_a_sentence_and_fifteen_lines_that_run(capsys: pytest.CaptureFixture[str]) -> None:
+    title, sentence, first = (block for block in re.split(r"\n\n(?=\S)", README)[:3])
+    assert title.startswith("# ")
+    assert re.fullmatch(r"[^\n]+\.", sentence)
+    assert first.startswith("```python\n" + PYTHON[0].splitlines()[0])
+    assert len(PYTHON[0].splitlines()) <= 15
+    exec(PYTHON[0], {})
+    assert capsys.readouterr().out == "same: True\ntorch.Size([2, 30])\n"
+
+
+def test_its_code_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+    """A block of text after a block of code is what that code prints."""
+    names: dict[str, object] = {}
+    for (language, code), (next_language, text) in pairwise([*BLOCKS, ("", "")]):
+        if language == "python":
+            exec(code, names)
+            printed = capsys.readouterr().out
+            assert next_language != "text" or printed == text
+
+
+def test_its_new_recurrence_is_the_one_of_the_example() -> None:
+    (code,) = (code for code in PYTHON if "def corrected_hgrn2" in code)
+    function = re.search(r"^def corrected_hgrn2.*?^    \)$", code, flags=re.MULTILINE | re.DOTALL)
+    assert function is not None
+    assert function[0] in (ROOT / "examples" / "03_new_recurrence.py").read_text(encoding="utf-8")
+    assert len(function[0].splitlines()) <= 20
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("recur ")])
+def test_its_commands_are_understood(command: str) -> None:
+    _parser().parse_args(shlex.split(command)[1:])
+
+
+def test_its_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = [line.split()[1] for line in COMMANDS if line.startswith("make ")]
+    assert "demo" in targets
+    assert "test" in targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, heading = target.partition("#")
+        goal = page.parent / path if path else page
+        assert goal.exists(), target
+        headings = re.findall(r"^#+ (.+)$", goal.read_text(encoding="utf-8"), flags=re.MULTILINE) if heading else []
+        assert not heading or heading in [title.lower().replace(" ", "-") for title in headings], target
+
+
+def test_every_preset_has_its_equation_on_the_page() -> None:
+    page = (ROOT / "docs" / "algebra.md").read_text(encoding="utf-8")
+    for name in presets.names():
+        preset = getattr(presets, name)
+        assert f"(../{preset.__module__.replace('.', '/')}.py)" in page, name
+        paper = re.search(r"arXiv:([\d.]+\d)", preset().source)
+        assert paper is not None
+        assert f"https://arxiv.org/abs/{paper[1]}" in page, name
