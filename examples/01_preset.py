@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from recur import LanguageModel, presets
 
-REGISTERS, VALUES, T = 4, 4, 64
+REGISTERS, VALUES, T = 4, 4, 32
 ASK = REGISTERS * VALUES  # token r * VALUES + x stores x in register r; token ASK + r asks for it
 
 
@@ -23,13 +23,13 @@ def programs(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 torch.manual_seed(0)
-recipe = presets.hgrn2(heads=4)
+recipe = presets.hgrn2(heads=16)
 print(recipe, end="\n\n")
 
 model = LanguageModel(recipe, vocab_size=ASK + REGISTERS, dim=64, depth=1)
 optimiser = torch.optim.AdamW(model.decay_groups(weight_decay=0.1), lr=1e-2)
 losses = []
-for step in range(1, 201):
+for step in range(1, 161):
     ids, answers = programs(rows=16)
     loss = F.cross_entropy(model(ids).flatten(0, 1), answers.flatten(), ignore_index=-100)
     optimiser.zero_grad()

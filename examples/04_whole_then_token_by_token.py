@@ -3,7 +3,7 @@
 import torch
 
 from recur import LanguageModel, Mixer, presets
-from recur.blocks.mixer import nbytes
+from recur.blocks import nbytes
 
 torch.manual_seed(0)
 

@@ -3,8 +3,7 @@
 import torch
 
 from recur import LanguageModel, Recipe, presets
-from recur.blocks import Attention, Project, Rotary
-from recur.blocks.mixer import nbytes
+from recur.blocks import Attention, Project, Rotary, nbytes
 
 torch.manual_seed(0)
 attention = Recipe(

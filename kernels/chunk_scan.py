@@ -2,25 +2,26 @@
 
 Legend
     B T H G     batch, time, heads, groups of heads that share a tensor; K, V rows and columns of the state S
-    C, R        tokens a chunk; tokens a tile: C, SUB or 1
+    C, R        tokens a chunk; tokens a tile, C or SUB
     q, k, v     roles, not names: q reads the state, k and v write it. The backward of the scan is the scan:
                     y   left to right   q k v  = q  k  v       gates on the rows of S
                     dq  left to right   q k v  = do v  k       gates on the columns (the state is Sᵀ)
                     dv  right to left   q k v  = k  q  do      gates on the rows
                     dk  right to left   q k v  = v  do q       gates on the columns
                 A pair of tokens s, t is weighed by the gates after the earlier one up to the later one in all four.
-    log_a       natural log of the gates, turned into log2 when it is loaded
+    log_a       natural log of the gates
     x, half     log2 of the gates summed since the middle of the chunk's total decay; that half. Counted from there the
                 reader's factor 2^x and the writer's 2^-x both stay small, and 2^half meets the state twice.
     span        tokens a segment; segments lie side by side in the grid, chunks of a segment one after the other
 
 A chunk whose gates span too much for two factors is walked in tiles of SUB tokens, and a tile which still does, or
-forgets everything, token by token: no logs are subtracted there, so resets are exact. The choice is made at run time.
+forgets everything, token by token (a tile with one token inside): no logs are subtracted there, so resets are exact.
+The choice is made at run time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,101 +32,87 @@ from torch import Tensor
 from recur.kernels.tiles import load_tile, store_tile, sums_along
 
 LOG2E = tl.constexpr(1.4426950408889634)
-RESET = tl.constexpr(-150.0)  # log2 of what is 0 in float32
-FLOOR = tl.constexpr(-1000.0)  # stands for every log below it, −inf too: 2^-1000 is the same 0 and spoils no sum
+RESET = tl.constexpr(-103.9)  # the log of what is 0 in float32
 SUB = tl.constexpr(16)  # tokens of the smallest tile that a matmul takes
 
 
 @triton.jit
-def _rows(tensor, row, inside, cols):
-    """[R D] of a tensor (pointer, heads, head, D) whose axes are [rows heads D]."""
-    ptr, heads, head, size = tensor
-    return load_tile(ptr, row * heads + head, inside, cols, size)
-
-
-@triton.jit
-def _gates(gates, token, inside, cols, size, DECAY: tl.constexpr):
-    """log2 of the gates of R tokens: [R 1] if one serves the whole state, else [R D]. Outside nothing decays."""
+def _gates(gates, start, offs, inside, cols, size, DECAY: tl.constexpr):
+    """Logs of the gates of R tokens: [R] if one serves the whole state, else [R D]. Outside nothing decays."""
     ptr, stride_t, stride_d = gates
     if DECAY == "none":
-        return tl.zeros([token.shape[0], 1], tl.float32)
-    if DECAY == "scalar":
-        log_a = tl.load(ptr + token * stride_t, mask=inside, other=0.0)[:, None]
+        log_a = tl.zeros([offs.shape[0]], tl.float32)
+    elif DECAY == "scalar":
+        log_a = tl.load(ptr + start * stride_t + offs * stride_t, mask=inside, other=0.0).to(tl.float32)
     else:
-        ptrs = ptr + token[:, None] * stride_t + cols[None, :] * stride_d
+        ptrs = ptr + start * stride_t + offs[:, None] * stride_t + cols[None, :] * stride_d
         log_a = tl.load(ptrs, mask=inside[:, None] & (cols[None, :] < size), other=0.0)
-    return tl.maximum(log_a.to(tl.float32) * LOG2E, FLOOR)
+    return log_a
 
 
 @triton.jit
-def _tied(log2_a):
-    """1 − 2^x, by its series near 0 where the difference would cancel."""
-    x = log2_a / LOG2E
+def _tied(log_a):
+    """1 − exp(log_a), by its series near 0 where the difference would cancel."""
+    x = log_a.to(tl.float32)
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
-    return tl.where(x > -0.25, series, 1 - tl.exp2(log2_a))
+    return tl.where(x > -0.25, series, 1 - tl.exp2(x * LOG2E))
 
 
 @triton.jit
 def _finish(
-    y, edge, log2_a, row, inside, cols, scale, out, mate, dots_ptr, sums_ptr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, TIED: tl.constexpr, GRAD: tl.constexpr, DOT: tl.constexpr,
+    y, edge, log_a, row, offs, inside, cols, scale, out, mate, dots_ptr, sums_ptr,
+    ALONE: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, TIED: tl.constexpr, GRAD: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """Store y [R V]. Of the gate's gradient, Σ_{s≥t} (q_s ⊙ dq_s − k_s ⊙ dk_s), "dots" leaves the first product and
     "sums" makes the rest, `edge` being what the tokens to the right add up to. Returns the edge further left."""
-    y_ptr, heads, head, size = out
-    at = row * heads + head
     if not REVERSE:
         y = y * scale
     if TIED != "mate":
-        store_tile(y_ptr, at, inside, cols, size, y)
+        store_tile(out, row, offs, inside, cols, y)
     if GRAD != "none":
-        product = y * (_tied(log2_a) if TIED == "mate" else _rows(mate, row, inside, cols).to(tl.float32))
+        product = y * (_tied(log_a) if TIED == "mate" else load_tile(mate, row, offs, inside, cols).to(tl.float32))
         if DECAY == "scalar":
-            cols, size = tl.arange(0, 1), 1
-            product = tl.sum(product, 1, keep_dims=True)
-        if GRAD == "dots":
-            store_tile(dots_ptr, at, inside, cols, size, product)
-        else:
-            product = load_tile(dots_ptr, at, inside, cols, size) - product
-            if row.shape[0] == 1:
-                sums = product + edge[None, :]
-            elif DECAY == "scalar":
-                sums = tl.cumsum(product, 0, reverse=True) + edge[None, :]
+            product = tl.sum(product, 1)
+            at = (row + offs) * out[1] + out[2]
+            if GRAD == "dots":
+                tl.store(dots_ptr + at, product, mask=inside)
             else:
-                offs = tl.arange(0, row.shape[0])
+                product = tl.load(dots_ptr + at, mask=inside, other=0.0) - product
+                sums = tl.cumsum(product, 0, reverse=True) + edge
+                edge += tl.sum(product, 0)
+                if ALONE:
+                    edge = tl.where(tl.sum(log_a, 0) <= RESET, 0.0, edge)
+                tl.store(sums_ptr + at, tl.where(log_a <= RESET, 0.0, sums), mask=inside)
+        else:
+            dots, into = (dots_ptr, out[1], out[2], out[3]), (sums_ptr, out[1], out[2], out[3])
+            if GRAD == "dots":
+                store_tile(dots, row, offs, inside, cols, product)
+            else:
+                product = load_tile(dots, row, offs, inside, cols) - product
                 later = tl.where(offs[:, None] <= offs[None, :], 1.0, 0.0)
                 sums = sums_along(later, product, DOT) + edge[None, :]
-            sums = tl.where(log2_a <= RESET, 0.0, sums)  # nothing depends on the log of 0
-            # a tile with a reset in it is walked token by token; what lies left of it owes nothing to what lies right
-            edge = tl.sum(sums, 0) if row.shape[0] == 1 else edge + tl.sum(product, 0)
-            if TIED == "mate":
-                sums -= tl.exp2(log2_a) * y
-            store_tile(sums_ptr, at, inside, cols, size, sums)
+                edge += tl.sum(product, 0)
+                if ALONE:  # what lies left of a reset owes nothing to what lies right of it
+                    edge = tl.where(tl.sum(log_a.to(tl.float32), 0) <= RESET, 0.0, edge)
+                sums = tl.where(log_a <= RESET, 0.0, sums)  # nothing depends on the log of 0
+                if TIED == "mate":
+                    sums -= tl.exp2(log_a.to(tl.float32) * LOG2E) * y
+                store_tile(into, row, offs, inside, cols, sums)
     return edge
 
 
 @triton.jit
-def _token(S, q, k, v, log2_a, DECAY: tl.constexpr, REVERSE: tl.constexpr, EMIT: tl.constexpr):
-    """The definition, one token: q, k [1 K], v [1 V]. Returns y [1 V] and S. Right to left it reads, then decays."""
-    a = tl.exp2(log2_a)
-    if DECAY == "rows":
-        a = tl.trans(a)
-    written = tl.trans(k.to(tl.float32)) * v.to(tl.float32)
-    S = S + written if REVERSE else S * a + written
-    y = tl.sum(tl.trans(q.to(tl.float32)) * S, 0, keep_dims=True) if EMIT else v
-    return y, S * a if REVERSE else S
-
-
-@triton.jit
-def _running(log2_a, DECAY: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr):
-    """x [R D], the gates up to and with token t less half of all, and that half [D]. Right to left x changes sign."""
-    half = tl.sum(log2_a, 0) * 0.5
+def _running(log_a, half, DECAY: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr):
+    """x [R D] or [R], log2 of the gates up to and with token t less half of all. Right to left it is negated."""
     sign: tl.constexpr = -1.0 if REVERSE else 1.0
     if DECAY == "scalar":
-        return sign * (tl.cumsum(log2_a, 0) - half[None, :]), half
-    offs = tl.arange(0, log2_a.shape[0])
-    weights = tl.where(offs[:, None] >= offs[None, :], sign * 0.5, sign * -0.5)
-    return sums_along(weights, log2_a, DOT), half
+        x = sign * (tl.cumsum(log_a, 0) * LOG2E - half)
+    else:
+        offs = tl.arange(0, log_a.shape[0])
+        weights = tl.where(offs[:, None] >= offs[None, :], sign * 0.5, sign * -0.5)
+        x = sums_along(weights, log_a, DOT) * LOG2E
+    return x
 
 
 @triton.jit
@@ -158,15 +145,15 @@ def _tile(
             y = tl.dot(q, S.to(DOT), input_precision=PRECISION)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if DECAY == "scalar":
-                y = y * tl.exp2(half[None, :] + x)
+                y = y * tl.exp2(half + x)[:, None]
                 # mask before exp: pairs not seen have a positive difference, which could overflow
-                scores = scores * tl.exp2(tl.where(seen, x - tl.trans(x), FLOOR))
+                scores = scores * tl.exp2(tl.where(seen, x[:, None] - x[None, :], float("-inf")))
             else:
                 scores = tl.where(seen, scores, 0.0)
             y = tl.dot((scores * write).to(DOT), v, y, input_precision=PRECISION)
         if DECAY == "scalar":
-            k = (k * (tl.exp2(half[None, :] - x) * write)).to(DOT)
-            S = S * tl.exp2(2 * half)[None, :]
+            k = (k * (tl.exp2(half - x) * write)[:, None]).to(DOT)
+            S = S * tl.exp2(2 * half)
         else:
             k = (k * write).to(DOT)
         S = tl.dot(tl.trans(k), v, S, input_precision=PRECISION)
@@ -176,54 +163,56 @@ def _tile(
 @triton.jit
 def _step(
     S, edge, share, start, stop, first, scale, q, k, v, gates, offs_k, offs_v, out, mate, dots_ptr, sums_ptr,
-    R: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, TIED: tl.constexpr, GRAD: tl.constexpr,
-    EMIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    R: tl.constexpr, ALONE: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, TIED: tl.constexpr,
+    GRAD: tl.constexpr, EMIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Tokens start to start + R - 1 of the segment that ends at stop. Returns S, edge and share beyond them."""
-    K, V = k[3], v[3]
-    token = start + tl.arange(0, R).to(tl.int64)
-    row, inside = first + token, token < stop
+    """Tokens start to start + R - 1 that lie before stop, or token start ALONE. Returns what is beyond them."""
+    offs = tl.arange(0, R)
+    row, inside = first + start, offs < (tl.minimum(stop - start, 1) if ALONE else stop - start)
     if DECAY == "columns":
-        log2_a = _gates(gates, token, inside, offs_v, V, DECAY)
+        log_a = _gates(gates, start, offs, inside, offs_v, v[3], DECAY)
     else:
-        log2_a = _gates(gates, token, inside, offs_k, K, DECAY)
-    key = _tied(log2_a) if TIED == "key" else _rows(k, row, inside, offs_k)  # [R K]
-    value = _tied(log2_a) if TIED == "value" else _rows(v, row, inside, offs_v)  # [R V]
+        log_a = _gates(gates, start, offs, inside, offs_k, k[3], DECAY)
+    key = _tied(log_a) if TIED == "key" else load_tile(k, row, offs, inside, offs_k)  # [R K]
+    value = _tied(log_a) if TIED == "value" else load_tile(v, row, offs, inside, offs_v)  # [R V]
     query = key
     if EMIT:
-        query = _tied(log2_a) if TIED == "query" else _rows(q, row, inside, offs_k)  # [R K]
+        query = _tied(log_a) if TIED == "query" else load_tile(q, row, offs, inside, offs_k)  # [R K]
     write = scale if REVERSE else 1.0  # right to left q is part of what is written
 
-    if R == 1:
-        y, S = _token(S, query, key, value.to(tl.float32) * write, log2_a, DECAY, REVERSE, EMIT)
-        share *= tl.exp2(tl.sum(log2_a, 0))
-        if EMIT:
-            edge = _finish(
-                y, edge, log2_a, row, inside, offs_v, scale, out, mate, dots_ptr, sums_ptr,
-                DECAY, REVERSE, TIED, GRAD, DOT,
-            )  # fmt: skip
-        return S, edge, share
-
-    x, half = log2_a, tl.sum(log2_a, 0)
+    x, half = log_a, tl.sum(log_a.to(tl.float32), 0) * (0.5 * LOG2E)
     calm = True
-    if DECAY != "none":
-        x, half = _running(log2_a, DECAY, REVERSE, DOT)
-        calm = tl.max(tl.abs(x)) <= LIMIT
+    if DECAY != "none" and not ALONE:
+        x = _running(log_a, half, DECAY, REVERSE, DOT)
+        calm = tl.max(tl.where(tl.abs(x) <= LIMIT, 0, 1)) == 0  # NaN, from −inf, is not calm
     if calm:
-        y, S = _tile(S, query, key, value, x, half, write, DECAY, REVERSE, EMIT, DOT, PRECISION)
-        share *= tl.exp2(2 * half)
+        if ALONE:
+            a = tl.exp2(2 * half)
+            if DECAY == "rows":
+                a = a[:, None]
+            if DECAY == "columns":
+                a = a[None, :]
+            if not REVERSE:
+                S = S * a
+            y, S = _tile(S, query, key, value, x, half, write, "none", REVERSE, EMIT, DOT, PRECISION)
+            if REVERSE:
+                S = S * a
+        else:
+            y, S = _tile(S, query, key, value, x, half, write, DECAY, REVERSE, EMIT, DOT, PRECISION)
         if EMIT:
             edge = _finish(
-                y, edge, log2_a, row, inside, offs_v, scale, out, mate, dots_ptr, sums_ptr,
-                DECAY, REVERSE, TIED, GRAD, DOT,
+                y, edge, log_a, row, offs, inside, offs_v, scale, out, mate, dots_ptr, sums_ptr,
+                ALONE, DECAY, REVERSE, TIED, GRAD, DOT,
             )  # fmt: skip
-    elif DECAY != "none":
-        smaller: tl.constexpr = SUB if R > SUB else 1
-        for i in range(0, R, smaller):
-            at = start + (R - smaller - i if REVERSE else i)
+        else:
+            share *= tl.exp2(2 * half)
+    elif DECAY != "none" and not ALONE:
+        size: tl.constexpr = 1 if R == SUB else SUB
+        for i in tl.range(0, R, size, num_stages=1):
+            at = start + (R - size - i if REVERSE else i)
             S, edge, share = _step(
                 S, edge, share, at, stop, first, scale, q, k, v, gates, offs_k, offs_v, out, mate, dots_ptr, sums_ptr,
-                smaller, DECAY, REVERSE, TIED, GRAD, EMIT, DOT, PRECISION, LIMIT,
+                SUB, R == SUB, DECAY, REVERSE, TIED, GRAD, EMIT, DOT, PRECISION, LIMIT,
             )  # fmt: skip
     return S, edge, share
 
@@ -233,8 +222,10 @@ def _walk(
     q_ptr, k_ptr, v_ptr, log_a_ptr, y_ptr,  # [B T heads *], in their roles
     enter_ptr, leave_ptr, share_ptr,  # [B H segments K V] states, [B H segments K] product of the gates
     mate_ptr, dots_ptr, sums_ptr, edge_ptr,  # for the gate's gradient
-    B, T, H, GQ, GK, GV, GM, K, V, tiles, segments, span,  # sizes
-    stride_ab, stride_at, stride_ah, stride_ad, stride_sk, stride_sv, scale,
+    B, T, tiles, segments, span, stride_ab, stride_ah, scale,
+    H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, GM: tl.constexpr,  # heads of each tensor
+    K: tl.constexpr, V: tl.constexpr, stride_at: tl.constexpr, stride_ad: tl.constexpr,  # the model's own sizes: with
+    stride_sk: tl.constexpr, stride_sv: tl.constexpr,  # them known, addresses inside a tile cost no registers
     DECAY: tl.constexpr, REVERSE: tl.constexpr, TIED: tl.constexpr, GRAD: tl.constexpr, EMIT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
@@ -257,12 +248,14 @@ def _walk(
     S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if enter_ptr is not None:
         S = tl.load(enter_ptr + strand * K * V + cell, mask=inside, other=0.0)
-    edge = tl.zeros([BLOCK_V if DECAY == "columns" else 1], tl.float32)
-    share = tl.full([BLOCK_K if DECAY == "rows" else 1], 1.0, tl.float32)
+    edge = tl.zeros([BLOCK_V], tl.float32)
     if edge_ptr is not None:
         edge = tl.load(edge_ptr + strand * V + offs_v, mask=offs_v < V, other=0.0)
-        if DECAY == "scalar":
-            edge = tl.sum(edge, 0, keep_dims=True)
+    share = tl.full([BLOCK_K], 1.0, tl.float32)
+    if DECAY != "columns":
+        edge = tl.sum(edge, 0)
+    if DECAY != "rows":
+        share = 1.0
     if GRAD != "none" and DECAY == "scalar":
         dots_ptr += tile * B * T * H  # every tile of columns has its part of the sum over K
         sums_ptr = dots_ptr
@@ -273,7 +266,7 @@ def _walk(
         S, edge, share = _step(
             S, edge, share, begin + (chunks - 1 - i if REVERSE else i) * BLOCK_C, stop, b * T, scale,
             q, k, v, gates, offs_k, offs_v, out, mate, dots_ptr, sums_ptr,
-            BLOCK_C, DECAY, REVERSE, TIED, GRAD, EMIT, DOT, PRECISION, LIMIT,
+            BLOCK_C, False, DECAY, REVERSE, TIED, GRAD, EMIT, DOT, PRECISION, LIMIT,
         )  # fmt: skip
     if leave_ptr is not None:
         if EMIT:  # only the segment that ends the sequence
@@ -389,12 +382,12 @@ class _Scan(NamedTuple):
             width = self.gates.shape[-1]
             decay = "scalar" if width == 1 else "columns" if turned else "rows"
             strides = self.gates.expand(B, T, H, width).stride()
-        dot, precision, limit = _numbers((y if q is None else q) if k is None else k, decay)
+        dot, precision, limit = _numbers((k if v is None else v).dtype, decay)
         groups = [H if x is None else x.shape[2] for x in (q, k, v, mate)]
         _walk[(tiles.count * B * H * self.plan.segments,)](
             q, k, v, self.gates, y, enter, leave, share, mate, dots, sums, edge,
-            B, T, H, *groups, K, V, tiles.count, self.plan.segments, self.plan.span,
-            *strides, *((1, K) if turned else (V, 1)), self.scale,
+            B, T, tiles.count, self.plan.segments, self.plan.span, strides[0], strides[2], self.scale,
+            H, *groups, K, V, strides[1], strides[3], *((1, K) if turned else (V, 1)),
             DECAY=decay, REVERSE=reverse, TIED=tied, GRAD=grad, EMIT=y is not None,
             DOT=dot, PRECISION=precision, LIMIT=limit,
             BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_V=tiles.block_v, STAGES=tiles.stages,
@@ -419,15 +412,15 @@ class _Scan(NamedTuple):
         return states
 
 
-def _numbers(like: Tensor, decay: str) -> tuple[tl.dtype, str, float]:
+def _numbers(dtype: torch.dtype, decay: str) -> tuple[tl.dtype, str, float]:
     """What matmuls are fed with, their precision, and how far |x| may go.
 
     float16 is computed in tf32, which has its digits and the range that states need. Where one gate serves the whole
     state no factor exceeds 1, and only the digits of x are at stake.
     """
-    if like.dtype == torch.float32:
+    if dtype == torch.float32:
         return tl.float32, "tf32x3", 20.0
-    dot, precision = (tl.bfloat16, "ieee") if like.dtype == torch.bfloat16 else (tl.float32, "tf32")
+    dot, precision = (tl.bfloat16, "ieee") if dtype == torch.bfloat16 else (tl.float32, "tf32")
     return dot, precision, 1000.0 if decay == "scalar" else 60.0
 
 
@@ -489,31 +482,76 @@ def chunk_scan_backward(
     """
     (B, T, H, V), K = v.shape, q.shape[-1]
     scan = _describe(q, v, log_decay, scale)
-    tie = (lambda role: role) if k is None else (lambda role: "")
-    entered = scan.entering(k, v, initial, K=K, reverse=False, tied=tie("key"))
+    tied = k is None
+    entered = scan.entering(k, v, initial, K=K, reverse=False, tied="key" if tied else "")
     returned = scan.entering(q, dy, dstate, K=K, reverse=True)
     new = partial(torch.empty, dtype=torch.float32, device=v.device)
     dots = sums = edge = None
     if log_decay is not None:
-        keywise = log_decay.shape[-1] > 1
-        dots = new(B, T, H, K) if keywise else new(scan.plan.turned.count, B, T, H)
+        dots = new(B, T, H, K) if log_decay.shape[-1] > 1 else new(scan.plan.turned.count, B, T, H)
         sums = torch.empty_like(log_decay) if log_decay.shape == dots.shape else dots
         edge = _edges(entered, returned, state, dstate, scan.plan.segments)
-    gate = {"none": "none"} if log_decay is None else {}
-    dq = new(B, T, H, K) if q.shape[2] < H else torch.empty_like(q)
+
+    dq = torch.empty_like(q) if q.shape[2] == H else new(B, T, H, K)
     scan.walk(
-        dy, v, k, dq, widths=(V, K), turned=True, tied=tie("value"), enter=entered,
-        grad=gate.get("none", "dots"), mate=q, dots=dots,
+        dy, v, k, dq, widths=(V, K), turned=True, tied="value" if tied else "", enter=entered,
+        grad="none" if dots is None else "dots", mate=q, dots=dots,
     )  # fmt: skip
-    dv = torch.empty_like(v)
-    dinitial = new(0) if initial is None else torch.empty_like(initial)
+    dv, dinitial = torch.empty_like(v), None if initial is None else torch.empty_like(initial)
     scan.walk(
-        k, q, dy, dv, widths=(K, V), reverse=True, tied=tie("query"), enter=returned,
-        leave=None if initial is None else dinitial,
+        k, q, dy, dv, widths=(K, V), reverse=True, tied="query" if tied else "", enter=returned, leave=dinitial
     )  # fmt: skip
-    dk = new(B, T, H, K) if k is None or k.shape[2] < H else torch.empty_like(k)
+    dk = new(0) if k is None else torch.empty_like(k) if k.shape[2] == H else new(B, T, H, K)
     scan.walk(
-        v, dy, q, dk, widths=(V, K), reverse=True, turned=True, tied=tie("mate"), enter=returned,
-        grad=gate.get("none", "sums"), mate=k, dots=dots, sums=sums, edge=edge,
+        v, dy, q, dk, widths=(V, K), reverse=True, turned=True, tied="mate" if tied else "", enter=returned,
+        grad="none" if dots is None else "sums", mate=k, dots=dots, sums=sums, edge=edge,
     )  # fmt: skip
-    ...
+    if k is not None:
+        dk = _sum_groups(dk, k)
+    if sums is None:
+        dlog = new(0)
+    else:
+        dlog = sums if log_decay.shape[-1] > 1 else sums.sum(0).unsqueeze(-1)
+        dlog = dlog.sum_to_size(log_decay.shape).to(log_decay.dtype)
+    return _sum_groups(dq, q), dk, dv, dlog, new(0) if dinitial is None else dinitial
+
+
+def _sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
+    """[B T H K] -> [B T G K], what the heads of a group owe to the tensor they share."""
+    if gradient.shape == like.shape:
+        return gradient
+    return gradient.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
+
+
+def _edges(
+    entered: Tensor | None, returned: Tensor | None, state: Tensor, dstate: Tensor | None, segments: int
+) -> Tensor | None:
+    """[B H segments K], rowsum(dS ⊙ S) where each segment ends: what the gates of a segment owe to all later tokens."""
+    last = None if dstate is None else (state * dstate).sum(-1)[:, :, None]
+    if segments == 1:
+        return last
+    if last is None:
+        last = torch.zeros_like(state[:, :, None, :, 0])
+    return torch.cat([(entered[:, :, 1:] * returned[:, :, :-1]).sum(-1), last], 2)
+
+
+@chunk_scan_backward.register_fake
+def _(dy, dstate, q, k, v, log_decay, initial, state, scale):  # type: ignore[no-untyped-def]
+    return tuple(v.new_empty(0) if x is None else torch.empty_like(x) for x in (q, k, v, log_decay, initial))
+
+
+def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy: Tensor | None, dstate: Tensor | None):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, initial, state = ctx.saved_tensors
+    dy = torch.zeros_like(v) if dy is None else dy.contiguous()
+    dstate = None if dstate is None else dstate.contiguous()
+    gradients = chunk_scan_backward(dy, dstate, q, k, v, log_decay, initial, state, ctx.scale)
+    return *(None if x is None else g for x, g in zip((q, k, v, log_decay, initial), gradients, strict=True)), None
+
+
+chunk_scan.register_autograd(_differentiate, setup_context=_remember)

@@ -7,30 +7,41 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_of(ptr, row, inside, cols, size):
-    """Pointers and mask of rows [R] (int64) and columns [D] of a contiguous tensor [rows, size]."""
-    return ptr + row[:, None] * size + cols[None, :], inside[:, None] & (cols[None, :] < size)
+def tile_of(tensor, row, offs, inside, cols):
+    """Pointers [R D] to rows row + offs of a tensor (pointer, heads, head, D) with axes [rows heads D], and their mask.
+
+    The row is the int64 part; what is added inside a tile fits 32 bits.
+    """
+    ptr, heads, head, size = tensor
+    ptrs = ptr + (row * heads + head) * size + offs[:, None] * (heads * size) + cols[None, :]
+    return ptrs, inside[:, None] & (cols[None, :] < size)
 
 
 @triton.jit
-def load_tile(ptr, row, inside, cols, size):
+def load_tile(tensor, row, offs, inside, cols):
     """[R D], zeros outside."""
-    ptrs, mask = tile_of(ptr, row, inside, cols, size)
+    ptrs, mask = tile_of(tensor, row, offs, inside, cols)
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(ptr, row, inside, cols, size, tile):
-    ptrs, mask = tile_of(ptr, row, inside, cols, size)
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+def store_tile(tensor, row, offs, inside, cols, tile):
+    ptrs, mask = tile_of(tensor, row, offs, inside, cols)
+    tl.store(ptrs, tile.to(tensor[0].dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def sums_along(weights, x, DOT: tl.constexpr):
-    """weights [R R] times x [R D], float32. The weights are exact in DOT and x loses at most 2^-17 of itself (bfloat16
-    high and low part) or 2^-22 (tf32x3): a matmul costs less than a scan along the rows."""
+    """weights [R R] times x [R D] in float32, by a matmul: cheaper than a scan along the rows.
+
+    The weights are exact in bfloat16, and x is if it is bfloat16. Wider x keeps 17 bits (a high and a low part) where
+    matmuls are fed with bfloat16, 22 otherwise.
+    """
     if DOT == tl.bfloat16:
         high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(weights.to(tl.bfloat16), low, tl.dot(weights.to(tl.bfloat16), high))
-    return tl.dot(weights, x, input_precision="tf32x3")
+        sums = tl.dot(weights.to(tl.bfloat16), high)
+        if x.dtype != tl.bfloat16:
+            sums = tl.dot(weights.to(tl.bfloat16), (x - high.to(tl.float32)).to(tl.bfloat16), sums)
+    else:
+        sums = tl.dot(weights, x.to(tl.float32), input_precision="tf32x3")
+    return sums

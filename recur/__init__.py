@@ -9,18 +9,22 @@ from recur.primitives.fixed import fixed_scan, fixed_step
 from recur.primitives.forms import ScanOut
 from recur.primitives.scan import scan, step
 from recur.primitives.summary import Summary, advance, combine, summary
-from recur.recipe import Flow, Part, Recipe
+from recur.recipe import Axes, Flow, Part, Recipe, Site
 from recur.shapes import ShapeError
+from recur.weights import Param
 
 __all__ = [
+    "Axes",
     "Flow",
     "LanguageModel",
     "Mixer",
+    "Param",
     "Part",
     "Recipe",
     "RecipeError",
     "ScanOut",
     "ShapeError",
+    "Site",
     "Summary",
     "advance",
     "combine",

@@ -67,8 +67,9 @@ def size(expression: str | int, axes: Mapping[str, str | int]) -> int:
     """The size of one axis. Raises: RecipeError unless it is a positive integer."""
     result = evaluate(expression, axes)
     if result != int(result) or result < 1:
-        known = ", ".join(f"{name}={definition}" for name, definition in axes.items())
-        raise RecipeError(f"axes: {expression} must be a positive integer, got {result:g} with {known}")
+        known = ", ".join(f"{name}={definition}" for name, definition in axes.items() if name != expression)
+        rule = f"{expression} = {axes[expression]}" if expression in axes else expression
+        raise RecipeError(f"axes: {rule} must be a positive integer, got {result:g} with {known}")
     return int(result)
 
 

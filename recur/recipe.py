@@ -249,10 +249,9 @@ class Recipe:
         for part in parts:
             if not isinstance(part, Part):
                 raise TypeError(f"Recipe: parts must be of class Part, got {type(part).__name__}")
-        self.body = Chain(tuple(parts))
-        self.axes: dict[str, str | int] = dict(axes or {})
-        self.inputs: dict[str, str] = dict(inputs or {})
-        self.source = source
+        values = {"body": Chain(tuple(parts)), "_axes": tuple((axes or {}).items()), "source": source}
+        for name, value in {**values, "_inputs": tuple((inputs or {}).items())}.items():
+            object.__setattr__(self, name, value)
         known = {"D", *self.axes}
         for name, expression in self.axes.items():
             if unknown := letters(expression) - known:
@@ -280,9 +279,30 @@ class Recipe:
             got = f"y [{' '.join(written['y'])}]" if "y" in written else "no y"
             raise RecipeError(f"Recipe: the last parts must write y [D], got {got}; written: {', '.join(written)}")
 
+    body: Chain
+    source: str
+    _axes: tuple[tuple[str, str | int], ...]
+    _inputs: tuple[tuple[str, str], ...]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"Recipe: a recipe is frozen; replace, insert_before and remove return another ({name})")
+
+    def __deepcopy__(self, memo: Any) -> Recipe:
+        return self
+
     @property
     def parts(self) -> tuple[Part, ...]:
         return self.body.parts
+
+    @property
+    def axes(self) -> dict[str, str | int]:
+        """Letters and their sizes."""
+        return dict(self._axes)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Further tensors a call must bring, and their axes."""
+        return dict(self._inputs)
 
     @property
     def causal(self) -> bool:
@@ -345,7 +365,7 @@ class Recipe:
         return isinstance(other, Recipe) and mine == (other.parts, other.axes, other.inputs, other.source)
 
     def __hash__(self) -> int:
-        return hash((self.parts, tuple(self.axes.items()), self.source))
+        return hash((self.parts, self._axes, self._inputs, self.source))
 
     def __repr__(self) -> str:
         """Stages, what each writes, and its equation."""

@@ -58,7 +58,7 @@ class Weights(nn.Module):
         for name, weight in wide.items():
             new = getattr(self, name)
             if new.dtype in (torch.float16, torch.bfloat16):  # a cast to half: move, but keep the numbers
-                new.data = weight.to(device=new.device)
+                new.data = weight.to(device=new.device, dtype=torch.float32)
         return self
 
     def extra_repr(self) -> str:

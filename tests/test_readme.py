@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+import recur.testing
 from recur import presets
 from recur.cli import _parser
 
@@ -18,11 +21,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 PYTHON = [code for language, code in BLOCKS if language == "python"]
-COMMANDS = [line.partition(" #")[0].strip() for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
+SHELL = "".join(code for language, code in BLOCKS if language == "bash")
+COMMANDS = [line.partition(" #")[0].strip() for line in SHELL.splitlines()]
 
 
 @pytest.fixture(autouse=True)
-def own_random_numbers() -> object:
+def as_a_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """It may seed torch without a trace in later tests; laws are tried briefly, as other tests do it at length."""
+    monkeypatch.setattr(recur.testing, "check", partial(recur.testing.check, examples=3))
     with torch.random.fork_rng(devices=()):
         yield
 

@@ -19,7 +19,7 @@ from recur.blocks.glue import (
 )
 from recur.blocks.hidden import DenseFusion
 from recur.blocks.language_model import Block, LanguageModel
-from recur.blocks.mixer import Mixer, MixerOut
+from recur.blocks.mixer import Mixer, MixerOut, detach, nbytes
 from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, SelectiveScan
 from recur.recipe import Chain
 
@@ -29,4 +29,4 @@ PARTS = (
     ScaleGrad, SelectiveScan, ShortConv, Skip, Sum, TokenShift,
 )  # fmt: skip
 
-__all__ = ["Block", "LanguageModel", "Mixer", "MixerOut", *(part.__name__ for part in PARTS)]
+__all__ = ["Block", "LanguageModel", "Mixer", "MixerOut", "detach", "nbytes", *(part.__name__ for part in PARTS)]

@@ -146,7 +146,8 @@ class ComplexGate(Part):
 
     def formula(self) -> str:
         c = self.source
-        return f"a = sigmoid(|{c}|) {c}/|{c}|" if self.law == "polar" else f"a = sigmoid({c}_0) exp(i {c}_1)"
+        a = f"sigmoid(|{c}|) {c}/|{c}|" if self.law == "polar" else f"sigmoid({c}_0) exp(i {c}_1)"
+        return f"a = {a}, {self.out} = log a"
 
 
 @dataclass(frozen=True)

@@ -267,7 +267,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """Read prompts [B T] in one pass, right-padded if `lengths` [B] are given: last logits [B vocab_size], state."""
+        """Read prompts [B T] in one pass, right-padded if `lengths` [B] are given: last logits and state."""
         if lengths is None:
             x, state = self._hidden(ids, None, cu_seqlens=None, form="auto")
             return self._logits(x[:, -1]), detach(state)

@@ -47,8 +47,9 @@ class Official:
         unknown = [key for key in given if key not in known and key not in self.only]
         lacking = [key for key, p in known.items() if p.default is p.empty and key not in given]
         if unknown or lacking:
+            there = ", ".join([*known, *self.only, *self.inert])
             raise ValueError(
-                f"{name}: config must hold arguments of the constructor, {', '.join([*known, *self.only, *self.inert])}; "
+                f"{name}: config must hold arguments of the constructor, which are {there}; "
                 f"unknown: {', '.join(unknown) or 'none'}; lacking: {', '.join(lacking) or 'none'}"
             )
         for key, values in self.only.items():

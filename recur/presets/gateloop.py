@@ -34,6 +34,8 @@ def gateloop(
 def simple_gateloop() -> Recipe:
     """h_t = sigmoid(z_t) * h_{t-1} + b_t, y_t = q_t * h_t, all channels apart.
 
+    It normalises its own input, so a LanguageModel of it takes norm=None.
+
     Source: the simplified layer of the released PyTorch GateLoop, after Katsch 2023, arXiv:2311.01927.
     """
     return Recipe(

@@ -11,16 +11,16 @@ from recur.primitives.forms import document_of
 
 
 class Rows:
-    """Whole rows [B T ...] in chunks [B n C ...]; the last chunk is filled up with zeros, which neither decay nor write.
+    """Whole rows [B T ...] in n chunks of C tokens, the last one filled up with zeros.
 
-    Logs of decays are split like everything else, so a filled-up token leaves the state alone.
+    Logs of decays are split like everything else, so a token of zeros neither decays nor writes.
     """
 
     def __init__(self, length: int, size: int) -> None:
         self.length, self.size, self.n = length, size, -(-length // size)
 
     def split(self, tokens: Tensor) -> Tensor:
-        """[B T ...] -> [B n C ...]. Tokens all alike, [B 1 ...], stay shared by the chunks where none is filled up."""
+        """[B T ...] -> [B n C ...]. Tokens all alike, [B 1 ...], give [B 1 C ...] where nothing is filled up."""
         missing = self.n * self.size - self.length
         if tokens.shape[1] != self.length:
             if missing == 0:
@@ -35,17 +35,21 @@ class Rows:
         return chunks.flatten(1, 2)[:, : self.length]
 
     def delay(self, chunks: Tensor, initial: Tensor | None = None) -> Tensor:
-        """[B n ...]: what the chunk before holds; `initial` [B ...] (or zeros) before the first."""
-        initial = torch.zeros_like(chunks[:, 0]) if initial is None else initial
-        return torch.cat([initial[:, None], chunks[:, :-1]], 1)
+        """[n B ...]: what the chunk before holds; before the first `initial` [B ...], or zeros."""
+        initial = torch.zeros_like(chunks[0]) if initial is None else initial
+        return torch.cat([initial[None], chunks[:-1]])
 
-    def enter(self, j: int, state: Tensor, initial: Tensor) -> Tensor:
-        """The state that enters chunk j, `state` being the one that left the chunk before."""
-        return initial if j == 0 else state
+    def openings(self, initial: Tensor) -> Tensor:
+        """[n+1 B ...]: what is added to the state at each border of chunks, `initial` [B ...] at the first."""
+        return torch.cat([initial[None], initial.new_zeros(self.n, *initial.shape)])
+
+    def seal(self, chunks: Tensor) -> Tensor:
+        """[n B ...] with zeros where a further document follows, and here there is only one."""
+        return chunks
 
     def last(self, chunks: Tensor) -> Tensor:
-        """[B n ...] -> [B ...]: the last chunk."""
-        return chunks[:, -1]
+        """[n B ...] -> [B ...]: the last chunk."""
+        return chunks[-1]
 
     def settle(self, final: Tensor, initial: Tensor) -> Tensor:
         """The final state: `initial` where there was no token, and here there is one."""
@@ -53,30 +57,30 @@ class Rows:
 
 
 class Documents:
-    """One packed row [1 T ...] in chunks [1 n C ...], every document filled up with zeros to whole chunks.
+    """One packed row [1 T ...] in n chunks of C tokens, every document filled up with zeros to whole chunks.
 
-    n = T // C + documents is the most chunks that documents of T tokens can need; those not needed come last and hold
-    zeros. Everything is found on the device from cu_seqlens [documents + 1], without reading a value on the host.
+    n = T // C + documents is the most chunks that documents of T tokens can need. Those not needed come last and hold
+    zeros. Everything is found on the device from cu_seqlens [documents + 1]; no value is read by the host.
     """
 
     def __init__(self, length: int, size: int, cu_seqlens: Tensor) -> None:
-        documents = cu_seqlens.shape[0] - 1
+        documents, device = cu_seqlens.shape[0] - 1, cu_seqlens.device
         borders = cu_seqlens.long()
         lengths = borders[1:] - borders[:-1]
-        needed = (lengths + size - 1) // size
-        through = needed.cumsum(0)
-        start = through - needed
+        through = ((lengths + size - 1) // size).cumsum(0)  # chunks up to and with this document
+        start = through - (lengths + size - 1) // size
         self.length, self.size, self.n = length, size, length // size + documents
-        chunk, token = (torch.arange(count, device=cu_seqlens.device) for count in (self.n, length))
+        self.final, self.empty = (through - 1).clamp(min=0), lengths == 0
+
+        chunk = torch.arange(self.n, device=device)
         self.document = torch.searchsorted(through, chunk, right=True).clamp(max=documents - 1)
         self.first = chunk == start[self.document]
-        within = ((chunk - start[self.document]) * size)[:, None] + torch.arange(size, device=cu_seqlens.device)
-        place = borders[self.document, None] + within
-        # zeros stand at place T
-        self.source = torch.where(within < lengths[self.document, None], place, length).flatten()
+        place = ((chunk - start[self.document]) * size)[:, None] + torch.arange(size, device=device)
+        source = torch.where(place < lengths[self.document, None], borders[self.document, None] + place, length)
+        self.source = source.flatten()  # where to read each slot; the zeros stand behind the last token
+
         owner = document_of(cu_seqlens, length)
-        self.slot = start[owner] * size + token - borders[owner]
-        self.final, self.empty = (through - 1).clamp(min=0), lengths == 0
+        self.slot = start[owner] * size + torch.arange(length, device=device) - borders[owner]
 
     def split(self, tokens: Tensor) -> Tensor:
         """[1 T ...] -> [1 n C ...]."""
@@ -89,19 +93,23 @@ class Documents:
         return chunks.flatten(1, 2).index_select(1, self.slot)
 
     def delay(self, chunks: Tensor, initial: Tensor | None = None) -> Tensor:
-        """[1 n ...]: what the chunk before holds; `initial` [documents ...] (or zeros) before a document's first."""
-        before = torch.cat([torch.zeros_like(chunks[:, :1]), chunks[:, :-1]], 1)
-        first = like_batch(self.first, chunks[0])
-        return torch.where(first, 0 if initial is None else initial.index_select(0, self.document), before)
+        """[n 1 ...]: what the chunk before holds; before a document's first `initial` [documents ...], or zeros."""
+        before = torch.cat([torch.zeros_like(chunks[:1]), chunks[:-1]])
+        opening = 0 if initial is None else initial.index_select(0, self.document)[:, None]
+        return torch.where(like_batch(self.first, chunks), opening, before)
 
-    def enter(self, j: int, state: Tensor, initial: Tensor) -> Tensor:
-        """[1 ...]: the state that enters chunk j, `state` being the one that left the chunk before."""
-        own = initial.index_select(0, self.document[j : j + 1])
-        return own if j == 0 else torch.where(self.first[j], own, state)
+    def openings(self, initial: Tensor) -> Tensor:
+        """[n+1 1 ...]: what is added to the state at each border of chunks, its `initial` where a document starts."""
+        opening = initial.index_select(0, self.document) * like_batch(self.first, initial)
+        return torch.cat([opening, torch.zeros_like(initial[:1])])[:, None]
+
+    def seal(self, chunks: Tensor) -> Tensor:
+        """[n 1 ...] with zeros where a further document follows: nothing passes its end."""
+        return chunks.masked_fill(like_batch(self.first.roll(-1), chunks), 0)
 
     def last(self, chunks: Tensor) -> Tensor:
-        """[1 n ...] -> [documents ...]: every document's last chunk."""
-        return chunks[0].index_select(0, self.final)
+        """[n 1 ...] -> [documents ...]: every document's last chunk."""
+        return chunks[:, 0].index_select(0, self.final)
 
     def settle(self, final: Tensor, initial: Tensor) -> Tensor:
         """The final states [documents ...]: `initial` where the document is empty."""
@@ -114,10 +122,10 @@ def cut(length: int, size: int, cu_seqlens: Tensor | None) -> Rows | Documents:
 
 
 def carry(chunks: Rows | Documents, decay: Tensor, write: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """The states [B n *] entering each chunk and the final states [B *] of S_{j+1} = decay_j S_j + write_j.
+    """S_{j+1} = decay_j S_j + write_j over chunks [n B *]: the states [n B *] entering each, and the final ones [B *].
 
-    Where a document starts its own initial state is written and nothing kept.
+    Where a document starts, its own initial state is written and nothing kept.
     """
-    entering = linear_recurrence(chunks.delay(decay), chunks.delay(write, initial))
+    entering = linear_recurrence(chunks.delay(decay)[None], chunks.delay(write, initial)[None]).squeeze(0)
     final = chunks.last(decay) * chunks.last(entering) + chunks.last(write)
     return entering, chunks.settle(final, initial)

@@ -38,6 +38,8 @@ def causal_conv(
     expect(
         "causal_conv", "initial_state", initial_state, "B W-1 D" if cu_seqlens is None else "n W-1 D", (rows, W - 1, D)
     )
+    if T == 0:
+        return ScanOut(x, initial_state)
     if cu_seqlens is None:
         context = torch.cat([initial_state.to(x.dtype), x], dim=1)
         y = F.conv1d(context.mT, weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), groups=D)

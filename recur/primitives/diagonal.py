@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, mirror, unroll
+from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, mirror, unroll, unroll_documents
 from recur.shapes import ShapeError, accumulation_dtype, bind
 
 SIDE_BY_SIDE = 65_536  # numbers that one call should update: fewer waste the call and a second thread
+LOG2_E = math.log2(math.e)
 
 
 def linear_recurrence(a: Tensor, x: Tensor, initial: Tensor | None = None) -> Tensor:
@@ -218,7 +219,8 @@ def gated_scan(
     initial = None if initial_state is None else initial_state.to(number)
     log_decay = log_decay if gates == "B T *" else log_decay[None, None]
     run = right_to_left(scan) if reverse else scan
-    y, state = run(initial, cu_seqlens, x=x.to(number), log_decay=_widen(log_decay, number))
+    with torch.autocast(x.device.type, enabled=False):
+        y, state = run(initial, cu_seqlens, x=x.to(number), log_decay=_widen(log_decay, number))
     return ScanOut(y if y.is_complex() else y.to(x.dtype), state)
 
 
@@ -232,7 +234,7 @@ def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     bind("gated_step", x=(x, "B *"), log_decay=(log_decay, gates), state=(state, "B *"))
     number = _number("gated_step", x, log_decay, state=state)
     check_state("gated_step", state, number)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         y, new = _step(state, x=x.to(number), log_decay=_widen(log_decay, number))
         state.copy_(new)
         return y if y.is_complex() else y.to(x.dtype)
@@ -245,16 +247,14 @@ def _step(state: Tensor, *, x: Tensor, log_decay: Tensor) -> tuple[Tensor, Tenso
 
 def _recurrent(initial: Tensor | None, cu_seqlens: Tensor | None, *, x: Tensor, log_decay: Tensor) -> ScanOut:
     B, T = x.shape[:2]
-    state = x.new_zeros(B, *x.shape[2:]) if initial is None or cu_seqlens is not None else initial
-    if cu_seqlens is not None:
-        _, x = enter_documents(gate(log_decay), x, initial, cu_seqlens)
-        starts = like_batch(document_starts(cu_seqlens, T), x[0])
-        log_decay = torch.where(starts, torch.full_like(log_decay, -math.inf), log_decay)
+    if initial is None:
+        initial = x.new_zeros(B if cu_seqlens is None else cu_seqlens.numel() - 1, *x.shape[2:])
     if T == 0:
-        h, state = x, state.clone()
-    else:
-        h, state = unroll(_step, state, x=x, log_decay=log_decay.expand(-1, T, *log_decay.shape[2:]))
-    return ScanOut(h, state if cu_seqlens is None else leave_documents(h, initial, cu_seqlens))
+        return ScanOut(x, initial.clone())
+    tokens = {"x": x, "log_decay": log_decay.expand(-1, T, *log_decay.shape[2:])}
+    if cu_seqlens is None:
+        return unroll(_step, initial, **tokens)
+    return unroll_documents(_step, initial, cu_seqlens, **tokens)
 
 
 def _chunked(initial: Tensor | None, cu_seqlens: Tensor | None, *, x: Tensor, log_decay: Tensor) -> ScanOut:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur.primitives.diagonal import (
+    LOG2_E,
     check_documents,
     check_state,
     document_starts,
@@ -27,10 +28,10 @@ from recur.primitives.diagonal import (
     walk_left,
     walk_right,
 )
-from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, unroll
+from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, unroll, unroll_documents
 from recur.shapes import ShapeError, accumulation_dtype, bind, check_float
 
-SEGMENT = 2**19  # numbers of A_t that are held at a time
+SEGMENT = 2**18  # numbers of A_t that are held at a time: what a cache holds
 
 
 def selective_scan(
@@ -289,7 +290,7 @@ class _Gate(NamedTuple):
 
 
 def _exponential(delta: Tensor, A: Tensor) -> Tensor:
-    return (delta * A).exp_()
+    return (delta * (A * LOG2_E)).exp2_()
 
 
 def _exponential_gradients(a: Tensor, grad: Tensor, delta: Tensor, A: Tensor) -> list[Tensor]:
@@ -332,15 +333,6 @@ def _update(family: str, S: Tensor, *, u: Tensor, k: Tensor, q: Tensor, **rates:
     return (q * S).sum(-2, keepdim=True), S
 
 
-def _update_packed(
-    family: str, states: tuple[Tensor, Tensor], *, starts: Tensor, own: Tensor, ends: Tensor, **token: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The same where a document may start with its own state, and may end and leave its state to `final`."""
-    S, final = states
-    y, S = _update(family, torch.where(starts, own, S), **token)
-    return y, (S, torch.where(ends[0], S, final))
-
-
 def _step(function: str, family: str, sizes: dict[str, Any], state: Tensor, *tokens: Tensor) -> Tensor:
     check_state(function, state, tokens[0].dtype)
     y, S = _update(family, _enter(state, sizes), **_named(*(token[:, 0] for token in tokens)))
@@ -377,18 +369,10 @@ def _scan(
 def _recurrent(family: str, initial: Tensor, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
     T = tokens["u"].shape[1]
     tokens = {name: tensor.expand(-1, T, *tensor.shape[2:]) for name, tensor in tokens.items()}
+    step = partial(_update, family)
     if cu_seqlens is None:
-        return unroll(partial(_update, family), initial, **tokens)
-    document, starts = document_of(cu_seqlens, T), document_starts(cu_seqlens, T)
-    last = torch.cat([starts[1:], starts[:1]])
-    ends = last[:, None] & (document[:, None] == torch.arange(len(initial), device=document.device))  # [T n]
-    marks = {
-        "starts": starts[None, :, None, None, None],
-        "own": initial[document][None],
-        "ends": ends[None, ..., None, None, None],
-    }
-    y, (_, final) = unroll(partial(_update_packed, family), (torch.zeros_like(initial[:1]), initial), **marks, **tokens)
-    return ScanOut(y, final)
+        return unroll(step, initial, **tokens)
+    return unroll_documents(step, initial, cu_seqlens, **tokens)
 
 
 def _chunked(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:

@@ -1,22 +1,261 @@
-"""Placeholder until the real file lands (the author of the fixed scan overwrites it): the token loop only."""
+"""The scan with constant poles (S4D, DSS, GSS), which therefore is also a convolution."""
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from recur.primitives.diagonal import gated_scan
-from recur.primitives.forms import ScanOut
+from recur.primitives.chunks import cut
+from recur.primitives.diagonal import check_documents, check_state, gate, linear_recurrence, number_of, right_to_left
+from recur.primitives.forms import ScanOut, check_packing, choose_form, unroll, unroll_documents
+from recur.shapes import accumulation_dtype, bind
+
+CHUNK = 128  # tokens a chunk
 
 
-def fixed_scan(x: Tensor, log_decay: Tensor, readout: Tensor, *, write: Tensor | None = None, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None, reverse: bool = False, form: str = "auto") -> ScanOut:
-    V, N = readout.shape
-    u = x[..., None].expand(*x.shape, N) * (1 if write is None else write)
-    h, state = gated_scan(u, log_decay.expand(V, N), initial_state=initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
-    return ScanOut((h * readout).sum(-1).real, state)
+def fixed_scan(
+    x: Tensor,
+    log_decay: Tensor,
+    readout: Tensor,
+    *,
+    write: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    form: str = "auto",
+) -> ScanOut:
+    """State space with constant poles, N memories a channel, each decaying and turning at its own pace.
+
+        S_t[v, n] = exp(log_decay[v, n]) S_{t-1}[v, n] + write[v, n] x_t[v]
+        y_t[v] = Re sum_n readout[v, n] S_t[v, n]
+
+    Args:
+        x: [B T V] input.
+        log_decay: [N] shared by all channels | [V N] the poles, real or complex; imaginary part in radians a token.
+        readout: [V N] real or complex.
+        write: [N] | [V N] real or complex; ones when omitted.
+        initial_state: [B V N] S before the first token; zeros when omitted.
+        cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n V N].
+        reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
+        form: "recurrent", the token loop; "parallel", convolution by FFT, not with cu_seqlens; "chunked", short
+            convolutions inside chunks and a scan over them. "auto" is "chunked" with cu_seqlens, else "parallel".
+
+    Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is), complex if log_decay or write is.
+    Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.
+    Cost: "parallel" O(T V N + B T V log T) for y, O(B T V N) for the state and for initial_state, all in matmuls, and
+        O(T (B V + N)) memory; "chunked" O(B T V (N + C)) with C = 128, and B T V N / C memory. Phases of the poles'
+        powers are reduced in float64, so that they hold for any length. Defined by `fixed_step`.
+    Source: Gupta et al. 2022, arXiv:2203.14343; Mehta et al. 2022, arXiv:2206.13947.
+    """
+    forms = ("recurrent", "chunked") if cu_seqlens is not None else ("recurrent", "chunked", "parallel")
+    form = "parallel" if form == "auto" and cu_seqlens is None else choose_form("fixed_scan", form, forms)
+    poles, states = "N | V N", "B V N" if cu_seqlens is None else "n V N"
+    sizes = bind(
+        "fixed_scan",
+        x=(x, "B T V"),
+        log_decay=(log_decay, poles),
+        readout=(readout, "V N"),
+        write=(write, poles),
+        initial_state=(initial_state, states),
+    )
+    B, T, V, N = (sizes[letter] for letter in "BTVN")
+    check_packing("fixed_scan", cu_seqlens, B, T)
+    check_documents("fixed_scan", initial_state, cu_seqlens)
+    x_, log_decay, readout, write, number = _prepare(
+        "fixed_scan", x, log_decay, readout, write, initial_state=initial_state
+    )
+    if initial_state is None and (cu_seqlens is not None or form != "parallel" or T == 0):
+        initial_state = x.new_zeros(B if cu_seqlens is None else cu_seqlens.numel() - 1, V, N)
+    initial = None if initial_state is None else initial_state.to(number)
+    if T == 0:
+        return ScanOut(x.clone(), initial.clone())
+    run = partial(_FORMS[form], log_decay, readout, write)
+    with torch.autocast(x.device.type, enabled=False):
+        y, state = (right_to_left(run) if reverse else run)(initial, cu_seqlens, x=x_)
+    return ScanOut(y.to(x.dtype), state)
 
 
 def fixed_step(x: Tensor, log_decay: Tensor, readout: Tensor, state: Tensor, *, write: Tensor | None = None) -> Tensor:
-    y, new = fixed_scan(x[:, None], log_decay, readout, write=write, initial_state=state)
-    state.copy_(new)
-    return y[:, 0]
+    """One token of `fixed_scan`. `state` is overwritten; no gradient.
+
+    Args:
+        x: [B V]; log_decay [N] | [V N]; readout [V N]; write [N] | [V N], ones when omitted.
+        state: [B V N] float32 (float64 if an input is), complex if log_decay or write is.
+
+    Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError.   Cost: O(V N) a row.
+    """
+    poles = "N | V N"
+    bind(
+        "fixed_step",
+        x=(x, "B V"),
+        log_decay=(log_decay, poles),
+        readout=(readout, "V N"),
+        write=(write, poles),
+        state=(state, "B V N"),
+    )
+    x_, log_decay, readout, write, number = _prepare("fixed_step", x, log_decay, readout, write, state=state)
+    check_state("fixed_step", state, number)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        y, new = _update(gate(log_decay), readout, write, state, x=x_)
+        state.copy_(new)
+        return y.to(x.dtype)
+
+
+def _prepare(
+    function: str, x: Tensor, log_decay: Tensor, readout: Tensor, write: Tensor | None, **state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.dtype]:
+    """x, poles [1|V N], readout and write [1|V N] in what the scan computes in, and the dtype of its state."""
+    if write is None:
+        write = x.new_ones(1)
+    for name, tensor in {"x": x, "log_decay": log_decay, "readout": readout, "write": write, **state}.items():
+        if tensor is not None and not (tensor.is_floating_point() or (tensor.is_complex() and name != "x")):
+            kinds = "real and floating" if name == "x" else "floating or complex"
+            raise TypeError(f"{function}: {name} must be {kinds}, got {tensor.dtype}")
+    real = accumulation_dtype(x, log_decay, readout, write, *state.values())
+    number = number_of(real, log_decay, write)
+    for name, tensor in state.items():
+        if tensor is not None and tensor.is_complex() and not number.is_complex:
+            raise TypeError(f"{function}: {name} must be real because log_decay and write are, got {tensor.dtype}")
+    log_decay, readout, write = (tensor.to(number_of(real, tensor)) for tensor in (log_decay, readout, write))
+    return x.to(real), _two_axes(log_decay), readout, _two_axes(write), number
+
+
+def _two_axes(tensor: Tensor) -> Tensor:
+    """[N] -> [1 N]: one row for all channels."""
+    return tensor if tensor.ndim == 2 else tensor[None]
+
+
+# Forms. P is V, or 1 where the poles are shared
+
+
+def _update(a: Tensor, readout: Tensor, write: Tensor, S: Tensor, *, x: Tensor) -> tuple[Tensor, Tensor]:
+    """One token, which defines the scan."""
+    S = a * S + write * x[..., None]
+    return (readout * S).sum(-1).real, S
+
+
+def _recurrent(
+    log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor, cu_seqlens: Tensor | None, *, x: Tensor
+) -> ScanOut:
+    step = partial(_update, gate(log_decay), readout, write)
+    return unroll(step, initial, x=x) if cu_seqlens is None else unroll_documents(step, initial, cu_seqlens, x=x)
+
+
+def _parallel(
+    log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor | None, _: None, *, x: Tensor
+) -> ScanOut:
+    """The powers exp(z l) are products of coarse and fine ones, l = i C + j, so few exponentials and one matmul."""
+    _, T, V = x.shape
+    R = max(1, round(math.sqrt(T * log_decay.shape[0] / max(1, V))))
+    C = -(-T // R)
+    lags = torch.arange(max(R, C), device=x.device)
+    coarse, fine = _powers(log_decay, lags[:R] * C), _powers(log_decay, lags[:C])  # [P R N], [P C N]
+
+    def over_time(weights: Tensor) -> Tensor:
+        """Re sum_n weights[n] exp(z_n l): [... V N] -> [... V T]."""
+        each = _real_product(weights[..., None, :] * coarse, fine)
+        return each.flatten(-2)[..., :T]
+
+    y = _convolve(over_time(readout * write), x.mT)
+    recent = F.pad(x.mT.flip(-1), (0, R * C - T)).unflatten(-1, (R, C))  # [B V R C], the last token first
+    state = write * (coarse * _mix(recent, fine)).sum(-2)
+    if initial is not None:
+        y = y + over_time(readout * gate(log_decay) * initial)
+        state = state + _powers(log_decay, lags.new_full((1,), T))[:, 0] * initial
+    return ScanOut(y.mT, state)
+
+
+def _chunked(
+    log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor, cu_seqlens: Tensor | None, *, x: Tensor
+) -> ScanOut:
+    """Toeplitz matmul inside a chunk, the states entering chunks by a scan over their ends."""
+    T, C = x.shape[1], min(CHUNK, x.shape[1])
+    chunks = cut(T, C, cu_seqlens)
+    powers = _powers(log_decay, torch.arange(C + 1, device=x.device))  # [P C+1 N]
+    fine, decay = powers[:, :-1], powers[:, -1].to(initial.dtype)
+
+    recent = chunks.split(x).flip(2).permute(1, 0, 3, 2)  # [n B V C], the last token first
+    written = write * _mix(recent[..., None, :], fine)[..., 0, :]
+    kept = decay[None, None].expand(chunks.n, -1, -1, -1)
+    entering = linear_recurrence(chunks.delay(kept)[None], chunks.delay(written, initial)[None])[0]  # [n B V N]
+
+    kernel = _real_product((readout * write)[:, None], fine)[:, 0]  # [V C]
+    toeplitz = F.pad(kernel, (C, 0)).unfold(-1, C, 1)[:, 1:]  # [V C C]: at (t, m) the kernel of lag t - (C - 1 - m)
+    y = torch.einsum("vtm,nbvm->nbvt", toeplitz, recent)
+    y = y + _real_product((readout * entering)[..., None, :], powers[:, 1:])[..., 0, :]
+    y = chunks.merge(y.permute(1, 0, 3, 2))
+
+    tail, length = _last_tokens(x, C, cu_seqlens)
+    final = write * _mix(tail.transpose(1, 2)[..., None, :], fine)[..., 0, :]
+    final = final + powers[:, length].transpose(0, 1) * chunks.last(entering)
+    return ScanOut(y, chunks.settle(final, initial))
+
+
+_FORMS = {"recurrent": _recurrent, "parallel": _parallel, "chunked": _chunked}
+
+
+def _last_tokens(x: Tensor, C: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[n C V]: the tokens of the last chunk of every row or document, the last one first, then zeros; [n]: how many."""
+    if cu_seqlens is None:
+        count = (x.shape[1] - 1) % C + 1
+        tail = F.pad(x[:, x.shape[1] - count :].flip(1), (0, 0, 0, C - count))
+        return tail, torch.full((1,), count, device=x.device)
+    ends = cu_seqlens[1:].long()
+    count = (ends - cu_seqlens[:-1] - 1) % C + 1
+    lag = torch.arange(C, device=x.device)
+    tail = x[0].index_select(0, (ends[:, None] - 1 - lag).clamp(min=0).flatten()).unflatten(0, (-1, C))
+    return tail * (lag < count[:, None])[..., None], count
+
+
+def _powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
+    """exp(z l) [P L N] of the poles z [P N] at integers l [L]. A power 0 is 1, also of exp(-inf)."""
+    real = log_decay.real.dtype
+    logs = torch.where(exponents[:, None] == 0, 0, log_decay.real[:, None] * exponents.to(real)[:, None])
+    size = logs.exp()
+    if not log_decay.is_complex():
+        return size
+    # a phase of many turns has lost its digits in float32
+    turns = log_decay.imag.double()[:, None] * exponents[:, None]
+    phase = torch.remainder(turns, 2 * math.pi).to(real)
+    return torch.complex(size * phase.cos(), size * phase.sin())
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """Complex [... N] as real [... 2N]."""
+    return torch.view_as_real(tensor.resolve_conj()).flatten(-2) if tensor.is_complex() else tensor
+
+
+def _real_product(left: Tensor, right: Tensor) -> Tensor:
+    """Re sum_n left[..., V R n] right[P C n]: [... V R C], as one real matmul."""
+    if not right.is_complex():
+        left = left.real
+    elif not left.is_complex():
+        right = right.real
+    return _matmul(_numbers(left), _numbers(right.conj()).mT)
+
+
+def _mix(x: Tensor, right: Tensor) -> Tensor:
+    """sum_c x[..., V R c] right[P c N], x real: [... V R N]."""
+    product = _matmul(x, _numbers(right))
+    return torch.view_as_complex(product.unflatten(-1, (-1, 2))) if right.is_complex() else product
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left [... V R k], right [P k m] -> [... V R m]; poles shared by all channels are one matrix."""
+    return left @ right[0] if right.shape[0] == 1 else torch.einsum("...vrk,vkm->...vrm", left, right)
+
+
+def _convolve(kernel: Tensor, x: Tensor) -> Tensor:
+    """Causal convolution y_t = sum_s kernel_{t-s} x_s along the last axis: kernel [V T], x [B V T]."""
+    T = x.shape[-1]
+    n = _fast_length(2 * T)
+    return torch.fft.irfft(torch.fft.rfft(x, n) * torch.fft.rfft(kernel, n), n)[..., :T]
+
+
+def _fast_length(length: int) -> int:
+    """The least 2^i times 1, 3, 5, 9 or 15 that is not below `length`: transforms of such lengths are fast."""
+    return min(odd << max(0, -(-length // odd) - 1).bit_length() for odd in (1, 3, 5, 9, 15))

@@ -30,7 +30,7 @@ def choose_form(function: str, form: str, available: tuple[str, ...]) -> str:
     if form == "auto":
         return "chunked"
     if form not in available:
-        raise NotImplementedError(f"{function}: form={form!r} does not exist here; these work: {', '.join(available)}")
+        raise NotImplementedError(f"{function}: form={form!r} is not available here; these are: {', '.join(available)}")
     return form
 
 
@@ -45,6 +45,19 @@ def unroll(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, **tokens: 
         y, state = step(state, **dict(zip(names, token, strict=True)))
         ys.append(y)
     return ScanOut(torch.stack(ys, dim=1), state)
+
+
+def unroll_documents(
+    step: Callable[..., tuple[Tensor, Tensor]], states: Tensor, cu_seqlens: Tensor, **tokens: Tensor
+) -> ScanOut:
+    """The token loop over one packed row: every token takes the state of its document [n ...] and puts it back."""
+
+    def packed(states: Tensor, *, document: Tensor, **token: Tensor) -> tuple[Tensor, Tensor]:
+        y, state = step(states.index_select(0, document), **token)
+        return y, states.index_copy(0, document, state)
+
+    length = next(iter(tokens.values())).shape[1]
+    return unroll(packed, states, document=document_of(cu_seqlens, length)[None], **tokens)
 
 
 def check_packing(function: str, cu_seqlens: Tensor | None, batch: int, length: int) -> None:

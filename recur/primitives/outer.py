@@ -9,7 +9,7 @@ from torch import Tensor
 from recur.primitives.chunks import carry, cut
 from recur.primitives.diagonal import gate, gated_scan
 from recur.primitives.forms import ScanOut
-from recur.primitives.within import lay_out, turned, within
+from recur.primitives.within import joined, lay_out, stacked, turned, within
 
 
 def outer_step(
@@ -49,19 +49,19 @@ def outer_scan(
     G, K, before = q.shape[2], q.shape[3], bonus is not None
     chunks = cut(v.shape[1], chunk_size, cu_seqlens)
     q, k, v = (lay_out(chunks, x, G) for x in (q, k, v))
-    own = None if bonus is None else q * rearrange(bonus, "(G r) K -> G r 1 K", G=G) * k
+    own = None if bonus is None else (q * rearrange(bonus, "(G r) K -> G r 1 K", G=G) * k).sum(-1, keepdim=True)
     log_decay = None if log_decay is None else lay_out(chunks, log_decay, G)
-    q, k, a, turn = turned(q, k, log_decay, before=before)
-    (scores,), (q,), k, total = within((q,), k, a, before=before)
-    total, write = total[..., :K, None], k.mT @ v
+    q, k, log_decay, turn = turned(q, k, log_decay, before=before)
+    (scores,), (q,), k, total = within((q,), k, log_decay, before=before)
+    decay, write = total[..., :K, None], k.mT @ v
     if turn is not None:
-        total, write = total * turn[..., None], joined(write) * turn[..., None]
-    total = total.expand(-1, chunks.n, -1, -1, -1, -1)
-    entering, state = carry(chunks, total, write, rearrange(initial, "B (G r) K V -> B G r K V", G=G))
+        decay, write = decay * turn[..., None], joined(write) * turn[..., None]
+    decay = decay.expand(chunks.n, *decay.shape[1:])
+    entering, state = carry(chunks, decay, write, rearrange(initial, "B (G r) K V -> B G r K V", G=G))
     y = scores @ v + q @ (entering if turn is None else stacked(entering))
     if own is not None:
-        y = y + own.sum(-1, keepdim=True) * v
-    y = chunks.merge(rearrange(y, "B n G r C V -> B n C (G r) V"))
+        y = y + own * v
+    y = chunks.merge(rearrange(y, "n B G r C V -> B n C (G r) V"))
     return ScanOut(y, rearrange(state, "B G r K V -> B (G r) K V"))
 
 
@@ -83,13 +83,3 @@ def read(state: Tensor, q: Tensor) -> Tensor:
 def to_heads(x: Tensor, heads: int) -> Tensor:
     """[... G K] -> [... H K]: every head its group's."""
     return x if x.shape[-2] == heads else repeat(x, "... G K -> ... (G r) K", r=heads // x.shape[-2])
-
-
-def joined(state: Tensor) -> Tensor:
-    """Real and imaginary part one below the other [... 2K V] -> complex [... K V]."""
-    return torch.complex(*state.chunk(2, -2))
-
-
-def stacked(state: Tensor) -> Tensor:
-    """Complex [... K V] -> real and imaginary part one below the other [... 2K V]."""
-    return torch.cat([state.real, state.imag], -2)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from recur.primitives.diagonal import gate
-from recur.primitives.outer import joined, stacked
 from recur.primitives.scan import scan
+from recur.primitives.within import joined, stacked
 from recur.shapes import accumulation_dtype
 
 
@@ -39,7 +39,7 @@ def summary(k: Tensor | None, v: Tensor, log_decay: Tensor | None = None, beta: 
         return Summary(torch.ones_like(state[..., 0, :1]), state)
     log_decay = log_decay.to(state.dtype)
     each = log_decay[None, None] if log_decay.ndim <= 2 else log_decay
-    each = each.reshape(*each.shape[:2], v.shape[2], -1).expand(*v.shape[:3], -1)
+    each = (each if each.ndim == 4 else each.unsqueeze(-1)).expand(*v.shape[:3], -1)
     return Summary(gate(each.sum(1)), state)
 
 

@@ -6,9 +6,10 @@ however many, are exact, and there is nothing to overflow or to branch on.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from recur.primitives.chunks import Documents, Rows
 class Within(NamedTuple):
     """One chunk. `rows` are the tensors that read: q, and for the delta rule k as well.
 
-    scores: for each of rows [... C C] with Σ_k row_t key_s Π_{s<r≤t} a_r at (t, s) for s <= t and 0 above.
+    scores: for each of rows [... C C], Σ_k row_t key_s Π_{s<r≤t} a_r at (t, s) for s <= t and 0 above.
     rows: each [... C K], row_t Π_{r≤t} a_r, which meets the state that enters the chunk.
     key: [... C K], key_s Π_{r>s} a_r, which writes the state that leaves it.
     total: [... K | 1], the product of all gates.
@@ -30,24 +31,67 @@ class Within(NamedTuple):
     total: Tensor
 
 
-def within(rows: tuple[Tensor, ...], key: Tensor, gate: Tensor | None, *, before: bool = False) -> Within:
+def lay_out(chunks: Rows | Documents, tokens: Tensor, groups: int) -> Tensor:
+    """[B T H *] -> [n B G H/G C *], the axes of every tensor inside a chunk."""
+    return rearrange(chunks.split(tokens), "B n C (G r) K -> n B G r C K", G=groups).contiguous()
+
+
+def within(rows: tuple[Tensor, ...], key: Tensor, log_decay: Tensor | None, *, before: bool = False) -> Within:
     """Decayed pairs of one chunk, for no gate, one a token [... C 1] or one a token and key [... C K].
 
     With `before` rows read the state their own token has not touched yet: products run to t - 1 and s < t.
     """
-    if gate is None:
+    if log_decay is None:
         scores = tuple((row @ key.mT).tril(-1 if before else 0) for row in rows)
         return Within(scores, rows, key, torch.ones_like(key[..., 0, :1]))
-    if gate.shape[-1] == key.shape[-1]:
-        return _pairs(rows, key, gate, before)
-    one = torch.ones_like(gate)
-    (pairs,), (since,), until, total = _pairs((one,), one, gate, before)
+    if log_decay.shape[-1] == key.shape[-1]:
+        return _key_wise(rows, key, log_decay.exp(), before)
+    pairs = _Products.apply(log_decay)
+    since, until = pairs[..., :1] * log_decay[..., :1, :].exp(), pairs[..., -1:, :].mT
+    total = since[..., -1, :]
+    if before:
+        pairs, since = (F.pad(x[..., :-1, :], (0, 0, 1, 0), value=one) for x, one in ((pairs, 0), (since, 1)))
     return Within(
         tuple(row @ key.mT * pairs for row in rows), tuple(row * since for row in rows), key * until, total
     )
 
 
-def _pairs(rows: tuple[Tensor, ...], key: Tensor, gate: Tensor, before: bool) -> Within:
+class _Products(torch.autograd.Function):
+    """log_decay [... C 1] -> Π_{s<r≤t} a_r at (t, s) of [... C C], 1 on the diagonal and 0 above it.
+
+    Blocks are joined two by two: below the diagonal of a pair stands what is left of the left block's tokens at the
+    border times what is left since the border in the right block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_decay: Tensor) -> Tensor:
+        C = log_decay.shape[-2]
+        since, until = log_decay.exp(), torch.ones_like(log_decay)
+        pairs = torch.diag_embed(until.squeeze(-1))
+        for m in (1 << level for level in range(C.bit_length() - 1)):
+            left_since, right_since = since.unflatten(-2, (-1, 2, m)).unbind(-3)
+            left_until, right_until = until.unflatten(-2, (-1, 2, m)).unbind(-3)
+            torch.mul(right_since, left_until.mT, out=crossings(pairs, m))
+            since = torch.stack([left_since, right_since * left_since[..., -1:, :]], -3).flatten(-4, -2)
+            until = torch.stack([left_until * right_since[..., -1:, :], right_until], -3).flatten(-4, -2)
+        ctx.save_for_backward(pairs)
+        return pairs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (pairs,) = ctx.saved_tensors
+        after = torch.ones_like(pairs[(0,) * (pairs.ndim - 2)]).triu()
+        # the log of a_r moves every pair s < r <= t; a sum of sums, so a gate of 0 is owed exactly 0
+        return (after @ (grad * pairs)).tril(-1).sum(-1, keepdim=True)
+
+
+def crossings(square: Tensor, m: int) -> Tensor:
+    """View of [... C C]: of every pair of neighbouring blocks of m, rows in the right one, columns in the left one."""
+    blocks = square.unflatten(-1, (-1, 2, m)).unflatten(-4, (-1, 2, m)).diagonal(dim1=-6, dim2=-3)  # [... 2 m 2 m n]
+    return blocks[..., 1, :, 0, :, :].movedim(-1, -3)
+
+
+def _key_wise(rows: tuple[Tensor, ...], key: Tensor, gate: Tensor, before: bool) -> Within:
     """Blocks of one token are joined two by two until one is left.
 
     A row in the right block meets a key in the left one at the border between them: the row has decayed since the
@@ -70,12 +114,8 @@ def _pairs(rows: tuple[Tensor, ...], key: Tensor, gate: Tensor, before: bool) ->
             since[i] = torch.cat([left, right * left_total], -2)
         until = torch.cat([left_until * right_total, right_until], -2)
         total = left_total * right_total
-    return Within(
-        tuple(score.squeeze(-3) for score in scores),
-        tuple(row.squeeze(-3) for row in since),
-        until.squeeze(-3),
-        total.squeeze(-3).squeeze(-2),
-    )
+    scores, since = (tuple(x.squeeze(-3) for x in blocks) for blocks in (scores, since))
+    return Within(scores, since, until.squeeze(-3), total.squeeze(-3).squeeze(-2))
 
 
 def _halves(blocks: Tensor) -> tuple[Tensor, ...]:
@@ -83,32 +123,25 @@ def _halves(blocks: Tensor) -> tuple[Tensor, ...]:
     return blocks.unflatten(-3, (-1, 2)).unbind(-3)
 
 
-def lay_out(chunks: Rows | Documents, tokens: Tensor, groups: int) -> Tensor:
-    """[B T H *] -> [B n G H/G C *], the axes of every tensor inside a chunk."""
-    return rearrange(chunks.split(tokens), "B n C (G r) K -> B n G r C K", G=groups).contiguous()
-
-
 class Turned(NamedTuple):
-    """A chunk whose complex gates are made real: q and k [... C 2K], gates real, `turn` e^{iΦ} [... K | 1] at its end."""
+    """A chunk made real: q and k [... C 2K], the log of the gate's size, `turn` e^{iΦ} [... K | 1] at the chunk's end."""
 
     q: Tensor
     k: Tensor
-    gate: Tensor | None
+    log_decay: Tensor | None
     turn: Tensor | None
 
 
 def turned(q: Tensor, k: Tensor, log_decay: Tensor | None, *, before: bool = False) -> Turned:
     """Rotate q and k [... C K] by the phase Φ summed since the chunk began; the scan of [Re, Im] is then real.
 
-    q̃ = [q cos Φ, −q sin Φ], k̃ = [k cos Φ, −k sin Φ], the state [2K V] holds real and imaginary part. With `before`
+    q̃ = [q cos Φ, −q sin Φ], k̃ = [k cos Φ, −k sin Φ]; the state [2K V] holds real above imaginary part. With `before`
     q reads before its own token turns the state.
     """
-    if log_decay is None:
-        return Turned(q, k, None, None)
-    if not log_decay.is_complex():
-        return Turned(q, k, log_decay.exp(), None)
-    gate, phase = log_decay.real.exp(), log_decay.imag
-    phase = phase.masked_fill(gate == 0, 0)  # what is forgotten need not be turned, and owes the phase no gradient
+    if log_decay is None or not log_decay.is_complex():
+        return Turned(q, k, log_decay, None)
+    size, phase = log_decay.real, log_decay.imag
+    phase = phase.masked_fill(size.exp() == 0, 0)  # what is forgotten need not be turned, and owes the phase nothing
     phase = phase - (phase / (2 * torch.pi)).round().detach() * (2 * torch.pi)  # whole turns only cost digits
     since = phase.cumsum(-2)
     cos, sin = since.cos(), since.sin()
@@ -116,4 +149,14 @@ def turned(q: Tensor, k: Tensor, log_decay: Tensor | None, *, before: bool = Fal
     if before:
         cos, sin = (since - phase).cos(), (since - phase).sin()
     q = torch.cat([q * cos, -q * sin], -1)
-    return Turned(q, k, gate if gate.shape[-1] == 1 else torch.cat([gate, gate], -1), turn)
+    return Turned(q, k, size if size.shape[-1] == 1 else torch.cat([size, size], -1), turn)
+
+
+def joined(state: Tensor) -> Tensor:
+    """Real above imaginary part [... 2K V] -> complex [... K V]."""
+    return torch.complex(*state.chunk(2, -2))
+
+
+def stacked(state: Tensor) -> Tensor:
+    """Complex [... K V] -> real above imaginary part [... 2K V]."""
+    return torch.cat([state.real, state.imag], -2)

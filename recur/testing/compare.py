@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map, tree_unflatten
 
 RELATIVE = 1e-9  # of the largest entry of a tensor: how far float64 sums in another order may drift apart
 ROUNDING = 1e-13  # of the largest entry among all tensors compared: what is left where large terms cancel
@@ -58,6 +58,9 @@ class Inputs:
     def __repr__(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in {**self.sizes, "seed": self.seed}.items())
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis would print every tensor
+
     @property
     def batch(self) -> int:
         return self.tokens[self.like].shape[0]
@@ -68,6 +71,14 @@ class Inputs:
 
     def replace(self, **changes: Any) -> Inputs:
         return dataclasses.replace(self, **changes)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """The dtype that is promised of y."""
+        dtype = self.tokens[self.like].dtype
+        if not self.turns:
+            return dtype
+        return torch.complex128 if dtype == torch.float64 else torch.complex64
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """With every token tensor changed."""
@@ -111,30 +122,43 @@ def values(result: Result) -> dict[str, Tensor]:
     return {"y": result.y, **named("state", result.state)}
 
 
+def weighed(inputs: Inputs, outputs: Mapping[str, Tensor]) -> Tensor:
+    """A random linear function of the outputs, one real number, fixed by the seed."""
+    total = torch.zeros((), dtype=torch.float64)
+    for salt, tensor in enumerate(outputs.values(), 2):
+        if _moves(tensor):
+            total = total + (tensor * inputs.random(tensor, salt).conj()).sum().real
+    return total
+
+
+def leaves_of(inputs: Inputs) -> tuple[list[str], list[Tensor], Callable[[Sequence[Tensor]], Inputs]]:
+    """Everything differentiable in the inputs as named leaves, and the inputs as a function of them."""
+    state, tree = tree_flatten_with_path(inputs.state)
+    parts = {**inputs.tokens, **inputs.constants, **{f"state{keystr(path)}": leaf for path, leaf in state}}
+    names = [name for name, leaf in parts.items() if isinstance(leaf, Tensor) and _moves(leaf)]
+
+    def rebuild(leaves: Sequence[Tensor]) -> Inputs:
+        moved = {**parts, **dict(zip(names, leaves, strict=True))}
+        return inputs.replace(
+            tokens={name: moved[name] for name in inputs.tokens},
+            constants={name: moved[name] for name in inputs.constants},
+            state=tree_unflatten([moved[f"state{keystr(path)}"] for path, _ in state], tree),
+        )
+
+    leaves = [parts[name].detach().clone(memory_format=torch.contiguous_format) for name in names]
+    return names, [leaf.requires_grad_() for leaf in leaves], rebuild
+
+
 def values_and_gradients(run: Callable[[Inputs], Result], inputs: Inputs) -> dict[str, Tensor]:
     """Outputs by name, and the gradients of a random linear function of them to every input, as "gradient of q"."""
-
-    def leaf(tensor: Tensor) -> Tensor:
-        differentiable = tensor.is_floating_point() or tensor.is_complex()
-        return tensor.detach().clone().requires_grad_() if differentiable else tensor
-
-    inputs = inputs.each(leaf).replace(
-        constants={name: leaf(tensor) for name, tensor in inputs.constants.items()},
-        state=map_tensors(leaf, inputs.state),
-    )
-    outputs = values(run(inputs))
-    leaves = {**inputs.tokens, **inputs.constants, **named("state", inputs.state)}
-    leaves = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
-    loss = torch.zeros((), dtype=torch.float64)
-    for salt, tensor in enumerate(outputs.values(), 2):
-        if tensor.requires_grad:
-            weighed = (tensor * inputs.random(tensor, salt).conj()).sum()
-            loss = loss + weighed.real.double()
+    names, leaves, rebuild = leaves_of(inputs)
+    outputs = values(run(rebuild(leaves)))
+    loss = weighed(inputs, outputs)
     if loss.requires_grad:
-        gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    else:
-        gradients = tuple(torch.zeros_like(tensor) for tensor in leaves.values())
-    found = {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+        slopes = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    else:  # no token and a fresh state
+        slopes = tuple(torch.zeros_like(leaf) for leaf in leaves)
+    found = {f"gradient of {name}": slope for name, slope in zip(names, slopes, strict=True)}
     return {name: tensor.detach() for name, tensor in {**outputs, **found}.items()}
 
 
@@ -180,6 +204,10 @@ def finite(name: str, tensor: Tensor, way: str) -> None:
 
 def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _moves(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _wide(tensor: Tensor) -> Tensor:

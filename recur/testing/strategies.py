@@ -254,19 +254,19 @@ LOUDNESS = {
 
 
 @st.composite
-def layers(draw: DrawFn, layer: Any) -> Inputs:
+def layers(draw: DrawFn, layer: Any, loudness: tuple[str, ...] = tuple(LOUDNESS)) -> Inputs:
     """Inputs of a `recur.testing.subjects.Layer`: weights off their first values, a state after some tokens or none."""
     B, T = draw(batches()), draw(lengths(edges=(16, 17, 65)))
     before = draw(st.integers(0, 3)) if layer.causal else 0
-    loudness = draw(st.sampled_from(list(LOUDNESS)))
+    volume = draw(st.sampled_from(loudness))
     numbers = Numbers(draw(seeds()))
     weights = {name: weight.detach() for name, weight in layer.module.named_parameters()}
     weights = {name: weight + 0.1 * numbers.normal(*weight.shape) for name, weight in weights.items()}
 
     def tokens(length: int) -> dict[str, Tensor]:
-        return {name: LOUDNESS[loudness] * numbers.normal(B, length, *axes) for name, axes in layer.reads.items()}
+        return {name: LOUDNESS[volume] * numbers.normal(B, length, *axes) for name, axes in layer.reads.items()}
 
-    sizes = {"B": B, "T": T, "D": layer.dim, "tokens before": before, "input": loudness}
+    sizes = {"B": B, "T": T, "D": layer.dim, "tokens before": before, "input": volume}
     inputs = Inputs(tokens(T), weights, None, sizes, numbers.seed)
     if before:
         with torch.no_grad():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
 from random import Random
 from typing import Any
 
@@ -16,15 +15,16 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from recur.blocks.glue import ScaleGrad
 from recur.blocks.mixer import Mixer
-from recur.recipe import Recipe
+from recur.recipe import Part, Recipe
 from recur.testing import strategies
 from recur.testing.compare import Inputs, Result, map_tensors
 
 FORMS = ("recurrent", "chunked", "parallel", "triton")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scan:
     """A function (tensors by name, initial_state=, cu_seqlens=, reverse=, form=, chunk_size=) -> (y, state).
 
@@ -37,6 +37,12 @@ class Scan:
     step: Callable[..., Tensor] | None = None
     summary: Callable[..., Any] | None = None
     causal: bool = True
+    honest = True
+
+    @property
+    def smooth_inputs(self) -> SearchStrategy[Inputs]:
+        """Inputs near which outputs are smooth."""
+        return self.inputs
 
     @property
     def name(self) -> str:
@@ -59,10 +65,15 @@ class Scan:
             return False
         return True
 
-    @functools.cached_property
+    @property
     def forms(self) -> tuple[str, ...]:
-        """The forms it has, found by asking for each."""
-        return tuple(form for form in FORMS if _works(self, form)) if self.takes("form") else ()
+        """The forms it has."""
+        return self.forms_with()
+
+    @functools.lru_cache  # noqa: B019 - a subject lives as long as its check
+    def forms_with(self, *options: str) -> tuple[str, ...]:
+        """The forms it has with these options, found by asking for each."""
+        return tuple(form for form in FORMS if _works(self, form, options)) if self.takes("form") else ()
 
     def run(self, inputs: Inputs, **options: Any) -> Result:
         """One call."""
@@ -98,10 +109,7 @@ class Scan:
         constants = {name: _wide(tensor) for name, tensor in low.constants.items()}
         wide = low.each(_wide).replace(constants=constants, state=map_tensors(_wide, low.state))
         y, state = self.run(wide, form="recurrent")
-        return Result(
-            y.to(low.tokens[low.like].dtype.to_complex() if low.turns else low.tokens[low.like].dtype),
-            map_tensors(_low, state),
-        )
+        return Result(y.to(low.output_dtype), map_tensors(_low, state))
 
     def promised_state(self, inputs: Inputs, state: Any, dtype: torch.dtype) -> Any:
         """A state of the shape and dtype that inputs of this dtype must leave: float32, or float64 for float64."""
@@ -126,7 +134,9 @@ class Layer:
         self.reads = {"x": (dim,), **{name: site.of(name) for name in recipe.inputs}}
         self.causal = recipe.causal
         self.name = f"this recipe ({recipe.source})" if recipe.source else "this recipe"
+        self.honest = not any(part.fraction != 1 for part in parts_of(recipe.parts) if isinstance(part, ScaleGrad))
         self.inputs = strategies.layers(self)
+        self.smooth_inputs = strategies.layers(self, loudness=("plain",))  # silence is a corner of norms
 
     def takes(self, option: str) -> bool:
         return option in ("initial_state", "cu_seqlens", "form")
@@ -140,10 +150,15 @@ class Layer:
         """Nothing is known of what its parts do to a token."""
         return False
 
-    @functools.cached_property
+    @property
     def forms(self) -> tuple[str, ...]:
-        """The forms that all its scans have, found by asking for each."""
-        return tuple(form for form in FORMS if _works(self, form))
+        """The forms that all its scans have."""
+        return self.forms_with()
+
+    @functools.lru_cache  # noqa: B019 - a subject lives as long as its check
+    def forms_with(self, *options: str) -> tuple[str, ...]:
+        """The forms that all its scans have with these options, found by asking for each."""
+        return tuple(form for form in FORMS if _works(self, form, options))
 
     def run(self, inputs: Inputs, **options: Any) -> Result:
         """One call with the weights that the inputs hold."""
@@ -163,7 +178,7 @@ class Layer:
 
     def rounded(self, inputs: Inputs, dtype: torch.dtype) -> Inputs:
         """The same call in low precision from the start, the weights cast as `module.to` casts them."""
-        low = dict(copy.deepcopy(self.module).to(dtype).named_parameters())
+        low = dict(_Stack(self.recipe, self.dim, self.depth).to(dtype).named_parameters())
         constants = {name: tensor.to(low[name].dtype) for name, tensor in inputs.constants.items()}
         return inputs.each(lambda tensor: tensor.to(dtype)).replace(constants=constants, state=None)
 
@@ -173,7 +188,7 @@ class Layer:
 
     def promised_state(self, inputs: Inputs, state: Any, dtype: torch.dtype) -> Any:
         """What `init_state` gives in this dtype; what a recipe that is not causal leaves is not promised."""
-        return copy.deepcopy(self.module).to(dtype).init_state(inputs.batch) if self.causal else state
+        return _Stack(self.recipe, self.dim, self.depth).to(dtype).init_state(inputs.batch) if self.causal else state
 
 
 Subject = Scan | Layer
@@ -205,6 +220,17 @@ class _Stack(nn.Module):
         return {str(layer): mixer.init_state(batch) for layer, mixer in enumerate(self.mixers)}
 
 
+def parts_of(value: Any) -> Iterator[Part]:
+    """All parts in a recipe's parts, those inside others included."""
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from parts_of(item)
+    elif isinstance(value, Part):
+        yield value
+        for field in fields(value):
+            yield from parts_of(getattr(value, field.name))
+
+
 def subject_of(
     subject: Recipe | Callable[..., Any], strategy: SearchStrategy[Inputs] | None, dim: int, depth: int, *own: Any
 ) -> Scan | Layer:
@@ -225,11 +251,13 @@ def _find(inputs: SearchStrategy[Inputs], fits: Callable[[Inputs], bool]) -> Inp
     return hypothesis.find(inputs, fits, settings=quick, random=Random(0))
 
 
-def _works(subject: Subject, form: str) -> bool:
+def _works(subject: Subject, form: str, options: Collection[str]) -> bool:
     """Whether the subject has this form: it says so by NotImplementedError."""
+    row = subject.sample.rows(slice(0, 1))
+    given = {"cu_seqlens": torch.tensor([0, row.length]), "reverse": True}
     try:
         with torch.no_grad():
-            subject.run(subject.sample, form=form)
+            subject.run(row, form=form, **{name: given[name] for name in options})
     except NotImplementedError:
         return False
     return True

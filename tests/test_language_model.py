@@ -1,0 +1,214 @@
+"""The language model: read whole, in pieces, token by token, packed; continued in batches that equal their rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import recur
+from recur import LanguageModel, Recipe, RecipeError, presets
+from recur.blocks import Attention, Norm, Project, Rotary
+from recur.blocks.feedforward import gelu
+from recur.blocks.sampling import sample_token
+
+ATTENTION = Recipe(
+    Project("x", q="H K", k="G K", v="G K"),
+    Rotary("q k"),
+    Attention(),
+    Project("y", y="D"),
+    axes={"H": 4, "G": 2, "K": "D/H"},
+)
+
+
+def model(**options) -> LanguageModel:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 11, "dim": 16, "depth": 2, **options}
+    return LanguageModel(settings.pop("recipe", presets.gla(heads=2)), **settings).double()
+
+
+VARIANTS = {
+    "plain": {},
+    "hybrid": {"recipe": [presets.longhorn(state=4), ATTENTION], "depth": 3, "ffn": "swiglu"},
+    "post norm": {"block": "post", "norm": "layer", "ffn": "gelu", "tie": False},
+    "learned positions": {"positions": 40, "ffn": "gated"},
+    "sinusoidal": {"positions": "sinusoidal", "ffn": gelu(hidden="3*D", bias=False)},
+    "dense": {"recipe": presets.dense_retnet(heads=2, layers=2), "depth": 3, "dim": 32},
+    "shared bounds": {"recipe": presets.hgrn2(heads=2), "depth": 3},
+    "own norm": {"recipe": presets.gss(state=3), "norm": None, "final_norm": "layer"},
+    "l2": {"recipe": presets.gateloop(), "norm": Norm("x", kind="l2", eps=1e-12, to="y")},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_whole_equals_pieces_equals_steps_equals_packed(name):
+    lm, ids = model(**VARIANTS[name]), torch.randint(0, 11, (2, 12), generator=torch.Generator().manual_seed(1))
+    whole = lm(ids)
+    head, state = lm(ids[:, :5], return_state=True)
+    tail, _ = lm(ids[:, 5:], state=state, return_state=True)
+    torch.testing.assert_close(torch.cat([head, tail], 1), whole)
+    for max_len in (None, 12):
+        state = lm.init_state(2, max_len)
+        torch.testing.assert_close(torch.stack([lm.step(token, state) for token in ids.T], 1), whole)
+    packed, states = lm(ids.reshape(1, -1), cu_seqlens=torch.tensor([0, 12, 12, 24]), return_state=True)
+    torch.testing.assert_close(packed.reshape(whole.shape), whole)
+    assert states["position"].tolist() == [12, 0, 12]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_checkpointing_changes_no_gradient(name):
+    ids = torch.randint(0, 11, (2, 7), generator=torch.Generator().manual_seed(2))
+    grads = []
+    for checkpoint in (False, True):
+        lm = model(**VARIANTS[name], checkpoint=checkpoint)
+        lm(ids).square().sum().backward()
+        grads.append([weight.grad for weight in lm.parameters() if weight.grad is not None])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("name", ["plain", "hybrid", "learned positions"])
+def test_a_batch_of_prompts_equals_its_rows(name):
+    lm, lengths = model(**VARIANTS[name]), torch.tensor([9, 2, 5])
+    ids = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(3))
+    options = {"max_new_tokens": 8, "temperature": 0.9, "top_k": 7, "top_p": 0.95}
+    batch = lm.generate(ids, seed=5, lengths=lengths, **options)
+    assert batch.shape == (3, 17)
+    for row, length in enumerate(lengths.tolist()):
+        alone = lm.generate(ids[row : row + 1, :length], seed=5 + (row << 32), **options)
+        assert torch.equal(batch[row, : length + 8], alone[0])
+        assert (batch[row, length + 8 :] == 0).all()
+    first = lm.generate(ids[:1], seed=5, **options)
+    assert torch.equal(first[0], lm.generate(ids, seed=5, **options)[0])
+    assert not torch.equal(first, lm.generate(ids[:1], seed=6, **options))
+
+
+def test_greedy_generation_follows_the_whole_pass():
+    lm, ids = model(), torch.tensor([[1, 2, 3]])
+    text = lm.generate(ids, 6, temperature=0)
+    for end in range(3, 9):
+        assert text[0, end] == lm(text[:, :end])[0, -1].argmax()
+
+
+def test_a_row_that_has_ended_repeats_its_end_and_modes_come_back():
+    lm, ids = model(dropout=0.5), torch.randint(0, 11, (4, 3))
+    greedy = lm.eval().generate(ids, 12, temperature=0)
+    lm.train()
+    lm.blocks[0].eval()
+    ended = lm.generate(ids, 12, temperature=0, eos=int(greedy[0, 5]))
+    assert torch.equal(ended[0, :6], greedy[0, :6])
+    assert (ended[0, 5:] == greedy[0, 5]).all()
+    assert lm.training
+    assert not lm.blocks[0].training
+
+
+def test_generation_draws_anew_without_a_seed():
+    lm, ids = model(), torch.tensor([[1]])
+    assert len({tuple(lm.generate(ids, 12)[0].tolist()) for _ in range(4)}) > 1
+
+
+def generators(rows: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(row) for row in range(rows)]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"top_k": 2}, {0, 1}),
+        ({"top_p": 0.6}, {0, 1}),
+        ({"top_p": 0.5}, {0}),
+        ({"min_p": 0.3}, {0, 1}),
+    ],
+)
+def test_sampling_keeps_what_it_promises(options, kept):
+    logits = torch.tensor([0.5, 0.3, 0.1, 0.1]).log().expand(400, 4)
+    assert set(sample_token(logits, generators(400), **options).tolist()) == kept
+
+
+def test_sampling_follows_the_distribution():
+    chance = torch.tensor([0.5, 0.3, 0.2])
+    tokens = sample_token(chance.log().expand(4000, 3), generators(4000))
+    found = tokens.bincount(minlength=3) / 4000
+    assert (found - chance).abs().max() < 4 * 0.5 / 4000**0.5  # four standard deviations of a fair coin
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda lm: lm(torch.ones(2, 3)), TypeError, "ids must be int32 or int64, got torch.float32"),
+        (lambda lm: lm(torch.tensor([1])), recur.ShapeError, r"ids must be \[B T\], got shape \(1,\)"),
+        (lambda lm: lm(torch.tensor([[3, 11]])), ValueError, r"ids must lie in 0 .. 10, got 11"),
+        (lambda lm: lm(torch.tensor([[-1, 3]])), ValueError, r"ids must lie in 0 .. 10, got -1"),
+        (lambda lm: lm.generate(torch.empty(1, 0, dtype=torch.long), 3), ValueError, "needs a prompt"),
+        (lambda lm: lm.generate(torch.ones(1, 2, dtype=torch.long), -1), ValueError, "needs a prompt"),
+        (
+            lambda lm: lm.generate(torch.ones(1, 2, dtype=torch.long), 3, lengths=torch.tensor([3])),
+            ValueError,
+            r"lengths must be \[B\] within 1 .. T=2, got \[3\]",
+        ),
+        (lambda lm: sample_token(torch.ones(1, 2), [], temperature=-1), ValueError, "temperature must be >= 0, got -1"),
+        (lambda lm: sample_token(torch.ones(1, 2), [], top_k=0), ValueError, "top_k must be >= 1, got 0"),
+        (lambda lm: sample_token(torch.ones(1, 2), [], top_p=1.5), ValueError, r"top_p must lie in \(0, 1\], got 1.5"),
+        (lambda lm: model(depth=0), ValueError, "depth must be at least 1, got 0"),
+        (lambda lm: model(recipe=[]), ValueError, "recipes must be at least 1, got 0"),
+        (lambda lm: model(block="both"), RecipeError, 'order must be "pre" or "post", got \'both\''),
+        (
+            lambda lm: model(ffn="moe"),
+            RecipeError,
+            "ffn must be None, a Recipe or one of gelu, swiglu, gated, got 'moe'",
+        ),
+        (lambda lm: model(positions="rotary"), ValueError, "positions must be None"),
+        (
+            lambda lm: model(positions=3)(torch.ones(1, 4, dtype=torch.long)),
+            ValueError,
+            "has 3 learned positions, got a text",
+        ),
+        (
+            lambda lm: model(recipe=ATTENTION)(
+                torch.ones(1, 4, dtype=torch.long), model(recipe=ATTENTION).init_state(1, 3)
+            ),
+            ValueError,
+            r"init_state\(max_len=3\) is too short for 4 tokens",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, error, words):
+    with pytest.raises(error, match=words):
+        call(model())
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_gates_norms_and_biases_never_decay(name):
+    lm = LanguageModel(getattr(presets, name)(), vocab_size=5, dim=32, depth=2)
+    decayed, kept = (group["params"] for group in lm.decay_groups(0.1))
+    assert {id(weight) for weight in lm.parameters()} == {id(weight) for weight in (*decayed, *kept)}
+    special = ("A_log", "bias", "logits", "rho", "eta", "C_real", "C_imag", ".D", "norm", "fusion")
+    names = {id(weight): key for key, weight in lm.named_parameters()}
+    assert not [names[id(weight)] for weight in decayed if any(word in names[id(weight)] for word in special)]
+    assert all(weight.ndim == 2 for weight in decayed)
+
+
+def test_time_constants_stay_float32_in_a_half_model():
+    lm = LanguageModel(presets.mamba(state=4), vocab_size=5, dim=16, depth=1).to(torch.bfloat16)
+    kinds = {name.rsplit(".", 1)[1]: weight.dtype for name, weight in lm.named_parameters()}
+    assert kinds["A_log"] == kinds["dt_bias"] == kinds["D"] == torch.float32
+    assert lm.embedding.weight.dtype == torch.bfloat16
+    logits, state = lm(torch.ones(1, 3, dtype=torch.long), return_state=True)
+    assert logits.dtype == torch.bfloat16
+    assert state["layers"][0]["mixer"]["parts"]["selective_scan"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_trains_under_autocast(name):
+    lm = LanguageModel(getattr(presets, name)(), vocab_size=5, dim=32, depth=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = lm(torch.randint(0, 5, (2, 9))).float().square().mean()
+    loss.backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in lm.parameters() if weight.grad is not None)
+
+
+def test_second_gradients_exist():
+    lm, ids = model(), torch.randint(0, 11, (1, 5))
+    weights = list(lm.parameters())
+    grads = torch.autograd.grad(lm(ids).logsumexp(-1).sum(), weights, create_graph=True)
+    sum(grad.square().sum() for grad in grads).backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in weights)

@@ -1,0 +1,256 @@
+"""Recipes: checked when built, edited by value, printed, written as JSON; every error in words that help."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import recur
+from recur import Mixer, Recipe, RecipeError, presets
+from recur.axes import evaluate, size
+from recur.blocks import (
+    Act,
+    Attention,
+    ComplexGate,
+    Decay,
+    DeltaScan,
+    FixedScan,
+    GatedScan,
+    LowerBounds,
+    Map,
+    Norm,
+    OnlineScan,
+    OuterScan,
+    OutputGate,
+    Project,
+    Reverse,
+    ShortConv,
+    Skip,
+    Sum,
+)
+from recur.recipe import Flow, Part
+from recur.weights import Param, matrix_init, ones
+
+IN, OUT = Project("x", u="E"), Project("u", y="D")
+
+
+def test_axes_are_expressions_over_each_other():
+    axes = {"D": 64, "E": "2*D", "R": "ceil(D/16)", "F": "int(1.8*D)//H*H", "H": 4, "S": "1/sqrt(D)"}
+    assert [size(axis, axes) for axis in ("E", "R", "F", "max(D//128,1)", "-3+D")] == [128, 4, 112, 1, 61]
+    assert evaluate("S", axes) == 0.125
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("X", "mentions X, which is not among D, E, A"),
+        ("A", "A is defined by itself"),
+        ("__import__('os')", "must be built from numbers, axis letters"),
+        ("2*", "'2\\*' is no expression"),
+        ("D/5", "must be a positive integer, got 12.8 with D=64"),
+        ("D-64", "must be a positive integer, got 0"),
+    ],
+)
+def test_axes_that_make_no_sense_are_refused(expression, words):
+    with pytest.raises(RecipeError, match=words):
+        size(expression, {"D": 64, "E": "2*D", "A": "A+1"})
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ((IN, Act("v"), OUT), "part 2 Act reads 'v', which nobody wrote; available: x, u"),
+        ((IN,), r"must write y \[D\], got no y; written: x, u"),
+        ((IN, Project("u", y="E")), r"must write y \[D\], got y \[E\]"),
+        ((IN, Project("u", y="D", z="Q")), r"part 2 Project writes z \[Q\], but Q is no axis; axes are D, E, H, K"),
+        ((Act("x"), OUT), "part 1 Act writes 'x', which every part may read and none may change"),
+        (
+            (IN, Project("x", z="D"), OutputGate("z", out="u"), OUT),
+            r"needs 'u' and 'z' of equal axes, got u \[E\] and z",
+        ),
+        ((Project("x", u="H K"), Skip("u"), OUT), "reads 'y'"),
+        ((IN, Norm("u", over="K"), OUT), r"over must be the last axes of u \[E\], got 'K'"),
+        ((IN, Norm("u", eps="x"), OUT), "eps 'x' must have the axes of u that are not normalised"),
+        ((Project("x", c="H K"), ComplexGate("c"), OUT), r"reads pairs: c must end in an axis of 2, got \[H K\]"),
+        (
+            (Project("x", q="H K", k="H K", v="H K", log_a="K"), OuterScan(), OUT),
+            r"needs a decay log_a \[H\] or \[H K\]",
+        ),
+        ((Project("x", q="K", k="K", v="H K"), OuterScan(decay=None), OUT), "needs 'q' with 2 axes after B T"),
+        (
+            (Project("x", q="H K", k="H K", v="H K", beta="K"), DeltaScan(decay=None), OUT),
+            r"DeltaScan needs beta \[H\], got \[K\]",
+        ),
+        ((Project("x", q="H K", k="H E", v="H K"), Attention(), OUT), r"needs q \[H K\], k \[G K\], v \[G V\], got"),
+        ((IN, Norm("u", name="a"), Project("u", y="D", name="a")), "is called 'a', as is a Norm"),
+    ],
+)
+def test_what_does_not_fit_is_named(parts, words):
+    with pytest.raises(RecipeError, match=words):
+        Recipe(*parts, axes={"E": "2*D", "H": 2, "K": "D/H"})
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: Recipe("Project"), TypeError, "parts must be of class Part, got str"),
+        (lambda: Recipe(IN, OUT, axes={"E": "2*Q"}), RecipeError, r"axis E=2\*Q mentions Q"),
+        (lambda: Norm("y", kind="batch"), RecipeError, "kind must be one of rms, layer, l2, got 'batch'"),
+        (lambda: Norm("y", affine="bias"), RecipeError, "affine must be"),
+        (lambda: ComplexGate(law="cartesian"), RecipeError, "law must be"),
+        (lambda: FixedScan("u", frequency="log"), RecipeError, "frequency must be"),
+        (lambda: Act("u", "swish"), ValueError, "name must be one of identity, silu"),
+        (lambda: matrix_init("orthogonal", 1, 1, 1), ValueError, "law must be one of linear, residual"),
+        (lambda: Part().shapes(None), NotImplementedError, "define shapes"),
+        (lambda: Part()(None, None, None), NotImplementedError, "define __call__"),
+    ],
+)
+def test_bad_arguments_are_named(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_a_width_that_does_not_divide_is_told_in_letters():
+    with pytest.raises(RecipeError, match=r"K = D/H must be a positive integer, got 12\.5 with D=100, H=8"):
+        Mixer(presets.hgrn2(heads=8), 100)
+
+
+def test_edits_return_new_recipes_and_need_one_match():
+    longhorn = presets.longhorn()
+    exact = longhorn.replace(OnlineScan, OnlineScan("u", diagonal=False))
+    assert exact != longhorn
+    assert [type(part) for part in exact.parts] == [type(part) for part in longhorn.parts]
+    assert len(longhorn.remove(ShortConv).parts) == len(longhorn.parts) - 1
+    assert longhorn.insert_before("output_gate", Norm("y")).parts[-3] == Norm("y")
+    with pytest.raises(
+        RecipeError, match="exactly one part must be Project, got 3 among project, short_conv, project_2"
+    ):
+        longhorn.remove(Project)
+    with pytest.raises(RecipeError, match="exactly one part must be 'conv', got 0"):
+        longhorn.remove("conv")
+
+
+def test_a_recipe_is_frozen_hashable_and_copies_with_its_mixer():
+    recipe = presets.gla()
+    with pytest.raises(AttributeError, match="frozen"):
+        recipe.source = "me"
+    recipe.axes["H"] = 1000
+    assert recipe.axes["H"] == 4
+    assert hash(recipe) == hash(presets.gla())
+    mixer = Mixer(recipe, 16)
+    x = torch.randn(1, 5, 16)
+    assert torch.equal(copy.deepcopy(mixer)(x).y, mixer(x).y)
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_survives_json(name):
+    recipe = getattr(presets, name)()
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+@dataclass(frozen=True)
+class Leak(Part):
+    """A part of one's own: forget a learned share of a tensor."""
+
+    source: str
+
+    def shapes(self, axes):
+        return {self.source: axes[self.source]}
+
+    def params(self, site):
+        return {"keep": Param(site.of(self.source), ones, decay=False)}
+
+    def __call__(self, flow: Flow, weights, state):
+        return flow.set(**{self.source: flow[self.source] * weights.keep}), state
+
+
+def test_own_parts_are_passed_in_and_functions_are_refused():
+    recipe = Recipe(IN, Leak("u"), OUT, axes={"E": 3})
+    data = recipe.to_dict()
+    assert Recipe.from_dict(data, parts=(Leak,)) == recipe
+    with pytest.raises(RecipeError, match=r"'Leak' is no part of recur; pass its class"):
+        Recipe.from_dict(data)
+    mapped = Recipe(IN, Map(torch.tanh, reads="u", out="v", axes="E"), Project("v", y="D"), axes={"E": 3})
+    with pytest.raises(RecipeError, match="which JSON cannot hold"):
+        mapped.to_dict()
+    assert Mixer(mapped, 4)(torch.ones(1, 2, 4)).y.shape == (1, 2, 4)
+
+
+def test_printing_shows_stages_equations_and_numbers():
+    recipe = presets.longhorn()
+    assert "S_t = (1 - eps k^2) * S_{t-1} + (eps u) k" in repr(recipe)
+    assert "arXiv:2407.14207" in repr(recipe)
+    table = repr(Mixer(recipe, 64))
+    assert "30,592" in table  # parameters
+    assert "9,728" in table  # bytes: 3 taps of 128 channels and 128 x 16 numbers, 4 bytes each
+    parts = [part.formula() for name in presets.names() for part in getattr(presets, name)().parts if part.formula()]
+    assert len(parts) > 50
+
+
+def test_names_share_weights_and_classes_number_them():
+    shared = Recipe(IN, Norm("u", name="n"), Norm("u", name="n"), OUT, axes={"E": 8})
+    own = Recipe(IN, Norm("u"), Norm("u"), OUT, axes={"E": 8})
+    assert list(Mixer(shared, 4).parts) == ["project", "n", "project_2"]
+    assert list(Mixer(own, 4).parts) == ["project", "norm", "norm_2", "project_2"]
+
+
+def test_a_bidirectional_recipe_returns_states_but_does_not_stream():
+    recipe = Recipe(
+        Project("x", u="D", z="D"),
+        Decay("z"),
+        GatedScan("u", out="f"),
+        Reverse((GatedScan("u", out="b"),)),
+        Sum("f b"),
+    )
+    mixer, x = Mixer(recipe, 6).double(), torch.randn(2, 9, 6, dtype=torch.float64)
+    y, state = mixer(x)
+    flow, _ = mixer.run(x)
+    log_a, u = flow["log_a"], flow["u"]
+    forward, back = recur.gated_scan(u, log_a), recur.gated_scan(u, log_a, reverse=True)
+    torch.testing.assert_close(y, forward.y + back.y)
+    torch.testing.assert_close(state["parts"]["reverse"]["gated_scan"], back.state)
+    with pytest.raises(RecipeError, match="not causal, so it has no state"):
+        mixer.init_state(1)
+    with pytest.raises(RecipeError, match="not causal, so it cannot go on"):
+        mixer(x, state)
+    assert "not causal" in repr(mixer)
+
+
+def test_inputs_of_a_recipe_must_be_given():
+    recipe = Recipe(
+        Project("x", z="D", u="D"), OutputGate("g", out="u"), Project("u", y="D"), inputs={"g": "D"}, axes={}
+    )
+    mixer, x = Mixer(recipe, 4), torch.randn(2, 3, 4)
+    mixer(x, g=torch.ones(2, 3, 4))
+    with pytest.raises(TypeError, match="further inputs must be g, got none"):
+        mixer(x)
+    with pytest.raises(recur.ShapeError, match=r"g must be \[B T D\]"):
+        mixer(x, g=torch.ones(2, 2, 4))
+
+
+def test_mixers_check_their_input():
+    mixer = Mixer(presets.gla(), 16)
+    with pytest.raises(recur.ShapeError, match=r"Mixer: x must be \[B T D\] = \(2, 3, 16\), got shape \(2, 3, 8\)"):
+        mixer(torch.ones(2, 3, 8))
+    with pytest.raises(recur.ShapeError, match=r"Mixer: state must be \[B\] = \(3,\), got shape \(2,\)"):
+        mixer(torch.ones(3, 3, 16), mixer.init_state(2))
+    with pytest.raises(TypeError, match="recipe must be a Recipe, got function"):
+        Mixer(presets.gla, 16)
+
+
+def test_lower_bounds_are_one_table_a_model():
+    model = recur.LanguageModel(presets.hgrn2(heads=2), vocab_size=5, dim=8, depth=3)
+    assert [name for name in model.state_dict() if "lower_bounds" in name] == ["shared.lower_bounds.logits"]
+    ids = torch.randint(0, 5, (1, 4))
+    model(ids).sum().backward()
+    grad = model.shared["lower_bounds"].logits.grad
+    assert grad.shape == (3, 2, 4)
+    assert grad[1:].abs().sum() > 0
+    assert "lower_bounds" in Mixer(presets.hgrn2(heads=2), 8).shared
+    assert LowerBounds("H K").scope == "model"
