@@ -82,3 +82,10 @@ def check_float(function: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{function}: {name} must be real and floating, got {tensor.dtype}")
+
+
+def check_given(function: str, **tensors: Tensor | None) -> None:
+    """Raise TypeError if an argument that has no default is None, which `bind` would take for one left out."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise TypeError(f"{function}: {name} must be a tensor, got None")

@@ -39,9 +39,9 @@ class Rows:
         initial = torch.zeros_like(chunks[0]) if initial is None else initial
         return torch.cat([initial[None], chunks[:-1]])
 
-    def openings(self, initial: Tensor) -> Tensor:
-        """[n+1 B ...]: what is added to the state at each border of chunks, `initial` [B ...] at the first."""
-        return torch.cat([initial[None], initial.new_zeros(self.n, *initial.shape)])
+    def openings(self, initial: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The state [B ...] that enters the first chunk, and what is added to those that leave chunks: nothing."""
+        return initial, None
 
     def seal(self, chunks: Tensor) -> Tensor:
         """[n B ...] with zeros where a further document follows, and here there is only one."""
@@ -98,10 +98,13 @@ class Documents:
         opening = 0 if initial is None else initial.index_select(0, self.document)[:, None]
         return torch.where(like_batch(self.first, chunks), opening, before)
 
-    def openings(self, initial: Tensor) -> Tensor:
-        """[n+1 1 ...]: what is added to the state at each border of chunks, its `initial` where a document starts."""
-        opening = initial.index_select(0, self.document) * like_batch(self.first, initial)
-        return torch.cat([opening, torch.zeros_like(initial[:1])])[:, None]
+    def openings(self, initial: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The state [1 ...] that enters the first chunk, and what is added to those that leave chunks [n 1 ...].
+
+        That is the state [documents ...] of the document that follows, if one does.
+        """
+        own = initial.index_select(0, self.document)
+        return own[:1], (own * like_batch(self.first, own)).roll(-1, 0)[:, None]
 
     def seal(self, chunks: Tensor) -> Tensor:
         """[n 1 ...] with zeros where a further document follows: nothing passes its end."""

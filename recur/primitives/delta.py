@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,19 +58,20 @@ def delta_scan(
     q, k, v, beta = (lay_out(chunks, x, G) for x in (q, k, v, beta[..., None]))
     log_decay = None if log_decay is None else lay_out(chunks, log_decay, G)
     q, k, log_decay, turn = turned(q, k, log_decay)
-    (scores, overlap), (q, reach), k, total = within((q, k), k, log_decay)
+    # the key that reads is an alias, because torch.compile takes no tensor twice
+    (scores, overlap), (q, reach), k, total = within((q, k.view_as(k)), k, log_decay)
     solve = _UnitInverse.apply(beta * overlap) * beta.mT
-    write, erase = solve @ v, solve @ reach
     decay, initial = total[..., :K, None], rearrange(initial, "B (G r) K V -> B G r K V", G=G)
     if turn is not None:
         decay, initial = decay * turn[..., None], stacked(initial)
         k = stacked(joined(k.mT) * turn[..., None]).mT
-    decay, k = decay.expand(chunks.n, *v.shape[1:4], -1, -1), k.expand(*v.shape[:-1], -1)
-    states, u = _Walk.apply(chunks.seal(decay), erase, chunks.seal(k), write, chunks.openings(initial), 1)
-    entering = states[:-1]
-    y = chunks.merge(rearrange(scores @ u + q @ entering, "n B G r C V -> B n C (G r) V"))
+    decay, reach, k = (x.expand(chunks.n, *v.shape[1:4], *x.shape[-2:]) for x in (decay, reach, k))
+    start, opening = chunks.openings(initial)
+    entering, _, u, _ = _Walk.apply(chunks.seal(decay), reach, chunks.seal(k), solve, v, None, opening, start, 1)
+    y = (scores @ u).add_(q @ entering)
     state = _kept(chunks.last(decay), chunks.last(entering)) + chunks.last(k).mT @ chunks.last(u)
     state = chunks.settle(state, initial)
+    y = chunks.merge(rearrange(y, "n B G r C V -> B n C (G r) V"))
     return ScanOut(y, rearrange(state if turn is None else joined(state), "B G r K V -> B (G r) K V"))
 
 
@@ -93,49 +95,87 @@ class _UnitInverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
-        return -(inverse.mT @ (grad @ inverse.mT)).tril(-1)
+        return (inverse.mT @ (grad @ inverse.mT)).tril_(-1).neg_()
 
 
 class _Walk(torch.autograd.Function):
-    """The state from chunk to chunk, S_0 ... S_n, and what is written, u_0 ... u_{n-1}; its own adjoint.
+    """From chunk to chunk: the states S_j that enter, the errors e_j and what is written, u_j. Its own adjoint.
 
-        u_j = write_j − order left_j S_j        S_{j+1} = decay_j S_j + order right_jᵀ u_j + opening_{j+1}
+        e_j = write_j − order left_j S_j
+        u_j = solve_j e_j + more_j
+        S_{j+1} = decay_j S_j + order right_jᵀ u_j + opening_j
 
-    decay [n ... K | 1 1], left and right [n ... C K], write [n ... C V], opening [n+1 ... K V], S_0 = opening_0. With
-    order −1 the walk is from the right: u_j reads S_{j+1} and S_j is made. Backward is the walk in the other order with
-    left and right exchanged.
+    decay [n ... K | 1 1], left and right [n ... C K], solve [n ... C C], write and more [n ... C V], opening
+    [n ... K V]; start [... K V] is S_0. With order −1 the walk goes from the last chunk to the first: that, with left and right
+    exchanged and solve transposed, is the backward pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, decay: Tensor, left: Tensor, right: Tensor, write: Tensor, opening: Tensor, order: int
-    ) -> tuple[Tensor, Tensor]:
-        states, u = (x.clone(memory_format=torch.contiguous_format) for x in (opening, write))
-        before, after = _sides(states, order)
-        columns = (x.flatten(1, -3).unbind(0)[::order] for x in (decay, left, right, u, before, after))
-        for keep, erase, key, value, old, new in zip(*columns, strict=True):
-            value.baddbmm_(erase, old, alpha=-order)
-            new.add_(_kept(keep, old)).baddbmm_(key.mT, value, alpha=order)
-        ctx.save_for_backward(decay, left, right, states, u)
+        ctx: Any,
+        decay: Tensor,
+        left: Tensor,
+        right: Tensor,
+        solve: Tensor,
+        write: Tensor,
+        more: Tensor | None,
+        opening: Tensor | None,
+        start: Tensor,
+        order: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        entering, final = start.new_empty(len(write), *start.shape), start.clone(memory_format=torch.contiguous_format)
+        error, u = (torch.empty_like(write, memory_format=torch.contiguous_format) for _ in range(2))
+
+        def columns(x: Tensor | None) -> Sequence[Tensor | None]:
+            return [None] * len(write) if x is None else x.flatten(1, -3).unbind(0)[::order]
+
+        state = final.flatten(0, -3)
+        names = (entering, error, u, decay, left, right, solve, write, more, opening)
+        for old, e, new, keep, a, b, t, w, extra, push in zip(*map(columns, names), strict=True):
+            old.copy_(state)
+            torch.baddbmm(w, a, old, alpha=-order, out=e)
+            torch.bmm(t, e, out=new)
+            if extra is not None:
+                new.add_(extra)
+            state.copy_(_kept(keep, old)).baddbmm_(b.mT, new, alpha=order)
+            if push is not None:
+                state.add_(push)
+        ctx.save_for_backward(decay, left, right, solve, entering, error, u)
         ctx.order = order
-        return states, u
+        ctx.set_materialize_grads(False)
+        return entering, error, u, final
 
     @staticmethod
-    def backward(ctx: Any, grad_states: Tensor, grad_u: Tensor) -> tuple[Tensor | None, ...]:
-        decay, left, right, states, u = ctx.saved_tensors
+    def backward(
+        ctx: Any,
+        grad_entering: Tensor | None,
+        grad_error: Tensor | None,
+        grad_u: Tensor | None,
+        grad_final: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        decay, left, right, solve, entering, error, u = ctx.saved_tensors
         order = ctx.order
-        grad_opening, grad_write = _Walk.apply(decay.conj(), right, left, grad_u, grad_states, -order)
-        (before, _), (_, after) = _sides(states, order), _sides(grad_opening, order)
-        grad_left, grad_right = -order * (grad_write @ before.mT), order * (u @ after.mT)
+        after, push_u, push_error, grad_start = _Walk.apply(
+            decay.conj(),
+            right,
+            left,
+            solve.mT,
+            torch.zeros_like(u) if grad_u is None else grad_u,
+            grad_error,
+            grad_entering,
+            torch.zeros_like(entering[0]) if grad_final is None else grad_final,
+            -order,
+        )
+        grad_left, grad_right = (push_error @ entering.mT).mul_(-order), (u @ after.mT).mul_(order)
         if decay.is_complex():
-            before, after = joined(before).conj(), joined(after)
-        grad_decay = (before * after).sum(-1, keepdim=True).sum_to_size(decay.shape)
-        return grad_decay, grad_left, grad_right, grad_write, grad_opening, None
-
-
-def _sides(states: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """The states each chunk reads and those it makes, of the n+1 that stand between chunks."""
-    return (states[:-1], states[1:]) if order > 0 else (states[1:], states[:-1])
+            grad_decay = joined(entering).conj() * joined(after)
+        else:
+            grad_decay = entering * after
+        grad_decay = grad_decay.sum(-1, keepdim=True).sum_to_size(decay.shape)
+        grad_solve = push_u @ error.mT
+        grad_more = push_u if ctx.needs_input_grad[5] else None
+        grad_opening = after if ctx.needs_input_grad[6] else None
+        return grad_decay, grad_left, grad_right, grad_solve, push_error, grad_more, grad_opening, grad_start, None
 
 
 def _kept(decay: Tensor, state: Tensor) -> Tensor:

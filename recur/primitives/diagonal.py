@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, mirror, unroll, unroll_documents
-from recur.shapes import ShapeError, accumulation_dtype, bind
+from recur.shapes import ShapeError, accumulation_dtype, bind, check_given
 
 SIDE_BY_SIDE = 65_536  # numbers that one call should update: fewer waste the call and a second thread
 LOG2_E = math.log2(math.e)
@@ -68,9 +68,9 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | 
 _recurrence.register_autograd(_gradients, setup_context=_save)
 
 
-def walk_right(a: Tensor, x: Tensor, initial: Tensor | None) -> Tensor:
-    """h_t = x_t + a_t h_{t-1}, without gradient."""
-    h = torch.empty_like(x, memory_format=torch.contiguous_format)
+def walk_right(a: Tensor, x: Tensor, initial: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """h_t = x_t + a_t h_{t-1}, without gradient; `out` may be x."""
+    h = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if x.shape[1] > 0:
         state = h[:, 0].copy_(x[:, 0])
         if initial is not None:
@@ -79,9 +79,9 @@ def walk_right(a: Tensor, x: Tensor, initial: Tensor | None) -> Tensor:
     return h
 
 
-def walk_left(a: Tensor, x: Tensor) -> Tensor:
-    """g_t = x_t + conj(a_{t+1}) g_{t+1}, without gradient."""
-    g = torch.empty_like(x, memory_format=torch.contiguous_format)
+def walk_left(a: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """g_t = x_t + conj(a_{t+1}) g_{t+1}, without gradient; `out` may be x."""
+    g = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if x.shape[1] > 0:
         if x.is_complex():  # conj(g_t) = conj(x_t) + a_{t+1} conj(g_{t+1}) needs no conjugate of a
             x = torch.conj_physical(x, out=g)
@@ -143,9 +143,10 @@ def gate(log_decay: Tensor) -> Tensor:
 
     The complex exponential would make NaN of it; so would the polar form in its second derivative.
     """
+    size = torch.exp2(log_decay.real * LOG2_E)  # exp2, because exp is many times slower on a CPU where it underflows
     if not log_decay.is_complex():
-        return log_decay.exp()
-    size, phase = log_decay.real.exp(), log_decay.imag
+        return size
+    phase = log_decay.imag
     return torch.complex(size * phase.cos(), size * phase.sin())
 
 
@@ -211,6 +212,7 @@ def gated_scan(
     """
     form = choose_form("gated_scan", form, ("recurrent", "chunked"))
     gates, states = _axes_of_gate(x, log_decay, "B T *"), "B *" if cu_seqlens is None else "n *"
+    check_given("gated_scan", x=x, log_decay=log_decay)
     bind("gated_scan", x=(x, "B T *"), log_decay=(log_decay, gates), initial_state=(initial_state, states))
     check_packing("gated_scan", cu_seqlens, *x.shape[:2])
     check_documents("gated_scan", initial_state, cu_seqlens)
@@ -231,6 +233,7 @@ def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     Returns: y [B *] of x's dtype, or complex if the gate is.   Raises: ShapeError, TypeError.   Cost: O(B *).
     """
     gates = _axes_of_gate(x, log_decay, "B *")
+    check_given("gated_step", x=x, log_decay=log_decay, state=state)
     bind("gated_step", x=(x, "B *"), log_decay=(log_decay, gates), state=(state, "B *"))
     number = _number("gated_step", x, log_decay, state=state)
     check_state("gated_step", state, number)
@@ -310,8 +313,6 @@ def number_of(real: torch.dtype, *tensors: Tensor | None) -> torch.dtype:
 def _number(function: str, x: Tensor, log_decay: Tensor, **state: Tensor | None) -> torch.dtype:
     """What a gated scan computes in. Raise TypeError for integers, or a complex state that a real scan would cut."""
     for name, tensor in {"x": x, "log_decay": log_decay, **state}.items():
-        if tensor is None and name not in state:
-            raise TypeError(f"{function}: {name} must be a tensor, got None")
         if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
             raise TypeError(f"{function}: {name} must be floating or complex, got {tensor.dtype}")
     number = number_of(accumulation_dtype(x, log_decay, *state.values()), x, log_decay)

@@ -29,9 +29,9 @@ from recur.primitives.diagonal import (
     walk_right,
 )
 from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, unroll, unroll_documents
-from recur.shapes import ShapeError, accumulation_dtype, bind, check_float
+from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given
 
-SEGMENT = 2**18  # numbers of A_t that are held at a time: what a cache holds
+SEGMENT = 2**19  # numbers of A_t that are held at a time: what a cache holds
 
 
 def selective_scan(
@@ -68,6 +68,7 @@ def selective_scan(
     """
     form = choose_form("selective_scan", form, ("recurrent", "chunked"))
     weights, states = "B T N | B T G N | V N", "B V N" if cu_seqlens is None else "n V N"
+    check_given("selective_scan", x=x, delta=delta, A=A, B=B, C=C)
     sizes = bind(
         "selective_scan",
         x=(x, "B T V"),
@@ -95,6 +96,7 @@ def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
 
     Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError.   Cost: O(V N) a row.
     """
+    check_given("selective_step", x=x, delta=delta, A=A, B=B, C=C, state=state)
     bind("selective_step", x=(x, "B V"))
     k, q = ("B N | B G N" if w.ndim != 2 or w.shape[0] == x.shape[0] else "V N" for w in (B, C))
     sizes = bind(
@@ -148,6 +150,7 @@ def online_scan(
     Source: Liu et al. 2024, arXiv:2407.14207.
     """
     keys, states = "B T N | B T G N", "B V N" if cu_seqlens is None else "n V N"
+    check_given("online_scan", x=x, rate=rate, k=k, q=q)
     sizes = bind(
         "online_scan",
         x=(x, "B T V"),
@@ -182,6 +185,7 @@ def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *,
     Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError, ValueError for rates.   Cost: O(V N) a row.
     """
     keys = "B N | B G N"
+    check_given("online_step", x=x, rate=rate, k=k, q=q, state=state)
     sizes = bind("online_step", x=(x, "B V"), rate=(rate, "B V"), k=(k, keys), q=(q, keys), state=(state, "B V N"))
     check_float("online_step", x=x, rate=rate, k=k, q=q, state=state)
     _check("online_step", sizes, None, None)
@@ -283,26 +287,32 @@ def _delta(
 
 
 class _Gate(NamedTuple):
-    """A_t as a function of its makings, and the gradients of the makings from A_t and its gradient (overwritten)."""
+    """A_t as a function of its makings, and the gradients of the makings from A_t and its gradient.
+
+    `out` and `spare` are memory to write to; the gradient of A_t may be overwritten.
+    """
 
     value: Callable[..., Tensor]
     gradients: Callable[..., list[Tensor]]
 
 
-def _exponential(delta: Tensor, A: Tensor) -> Tensor:
-    return (delta * (A * LOG2_E)).exp2_()
+def _exponential(delta: Tensor, A: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mul(delta, A * LOG2_E, out=out).exp2_()
 
 
-def _exponential_gradients(a: Tensor, grad: Tensor, delta: Tensor, A: Tensor) -> list[Tensor]:
+def _exponential_gradients(a: Tensor, grad: Tensor, spare: Tensor, delta: Tensor, A: Tensor) -> list[Tensor]:
     grad.mul_(a)
-    return [(grad * A).sum_to_size(delta.shape), (grad * delta).sum_to_size(A.shape)]
+    grad_delta = torch.mul(grad, A, out=spare).sum_to_size(delta.shape)
+    return [grad_delta, grad.mul_(delta).sum_to_size(A.shape)]
 
 
-def _affine(kept: Tensor, step: Tensor, others: Tensor) -> Tensor:
-    return torch.addcmul(kept, step, others)
+def _affine(kept: Tensor, step: Tensor, others: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.addcmul(kept, step, others, out=out)
 
 
-def _affine_gradients(a: Tensor, grad: Tensor, kept: Tensor, step: Tensor, others: Tensor) -> list[Tensor]:
+def _affine_gradients(
+    a: Tensor, grad: Tensor, spare: Tensor, kept: Tensor, step: Tensor, others: Tensor
+) -> list[Tensor]:
     return [grad.sum_to_size(kept.shape), _over_slots(others, grad, step), _over_channels(grad, step, others)]
 
 
@@ -354,14 +364,14 @@ def _scan(
     *tokens: Tensor,
 ) -> ScanOut:
     """y [B T V] and the state [B V N]."""
-    initial = None if initial_state is None else _enter(initial_state.to(tokens[0].dtype), sizes).contiguous()
     u, k = tokens[:2]
-    rows = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    if initial is None and (cu_seqlens is None or form == "recurrent" or sizes["T"] == 0):
+    initial = None if initial_state is None else _enter(initial_state.to(u.dtype), sizes).contiguous()
+    if initial is None and (form == "recurrent" or sizes["T"] == 0):
+        rows = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
         initial = u.new_zeros(rows, u.shape[2], k.shape[3], u.shape[4])
-    if sizes["T"] == 0:
+    if sizes["T"] == 0 and initial is not None:
         return ScanOut(u.flatten(2), _leave(initial).clone())
-    run = partial(_recurrent if form == "recurrent" else _chunked, family)
+    run: Callable[..., ScanOut] = partial(_recurrent if form == "recurrent" else _chunked, family)
     y, state = (right_to_left(run) if reverse else run)(initial, cu_seqlens, **_named(*tokens))
     return ScanOut(y.flatten(2), _leave(state))
 
@@ -423,33 +433,42 @@ def _padded(states: Tensor) -> Tensor:
     return torch.cat([states, torch.zeros_like(states[:1])]) if len(states) else states.new_zeros(1, *states.shape[1:])
 
 
+def _room(u: Tensor, k: Tensor, tensors: int) -> Tensor:
+    """[tensors B L G N W] for one segment after the other: fresh memory would cost more than the arithmetic."""
+    B, _, G, _, W = u.shape
+    return u.new_empty(tensors, B, _pieces(u, k)[0].stop, G, k.shape[3], W)
+
+
 @torch.library.custom_op("recur::elementwise_segments", mutates_args=())
 def _segments(
     family: str, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Segment after segment: y [B T G 1 W], final states [B G N W] and the state entering each segment [n B G N W]."""
+    """Segment after segment: y [B T G 1 W], final states [B G N W], and the states between segments [n+1 B G N W]."""
     u, k = tokens[:2]
-    (B, T, G, _, W), N = u.shape, k.shape[3]
-    state = u.new_zeros(B, G, N, W) if cu_seqlens is not None else initial
+    (B, T, G, _, W), N, pieces = u.shape, k.shape[3], _pieces(u, k)
+    y, between = torch.empty_like(u), u.new_zeros(len(pieces) + 1, B, G, N, W)
+    if cu_seqlens is None and initial is not None:
+        between[0] = initial
     if cu_seqlens is not None:
         borders = _Borders.of(cu_seqlens, T)
-        final = u.new_zeros(cu_seqlens.numel(), G, N, W) if initial is None else _padded(initial)
         own = None if initial is None else _padded(initial)
-    y, entering = torch.empty_like(u), []
-    for piece in _pieces(u, k):
-        entering.append(state)
+        final = u.new_zeros(cu_seqlens.numel(), G, N, W) if own is None else own.clone()
+    room = _room(u, k, 2)
+    for i, piece in enumerate(pieces):
         u_, k_, q_, *rates = _cut(tokens, T, piece)
-        a, x = GATES[family].value(*rates), k_ * u_
+        a, x = room[:, :, : piece.stop - piece.start]
+        GATES[family].value(*rates, out=a)
+        torch.mul(k_, u_, out=x)
         if cu_seqlens is not None:
             if own is not None:
                 x.addcmul_(a, own.index_select(0, borders.opens[piece])[None])
             a.masked_fill_(borders.starts[piece], 0)
-        h = walk_right(a, x, state)
+        h = walk_right(a, x, between[i], out=x)
         y[:, piece] = _over_slots(q_, h, u_)
-        state = h[:, -1].clone()
+        between[i + 1] = h[:, -1]
         if cu_seqlens is not None:
             final.index_copy_(0, borders.closes[piece], h[0])
-    return y, state if cu_seqlens is None else final[:-1].clone(), torch.stack(entering)
+    return y, between[-1].clone() if cu_seqlens is None else final[:-1].clone(), between
 
 
 @_segments.register_fake
@@ -459,7 +478,7 @@ def _(
     u, k = tokens[:2]
     (B, _, G, _, W), N = u.shape, k.shape[3]
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.empty_like(u), u.new_empty(rows, G, N, W), u.new_empty(len(_pieces(u, k)), B, G, N, W)
+    return torch.empty_like(u), u.new_empty(rows, G, N, W), u.new_empty(len(_pieces(u, k)) + 1, B, G, N, W)
 
 
 @torch.library.custom_op("recur::elementwise_segments_backward", mutates_args=())
@@ -468,7 +487,7 @@ def _segments_backward(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     tokens: list[Tensor],
-    entering: Tensor,
+    between: Tensor,
     grad_y: Tensor,
     grad_state: Tensor,
 ) -> list[Tensor]:
@@ -477,38 +496,42 @@ def _segments_backward(
     G_t = q_t dy_tᵀ + A_{t+1} * G_{t+1} is the gradient of S_t; everything else is a product with it.
     """
     u, k = tokens[:2]
-    T = u.shape[1]
+    T, pieces = u.shape[1], _pieces(u, k)
     gradients = [torch.zeros_like(tensor) for tensor in tokens]
-    carried = grad_state if cu_seqlens is None else torch.zeros_like(entering[0])
-    if cu_seqlens is not None:
-        borders, final = _Borders.of(cu_seqlens, T), _padded(grad_state)
+    if cu_seqlens is None:
+        carried = grad_state
+    else:
+        carried = torch.zeros_like(between[0])
+        borders, grad_final = _Borders.of(cu_seqlens, T), _padded(grad_state)
         own = None if initial is None else _padded(initial)
-        empty = like_batch(cu_seqlens[1:] == cu_seqlens[:-1], grad_state)
-        grad_own = _padded(grad_state * empty)
-    for piece, state in reversed(list(zip(_pieces(u, k), entering, strict=True))):
+        grad_own = _padded(grad_state * like_batch(cu_seqlens[1:] == cu_seqlens[:-1], grad_state))
+    room = _room(u, k, 4)
+    for i, piece in reversed(list(enumerate(pieces))):
         u_, k_, q_, *rates = _cut(tokens, T, piece)
-        gate, dy = GATES[family].value(*rates), grad_y[:, piece]
-        a, x, G = gate, k_ * u_, q_ * dy
+        dy, state = grad_y[:, piece], between[i]
+        gate, x, G, grad_gate = room[:, :, : piece.stop - piece.start]
+        a = GATES[family].value(*rates, out=gate)
+        torch.mul(k_, u_, out=x)
+        torch.mul(q_, dy, out=G)
         if cu_seqlens is not None:
             if own is not None:
                 before = own.index_select(0, borders.opens[piece])[None]
                 x.addcmul_(gate, before)
             a = gate.masked_fill(borders.starts[piece], 0)
-            G += final.index_select(0, borders.closes[piece])
-        h = walk_right(a, x, state)
+            G += grad_final.index_select(0, borders.closes[piece])
+        h = walk_right(a, x, state, out=x)
         G[:, -1] += carried
-        G = walk_left(a, G)
+        walk_left(a, G, out=G)
         carried = a[:, 0] * G[:, 0]
-        grad_gate = x  # its numbers are no longer needed
-        grad_gate[:, 0] = G[:, 0] * state
+        parts = [_over_slots(k_, G, u_), _over_channels(G, u_, k_), _over_channels(h, dy, q_)]
+        torch.mul(G[:, 0], state, out=grad_gate[:, 0])
         torch.mul(G[:, 1:], h[:, :-1], out=grad_gate[:, 1:])
         if cu_seqlens is not None:
             grad_gate.masked_fill_(borders.starts[piece], 0)
             if own is not None:
                 grad_gate.addcmul_(G, before)
                 grad_own.index_add_(0, borders.opens[piece], (gate * G)[0])
-        parts = [_over_slots(k_, G, u_), _over_channels(G, u_, k_), _over_channels(h, dy, q_)]
-        parts += GATES[family].gradients(gate, grad_gate, *rates)
+        parts += GATES[family].gradients(gate, grad_gate, h, *rates)
         for gradient, part in zip(_cut(gradients, T, piece), parts, strict=True):
             gradient += part
     if cu_seqlens is None:
@@ -522,7 +545,7 @@ def _(
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     tokens: list[Tensor],
-    entering: Tensor,
+    between: Tensor,
     grad_y: Tensor,
     grad_state: Tensor,
 ) -> list[Tensor]:
@@ -535,7 +558,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradients(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Any, ...]:
-    initial, cu_seqlens, entering, *tokens = ctx.saved_tensors
+    initial, cu_seqlens, between, *tokens = ctx.saved_tensors
     with torch.autocast(grad_y.device.type, enabled=False):
         if torch.is_grad_enabled():
             sources = [tensor for tensor in (initial, *tokens) if tensor is not None and tensor.requires_grad]
@@ -546,7 +569,7 @@ def _gradients(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple
             ]
         else:
             grad_initial, *gradients = _segments_backward(
-                ctx.family, initial, cu_seqlens, tokens, entering, grad_y, grad_state
+                ctx.family, initial, cu_seqlens, tokens, between, grad_y, grad_state
             )
     return None, None if initial is None else grad_initial, None, gradients
 

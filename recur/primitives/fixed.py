@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from recur.primitives.chunks import cut
-from recur.primitives.diagonal import check_documents, check_state, gate, linear_recurrence, number_of, right_to_left
+from recur.primitives.diagonal import (
+    LOG2_E,
+    check_documents,
+    check_state,
+    gate,
+    linear_recurrence,
+    number_of,
+    right_to_left,
+)
 from recur.primitives.forms import ScanOut, check_packing, choose_form, unroll, unroll_documents
-from recur.shapes import accumulation_dtype, bind
+from recur.shapes import accumulation_dtype, bind, check_given
 
-CHUNK = 128  # tokens a chunk
+CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
 
 
 def fixed_scan(
@@ -47,13 +57,14 @@ def fixed_scan(
     Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is), complex if log_decay or write is.
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.
     Cost: "parallel" O(T V N + B T V log T) for y, O(B T V N) for the state and for initial_state, all in matmuls, and
-        O(T (B V + N)) memory; "chunked" O(B T V (N + C)) with C = 128, and B T V N / C memory. Phases of the poles'
-        powers are reduced in float64, so that they hold for any length. Defined by `fixed_step`.
+        O(T (B V + N)) memory; "chunked" O(B T V (N + log C)) with C = max(64, N/2), and B T V N / C memory. Phases of
+        the poles' powers are reduced in float64, so that they hold for any length. Defined by `fixed_step`.
     Source: Gupta et al. 2022, arXiv:2203.14343; Mehta et al. 2022, arXiv:2206.13947.
     """
     forms = ("recurrent", "chunked") if cu_seqlens is not None else ("recurrent", "chunked", "parallel")
     form = "parallel" if form == "auto" and cu_seqlens is None else choose_form("fixed_scan", form, forms)
     poles, states = "N | V N", "B V N" if cu_seqlens is None else "n V N"
+    check_given("fixed_scan", x=x, log_decay=log_decay, readout=readout)
     sizes = bind(
         "fixed_scan",
         x=(x, "B T V"),
@@ -68,12 +79,12 @@ def fixed_scan(
     x_, log_decay, readout, write, number = _prepare(
         "fixed_scan", x, log_decay, readout, write, initial_state=initial_state
     )
-    if initial_state is None and (cu_seqlens is not None or form != "parallel" or T == 0):
-        initial_state = x.new_zeros(B if cu_seqlens is None else cu_seqlens.numel() - 1, V, N)
     initial = None if initial_state is None else initial_state.to(number)
-    if T == 0:
+    if initial is None and (form != "parallel" or T == 0):
+        initial = x.new_zeros(B if cu_seqlens is None else cu_seqlens.numel() - 1, V, N, dtype=number)
+    if T == 0 and initial is not None:
         return ScanOut(x.clone(), initial.clone())
-    run = partial(_FORMS[form], log_decay, readout, write)
+    run: Callable[..., ScanOut] = partial(_FORMS[form], log_decay, readout, write)
     with torch.autocast(x.device.type, enabled=False):
         y, state = (right_to_left(run) if reverse else run)(initial, cu_seqlens, x=x_)
     return ScanOut(y.to(x.dtype), state)
@@ -89,6 +100,7 @@ def fixed_step(x: Tensor, log_decay: Tensor, readout: Tensor, state: Tensor, *, 
     Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError.   Cost: O(V N) a row.
     """
     poles = "N | V N"
+    check_given("fixed_step", x=x, log_decay=log_decay, readout=readout, state=state)
     bind(
         "fixed_step",
         x=(x, "B V"),
@@ -146,10 +158,10 @@ def _recurrent(
 
 
 def _parallel(
-    log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor | None, _: None, *, x: Tensor
+    log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor | None, cu_seqlens: None, *, x: Tensor
 ) -> ScanOut:
     """The powers exp(z l) are products of coarse and fine ones, l = i C + j, so few exponentials and one matmul."""
-    _, T, V = x.shape
+    T, V = x.shape[1:]
     R = max(1, round(math.sqrt(T * log_decay.shape[0] / max(1, V))))
     C = -(-T // R)
     lags = torch.arange(max(R, C), device=x.device)
@@ -160,7 +172,7 @@ def _parallel(
         each = _real_product(weights[..., None, :] * coarse, fine)
         return each.flatten(-2)[..., :T]
 
-    y = _convolve(over_time(readout * write), x.mT)
+    y = _convolve(x.mT, over_time(readout * write)[None], x.mT.shape)
     recent = F.pad(x.mT.flip(-1), (0, R * C - T)).unflatten(-1, (R, C))  # [B V R C], the last token first
     state = write * (coarse * _mix(recent, fine)).sum(-2)
     if initial is not None:
@@ -172,20 +184,20 @@ def _parallel(
 def _chunked(
     log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor, cu_seqlens: Tensor | None, *, x: Tensor
 ) -> ScanOut:
-    """Toeplitz matmul inside a chunk, the states entering chunks by a scan over their ends."""
-    T, C = x.shape[1], min(CHUNK, x.shape[1])
+    """Convolutions inside chunks, the states entering chunks by a scan over their ends."""
+    T = x.shape[1]
+    C = min(T, max(CHUNK, readout.shape[1] // 2))
     chunks = cut(T, C, cu_seqlens)
     powers = _powers(log_decay, torch.arange(C + 1, device=x.device))  # [P C+1 N]
     fine, decay = powers[:, :-1], powers[:, -1].to(initial.dtype)
 
-    recent = chunks.split(x).flip(2).permute(1, 0, 3, 2)  # [n B V C], the last token first
-    written = write * _mix(recent[..., None, :], fine)[..., 0, :]
+    x_ = chunks.split(x).permute(1, 0, 3, 2)  # [n B V C]
+    written = write * _mix(x_.flip(-1)[..., None, :], fine)[..., 0, :]
     kept = decay[None, None].expand(chunks.n, -1, -1, -1)
     entering = linear_recurrence(chunks.delay(kept)[None], chunks.delay(written, initial)[None])[0]  # [n B V N]
 
     kernel = _real_product((readout * write)[:, None], fine)[:, 0]  # [V C]
-    toeplitz = F.pad(kernel, (C, 0)).unfold(-1, C, 1)[:, 1:]  # [V C C]: at (t, m) the kernel of lag t - (C - 1 - m)
-    y = torch.einsum("vtm,nbvm->nbvt", toeplitz, recent)
+    y = _convolve(x_, kernel[None, None], x_.shape)
     y = y + _real_product((readout * entering)[..., None, :], powers[:, 1:])[..., 0, :]
     y = chunks.merge(y.permute(1, 0, 3, 2))
 
@@ -195,15 +207,15 @@ def _chunked(
     return ScanOut(y, chunks.settle(final, initial))
 
 
-_FORMS = {"recurrent": _recurrent, "parallel": _parallel, "chunked": _chunked}
+_FORMS: dict[str, Callable[..., ScanOut]] = {"recurrent": _recurrent, "parallel": _parallel, "chunked": _chunked}
 
 
 def _last_tokens(x: Tensor, C: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """[n C V]: the tokens of the last chunk of every row or document, the last one first, then zeros; [n]: how many."""
     if cu_seqlens is None:
-        count = (x.shape[1] - 1) % C + 1
-        tail = F.pad(x[:, x.shape[1] - count :].flip(1), (0, 0, 0, C - count))
-        return tail, torch.full((1,), count, device=x.device)
+        length = (x.shape[1] - 1) % C + 1
+        tail = F.pad(x[:, x.shape[1] - length :].flip(1), (0, 0, 0, C - length))
+        return tail, torch.full((1,), length, device=x.device)
     ends = cu_seqlens[1:].long()
     count = (ends - cu_seqlens[:-1] - 1) % C + 1
     lag = torch.arange(C, device=x.device)
@@ -215,7 +227,7 @@ def _powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
     """exp(z l) [P L N] of the poles z [P N] at integers l [L]. A power 0 is 1, also of exp(-inf)."""
     real = log_decay.real.dtype
     logs = torch.where(exponents[:, None] == 0, 0, log_decay.real[:, None] * exponents.to(real)[:, None])
-    size = logs.exp()
+    size = torch.exp2(logs * LOG2_E)
     if not log_decay.is_complex():
         return size
     # a phase of many turns has lost its digits in float32
@@ -249,11 +261,37 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
     return left @ right[0] if right.shape[0] == 1 else torch.einsum("...vrk,vkm->...vrm", left, right)
 
 
-def _convolve(kernel: Tensor, x: Tensor) -> Tensor:
-    """Causal convolution y_t = sum_s kernel_{t-s} x_s along the last axis: kernel [V T], x [B V T]."""
-    T = x.shape[-1]
-    n = _fast_length(2 * T)
-    return torch.fft.irfft(torch.fft.rfft(x, n) * torch.fft.rfft(kernel, n), n)[..., :T]
+@torch.library.custom_op("recur::convolve", mutates_args=())
+def _convolve(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
+    """Causal convolution along the last axis, summed to `shape`: c_t = sum_s a_{t-s} b_s.
+
+    With its own gradient, because autograd would take complex transforms of twice the work for those of real signals.
+    """
+    n = _fast_length(2 * shape[-1])
+    product = torch.fft.rfft(a, n) * torch.fft.rfft(b, n)
+    return torch.fft.irfft(product.sum_to_size(*shape[:-1], product.shape[-1]), n)[..., : shape[-1]].contiguous()
+
+
+@_convolve.register_fake
+def _(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
+    return a.new_empty(shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, list[int]], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    """Read from its end, the gradient to one factor is the convolution of grad, read from its end, with the other."""
+    a, b = ctx.saved_tensors
+    grad = grad.flip(-1)
+    wanted = ctx.needs_input_grad
+    grad_a = _convolve(grad, b, a.shape).flip(-1) if wanted[0] else None
+    grad_b = _convolve(grad, a, b.shape).flip(-1) if wanted[1] else None
+    return grad_a, grad_b, None
+
+
+_convolve.register_autograd(_gradients, setup_context=_save)
 
 
 def _fast_length(length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
@@ -46,21 +47,26 @@ def outer_scan(
     Cost: matmuls of chunk_size * (K + V) + 2 K V a token and head. Memory: scores C T and states 2 T K V / C a head.
     Source: Yang et al. 2024, arXiv:2312.06635; Dao and Gu 2024, arXiv:2405.21060; Katsch 2023, arXiv:2311.01927.
     """
-    G, K, before = q.shape[2], q.shape[3], bonus is not None
+    G, K = q.shape[2], q.shape[3]
     chunks = cut(v.shape[1], chunk_size, cu_seqlens)
     q, k, v = (lay_out(chunks, x, G) for x in (q, k, v))
-    own = None if bonus is None else (q * rearrange(bonus, "(G r) K -> G r 1 K", G=G) * k).sum(-1, keepdim=True)
     log_decay = None if log_decay is None else lay_out(chunks, log_decay, G)
-    q, k, log_decay, turn = turned(q, k, log_decay, before=before)
-    (scores,), (q,), k, total = within((q,), k, log_decay, before=before)
+    plain_q, plain_k = q, k
+    if bonus is not None:  # what a token reads before its write, the token before it can read after its own
+        q = F.pad(q[..., 1:, :], (0, 0, 0, 1))
+    q, k, log_decay, turn = turned(q, k, log_decay)
+    (scores,), (q,), k, total = within((q,), k, log_decay)
+    if bonus is not None:
+        first = F.pad(plain_q[..., :1, :], (0, q.shape[-1] - K)).expand(*q.shape[:-2], 1, -1)
+        scores, q = F.pad(scores[..., :-1, :], (0, 0, 1, 0)), torch.cat([first, q[..., :-1, :]], -2)
     decay, write = total[..., :K, None], k.mT @ v
     if turn is not None:
         decay, write = decay * turn[..., None], joined(write) * turn[..., None]
     decay = decay.expand(chunks.n, *decay.shape[1:])
     entering, state = carry(chunks, decay, write, rearrange(initial, "B (G r) K V -> B G r K V", G=G))
-    y = scores @ v + q @ (entering if turn is None else stacked(entering))
-    if own is not None:
-        y = y + own * v
+    y = (scores @ v).add_(q @ (entering if turn is None else stacked(entering)))
+    if bonus is not None:
+        y = y + (plain_q * rearrange(bonus, "(G r) K -> G r 1 K", G=G) * plain_k).sum(-1, keepdim=True) * v
     y = chunks.merge(rearrange(y, "n B G r C V -> B n C (G r) V"))
     return ScanOut(y, rearrange(state, "B G r K V -> B (G r) K V"))
 

@@ -1,4 +1,4 @@
-"""What a stretch of tokens does to the state, as a value: stretches combine, so time can be cut and rejoined anywhere."""
+"""What a stretch of tokens does to the state, as a value. Stretches combine: time can be cut and rejoined anywhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def summary(k: Tensor | None, v: Tensor, log_decay: Tensor | None = None, beta: 
     Returns: Summary, float32 (float64 if an input is), complex where log_decay is.   Raises: as `scan`.
     Cost: one `scan`; with beta one of K more values (2K if complex).   Source: Martin and Cundy 2018, arXiv:1709.04057.
     """
-    q = v.new_zeros(*v.shape[:3], log_decay.shape[-1]) if k is None and log_decay is not None else k
+    q = k
+    if q is None:  # tied, and nothing is read; without a gate to tie it to, scan says what is missing
+        q = v.new_zeros(*v.shape[:3], 1 if log_decay is None else log_decay.shape[-1])
     if beta is not None:
         return _delta_summary(q, k, v, log_decay, beta)
     state = scan(q, k, v, log_decay).state

@@ -6,6 +6,7 @@ however many, are exact, and there is nothing to overflow or to branch on.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from recur.primitives.chunks import Documents, Rows
+from recur.primitives.diagonal import gate
 
 
 class Within(NamedTuple):
@@ -36,24 +38,43 @@ def lay_out(chunks: Rows | Documents, tokens: Tensor, groups: int) -> Tensor:
     return rearrange(chunks.split(tokens), "B n C (G r) K -> n B G r C K", G=groups).contiguous()
 
 
-def within(rows: tuple[Tensor, ...], key: Tensor, log_decay: Tensor | None, *, before: bool = False) -> Within:
-    """Decayed pairs of one chunk, for no gate, one a token [... C 1] or one a token and key [... C K].
-
-    With `before` rows read the state their own token has not touched yet: products run to t - 1 and s < t.
-    """
+def within(rows: tuple[Tensor, ...], key: Tensor, log_decay: Tensor | None) -> Within:
+    """Decayed pairs of one chunk, for no gate, one a token [... C 1] or one a token and key [... C K]."""
     if log_decay is None:
-        scores = tuple((row @ key.mT).tril(-1 if before else 0) for row in rows)
-        return Within(scores, rows, key, torch.ones_like(key[..., 0, :1]))
+        return Within(tuple((row @ key.mT).tril() for row in rows), rows, key, torch.ones_like(key[..., 0, :1]))
     if log_decay.shape[-1] == key.shape[-1]:
-        return _key_wise(rows, key, log_decay.exp(), before)
-    pairs = _Products.apply(log_decay)
-    since, until = pairs[..., :1] * log_decay[..., :1, :].exp(), pairs[..., -1:, :].mT
-    total = since[..., -1, :]
-    if before:
-        pairs, since = (F.pad(x[..., :-1, :], (0, 0, 1, 0), value=one) for x, one in ((pairs, 0), (since, 1)))
-    return Within(
-        tuple(row @ key.mT * pairs for row in rows), tuple(row * since for row in rows), key * until, total
-    )
+        return _key_wise(rows, key, gate(log_decay))
+    since, until, *scores = _Scalar.apply(log_decay, key, *rows)
+    return Within(tuple(scores), tuple(row * since for row in rows), key * until, since[..., -1, :])
+
+
+class _Scalar(torch.autograd.Function):
+    """log_decay [... C 1], key [... C K], rows [... C K] -> Π_{r≤t} a_r, Π_{r>s} a_r [... C 1], scores [... C C].
+
+    The pairs of gates are not kept for backward but made again, and the products with them are those of the scores.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_decay: Tensor, key: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        pairs = _Products.apply(log_decay)
+        since, until = pairs[..., :1] * gate(log_decay[..., :1, :]), pairs[..., -1:, :].mT.contiguous()
+        scores = [row @ key.mT * pairs for row in rows]
+        ctx.save_for_backward(log_decay, key, since, until, *rows, *scores)
+        return since, until, *scores
+
+    @staticmethod
+    def backward(ctx: Any, grad_since: Tensor, grad_until: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        log_decay, key, since, until, *saved = ctx.saved_tensors
+        rows, scores = saved[: len(grads)], saved[len(grads) :]
+        pairs = _Products.apply(log_decay)
+        shape = (*torch.broadcast_shapes(key.shape[:-2], rows[0].shape[:-2]), *pairs.shape[-2:])
+        plain = [(grad * pairs).sum_to_size(shape) for grad in grads]
+        grad_rows = [(grad @ key).sum_to_size(row.shape) for row, grad in zip(rows, plain, strict=True)]
+        grad_key = reduce(torch.add, [grad.mT @ row for row, grad in zip(rows, plain, strict=True)])
+        grad_pairs = reduce(torch.add, [grad * score for score, grad in zip(scores, grads, strict=True)])
+        grad_log = _crossed(grad_pairs).sum_to_size(log_decay.shape) + (grad_since * since).flip(-2).cumsum(-2).flip(-2)
+        grad_log = grad_log + F.pad((grad_until * until)[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
+        return grad_log, grad_key.sum_to_size(key.shape), *grad_rows
 
 
 class _Products(torch.autograd.Function):
@@ -65,13 +86,12 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_decay: Tensor) -> Tensor:
-        C = log_decay.shape[-2]
-        since, until = log_decay.exp(), torch.ones_like(log_decay)
+        since, until = gate(log_decay), torch.ones_like(log_decay)
         pairs = torch.diag_embed(until.squeeze(-1))
-        for m in (1 << level for level in range(C.bit_length() - 1)):
+        for m in (1 << level for level in range(log_decay.shape[-2].bit_length() - 1)):
             left_since, right_since = since.unflatten(-2, (-1, 2, m)).unbind(-3)
             left_until, right_until = until.unflatten(-2, (-1, 2, m)).unbind(-3)
-            torch.mul(right_since, left_until.mT, out=crossings(pairs, m))
+            crossings(pairs, m).copy_(right_since * left_until.mT)
             since = torch.stack([left_since, right_since * left_since[..., -1:, :]], -3).flatten(-4, -2)
             until = torch.stack([left_until * right_since[..., -1:, :], right_until], -3).flatten(-4, -2)
         ctx.save_for_backward(pairs)
@@ -80,9 +100,16 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (pairs,) = ctx.saved_tensors
-        after = torch.ones_like(pairs[(0,) * (pairs.ndim - 2)]).triu()
-        # the log of a_r moves every pair s < r <= t; a sum of sums, so a gate of 0 is owed exactly 0
-        return (after @ (grad * pairs)).tril(-1).sum(-1, keepdim=True)
+        return _crossed(grad * pairs)
+
+
+def _crossed(pairs: Tensor) -> Tensor:
+    """[... C C] -> [... C 1]: for every r the sum over pairs s < r <= t, those whose decay holds the gate of r.
+
+    A sum of sums, without differences: where all of them are 0, as they are for a gate of 0, so is the sum.
+    """
+    later = torch.ones_like(pairs[(0,) * (pairs.ndim - 2)]).triu()
+    return (later @ pairs).tril(-1).sum(-1, keepdim=True)
 
 
 def crossings(square: Tensor, m: int) -> Tensor:
@@ -91,18 +118,17 @@ def crossings(square: Tensor, m: int) -> Tensor:
     return blocks[..., 1, :, 0, :, :].movedim(-1, -3)
 
 
-def _key_wise(rows: tuple[Tensor, ...], key: Tensor, gate: Tensor, before: bool) -> Within:
+def _key_wise(rows: tuple[Tensor, ...], key: Tensor, gates: Tensor) -> Within:
     """Blocks of one token are joined two by two until one is left.
 
     A row in the right block meets a key in the left one at the border between them: the row has decayed since the
     border, the key until it.
     """
-    shape = torch.broadcast_shapes(gate.shape, key.shape)
+    shape = torch.broadcast_shapes(gates.shape, key.shape)
     rows, key = tuple(row.expand(shape) for row in rows), key.expand(shape)
-    owns = [(row * key).sum(-1, keepdim=True) for row in rows]
-    scores = [(torch.zeros_like(own) if before else own).unsqueeze(-2) for own in owns]  # [... C 1 1]
-    since = [(row if before else row * gate).unsqueeze(-2) for row in rows]  # [... C 1 K]
-    until, total = key.unsqueeze(-2), gate.unsqueeze(-2)
+    scores = [(row * key).sum(-1)[..., None, None] for row in rows]  # [... C 1 1]
+    since = [(row * gates).unsqueeze(-2) for row in rows]  # [... C 1 K]
+    until, total = key.unsqueeze(-2), gates.unsqueeze(-2)
     while total.shape[-3] > 1:
         left_total, right_total = _halves(total)
         left_until, right_until = _halves(until)
@@ -114,8 +140,8 @@ def _key_wise(rows: tuple[Tensor, ...], key: Tensor, gate: Tensor, before: bool)
             since[i] = torch.cat([left, right * left_total], -2)
         until = torch.cat([left_until * right_total, right_until], -2)
         total = left_total * right_total
-    scores, since = (tuple(x.squeeze(-3) for x in blocks) for blocks in (scores, since))
-    return Within(scores, since, until.squeeze(-3), total.squeeze(-3).squeeze(-2))
+    whole_scores, whole_since = (tuple(x.squeeze(-3) for x in blocks) for blocks in (scores, since))
+    return Within(whole_scores, whole_since, until.squeeze(-3), total.squeeze(-3).squeeze(-2))
 
 
 def _halves(blocks: Tensor) -> tuple[Tensor, ...]:
@@ -124,7 +150,7 @@ def _halves(blocks: Tensor) -> tuple[Tensor, ...]:
 
 
 class Turned(NamedTuple):
-    """A chunk made real: q and k [... C 2K], the log of the gate's size, `turn` e^{iΦ} [... K | 1] at the chunk's end."""
+    """A chunk made real: q and k [... C 2K], the log of the gate's size, and e^{iΦ} [... K | 1] at the chunk's end."""
 
     q: Tensor
     k: Tensor
@@ -132,23 +158,20 @@ class Turned(NamedTuple):
     turn: Tensor | None
 
 
-def turned(q: Tensor, k: Tensor, log_decay: Tensor | None, *, before: bool = False) -> Turned:
+def turned(q: Tensor, k: Tensor, log_decay: Tensor | None) -> Turned:
     """Rotate q and k [... C K] by the phase Φ summed since the chunk began; the scan of [Re, Im] is then real.
 
-    q̃ = [q cos Φ, −q sin Φ], k̃ = [k cos Φ, −k sin Φ]; the state [2K V] holds real above imaginary part. With `before`
-    q reads before its own token turns the state.
+    q̃ = [q cos Φ, −q sin Φ], k̃ = [k cos Φ, −k sin Φ]; the state [2K V] holds real above imaginary part.
     """
     if log_decay is None or not log_decay.is_complex():
         return Turned(q, k, log_decay, None)
     size, phase = log_decay.real, log_decay.imag
-    phase = phase.masked_fill(size.exp() == 0, 0)  # what is forgotten need not be turned, and owes the phase nothing
+    phase = phase.masked_fill(gate(size) == 0, 0)  # what is forgotten need not be turned, and owes the phase nothing
     phase = phase - (phase / (2 * torch.pi)).round().detach() * (2 * torch.pi)  # whole turns only cost digits
     since = phase.cumsum(-2)
     cos, sin = since.cos(), since.sin()
-    k, turn = torch.cat([k * cos, -k * sin], -1), torch.complex(cos[..., -1, :], sin[..., -1, :])
-    if before:
-        cos, sin = (since - phase).cos(), (since - phase).sin()
-    q = torch.cat([q * cos, -q * sin], -1)
+    q, k = (torch.cat([x * cos, -x * sin], -1) for x in (q, k))
+    turn = torch.complex(cos[..., -1, :], sin[..., -1, :])
     return Turned(q, k, size if size.shape[-1] == 1 else torch.cat([size, size], -1), turn)
 
 

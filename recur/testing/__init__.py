@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
     try:
         return importlib.import_module(f"recur.testing.{name}")
     except ModuleNotFoundError as error:
-        if error.name != "hypothesis":
+        if (error.name or "").partition(".")[0] != "hypothesis":
             raise
         raise ModuleNotFoundError(
             f"recur.testing.{name} needs hypothesis: pip install 'recur-primitives[test]'", name="hypothesis"

@@ -54,17 +54,21 @@ def check(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are small
     try:
-        fitting = {law.__name__: law for law, applies in book.LAWS.items() if applies(checked)}
-        if unknown := set(laws or ()) - set(fitting):
-            raise ValueError(f"check: laws must be among {', '.join(fitting)}, got {', '.join(sorted(unknown))}")
-        held = [name for name in fitting if laws is None or name in laws]
-        for name in held:
-            _try(fitting[name], checked, examples, seed)
+        known = {law.__name__: law for law in book.LAWS}
+        if unknown := set(laws or ()) - set(known):
+            raise ValueError(f"check: laws must be among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        wanted = [law for name, law in known.items() if laws is None or name in laws]
+        fitting = [law for law in wanted if book.LAWS[law](checked)]
+        if laws is not None and len(fitting) < len(wanted):
+            odd = ", ".join(law.__name__ for law in wanted if law not in fitting)
+            raise ValueError(f"check: laws must be such that apply to {checked.name}, got {odd}")
+        for law in fitting:
+            _try(law, checked, examples, seed)
             if report is not None:
-                report(f"{name}: {_statement(fitting[name])}")
+                report(f"{law.__name__}: {_statement(law)}")
     finally:
         torch.set_num_threads(threads)
-    return held
+    return [law.__name__ for law in fitting]
 
 
 def _try(law: Callable[..., None], subject: Any, examples: int, seed: int | None) -> None:

@@ -111,10 +111,10 @@ def named(prefix: str, state: Any) -> dict[str, Tensor]:
     """
     if isinstance(state, dict) and "grows" in state:
         return {}
-    if isinstance(state, dict):
-        return {path: leaf for key, value in state.items() for path, leaf in named(f"{prefix}.{key}", value).items()}
-    leaves, _ = tree_flatten_with_path(state)
-    return {prefix + keystr(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+    if isinstance(state, Tensor):
+        return {prefix: state}
+    below = state if isinstance(state, dict) else dict(enumerate(state)) if isinstance(state, (list, tuple)) else {}
+    return {path: leaf for key, value in below.items() for path, leaf in named(f"{prefix}.{key}", value).items()}
 
 
 def values(result: Result) -> dict[str, Tensor]:

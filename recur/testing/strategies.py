@@ -222,22 +222,22 @@ def online_scans(draw: DrawFn, *, groups: bool = False) -> Inputs:
 
 
 @st.composite
-def fixed_scans(draw: DrawFn, *, poles: str = "N", write: bool = False) -> Inputs:
-    """Arguments of `recur.fixed_scan`, with complex poles [N] or [V N], and write weights [V N] if wanted."""
+def fixed_scans(draw: DrawFn, *, poles: str = "N", write: bool = False, complex: bool = True) -> Inputs:
+    """Arguments of `recur.fixed_scan`, with poles [N] or [V N], complex or real, and write weights [V N] if wanted."""
     B, T, V, N, regime = draw(batches()), draw(lengths()), draw(_axis()), draw(_axis()), draw(regimes())
     numbers = Numbers(draw(seeds()))
     sizes = {"B": B, "T": T, "V": V, "N": N}
     constants = {
-        "log_decay": numbers.log_decay(regime, *(sizes[letter] for letter in poles.split()), complex=True),
-        "readout": numbers.number(V, N, complex=True),
+        "log_decay": numbers.log_decay(regime, *(sizes[letter] for letter in poles.split()), complex=complex),
+        "readout": numbers.number(V, N, complex=complex),
     }
     heads = {"x": 2, "readout": 0, "state": 1, "y": 2} | ({"log_decay": 0} if poles == "V N" else {})
     if write:
-        constants["write"], heads["write"] = numbers.number(V, N, complex=True), 0
+        constants["write"], heads["write"] = numbers.number(V, N, complex=complex), 0
     return Inputs(
         {"x": numbers.normal(B, T, V)},
         constants,
-        numbers.number(B, V, N, complex=True) if draw(st.booleans()) else None,
+        numbers.number(B, V, N, complex=complex) if draw(st.booleans()) else None,
         sizes | {"regime": regime},
         numbers.seed,
         linear=("x",),

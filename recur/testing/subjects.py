@@ -212,7 +212,7 @@ class _Stack(nn.Module):
         past: tuple[Mapping[str, Tensor], ...] = ()
         for layer, mixer in enumerate(self.mixers):
             before = None if state is None else state[str(layer)]
-            flow, states[str(layer)] = mixer.run(x, before, past=past, **options, **further)
+            flow, states[str(layer)] = mixer.run(x, before, further, past=past, **options)
             x, past = flow["y"] if layer == 0 else x + flow["y"], (*past, flow.published)
         return x, states
 

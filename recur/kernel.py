@@ -1,0 +1,110 @@
+"""The door to the Triton kernels: the only module that imports them, inside a function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recur.primitives.diagonal import right_to_left
+from recur.primitives.forms import ScanOut
+from recur.primitives.outer import joined, stacked, to_heads
+
+WIDEST = 256  # rows and columns of a state that fit the registers of one program
+
+
+def refusal(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> str | None:
+    """Why form="triton" cannot compute this scan, in words that name a form which can; None if it can."""
+    given = [x for x in (q, k, v, log_decay, initial_state) if x is not None]
+    rows = q.shape[-1] * (2 if log_decay is not None and log_decay.is_complex() else 1)
+    rules = (
+        (any(x.dtype in (torch.float64, torch.complex128) for x in given), "float64"),
+        (beta is not None, "beta"),
+        (bonus is not None, "bonus"),
+        (cu_seqlens is not None, "cu_seqlens"),
+        (rows > WIDEST, f"K={q.shape[-1]}, {rows} real rows of state, more than {WIDEST}"),
+        (v.shape[-1] > WIDEST, f"V={v.shape[-1]}, more than {WIDEST}"),
+    )
+    for broken, what in rules:
+        if broken:
+            return f"form='triton' does not cover {what}; form='chunked' does"
+    return None
+
+
+def scan(
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    bonus: Tensor | None = None,
+    scale: float = 1.0,
+    reverse: bool = False,
+) -> ScanOut:
+    """`recur.scan` by the Triton kernel; arguments as there, already checked. T is at least 1.
+
+    Operands are read in their own dtype, the widest of q, k and v; states and gates are float32.
+    Raises: NotImplementedError for what `refusal` names.
+    """
+    reason = refusal(q, k, v, log_decay, beta, bonus, initial_state, cu_seqlens)
+    if reason is not None:
+        raise NotImplementedError(f"scan: {reason}")
+    dtype = v.dtype
+    for x in (q, k):
+        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
+    tokens = {"q": q.to(dtype), "v": v.to(dtype)}
+    if k is not None:
+        tokens["k"] = k.to(dtype)
+    if log_decay is not None:
+        if log_decay.ndim <= 2:
+            log_decay = log_decay[None, None]
+        tokens["log_decay"] = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
+
+    def run(initial: Tensor | None, _: None, **tokens: Tensor) -> ScanOut:
+        return _turned(initial, scale, **tokens)
+
+    y, state = (right_to_left(run) if reverse else run)(initial_state, None, **tokens)
+    return ScanOut(y.to(v.dtype), state)
+
+
+def _turned(
+    initial: Tensor | None, scale: float, *, q: Tensor, v: Tensor, k: Tensor | None = None, log_decay: Tensor | None = None
+) -> ScanOut:
+    """A complex gate is a real one on states twice as wide whose keys and queries are rotated by the phases so far."""
+    if log_decay is None or not log_decay.is_complex():
+        return _run(initial, scale, q=q, k=k, v=v, log_decay=log_decay)
+    real, phase = log_decay.real, log_decay.imag
+    # what is forgotten need not be turned, and owes the phase no gradient
+    phase = phase.masked_fill(real.exp() == 0, 0).expand(-1, v.shape[1], -1, -1)
+    # float64: the sum of many turns is known to their fraction only
+    since = phase.double().cumsum(1)
+    since = (since - (since / (2 * torch.pi)).round().detach() * (2 * torch.pi)).float()
+    cos, sin = since.cos(), since.sin()
+    q, k = (to_heads(x, v.shape[2]).float() for x in (q, k))
+    q, k = (torch.cat([x * cos, -x * sin], -1).to(v.dtype) for x in (q, k))
+    wide = real if real.shape[-1] == 1 else torch.cat([real, real], -1)
+    initial = None if initial is None else stacked(initial.to(torch.complex64))
+    y, state = _run(initial, scale, q=q, k=k, v=v, log_decay=wide)
+    return ScanOut(y, joined(state) * torch.complex(cos[:, -1], sin[:, -1]).unsqueeze(-1))
+
+
+def _run(
+    initial: Tensor | None, scale: float, *, q: Tensor, k: Tensor | None, v: Tensor, log_decay: Tensor | None
+) -> ScanOut:
+    from recur.kernels.chunk_scan import chunk_scan
+
+    q, k, v = (x if x is None else x.contiguous() for x in (q, k, v))
+    initial = None if initial is None else initial.float().contiguous()
+    log_decay = None if log_decay is None else log_decay.contiguous()
+    return ScanOut(*chunk_scan(q, k, v, log_decay, initial, scale))

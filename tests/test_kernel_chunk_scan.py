@@ -1,0 +1,231 @@
+"""The separable kernel against the float64 token loop, in Triton's interpreter, chosen before Triton is loaded.
+
+Laws run in a process of their own: `TRITON_INTERPRET=1 python tests/test_kernel_chunk_scan.py LAW...`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+HARD = torch.tensor([0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf])
+LEAKY = torch.tensor([0.0, -1e-9, -0.3, -5.0, -8.0])  # spans that a chunk cannot hold and a smaller tile can
+EXACT = 3e-6  # float32 sums of a few hundred terms
+SUMMED = 5e-5  # the gate's gradient is a difference of such sums, added up over time
+HALF = 1e-3  # one rounding to float16 is 5e-4
+
+LAWS: dict[str, Callable[[], None]] = {}
+
+
+def law(check: Callable[[], None]) -> Callable[[], None]:
+    LAWS[check.__name__] = check
+    return check
+
+
+def widen(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None else tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def decays(axes: tuple[int, ...], kind: str) -> Tensor:
+    if kind == "mild":
+        return -torch.rand(axes)
+    if kind == "complex":
+        return torch.complex(-torch.rand(axes), 3 * torch.randn(axes))
+    values = HARD if kind == "hard" else LEAKY
+    return values[torch.randint(len(values), axes)]
+
+
+def compare(
+    B: int,
+    T: int,
+    H: int,
+    G: int,
+    K: int,
+    V: int,
+    axes: str | None,
+    kind: str = "mild",
+    *,
+    tied: bool = False,
+    initial: bool = True,
+    reverse: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """y, state and all gradients, both outputs weighed by noise; resets must owe exactly nothing."""
+    from recur import kernel, scan
+
+    sizes = {"B": B, "T": T, "H": H, "K": K}
+    torch.manual_seed(T + 7 * K + 31 * V)
+    a = None if axes is None else decays(tuple(sizes[axis] for axis in axes.split()), kind)
+    q, k, v = torch.randn(B, T, G, K), torch.randn(B, T, G, K) / K**0.5, torch.randn(B, T, H, V)
+    number = torch.complex64 if a is not None and a.is_complex() else torch.float32
+    inputs = [
+        q.to(dtype),
+        None if tied else k.to(dtype),
+        v.to(dtype),
+        a,
+        torch.randn(B, H, K, V, dtype=number) if initial else None,
+    ]
+
+    def gradients(run: Callable, wide: bool) -> list[Tensor]:
+        leaves = [None if t is None else (widen(t) if wide else t).detach().clone().requires_grad_() for t in inputs]
+        y, state = run(leaves)
+        noise = torch.Generator().manual_seed(1)
+        weights = [torch.randn(t.shape, generator=noise, dtype=torch.float64) for t in (y, state)]
+        loss = (y * weights[0].to(dtype)).sum() + (state * weights[1]).real.sum()
+        return [y, state, *torch.autograd.grad(loss, [t for t in leaves if t is not None])]
+
+    got = gradients(
+        lambda x: kernel.scan(x[4], None, q=x[0], k=x[1], v=x[2], log_decay=x[3], scale=0.7, reverse=reverse), False
+    )
+    want = gradients(
+        lambda x: scan(*x[:4], initial_state=x[4], scale=0.7, reverse=reverse, form="recurrent"), True
+    )
+    names = ["y", "state", *(f"d{n}" for n, x in zip(("q", "k", "v", "a", "initial"), inputs, strict=True) if x is not None)]
+    case = f"{(B, T, H, G, K, V)} decay [{axes}] {kind}"
+    for name, g, w in zip(names, got, want, strict=True):
+        assert g.isfinite().all(), f"{case}: {name} is not finite"
+        error = (g.to(w.dtype) - w).norm() / max(w.norm(), 1.0)  # a gradient may be exactly 0
+        limit = HALF if dtype == torch.float16 else SUMMED if name == "da" else EXACT
+        assert error < limit, f"{case}: {name} is off by {error:.1e}"
+        if name == "da" and kind == "hard":
+            assert (g[a <= -700] == 0).all(), f"{case}: a reset has a gradient"
+
+
+@law
+def lengths_around_tiles() -> None:
+    for T in (1, 2, 15, 16, 17, 31, 32, 33, 63, 65, 130):
+        compare(1, T, 1, 1, 3, 5, "B T H K", initial=T % 2 == 0)
+    for T in (1, 17, 65):
+        compare(1, T, 1, 1, 3, 5, "B T H", initial=T % 2 == 1)
+        compare(1, T, 1, 1, 3, 5, None)
+
+
+@law
+def shapes_of_the_gate() -> None:
+    for axes in (None, "H", "H K", "B T H", "B T H K"):
+        compare(2, 37, 4, 2, 5, 35, axes)
+        compare(1, 33, 2, 1, 20, 8, axes, reverse=True)
+
+
+@law
+def the_gate_is_the_key() -> None:
+    compare(1, 40, 2, 1, 6, 7, "B T H K", tied=True)
+    compare(1, 20, 1, 1, 6, 7, "B T H K", "hard", tied=True)
+    compare(1, 20, 2, 2, 6, 7, "H K", tied=True, initial=False)
+
+
+@law
+def rotations() -> None:
+    compare(1, 33, 2, 1, 5, 7, "B T H K", "complex")
+    compare(1, 33, 2, 1, 5, 7, "B T H", "complex")
+    compare(1, 33, 2, 2, 5, 7, "H K", "complex", reverse=True)
+
+
+@law
+def hard_gates_by_key() -> None:
+    compare(1, 21, 1, 1, 5, 7, "B T H K", "hard")
+    compare(1, 50, 1, 1, 5, 7, "B T H K", "leaky")
+    compare(1, 18, 1, 1, 5, 7, "B T H K", "hard", reverse=True)
+
+
+@law
+def hard_gates_by_head() -> None:
+    compare(1, 21, 2, 1, 5, 7, "B T H", "hard")
+    compare(1, 50, 1, 1, 5, 7, "B T H", "leaky")
+
+
+@law
+def float16_keeps_its_digits() -> None:
+    for axes in (None, "B T H", "B T H K"):
+        compare(1, 40, 2, 1, 8, 8, axes, dtype=torch.float16)
+
+
+@law
+def segments_side_by_side() -> None:
+    from recur.kernels import chunk_scan
+
+    whole = chunk_scan.plan
+
+    def cut(*, T: int, **sizes: object) -> chunk_scan.Plan:
+        return whole(T=T, **sizes)._replace(segments=max(1, -(-T // 64)), span=64)
+
+    chunk_scan.plan = cut
+    for axes in (None, "B T H", "B T H K"):
+        compare(1, 150, 2, 1, 5, 7, axes)
+    compare(1, 130, 1, 1, 5, 7, "B T H K", tied=True, initial=False)
+    compare(1, 90, 1, 1, 4, 4, "B T H K", "hard")
+
+
+@law
+def second_order_is_refused() -> None:
+    from recur import kernel
+
+    q, v = torch.randn(1, 4, 1, 3, requires_grad=True), torch.randn(1, 4, 1, 3)
+    y = kernel.scan(None, None, q=q, k=v, v=v).y
+    (first,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.autograd.grad(first.sum(), q)
+
+
+@law
+def two_runs_are_one() -> None:
+    from recur import kernel
+
+    q, k, v, a = (torch.randn(1, 40, 2, 5) for _ in range(4))
+    first, second = (kernel.scan(None, None, q=q, k=k, v=v, log_decay=-a.abs()) for _ in range(2))
+    assert torch.equal(first.y, second.y)
+    assert torch.equal(first.state, second.state)
+
+
+GROUPS = [
+    ["lengths_around_tiles", "shapes_of_the_gate"],
+    ["the_gate_is_the_key", "rotations", "float16_keeps_its_digits", "second_order_is_refused", "two_runs_are_one"],
+    ["hard_gates_by_key", "hard_gates_by_head", "segments_side_by_side"],
+]
+
+
+@pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
+def test_kernel_agrees_with_the_token_loop(names: list[str]) -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, __file__, *names],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_every_law_is_run() -> None:
+    assert sorted(LAWS) == sorted(name for names in GROUPS for name in names)
+
+
+def test_plan_fills_the_machine() -> None:
+    """Two programs a processor: from the heads alone where they suffice, from segments of at least 256 tokens if not."""
+    pytest.importorskip("triton")
+    from recur.kernels.chunk_scan import plan
+
+    sizes = {"K": 128, "V": 128, "dtype": torch.bfloat16, "processors": 132}
+    assert plan(heads=128, T=2048, **sizes).segments == 1
+    long = plan(heads=16, T=32768, **sizes)
+    assert long.segments == 8
+    assert long.segments * long.span >= 32768
+    short = plan(heads=1, T=256, **sizes)
+    assert short.segments == 1
+    assert plan(heads=1, T=0, **sizes).segments == 1
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        LAWS[name]()

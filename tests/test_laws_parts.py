@@ -1,0 +1,140 @@
+"""Every law of recur.testing over one table of parts, each alone in the smallest recipe that holds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from recur import blocks
+from recur.blocks import (
+    Act,
+    Attention,
+    BoundedDecay,
+    ComplexGate,
+    Decay,
+    DeltaScan,
+    DenseFusion,
+    Dropout,
+    FixedDecay,
+    FixedScan,
+    GatedScan,
+    LowerBounds,
+    LowRank,
+    Map,
+    Norm,
+    OnlineScan,
+    OuterScan,
+    OutputGate,
+    Project,
+    Reverse,
+    Rotary,
+    Scale,
+    ScaleGrad,
+    SelectiveScan,
+    ShortConv,
+    Skip,
+    Sum,
+    TokenShift,
+)
+from recur.recipe import Chain, Part, Recipe
+from recur.testing import check
+
+EXAMPLES = max(1, settings().max_examples * 2 // 5)
+SEED = 0 if settings().derandomize else None
+HEADS = {"H": 2, "K": 4, "V": 3, "G": 1, "N": 3}
+ANY = {"promises", "forms", "packing", "finiteness", "low_precision", "rows"}
+CAUSAL = ANY | {"splits", "steps", "causality"}
+SMOOTH = {"gradients", "second_gradients"}
+USUAL = CAUSAL | SMOOTH | {"serialisation"}
+
+
+def recipe(*parts: Part, out: str = "y") -> Recipe:
+    """These parts after a projection of x called u, and a projection of what they write to y."""
+    return Recipe(Project("x", u="D"), *parts, Project(out, y="D"), axes=HEADS)
+
+
+QKV = Project("x", q="H K", k="H K", v="H V")
+GROUPED = Project("x", q="G K", k="G K", v="H V")
+UNIT_KEYS = (Norm("k", kind="l2", over="K", affine="none"), Scale("k", "1/sqrt(K)"))
+CASES: dict[str, tuple[Recipe, set[str]]] = {
+    "Project": (recipe(Project("u", y="H K", bias=True)), USUAL),
+    "LowRank": (recipe(Project("u", y=LowRank("H V", rank="N", bias=True, act="tanh"))), USUAL),
+    "ShortConv": (recipe(ShortConv("u"), out="u"), USUAL),
+    "ShortConv, one tap": (recipe(ShortConv("u", width=1, bias=False, act="identity"), out="u"), USUAL),
+    "ShortConv, heads": (recipe(QKV, ShortConv("v", width=3), out="v"), USUAL),
+    "TokenShift": (recipe(TokenShift("u", to="y")), USUAL),
+    "Norm": (recipe(Norm("u"), out="u"), USUAL),
+    "Norm, layer": (recipe(Norm("u", kind="layer", to="y")), USUAL),
+    "Norm, l2 of heads": (recipe(QKV, Norm("v", kind="l2", over="V", affine="weight"), out="v"), USUAL),
+    "Act": (recipe(Act("u", "gelu"), out="u"), USUAL),
+    "Scale": (recipe(QKV, Scale("k", "1/sqrt(K)"), out="k"), USUAL),
+    "ScaleGrad": (recipe(ScaleGrad("u", 0.5), out="u"), USUAL - SMOOTH),
+    "Skip": (recipe(Project("u", y="D"), Skip("u")), USUAL),
+    "Sum": (recipe(Project("x", w="D"), Sum("u w")), USUAL),
+    "Dropout": (recipe(Dropout("u", 0.5), out="u"), USUAL),
+    "Map": (recipe(Map(lambda u: u.sin(), reads="u", out="y", axes="D")), USUAL - {"serialisation"}),
+    "Chain": (recipe(Chain((ShortConv("u"), TokenShift("u", to="y")))), USUAL),
+    "Reverse": (
+        recipe(Reverse((ShortConv("u"), Project("u", y="D")))),
+        ANY | SMOOTH | {"serialisation", "one_way"},
+    ),
+    "Reverse, scan": (
+        recipe(Project("x", z="D"), Decay("z"), Reverse((GatedScan("u"),))),
+        ANY | SMOOTH | {"serialisation", "one_way"},
+    ),
+    "Decay": (recipe(QKV, Project("x", z="H K"), Decay("z", tau=4.0), OuterScan()), USUAL),
+    "LowerBounds and BoundedDecay": (
+        recipe(QKV, Project("x", z="H K"), LowerBounds("H K"), BoundedDecay("z"), OuterScan()), USUAL - {"steps"}
+    ),
+    "FixedDecay": (recipe(QKV, FixedDecay(), OuterScan()), USUAL),
+    "FixedDecay, eps": (recipe(QKV, FixedDecay(eps=1e-2), OuterScan(), Norm("y", over="V", eps="eps")), USUAL),
+    "ComplexGate": (recipe(QKV, Project("x", c="H K 2"), ComplexGate("c"), OuterScan(rotates=True)), USUAL),
+    "ComplexGate, amplitude and phase": (
+        recipe(QKV, Project("x", c="H 2"), ComplexGate("c", law="amplitude_phase"), OuterScan(rotates=True)),
+        USUAL,
+    ),
+    "OutputGate": (recipe(Project("x", z="D"), OutputGate("z", out="u"), out="u"), USUAL),
+    "GatedScan": (recipe(Project("x", z="D"), Decay("z"), GatedScan("u")), USUAL),
+    "OuterScan": (recipe(QKV, OuterScan(decay=None)), USUAL),
+    "OuterScan, groups": (recipe(GROUPED, Project("x", z="H"), Decay("z"), OuterScan(scale="1/sqrt(K)")), USUAL),
+    "OuterScan, tied": (recipe(QKV, Project("x", z="H K"), Decay("z"), OuterScan(k=None)), USUAL),
+    "DeltaScan": (
+        recipe(QKV, *UNIT_KEYS, Project("x", b="H", z="H K"), Act("b", "sigmoid"), Decay("z"), DeltaScan(beta="b")),
+        USUAL,
+    ),
+    "OnlineScan": (recipe(Project("x", rate="D", k="N", q="N"), OnlineScan("u")), USUAL),
+    "OnlineScan, exact": (recipe(Project("x", rate="D", k="N", q="N"), OnlineScan("u", diagonal=False)), USUAL),
+    "SelectiveScan": (recipe(Project("x", dt="D", B="N", C="N"), SelectiveScan("u")), USUAL),
+    "FixedScan": (recipe(FixedScan("u")), USUAL),
+    "FixedScan, linear": (recipe(FixedScan("u", frequency="linear")), USUAL),
+    "Rotary": (recipe(QKV, Rotary("q k"), OuterScan(decay=None)), USUAL),
+    "Rotary, half": (recipe(QKV, Rotary("q k", layout="half", inclusive=True), OuterScan(decay=None)), USUAL),
+    "Attention": (recipe(QKV, Attention()), USUAL),
+    "Attention, groups": (
+        recipe(Project("x", q="H K", k="G K", v="G V"), Rotary("q k"), Attention()),
+        USUAL,
+    ),
+    "DenseFusion": (
+        recipe(QKV, Project("x", g="H K"), DenseFusion("k", gate="g", layers=2), OuterScan(decay=None)),
+        USUAL - {"steps"},
+    ),
+}  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {"DenseFusion": {"depth": 3}, "LowerBounds and BoundedDecay": {"depth": 3}}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_law_holds(name: str) -> None:
+    part, laws = CASES[name]
+    assert set(check(part, dim=6, examples=EXAMPLES, seed=SEED, **OPTIONS.get(name, {}))) == laws
+
+
+def test_the_table_has_every_part() -> None:
+    tried = {word.strip(",") for name in CASES for word in name.split()}
+    assert {part.__name__ for part in blocks.PARTS} <= tried
+
+
+def test_inputs_of_a_recipe_are_drawn_too() -> None:
+    scanned = Recipe(Project("x", u="D"), Decay("z"), GatedScan("u"), axes={}, inputs={"z": "D"})
+    assert set(check(scanned, dim=5, examples=EXAMPLES, seed=SEED)) == USUAL
