@@ -19,6 +19,8 @@ forgets everything, token by token (a tile with one token inside): no logs are s
 The choice is made at run time.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from functools import partial
@@ -27,9 +29,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from recur.kernels.tiles import load_tile, store_tile, sums_along
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 RESET = tl.constexpr(-103.9)  # the log of what is 0 in float32
@@ -222,6 +223,7 @@ def _walk(
     q_ptr, k_ptr, v_ptr, log_a_ptr, y_ptr,  # [B T heads *], in their roles
     enter_ptr, leave_ptr, share_ptr,  # [B H segments K V] states, [B H segments K] product of the gates
     mate_ptr, dots_ptr, sums_ptr, edge_ptr,  # for the gate's gradient
+    cu_ptr,  # borders of packed documents, each of which is one segment of the only row
     B, T, tiles, segments, span, stride_ab, stride_ah, scale,
     H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, GM: tl.constexpr,  # heads of each tensor
     K: tl.constexpr, V: tl.constexpr, stride_at: tl.constexpr, stride_ad: tl.constexpr,  # the model's own sizes: with
@@ -243,7 +245,8 @@ def _walk(
     out, mate = (y_ptr, H, h, V), (mate_ptr, GM, h * GM // H, V)
     gates = (log_a_ptr, stride_at, stride_ad)
     if DECAY != "none":
-        gates = (log_a_ptr + b * stride_ab + h * stride_ah, stride_at, stride_ad)
+        row = b if cu_ptr is None else b * 0
+        gates = (log_a_ptr + row * stride_ab + h * stride_ah, stride_at, stride_ad)
 
     S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if enter_ptr is not None:
@@ -260,12 +263,15 @@ def _walk(
         dots_ptr += tile * B * T * H
         if GRAD == "sums":
             sums_ptr += tile * B * T * H
+    first = b * T
     begin = segment * span
     stop = tl.minimum(begin + span, T)
+    if cu_ptr is not None:
+        first, begin, stop = 0, tl.load(cu_ptr + b).to(tl.int64), tl.load(cu_ptr + b + 1).to(tl.int64)
     chunks = tl.cdiv(stop - begin, BLOCK_C)
     for i in tl.range(0, chunks, num_stages=STAGES):
         S, edge, share = _step(
-            S, edge, share, begin + (chunks - 1 - i if REVERSE else i) * BLOCK_C, stop, b * T, scale,
+            S, edge, share, begin + (chunks - 1 - i if REVERSE else i) * BLOCK_C, stop, first, scale,
             q, k, v, gates, offs_k, offs_v, out, mate, dots_ptr, sums_ptr,
             BLOCK_C, False, DECAY, REVERSE, TIED, GRAD, EMIT, DOT, PRECISION, LIMIT,
         )  # fmt: skip
@@ -279,13 +285,16 @@ def _walk(
         tl.store(share_ptr + strand * K + offs_k, share, mask=(offs_k < K) & (tile == 0))
 
 
+INTERPRETED = not isinstance(_walk, triton.JITFunction)  # Triton's interpreter was asked for: tensors lie on a CPU
+
+
 @triton.jit
 def _combine(
     state_ptr, share_ptr, enter_ptr,  # [B H segments K V] left by each segment alone, [B H segments K], [B H K V]
     K, V, segments,
     REVERSE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite what each segment leaves by the state that enters it, S <- share S + left, from one end to the other."""
+    """Overwrite what each segment leaves by the state that enters it: S <- share S + left, from end to end."""
     bh = tl.program_id(0).to(tl.int64)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -303,12 +312,12 @@ def _combine(
 
 
 class Tiles(NamedTuple):
-    """The tiles of one walk: BLOCK_C tokens, BLOCK_K rows and BLOCK_V columns of the state, `count` tiles of columns."""
+    """Tiles of one walk: BLOCK_C tokens, BLOCK_K rows and BLOCK_V columns of the state, whose columns make `parts`."""
 
     block_c: int
     block_k: int
     block_v: int
-    count: int
+    parts: int
     warps: int
     stages: int
 
@@ -328,7 +337,7 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, processors: 
     One segment if it gives every processor two programs; otherwise as many as that takes, none below 256 tokens.
     """
     straight, turned = _tiles(K, V, dtype), _tiles(V, K, dtype)
-    wanted = max(1, 2 * processors // max(1, heads * straight.count))
+    wanted = max(1, 2 * processors // max(1, heads * straight.parts))
     span = 64 * triton.cdiv(max(T, 1), 64 * min(wanted, max(1, T // 256)))
     return Plan(max(1, triton.cdiv(T, span)), span, straight, turned)
 
@@ -346,12 +355,19 @@ def _tiles(rows: int, columns: int, dtype: torch.dtype) -> Tiles:
 
 
 class _Scan(NamedTuple):
-    """What the walks of one scan share: gates [B T H 1|K] (or None), sizes, plan."""
+    """What the walks of one scan share: gates [B|1 T|1 H 1|K] or None, sizes, the operands' dtype."""
 
     gates: Tensor | None
     sizes: tuple[int, int, int]
+    cu_seqlens: Tensor | None
+    dtype: torch.dtype
     scale: float
     plan: Plan
+
+    @property
+    def rows(self) -> int:
+        """How many states a head has: one a batch row, or one a document."""
+        return self.sizes[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
     def walk(
         self,
@@ -376,16 +392,16 @@ class _Scan(NamedTuple):
         """Launch one walk. widths are the rows and columns of its state, which is stored transposed if `turned`."""
         (B, T, H), (K, V) = self.sizes, widths
         tiles = self.plan.turned if turned else self.plan.straight
-        decay, strides = "none", (0, 0, 0, 0)
+        decay, strides = "none", [0, 0, 0, 0]
         if self.gates is not None:
             width = self.gates.shape[-1]
             decay = "scalar" if width == 1 else "columns" if turned else "rows"
-            strides = self.gates.expand(B, T, H, width).stride()
-        dot, precision, limit = _numbers((k if v is None else v).dtype, decay)
+            strides = list(self.gates.expand(B, T, H, width).stride())
+        dot, precision, limit = _numbers(self.dtype, decay)
         groups = [H if x is None else x.shape[2] for x in (q, k, v, mate)]
-        _walk[(tiles.count * B * H * self.plan.segments,)](
-            q, k, v, self.gates, y, enter, leave, share, mate, dots, sums, edge,
-            B, T, tiles.count, self.plan.segments, self.plan.span, strides[0], strides[2], self.scale,
+        _walk[(tiles.parts * self.rows * H * self.plan.segments,)](
+            q, k, v, self.gates, y, enter, leave, share, mate, dots, sums, edge, self.cu_seqlens,
+            B, T, tiles.parts, self.plan.segments, self.plan.span, strides[0], strides[2], self.scale,
             H, *groups, K, V, strides[1], strides[3], *((1, K) if turned else (V, 1)),
             DECAY=decay, REVERSE=reverse, TIED=tied, GRAD=grad, EMIT=y is not None,
             DOT=dot, PRECISION=precision, LIMIT=limit,
@@ -423,46 +439,55 @@ def _numbers(dtype: torch.dtype, decay: str) -> tuple[tl.dtype, str, float]:
     return dot, precision, 1000.0 if decay == "scalar" else 60.0
 
 
-def _describe(q: Tensor, v: Tensor, log_decay: Tensor | None, scale: float) -> _Scan:
+def _describe(q: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float) -> _Scan:
     (B, T, H, V), K = v.shape, q.shape[-1]
     processors = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else 1
-    return _Scan(
-        log_decay, (B, T, H), scale, plan(heads=B * H, T=T, K=K, V=V, dtype=v.dtype, processors=processors)
-    )
+    whole = plan(heads=B * H, T=T, K=K, V=V, dtype=v.dtype, processors=processors)
+    if cu_seqlens is not None:
+        whole = whole._replace(segments=1, span=T)
+    return _Scan(log_decay, (B, T, H), cu_seqlens, v.dtype, scale, whole)
 
 
 @torch.library.custom_op(
     "recur::chunk_scan",
     mutates_args=(),
-    schema="(Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? initial, float scale) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? cu_seqlens, float scale)"
+    " -> (Tensor, Tensor)",
 )
 def chunk_scan(
-    q: Tensor, k: Tensor | None, v: Tensor, log_decay: Tensor | None, initial: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """S_t = exp(log_decay_t) S_{t-1} + k_t v_tᵀ, y_t = scale S_tᵀ q_t.
 
     Args: q, k [B T G K] (k None: 1 − exp(log_decay)); v [B T H V], all contiguous and of one dtype; log_decay
-        [B|1 T|1 H K|1]; initial [B H K V] float32.
-    Returns: y [B T H V]; state [B H K V] float32.
+        [B|1 T|1 H K|1]; initial [B H K V] float32, [n H K V] for the n documents of cu_seqlens [n+1].
+    Returns: y [B T H V]; state like initial.
     """
-    (B, _, H, V), K, tied = v.shape, q.shape[-1], "key" if k is None else ""
-    scan = _describe(q, v, log_decay, scale)
-    y, state = torch.empty_like(v), torch.empty(B, H, K, V, dtype=torch.float32, device=v.device)
+    (_, _, H, V), K, tied = v.shape, q.shape[-1], "key" if k is None else ""
+    scan = _describe(q, v, log_decay, cu_seqlens, scale)
+    y, state = torch.empty_like(v), torch.empty(scan.rows, H, K, V, dtype=torch.float32, device=v.device)
     enter = scan.entering(k, v, initial, K=K, reverse=False, tied=tied)
     scan.walk(q, k, v, y, widths=(K, V), tied=tied, enter=enter, leave=state)
     return y, state
 
 
 @chunk_scan.register_fake
-def _(q, k, v, log_decay, initial, scale):  # type: ignore[no-untyped-def]
-    return torch.empty_like(v), v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+def _(q, k, v, log_decay, initial, cu_seqlens, scale):
+    rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty_like(v), v.new_empty(rows, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "recur::chunk_scan_backward",
     mutates_args=(),
     schema="(Tensor dy, Tensor? dstate, Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? initial, "
-    "Tensor state, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? cu_seqlens, Tensor state, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def chunk_scan_backward(
     dy: Tensor,
@@ -472,6 +497,7 @@ def chunk_scan_backward(
     v: Tensor,
     log_decay: Tensor | None,
     initial: Tensor | None,
+    cu_seqlens: Tensor | None,
     state: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -480,7 +506,7 @@ def chunk_scan_backward(
     Source: the backward of the scan is the scan, with the roles of the legend.
     """
     (B, T, H, V), K = v.shape, q.shape[-1]
-    scan = _describe(q, v, log_decay, scale)
+    scan = _describe(q, v, log_decay, cu_seqlens, scale)
     tied = k is None
     entered = scan.entering(k, v, initial, K=K, reverse=False, tied="key" if tied else "")
     returned = scan.entering(q, dy, dstate, K=K, reverse=True)
@@ -488,7 +514,7 @@ def chunk_scan_backward(
     dots = sums = edge = None
     if log_decay is not None:
         if log_decay.shape[-1] == 1:
-            dots = sums = new(scan.plan.turned.count, B, T, H)  # one part of the sum over K for every tile
+            dots = sums = new(scan.plan.turned.parts, B, T, H)  # one part of the sum over K for every tile
         else:
             dots = new(B, T, H, K)
             sums = torch.empty_like(log_decay) if log_decay.shape == dots.shape else dots
@@ -503,19 +529,14 @@ def chunk_scan_backward(
     scan.walk(
         k, q, dy, dv, widths=(K, V), reverse=True, tied="query" if tied else "", enter=returned, leave=dinitial
     )  # fmt: skip
-    dk = new(0) if k is None else torch.empty_like(k) if k.shape[2] == H else new(B, T, H, K)
+    dk = sums if k is None else torch.empty_like(k) if k.shape[2] == H else new(B, T, H, K)  # tied: nothing is stored
     scan.walk(
         v, dy, q, dk, widths=(V, K), reverse=True, turned=True, tied="mate" if tied else "", enter=returned,
         grad="none" if dots is None else "sums", mate=k, dots=dots, sums=sums, edge=edge,
     )  # fmt: skip
-    if k is not None:
-        dk = _sum_groups(dk, k)
-    if sums is None:
-        dlog = new(0)
-    else:
-        dlog = sums if log_decay.shape[-1] > 1 else sums.sum(0).unsqueeze(-1)
-        dlog = dlog.sum_to_size(log_decay.shape).to(log_decay.dtype)
-    return _sum_groups(dq, q), dk, dv, dlog, new(0) if dinitial is None else dinitial
+    dlog = None if log_decay is None or sums is None else _sum_repeats(sums, log_decay)
+    gradients = (_sum_groups(dq, q), None if k is None or dk is None else _sum_groups(dk, k), dv, dlog, dinitial)
+    return tuple(v.new_empty(0) if x is None else x for x in gradients)  # type: ignore[return-value]
 
 
 def _sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
@@ -523,6 +544,12 @@ def _sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
     if gradient.shape == like.shape:
         return gradient
     return gradient.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
+
+
+def _sum_repeats(sums: Tensor, like: Tensor) -> Tensor:
+    """[B T H K] or [tiles B T H] -> [B|1 T|1 H K|1]: a gate that is not repeated in memory gets the sum."""
+    every = sums if like.shape[-1] > 1 else sums.sum(0).unsqueeze(-1)
+    return every.sum_to_size(like.shape).to(like.dtype)
 
 
 def _edges(
@@ -534,26 +561,29 @@ def _edges(
         return last
     if last is None:
         last = torch.zeros_like(state[:, :, None, :, 0])
+    assert entered is not None
+    assert returned is not None
     return torch.cat([(entered[:, :, 1:] * returned[:, :, :-1]).sum(-1), last], 2)
 
 
 @chunk_scan_backward.register_fake
-def _(dy, dstate, q, k, v, log_decay, initial, state, scale):  # type: ignore[no-untyped-def]
+def _(dy, dstate, q, k, v, log_decay, initial, cu_seqlens, state, scale):
     return tuple(v.new_empty(0) if x is None else torch.empty_like(x) for x in (q, k, v, log_decay, initial))
 
 
-def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _remember(ctx, inputs, output) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy: Tensor | None, dstate: Tensor | None):  # type: ignore[no-untyped-def]
-    q, k, v, log_decay, initial, state = ctx.saved_tensors
+def _differentiate(ctx, dy: Tensor | None, dstate: Tensor | None):
+    q, k, v, log_decay, initial, cu_seqlens, state = ctx.saved_tensors
     dy = torch.zeros_like(v) if dy is None else dy.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
-    gradients = chunk_scan_backward(dy, dstate, q, k, v, log_decay, initial, state, ctx.scale)
-    return *(None if x is None else g for x, g in zip((q, k, v, log_decay, initial), gradients, strict=True)), None
+    gradients = chunk_scan_backward(dy, dstate, q, k, v, log_decay, initial, cu_seqlens, state, ctx.scale)
+    given = (q, k, v, log_decay, initial)
+    return *(None if x is None else g for x, g in zip(given, gradients, strict=True)), None, None
 
 
 chunk_scan.register_autograd(_differentiate, setup_context=_remember)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recur.primitives.diagonal import right_to_left
@@ -20,7 +21,6 @@ def refusal(
     beta: Tensor | None,
     bonus: Tensor | None,
     initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
 ) -> str | None:
     """Why form="triton" cannot compute this scan, in words that name a form which can; None if it can."""
     given = [x for x in (q, k, v, log_decay, initial_state) if x is not None]
@@ -29,7 +29,6 @@ def refusal(
         (any(x.dtype in (torch.float64, torch.complex128) for x in given), "float64"),
         (beta is not None, "beta"),
         (bonus is not None, "bonus"),
-        (cu_seqlens is not None, "cu_seqlens"),
         (rows > WIDEST, f"K={q.shape[-1]}, {rows} real rows of state, more than {WIDEST}"),
         (v.shape[-1] > WIDEST, f"V={v.shape[-1]}, more than {WIDEST}"),
     )
@@ -57,7 +56,7 @@ def scan(
     Operands are read in their own dtype, the widest of q, k and v; states and gates are float32.
     Raises: NotImplementedError for what `refusal` names.
     """
-    reason = refusal(q, k, v, log_decay, beta, bonus, initial_state, cu_seqlens)
+    reason = refusal(q, k, v, log_decay, beta, bonus, initial_state)
     if reason is not None:
         raise NotImplementedError(f"scan: {reason}")
     dtype = v.dtype
@@ -71,40 +70,61 @@ def scan(
             log_decay = log_decay[None, None]
         tokens["log_decay"] = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
 
-    def run(initial: Tensor | None, _: None, **tokens: Tensor) -> ScanOut:
-        return _turned(initial, scale, **tokens)
+    def run(initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
+        return _turned(initial, cu_seqlens, scale, **tokens)
 
-    y, state = (right_to_left(run) if reverse else run)(initial_state, None, **tokens)
+    y, state = (right_to_left(run) if reverse else run)(initial_state, cu_seqlens, **tokens)
     return ScanOut(y.to(v.dtype), state)
 
 
 def _turned(
-    initial: Tensor | None, scale: float, *, q: Tensor, v: Tensor, k: Tensor | None = None, log_decay: Tensor | None = None
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    *,
+    q: Tensor,
+    v: Tensor,
+    k: Tensor | None = None,
+    log_decay: Tensor | None = None,
 ) -> ScanOut:
     """A complex gate is a real one on states twice as wide whose keys and queries are rotated by the phases so far."""
-    if log_decay is None or not log_decay.is_complex():
-        return _run(initial, scale, q=q, k=k, v=v, log_decay=log_decay)
+    if k is None or log_decay is None or not log_decay.is_complex():
+        return _run(initial, cu_seqlens, scale, q=q, k=k, v=v, log_decay=log_decay)
     real, phase = log_decay.real, log_decay.imag
     # what is forgotten need not be turned, and owes the phase no gradient
     phase = phase.masked_fill(real.exp() == 0, 0).expand(-1, v.shape[1], -1, -1)
     # float64: the sum of many turns is known to their fraction only
-    since = phase.double().cumsum(1)
+    since = F.pad(phase.double().cumsum(1), (0, 0, 0, 0, 1, 0))
     since = (since - (since / (2 * torch.pi)).round().detach() * (2 * torch.pi)).float()
     cos, sin = since.cos(), since.sin()
     q, k = (to_heads(x, v.shape[2]).float() for x in (q, k))
-    q, k = (torch.cat([x * cos, -x * sin], -1).to(v.dtype) for x in (q, k))
+    q, k = (torch.cat([x * cos[:, 1:], -x * sin[:, 1:]], -1).to(v.dtype) for x in (q, k))
     wide = real if real.shape[-1] == 1 else torch.cat([real, real], -1)
-    initial = None if initial is None else stacked(initial.to(torch.complex64))
-    y, state = _run(initial, scale, q=q, k=k, v=v, log_decay=wide)
-    return ScanOut(y, joined(state) * torch.complex(cos[:, -1], sin[:, -1]).unsqueeze(-1))
+    turn = torch.complex(cos, sin).unsqueeze(-1)
+    if cu_seqlens is None:
+        first, last = turn[:, 0], turn[:, -1]
+    else:
+        first, last = turn[0].index_select(0, cu_seqlens[:-1]), turn[0].index_select(0, cu_seqlens[1:])
+    initial = None if initial is None else stacked(initial * first.conj())
+    y, state = _run(initial, cu_seqlens, scale, q=q, k=k, v=v, log_decay=wide)
+    return ScanOut(y, joined(state) * last)
 
 
 def _run(
-    initial: Tensor | None, scale: float, *, q: Tensor, k: Tensor | None, v: Tensor, log_decay: Tensor | None
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    *,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None,
 ) -> ScanOut:
-    from recur.kernels.chunk_scan import chunk_scan
+    from recur.kernels.chunk_scan import INTERPRETED, chunk_scan
 
-    q, k, v = (x if x is None else x.contiguous() for x in (q, k, v))
+    if not (v.is_cuda or INTERPRETED):
+        raise NotImplementedError(f"scan: form='triton' needs a GPU, got v on {v.device}; form='chunked' runs there")
+    k = None if k is None else k.contiguous()
     initial = None if initial is None else initial.float().contiguous()
     log_decay = None if log_decay is None else log_decay.contiguous()
-    return ScanOut(*chunk_scan(q, k, v, log_decay, initial, scale))
+    return ScanOut(*chunk_scan(q.contiguous(), k, v.contiguous(), log_decay, initial, cu_seqlens, scale))

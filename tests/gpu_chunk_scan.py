@@ -1,4 +1,4 @@
-"""The separable kernel on a GPU against the float64 token loop, in every dtype it takes: `python tests/gpu_chunk_scan.py`.
+"""The separable kernel on a GPU against the float64 token loop, in every dtype: `python tests/gpu_chunk_scan.py`.
 
 One line a case: relative errors of y, state and all gradients. Exits with 1 if one passes its limit.
 """
@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
-from recur import kernel, scan
+from recur import scan
 
 HARD = torch.tensor([0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf])
 LEAKY = torch.tensor([0.0, -1e-9, -0.3, -3.0, -5.0])
@@ -40,22 +40,24 @@ def case(
     dtype: torch.dtype,
     tied: bool = False,
     initial: bool = True,
+    borders: tuple[int, ...] | None = None,
 ) -> bool:
     torch.manual_seed(T + K)
     sizes = {"B": B, "T": T, "H": H, "K": K}
     a = None if axes is None else gates(tuple(sizes[axis] for axis in axes.split()), kind)
     if a is not None and axes == "B T H K" and kind == "mild":
         a = a.to(dtype)
+    rows, cu = (B, None) if borders is None else (len(borders) - 1, torch.tensor(borders).cuda())
     number = torch.complex64 if kind == "complex" else torch.float32
     inputs = [
         torch.randn(B, T, G, K).to(dtype),
         None if tied else (torch.randn(B, T, G, K) / K**0.5).to(dtype),
         torch.randn(B, T, H, V).to(dtype),
         a,
-        torch.randn(B, H, K, V, dtype=number) if initial else None,
+        torch.randn(rows, H, K, V, dtype=number) if initial else None,
     ]
     inputs = [None if x is None else x.cuda() for x in inputs]
-    dy, dstate = torch.randn(B, T, H, V).to(dtype).cuda(), torch.randn(B, H, K, V, device="cuda")
+    dy, dstate = torch.randn(B, T, H, V).to(dtype).cuda(), torch.randn(rows, H, K, V, device="cuda")
 
     def gradients(wide: bool) -> list[Tensor]:
         x = inputs
@@ -63,16 +65,17 @@ def case(
             x = [None if t is None else t.to(torch.complex128 if t.is_complex() else torch.float64) for t in inputs]
         x = [None if t is None else t.detach().requires_grad_() for t in x]
         if wide:
-            y, state = scan(*x[:4], initial_state=x[4], scale=0.5, form="recurrent")
+            y, state = scan(*x[:4], initial_state=x[4], cu_seqlens=cu, scale=0.5, form="recurrent")
         else:
-            y, state = kernel.scan(x[4], None, q=x[0], k=x[1], v=x[2], log_decay=x[3], scale=0.5)
+            y, state = scan(*x[:4], initial_state=x[4], cu_seqlens=cu, scale=0.5, form="triton")
         loss = (y * dy.to(y.dtype)).sum() + (state.real * dstate).sum()
         return [y, state, *torch.autograd.grad(loss, [t for t in x if t is not None])]
 
     got, again, want = gradients(False), gradients(False), gradients(True)
     names = ["y", "state", *(n for n, x in zip(("dq", "dk", "dv", "da", "dS"), inputs, strict=True) if x is not None)]
     errors = {
-        n: ((g.to(w.dtype) - w).norm() / w.norm().clamp_min(1e-3)).item() for n, g, w in zip(names, got, want, strict=True)
+        n: ((g.to(w.dtype) - w).norm() / w.norm().clamp_min(1e-3)).item()
+        for n, g, w in zip(names, got, want, strict=True)
     }
     good = all(error < LIMITS[dtype] * (4 if n == "da" else 1) for n, error in errors.items())
     good &= all(torch.equal(g, h) for g, h in zip(got, again, strict=True))
@@ -85,15 +88,19 @@ def case(
 
 def cases() -> list[dict]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    names = ("B", "T", "H", "G", "K", "V", "axes", "kind", "dtype", "tied", "initial")
+    names = ("B", "T", "H", "G", "K", "V", "axes", "kind", "dtype", "tied", "initial", "borders")
     rows = [(2, 300, 4, 2, 64, 64, axes, "mild", dtype) for dtype in (bf16, fp32, fp16) for axes in GATES]
     rows += [(1, 200, 2, 2, 64, 64, a, kind, t) for a in GATES[1:] for kind in ("hard", "leaky") for t in (bf16, fp32)]
-    rows += [(1, 300, 2, 1, *sizes, a, "mild", bf16) for a in GATES[1:] for sizes in ((128, 128), (100, 72), (256, 256))]
+    rows += [
+        (1, 300, 2, 1, *sizes, a, "mild", bf16) for a in GATES[1:] for sizes in ((128, 128), (100, 72), (256, 256))
+    ]
     rows += [(1, 2000, 2, 2, 128, 128, a, "mild", bf16, False, a == "B T H") for a in GATES[1:]]
     rows += [(1, 2000, 2, 1, 64, 64, "B T H K", "leaky", bf16), (2, 300, 2, 2, 128, 128, "B T H K", "mild", bf16, True)]
     rows += [(2, 300, 2, 2, 64, 64, a, "mild", bf16) for a in ("H", "H K")]
     rows += [(1, 300, 2, 2, 64, 64, a, "complex", fp32) for a in GATES[1:]]
     rows += [(1, T, 2, 2, 64, 64, "B T H K", "mild", bf16) for T in (1, 15, 16, 17, 63, 64, 65, 130)]
+    documents = (0, 0, 5, 130, 300, 300)
+    rows += [(1, 300, 2, 2, 64, 64, a, "mild", bf16, False, True, documents) for a in GATES]
     return [dict(zip(names, row, strict=False)) for row in rows]
 
 

@@ -57,9 +57,10 @@ def compare(
     initial: bool = True,
     reverse: bool = False,
     dtype: torch.dtype = torch.float32,
+    borders: tuple[int, ...] | None = None,
 ) -> None:
     """y, state and all gradients, both outputs weighed by noise; resets must owe exactly nothing."""
-    from recur import kernel, scan
+    from recur import scan
 
     sizes = {"B": B, "T": T, "H": H, "K": K}
     torch.manual_seed(T + 7 * K + 31 * V)
@@ -71,8 +72,10 @@ def compare(
         None if tied else k.to(dtype),
         v.to(dtype),
         a,
-        torch.randn(B, H, K, V, dtype=number) if initial else None,
+        torch.randn(B if borders is None else len(borders) - 1, H, K, V, dtype=number) if initial else None,
     ]
+
+    cu = None if borders is None else torch.tensor(borders)
 
     def gradients(run: Callable, wide: bool) -> list[Tensor]:
         leaves = [None if t is None else (widen(t) if wide else t).detach().clone().requires_grad_() for t in inputs]
@@ -83,12 +86,16 @@ def compare(
         return [y, state, *torch.autograd.grad(loss, [t for t in leaves if t is not None])]
 
     got = gradients(
-        lambda x: kernel.scan(x[4], None, q=x[0], k=x[1], v=x[2], log_decay=x[3], scale=0.7, reverse=reverse), False
+        lambda x: scan(*x[:4], initial_state=x[4], cu_seqlens=cu, scale=0.7, reverse=reverse, form="triton"), False
     )
     want = gradients(
-        lambda x: scan(*x[:4], initial_state=x[4], scale=0.7, reverse=reverse, form="recurrent"), True
+        lambda x: scan(*x[:4], initial_state=x[4], cu_seqlens=cu, scale=0.7, reverse=reverse, form="recurrent"), True
     )
-    names = ["y", "state", *(f"d{n}" for n, x in zip(("q", "k", "v", "a", "initial"), inputs, strict=True) if x is not None)]
+    names = [
+        "y",
+        "state",
+        *(f"d{n}" for n, x in zip(("q", "k", "v", "a", "initial"), inputs, strict=True) if x is not None),
+    ]
     case = f"{(B, T, H, G, K, V)} decay [{axes}] {kind}"
     for name, g, w in zip(names, got, want, strict=True):
         assert g.isfinite().all(), f"{case}: {name} is not finite"
@@ -165,11 +172,21 @@ def segments_side_by_side() -> None:
 
 
 @law
+def documents_in_one_row() -> None:
+    borders = (0, 0, 5, 22, 40, 40)
+    compare(1, 40, 2, 1, 5, 7, "B T H K", borders=borders)
+    compare(1, 40, 2, 2, 5, 7, "B T H", borders=borders, reverse=True)
+    compare(1, 40, 2, 1, 5, 7, None, borders=borders, initial=False)
+    compare(1, 40, 2, 1, 5, 7, "H K", borders=borders, tied=False)
+    compare(1, 40, 2, 1, 5, 7, "B T H K", "complex", borders=borders)
+
+
+@law
 def second_order_is_refused() -> None:
-    from recur import kernel
+    from recur import scan
 
     q, v = torch.randn(1, 4, 1, 3, requires_grad=True), torch.randn(1, 4, 1, 3)
-    y = kernel.scan(None, None, q=q, k=v, v=v).y
+    y = scan(q, v, v, form="triton").y
     (first,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.autograd.grad(first.sum(), q)
@@ -177,17 +194,41 @@ def second_order_is_refused() -> None:
 
 @law
 def two_runs_are_one() -> None:
-    from recur import kernel
+    from recur import scan
 
     q, k, v, a = (torch.randn(1, 40, 2, 5) for _ in range(4))
-    first, second = (kernel.scan(None, None, q=q, k=k, v=v, log_decay=-a.abs()) for _ in range(2))
+    first, second = (scan(q, k, v, -a.abs(), form="triton") for _ in range(2))
     assert torch.equal(first.y, second.y)
     assert torch.equal(first.state, second.state)
 
 
+@law
+def what_it_lacks_is_named() -> None:
+    from recur import scan
+
+    q, wide = torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 300)
+    for arguments, match in (
+        ((q.double(), q, q), "float64; form='chunked' does"),
+        ((wide, wide, q), "K=300"),
+        ((q, q, wide), "V=300"),
+    ):
+        with pytest.raises(NotImplementedError, match=match):
+            scan(*arguments, form="triton")
+    with pytest.raises(NotImplementedError, match="beta; form='chunked' does"):
+        scan(q, q, q, beta=torch.rand(1, 4, 1), form="triton")
+    assert scan(q[:, :0], q[:, :0], q[:, :0], form="triton").state.shape == (1, 1, 3, 3)
+
+
 GROUPS = [
     ["lengths_around_tiles", "shapes_of_the_gate"],
-    ["the_gate_is_the_key", "rotations", "float16_keeps_its_digits", "second_order_is_refused", "two_runs_are_one"],
+    [
+        "the_gate_is_the_key",
+        "rotations",
+        "documents_in_one_row",
+        "float16_keeps_its_digits",
+        "second_order_is_refused",
+        "two_runs_are_one",
+    ],
     ["hard_gates_by_key", "hard_gates_by_head", "segments_side_by_side"],
 ]
 
@@ -211,7 +252,7 @@ def test_every_law_is_run() -> None:
 
 
 def test_plan_fills_the_machine() -> None:
-    """Two programs a processor: from the heads alone where they suffice, from segments of at least 256 tokens if not."""
+    """Two programs a processor: from the heads alone where they suffice, else from segments of at least 256 tokens."""
     pytest.importorskip("triton")
     from recur.kernels.chunk_scan import plan
 
@@ -227,5 +268,6 @@ def test_plan_fills_the_machine() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # and fresh memory holds NaN
     for name in sys.argv[1:]:
         LAWS[name]()

@@ -32,7 +32,11 @@ class Case(NamedTuple):
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-QUICK = [(90, Case(BF16, "B T H K", 64, 64)), (90, Case(BF16, "B T H", 64, 64, (0, 3))), (80, Case(BF16, None, 64, 64, (0, 2)))]
+QUICK = [
+    (90, Case(BF16, "B T H K", 64, 64)),
+    (90, Case(BF16, "B T H", 64, 64, (0, 3))),
+    (80, Case(BF16, None, 64, 64, (0, 2))),
+]
 WHOLE = [
     (90, Case(BF16, "B T H K", 128, 128)),
     (90, Case(BF16, "B T H", 128, 128)),
@@ -77,8 +81,8 @@ def launches(case: Case) -> list[tuple[tuple, dict]]:
     kernels.plan = lambda **sizes: describe(**{**sizes, "processors": 132})
     try:
         state = torch.zeros(1, 16, case.K, case.V)
-        y, final = kernels.chunk_scan(q, k, v, a, state, 0.5)
-        kernels.chunk_scan_backward(torch.empty_like(y), torch.zeros_like(final), q, k, v, a, state, final, 0.5)
+        y, final = kernels.chunk_scan(q, k, v, a, state, None, 0.5)
+        kernels.chunk_scan_backward(torch.empty_like(y), torch.zeros_like(final), q, k, v, a, state, None, final, 0.5)
     finally:
         (kernels._walk, kernels._combine), kernels.plan = originals, describe
     return list(recorder)
@@ -86,10 +90,9 @@ def launches(case: Case) -> list[tuple[tuple, dict]]:
 
 def compile_walk(args: tuple, kwargs: dict, capability: int) -> Any:
     import triton
+    from recur.kernels import chunk_scan as kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from recur.kernels import chunk_scan as kernels
 
     types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     names = kernels._walk.arg_names
@@ -113,10 +116,14 @@ def compile_walk(args: tuple, kwargs: dict, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-@pytest.mark.parametrize(("capability", "case"), QUICK, ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else f"sm{x}")
+@pytest.mark.parametrize(
+    ("capability", "case"), QUICK, ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else f"sm{x}"
+)
 def test_walks_compile_and_fit(capability: int, case: Case) -> None:
     triton = pytest.importorskip("triton")
-    if not isinstance(triton.jit(lambda: None), triton.JITFunction):
+    from recur.kernels import chunk_scan as kernels
+
+    if not isinstance(kernels._walk, triton.JITFunction):
         pytest.skip("Triton was loaded as an interpreter")
     recorded = launches(case)
     for walk in case.walks:
@@ -141,4 +148,10 @@ if __name__ == "__main__":
     for capability, case in QUICK + WHOLE:
         recorded = launches(case)
         for walk in case.walks:
-            print(f"sm_{capability}", *case[:4], f"walk {walk}:", resources(compile_walk(*recorded[walk], capability)), flush=True)
+            print(
+                f"sm_{capability}",
+                *case[:4],
+                f"walk {walk}:",
+                resources(compile_walk(*recorded[walk], capability)),
+                flush=True,
+            )

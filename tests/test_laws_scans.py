@@ -17,7 +17,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 import recur
-from recur.primitives import diagonal, elementwise, fixed
+from recur.primitives import diagonal, fixed, segments
 from recur.primitives import scan as scan_module
 from recur.testing import check, strategies
 from recur.testing.compare import Inputs, same
@@ -368,8 +368,8 @@ CHUNKED = {
     "scan, bonus": (recur.scan, scan_module, "CHUNK", strategies.scans(bonus="H K")),
     "delta rule": (recur.scan, scan_module, "CHUNK", strategies.scans(delta=True)),
     "gated": (recur.gated_scan, diagonal, "SIDE_BY_SIDE", strategies.gated_scans()),
-    "selective": (recur.selective_scan, elementwise, "SEGMENT", strategies.selective_scans()),
-    "online": (recur.online_scan, elementwise, "SEGMENT", strategies.online_scans()),
+    "selective": (recur.selective_scan, segments, "SEGMENT", strategies.selective_scans()),
+    "online": (recur.online_scan, segments, "SEGMENT", strategies.online_scans()),
     "fixed": (partial(recur.fixed_scan, form="chunked"), fixed, "CHUNK", strategies.fixed_scans()),
 }
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from torch import Tensor
 from torch.autograd import gradgradcheck
 
-from recur.primitives import diagonal, elementwise, fixed
+from recur.primitives import diagonal, fixed, segments
 from recur.primitives.diagonal import gated_scan, gated_step, linear_recurrence
 from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
 from recur.primitives.fixed import fixed_scan, fixed_step
@@ -207,7 +207,7 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-12) -> None:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which 200 tokens are many chunks and many segments."""
     monkeypatch.setattr(diagonal, "SIDE_BY_SIDE", 300)
-    monkeypatch.setattr(elementwise, "SEGMENT", 1)
+    monkeypatch.setattr(segments, "SEGMENT", 1)
     monkeypatch.setattr(fixed, "CHUNK", 16)
 
 

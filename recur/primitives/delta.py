@@ -106,8 +106,8 @@ class _Walk(torch.autograd.Function):
         S_{j+1} = decay_j S_j + order right_jᵀ u_j + opening_j
 
     decay [n ... K | 1 1], left and right [n ... C K], solve [n ... C C], write and more [n ... C V], opening
-    [n ... K V]; start [... K V] is S_0. With order −1 the walk goes from the last chunk to the first: that, with left and right
-    exchanged and solve transposed, is the backward pass.
+    [n ... K V], start [... K V] is S_0. With order −1 the walk goes from the last chunk to the first.
+    That, with left and right exchanged and solve transposed, is the backward pass.
     """
 
     @staticmethod

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.delta import delta_scan, delta_step
 from recur.primitives.diagonal import check_state, number_of, right_to_left
 from recur.primitives.forms import ScanOut, check_packing, choose_form, unroll, unroll_documents
@@ -50,7 +51,7 @@ def scan(
         reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
         scale: factor on y.
         form: "recurrent", the token loop; "chunked", matmuls inside chunks and a scan over them; "parallel", one chunk;
-            "auto" is "chunked".
+            "triton", the kernel; "auto" is "triton" for what it covers on a GPU and "chunked" for all else.
 
     Returns: y [B T H V] of v's dtype; state [B H K V] float32 (float64 if an input is), complex if log_decay is.
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError for arguments that exclude each other,
@@ -59,15 +60,18 @@ def scan(
         `delta_step`.
     Source: Katharopoulos et al. 2020, arXiv:2006.16236; Yang et al. 2024, arXiv:2312.06635 and arXiv:2412.06464.
     """
-    form = choose_form("scan", form, ("recurrent", "chunked", "parallel"))
+    free, form = form == "auto", choose_form("scan", form, ("recurrent", "chunked", "parallel", "triton"))
     states = "B H K V" if cu_seqlens is None else "n H K V"
     decays = "H | H K | B T H | B T H K"
     _check("scan", "B T", q, k, v, log_decay, decays, beta, bonus, initial_state=(initial_state, states))
+    if free and v.is_cuda and kernel.refusal(q, k, v, log_decay, beta, bonus, initial_state) is None:
+        form = "triton"
     B, T, H, V = v.shape
     check_packing("scan", cu_seqlens, B, T)
     real = accumulation_dtype(q, k, v, log_decay, beta, bonus, initial_state)
     number = number_of(real, log_decay)
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    given = initial_state
     if initial_state is None:
         initial_state = torch.zeros(rows, H, q.shape[3], V, dtype=number, device=v.device)
     if initial_state.is_complex() and not number.is_complex:
@@ -79,6 +83,9 @@ def scan(
     if log_decay is not None and log_decay.ndim <= 2:
         log_decay = log_decay[None, None]
     with torch.autocast(v.device.type, enabled=False):
+        if form == "triton":
+            gates = {"log_decay": log_decay, "beta": beta, "bonus": bonus}
+            return kernel.scan(given, cu_seqlens, q=q, k=k, v=v, **gates, scale=scale, reverse=reverse)
         tokens = _tokens(real, q, k, v, log_decay, beta, scale)
         weight = None if bonus is None else bonus.to(real).reshape(H, -1)
         run = _choose(form, "beta" in tokens, tokens["k"].shape, weight)

@@ -1,7 +1,11 @@
 """Laws that every recurrence must keep, and hypothesis strategies to try them with: check your own variants here.
 
-`check(recipe, dim=32)` or `check(scan, strategies.scans())` runs every law that applies. What the laws are is in
-`recur.testing.laws`. Needs hypothesis: pip install 'recur-primitives[test]'.
+    check(my_recipe, dim=32)                            every law that applies holds, or LawBroken says where it fails
+    check(my_scan, strategies.gated_scans())            the same for a function (tensors by name) -> (y, state)
+    check(my_recipe, laws=["splits"], report=print)     one law, told when it is found to hold
+
+`recur.testing.laws` states the laws. Inputs of a scan unlike recur's are drawn by a strategy that yields `Inputs`.
+Needs hypothesis: pip install 'recur-primitives[test]'.
 """
 
 from __future__ import annotations
@@ -10,10 +14,10 @@ import importlib
 from typing import Any
 
 from recur.testing.checking import check
-from recur.testing.compare import LawBroken
+from recur.testing.compare import Inputs, LawBroken
 from recur.testing.values import check_inputs
 
-__all__ = ["LawBroken", "check", "check_inputs", "laws", "strategies"]
+__all__ = ["Inputs", "LawBroken", "check", "check_inputs", "laws", "strategies"]
 
 
 def __getattr__(name: str) -> Any:

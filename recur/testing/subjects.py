@@ -46,7 +46,8 @@ class Scan:
 
     @property
     def name(self) -> str:
-        return getattr(self.function, "__name__", type(self.function).__name__)
+        function = getattr(self.function, "func", self.function)  # of a partial
+        return getattr(function, "__name__", type(function).__name__)
 
     def takes(self, option: str) -> bool:
         """Whether its signature has this argument."""
@@ -104,12 +105,17 @@ class Scan:
         state = map_tensors(_low, inputs.state)
         return inputs.each(low).replace(constants=constants, state=state)
 
-    def reference(self, low: Inputs) -> Result:
-        """The definition in float64 on operands of low precision, its results rounded as promised."""
-        constants = {name: _wide(tensor) for name, tensor in low.constants.items()}
-        wide = low.each(_wide).replace(constants=constants, state=map_tensors(_wide, low.state))
-        y, state = self.run(wide, form="recurrent")
-        return Result(y.to(low.output_dtype), map_tensors(_low, state))
+    @property
+    def definitions(self) -> tuple[Callable[[Inputs], Result], ...]:
+        """The token loop on inputs of low precision: as it is, and in float64 with its results rounded as promised."""
+
+        def wide(low: Inputs) -> Result:
+            constants = {name: _wide(tensor) for name, tensor in low.constants.items()}
+            widened = low.each(_wide).replace(constants=constants, state=map_tensors(_wide, low.state))
+            y, state = self.run(widened, form="recurrent")
+            return Result(y.to(low.output_dtype), map_tensors(_low, state))
+
+        return functools.partial(self.run, form="recurrent"), wide
 
     def promised_state(self, inputs: Inputs, state: Any, dtype: torch.dtype) -> Any:
         """A state of the shape and dtype that inputs of this dtype must leave: float32, or float64 for float64."""
@@ -182,9 +188,10 @@ class Layer:
         constants = {name: tensor.to(low[name].dtype) for name, tensor in inputs.constants.items()}
         return inputs.each(lambda tensor: tensor.to(dtype)).replace(constants=constants, state=None)
 
-    def reference(self, low: Inputs) -> Result:
+    @property
+    def definitions(self) -> tuple[Callable[[Inputs], Result], ...]:
         """The token loop in low precision, which rounds between its parts where every other form does."""
-        return self.run(low, form="recurrent")
+        return (functools.partial(self.run, form="recurrent"),)
 
     def promised_state(self, inputs: Inputs, state: Any, dtype: torch.dtype) -> Any:
         """What `init_state` gives in this dtype; what a recipe that is not causal leaves is not promised."""
