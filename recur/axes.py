@@ -68,7 +68,7 @@ def size(expression: str | int, axes: Mapping[str, str | int]) -> int:
     result = evaluate(expression, axes)
     if result != int(result) or result < 1:
         known = ", ".join(f"{name}={definition}" for name, definition in axes.items() if name != expression)
-        rule = f"{expression} = {axes[expression]}" if expression in axes else expression
+        rule = f"{expression} = {axes[str(expression)]}" if expression in axes else expression
         raise RecipeError(f"axes: {rule} must be a positive integer, got {result:g} with {known}")
     return int(result)
 

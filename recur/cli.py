@@ -59,7 +59,7 @@ def _check(arguments: argparse.Namespace) -> int:
     import recur.testing
 
     try:
-        recur.testing.check(getattr(recur.presets, arguments.preset)())
+        recur.testing.check(getattr(recur.presets, arguments.preset)(), report=print)
     except AssertionError as error:
         print(f"{arguments.preset} breaks a law:\n{error}", file=sys.stderr)
         return 1
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     trainer.add_argument("--out", metavar="FOLDER", type=Path, help="where the run is kept (runs/PRESET)")
     trainer.add_argument("--resume", action="store_true", help="continue the run in --out with its own settings")
 
-    def setting(name: str, type: Callable[[str], Any], about: str, **options: str) -> None:
+    def setting(name: str, type: Callable[[str], Any], about: str, **options: Any) -> None:
         shown = about if SETTINGS[name] is None else f"{about} ({SETTINGS[name]})"
         flag = f"--{name.replace('_', '-')}"
         trainer.add_argument(flag, type=type, default=argparse.SUPPRESS, help=shown, **options)

@@ -228,6 +228,7 @@ GROUPS = [
         "float16_keeps_its_digits",
         "second_order_is_refused",
         "two_runs_are_one",
+        "what_it_lacks_is_named",
     ],
     ["hard_gates_by_key", "hard_gates_by_head", "segments_side_by_side"],
 ]

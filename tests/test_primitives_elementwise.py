@@ -209,6 +209,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagonal, "SIDE_BY_SIDE", 300)
     monkeypatch.setattr(segments, "SEGMENT", 1)
     monkeypatch.setattr(fixed, "CHUNK", 16)
+    monkeypatch.setattr(fixed, "TRANSFORM", 2000)
 
 
 # ---------------------------------------------------------------------------------------------------------- the laws

@@ -193,7 +193,7 @@ def test_token_shift_and_convolution_errors():
         causal_conv(x, draw(3, 2), cu_seqlens=torch.tensor([0, 4]))
     with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to T=4 without falling, got \[0, 3, 2, 4\]"):
         causal_conv(x[:1], draw(3, 2), cu_seqlens=torch.tensor([0, 3, 2, 4]))
-    with pytest.raises(TypeError, match="cu_seqlens must be int32 or int64, got torch.float32"):
+    with pytest.raises(TypeError, match=r"cu_seqlens must be int32 or int64, got torch\.float32"):
         causal_conv(x[:1], draw(3, 2), cu_seqlens=torch.tensor([0.0, 4.0]))
     with pytest.raises(ShapeError, match=r"cu_seqlens must be \[n\+1\], got shape \(1, 2\)"):
         causal_conv(x[:1], draw(3, 2), cu_seqlens=torch.tensor([[0, 4]]))
@@ -232,7 +232,7 @@ def test_bind_reports_in_letters():
         bind("f", x=([1], "B"))
     with pytest.raises(ValueError, match="f: x is on cpu but y is on meta"):
         bind("f", x=(draw(2), "B"), y=(torch.ones(2, device="meta"), "B"))
-    with pytest.raises(TypeError, match="f: x must be real and floating, got torch.int64"):
+    with pytest.raises(TypeError, match=r"f: x must be real and floating, got torch\.int64"):
         check_float("f", x=torch.tensor([1]))
     with pytest.raises(ShapeError, match=r"f: x must be \[B D\] = \(1, 2\), got shape \(2,\)"):
         expect("f", "x", draw(2), "B D", (1, 2))

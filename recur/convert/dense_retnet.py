@@ -5,7 +5,7 @@ from __future__ import annotations
 from recur.blocks import LanguageModel, Mixer, Norm
 from recur.convert.keys import Keys, merged, rows, under
 from recur.convert.official import Official
-from recur.presets import dense_retnet
+from recur.presets.dense_retnet import dense_retnet
 from recur.recipe import Recipe
 
 MIXER_KEYS: Keys = {

@@ -8,7 +8,7 @@ from recur.blocks import LanguageModel, Mixer, Norm, OutputGate
 from recur.blocks.feedforward import gelu
 from recur.convert.keys import Keys, merged, under
 from recur.convert.official import Official
-from recur.presets import gateloop, simple_gateloop
+from recur.presets.gateloop import gateloop, simple_gateloop
 from recur.recipe import Recipe
 
 MIXER_KEYS: Keys = {

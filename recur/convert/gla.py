@@ -6,7 +6,7 @@ from recur.blocks import LanguageModel, Mixer
 from recur.blocks.feedforward import swiglu
 from recur.convert.keys import Keys, rows, tied, under
 from recur.convert.official import Official
-from recur.presets import gla
+from recur.presets.gla import gla
 
 MIXER_KEYS: Keys = {
     "parts.project.weight": rows("q_proj.weight", "k_proj.weight"),

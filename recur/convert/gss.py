@@ -8,7 +8,7 @@ from typing import Any
 from recur.blocks import FixedScan, LanguageModel, Mixer, Norm, Skip, Sum
 from recur.convert.keys import Keys, rows, under
 from recur.convert.official import Official
-from recur.presets import gss
+from recur.presets.gss import gss
 from recur.recipe import Recipe
 
 CORE: Keys = {

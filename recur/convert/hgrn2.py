@@ -6,7 +6,7 @@ from recur.blocks import LanguageModel, LowerBounds, Mixer, Norm
 from recur.blocks.feedforward import gated
 from recur.convert.keys import Keys, merged, rows, tied, under
 from recur.convert.official import Official
-from recur.presets import hgrn2
+from recur.presets.hgrn2 import hgrn2
 from recur.recipe import Recipe
 
 MIXER_KEYS: Keys = {

@@ -8,7 +8,7 @@ from typing import Any
 from recur.blocks import LanguageModel, Mixer
 from recur.convert.keys import Keys, taps, tied, under
 from recur.convert.official import Official
-from recur.presets import mamba
+from recur.presets.mamba import mamba
 from recur.recipe import Recipe
 
 LAYER: Keys = {

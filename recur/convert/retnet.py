@@ -6,7 +6,7 @@ from recur.blocks import LanguageModel, Mixer, Norm
 from recur.blocks.feedforward import gated
 from recur.convert.keys import Keys, rows, tied, under
 from recur.convert.official import Official
-from recur.presets import retnet
+from recur.presets.retnet import retnet
 
 MIXER_KEYS: Keys = {
     "parts.project.weight": rows("q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight"),

@@ -25,6 +25,7 @@ from recur.primitives.forms import ScanOut, check_packing, choose_form, unroll, 
 from recur.shapes import accumulation_dtype, bind, check_given
 
 CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
+TRANSFORM = 2**18  # numbers transformed at a time: what a cache holds
 
 
 def fixed_scan(
@@ -267,9 +268,16 @@ def _convolve(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
 
     With its own gradient, because autograd would take complex transforms of twice the work for those of real signals.
     """
-    n = _fast_length(2 * shape[-1])
-    product = torch.fft.rfft(a, n) * torch.fft.rfft(b, n)
-    return torch.fft.irfft(product.sum_to_size(*shape[:-1], product.shape[-1]), n)[..., : shape[-1]].contiguous()
+    V, T = shape[-2:]
+    n = _fast_length(2 * T)
+    some = max(1, V * TRANSFORM * T // (n * max(a.numel(), b.numel(), 1)))
+    out = a.new_empty(shape)
+    for start in range(0, V, some):
+        channels = slice(start, start + some)
+        product = torch.fft.rfft(a[..., channels, :], n) * torch.fft.rfft(b[..., channels, :], n)
+        part = out[..., channels, :]
+        part.copy_(torch.fft.irfft(product.sum_to_size(*part.shape[:-1], product.shape[-1]), n)[..., :T])
+    return out
 
 
 @_convolve.register_fake
