@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from recur.kernels.tiles import load_tile, store_tile, sums_along
+from recur.kernels.tiles import load_tile, store_tile, sums_along, sums_of
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -80,7 +80,7 @@ def _finish(
                 tl.store(dots_ptr + at, product, mask=inside)
             else:
                 product = tl.load(dots_ptr + at, mask=inside, other=0.0) - product
-                sums = tl.cumsum(product, 0, reverse=True) + edge
+                sums = sums_of(offs[:, None] <= offs[None, :], product) + edge
                 edge += tl.sum(product, 0)
                 if ALONE:
                     edge = tl.where(tl.sum(log_a, 0) <= RESET, 0.0, edge)
@@ -107,10 +107,10 @@ def _finish(
 def _running(log_a, half, DECAY: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr):
     """x [R D] or [R], log2 of the gates up to and with token t less half of all. Right to left it is negated."""
     sign: tl.constexpr = -1.0 if REVERSE else 1.0
+    offs = tl.arange(0, log_a.shape[0])
     if DECAY == "scalar":
-        x = sign * (tl.cumsum(log_a, 0) * LOG2E - half)
+        x = sign * (sums_of(offs[:, None] >= offs[None, :], log_a) * LOG2E - half)
     else:
-        offs = tl.arange(0, log_a.shape[0])
         weights = tl.where(offs[:, None] >= offs[None, :], sign * 0.5, sign * -0.5)
         x = sums_along(weights, log_a, DOT) * LOG2E
     return x
@@ -343,14 +343,14 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, processors: 
 
 
 # BLOCK_C, widest BLOCK_V, warps, stages for states of at most 64, 128, 256 rows; by trial on an H200
-_BFLOAT16 = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1)}
+_BFLOAT16 = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 8, 1)}
 _FLOAT32 = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 8, 1)}
 
 
 def _tiles(rows: int, columns: int, dtype: torch.dtype) -> Tiles:
-    block_k = max(16, triton.next_power_of_2(rows))
-    block_c, widest, warps, stages = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[max(64, block_k)]
-    block_v = min(widest, max(16, triton.next_power_of_2(columns)))
+    """Small states are padded to these tiles: with smaller ones Triton 3.6 computes wrong numbers on Hopper."""
+    block_k = max(64, triton.next_power_of_2(rows))
+    block_c, block_v, warps, stages = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[block_k]
     return Tiles(block_c, block_k, block_v, triton.cdiv(columns, block_v), warps, stages)
 
 
@@ -398,6 +398,8 @@ class _Scan(NamedTuple):
             decay = "scalar" if width == 1 else "columns" if turned else "rows"
             strides = list(self.gates.expand(B, T, H, width).stride())
         dot, precision, limit = _numbers(self.dtype, decay)
+        # a gate a key leaves no shared memory for a second stage of 128 rows: two programs a processor gain more
+        stages = 1 if decay in ("rows", "columns") and tiles.block_k > 64 else tiles.stages
         groups = [H if x is None else x.shape[2] for x in (q, k, v, mate)]
         _walk[(tiles.parts * self.rows * H * self.plan.segments,)](
             q, k, v, self.gates, y, enter, leave, share, mate, dots, sums, edge, self.cu_seqlens,
@@ -405,7 +407,7 @@ class _Scan(NamedTuple):
             H, *groups, K, V, strides[1], strides[3], *((1, K) if turned else (V, 1)),
             DECAY=decay, REVERSE=reverse, TIED=tied, GRAD=grad, EMIT=y is not None,
             DOT=dot, PRECISION=precision, LIMIT=limit,
-            BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_V=tiles.block_v, STAGES=tiles.stages,
+            BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_V=tiles.block_v, STAGES=stages,
             num_warps=tiles.warps,
         )  # fmt: skip
 

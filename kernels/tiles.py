@@ -33,6 +33,15 @@ def store_tile(tensor, row, offs, inside, cols, tile):
 
 
 @triton.jit
+def sums_of(chosen, x):
+    """[R] sums of the entries of x [R] that each row of chosen [R R] names.
+
+    Not tl.cumsum, which Triton 3.6 gets wrong on Hopper inside a pipelined loop.
+    """
+    return tl.sum(tl.where(chosen, x[None, :], 0.0), 1)
+
+
+@triton.jit
 def sums_along(weights, x, DOT: tl.constexpr):
     """weights [R R] times x [R D] in float32, by a matmul: cheaper than a scan along the rows.
 

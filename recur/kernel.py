@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recur.primitives.diagonal import right_to_left
 from recur.primitives.forms import ScanOut
-from recur.primitives.outer import joined, stacked, to_heads
 
 WIDEST = 256  # rows and columns of a state that fit the registers of one program
 
@@ -32,10 +32,39 @@ def refusal(
         (rows > WIDEST, f"K={q.shape[-1]}, {rows} real rows of state, more than {WIDEST}"),
         (v.shape[-1] > WIDEST, f"V={v.shape[-1]}, more than {WIDEST}"),
     )
-    for broken, what in rules:
+    return _first(rules, v.device)
+
+
+def elementwise_refusal(cu_seqlens: Tensor | None, weights: tuple[Tensor, ...], *inputs: Tensor | None) -> str | None:
+    """The same for the elementwise scans; weights are what writes and reads N slots, [B T N] | [B T G N]."""
+    given = [x for x in (*inputs, *weights) if x is not None]
+    rules = (
+        (any(x.dtype in (torch.float64, torch.complex128) for x in given), "float64"),
+        (cu_seqlens is not None, "cu_seqlens"),
+        (any(x.ndim == 2 for x in weights), "weights [V N] that do not change in time"),
+        (any(x.shape[-1] > WIDEST for x in weights), f"N above {WIDEST}"),
+    )
+    return _first(rules, given[0].device)
+
+
+def _first(rules: tuple[tuple[bool, str], ...], device: torch.device) -> str | None:
+    """The first broken rule in words."""
+    for broken, what in (*rules, (find_spec("triton") is None, "a machine without Triton")):
         if broken:
             return f"form='triton' does not cover {what}; form='chunked' does"
+    if device.type != "cuda":
+        from recur.kernels.chunk_scan import INTERPRETED
+
+        if not INTERPRETED:
+            return f"form='triton' needs a GPU, got tensors on {device.type}; form='chunked' runs anywhere"
     return None
+
+
+def elementwise(rule: str, *inputs: Tensor | None, reverse: bool) -> ScanOut:
+    """The scan called `rule`, "selective", "online" or "diagonal": its inputs in order, then the initial state."""
+    from recur.kernels import walk
+
+    return ScanOut(*getattr(walk, rule)(*inputs, reverse))
 
 
 def scan(
@@ -54,11 +83,9 @@ def scan(
     """`recur.scan` by the Triton kernel; arguments as there, already checked. T is at least 1.
 
     Operands are read in their own dtype, the widest of q, k and v; states and gates are float32.
-    Raises: NotImplementedError for what `refusal` names.
     """
-    reason = refusal(q, k, v, log_decay, beta, bonus, initial_state)
-    if reason is not None:
-        raise NotImplementedError(f"scan: {reason}")
+    from recur.primitives.diagonal import right_to_left
+
     dtype = v.dtype
     for x in (q, k):
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
@@ -88,6 +115,8 @@ def _turned(
     log_decay: Tensor | None = None,
 ) -> ScanOut:
     """A complex gate is a real one on states twice as wide whose keys and queries are rotated by the phases so far."""
+    from recur.primitives.outer import joined, stacked, to_heads
+
     if k is None or log_decay is None or not log_decay.is_complex():
         return _run(initial, cu_seqlens, scale, q=q, k=k, v=v, log_decay=log_decay)
     real, phase = log_decay.real, log_decay.imag
@@ -120,10 +149,8 @@ def _run(
     v: Tensor,
     log_decay: Tensor | None,
 ) -> ScanOut:
-    from recur.kernels.chunk_scan import INTERPRETED, chunk_scan
+    from recur.kernels.chunk_scan import chunk_scan
 
-    if not (v.is_cuda or INTERPRETED):
-        raise NotImplementedError(f"scan: form='triton' needs a GPU, got v on {v.device}; form='chunked' runs there")
     k = None if k is None else k.contiguous()
     initial = None if initial is None else initial.float().contiguous()
     log_decay = None if log_decay is None else log_decay.contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,12 +97,17 @@ def test_check_tells_kept_and_broken_laws(capsys: pytest.CaptureFixture[str], mo
     import recur.testing
 
     checked = []
-    monkeypatch.setattr(recur.testing, "check", checked.append)
+
+    def kept(recipe: recur.Recipe, *, report: Callable[[str], None]) -> None:
+        checked.append(recipe)
+        report("forms: all forms agree")
+
+    monkeypatch.setattr(recur.testing, "check", kept)
     assert main(["check", "longhorn"]) == 0
-    assert "longhorn: every law that applies holds" in capsys.readouterr().out
+    assert capsys.readouterr().out == "forms: all forms agree\nlonghorn: every law that applies holds\n"
     assert checked == [recur.presets.longhorn()]
 
-    def broken(recipe: recur.Recipe) -> None:
+    def broken(recipe: recur.Recipe, *, report: Callable[[str], None]) -> None:
         raise AssertionError("split at 3 differs by 0.5")
 
     monkeypatch.setattr(recur.testing, "check", broken)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, mirror, unroll, unroll_documents
 from recur.shapes import ShapeError, accumulation_dtype, bind, check_given
 
@@ -202,7 +204,8 @@ def gated_scan(
         initial_state: [B *] h before the first token; zeros when omitted.
         cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n *].
         reverse: read from the last token to the first: initial_state enters after token T-1, state is h at token 0.
-        form: "recurrent", the token loop, or "chunked", chunks walked side by side in place; "auto" is "chunked".
+        form: "recurrent", the token loop; "chunked", chunks walked side by side in place; "triton", the kernel; "auto"
+            is "triton" for what that covers on a GPU and "chunked" for all else.
 
     Returns: y [B T *] of x's dtype, or complex if the gate is; state [B *] float32 (float64 if an input is), complex if
         x or the gate is.
@@ -210,13 +213,16 @@ def gated_scan(
     Cost: O(B T *) time; memory for x, the gates and y. Defined by `gated_step`.
     Source: Martin and Cundy 2018, arXiv:1709.04057; Katsch 2023, arXiv:2311.01927 (complex gates).
     """
-    form = choose_form("gated_scan", form, ("recurrent", "chunked"))
     gates, states = _axes_of_gate(x, log_decay, "B T *"), "B *" if cu_seqlens is None else "n *"
     check_given("gated_scan", x=x, log_decay=log_decay)
     bind("gated_scan", x=(x, "B T *"), log_decay=(log_decay, gates), initial_state=(initial_state, states))
     check_packing("gated_scan", cu_seqlens, *x.shape[:2])
     check_documents("gated_scan", initial_state, cu_seqlens)
     number = _number("gated_scan", x, log_decay, initial_state=initial_state)
+    refusal = partial(kernel.elementwise_refusal, cu_seqlens, (), x, log_decay, initial_state)
+    form = choose_form("gated_scan", form, ("recurrent", "chunked", "triton"), device=x.device, refusal=refusal)
+    if form == "triton":
+        return kernel.elementwise("diagonal", x, log_decay, initial_state, reverse=reverse)
     scan = _recurrent if form == "recurrent" else _chunked
     initial = None if initial_state is None else initial_state.to(number)
     log_decay = log_decay if gates == "B T *" else log_decay[None, None]

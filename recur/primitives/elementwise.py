@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.diagonal import check_documents, check_state, right_to_left
 from recur.primitives.forms import ScanOut, check_packing, choose_form, unroll, unroll_documents
 from recur.primitives.segments import segments, update
@@ -44,14 +45,14 @@ def selective_scan(
         initial_state: [B V N] S before the first token; zeros when omitted.
         cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n V N].
         reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
-        form: "recurrent", the token loop, or "chunked", segments that the backward computes again; "auto" is "chunked".
+        form: "recurrent", the token loop; "chunked", segments that the backward computes again; "triton", the kernel;
+            "auto" is "triton" for what that covers on a GPU and "chunked" for all else.
 
     Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is).
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.
     Cost: O(B T V N) time, memory for one segment and one state a segment. Defined by `selective_step`.
     Source: Gu and Dao 2023, arXiv:2312.00752.
     """
-    form = choose_form("selective_scan", form, ("recurrent", "chunked"))
     weights, states = "B T N | B T G N | V N", "B V N" if cu_seqlens is None else "n V N"
     check_given("selective_scan", x=x, delta=delta, A=A, B=B, C=C)
     sizes = bind(
@@ -65,7 +66,10 @@ def selective_scan(
     )
     check_float("selective_scan", x=x, delta=delta, A=A, B=B, C=C, initial_state=initial_state)
     _check("selective_scan", sizes, initial_state, cu_seqlens)
+    form = _choose("selective_scan", form, cu_seqlens, (B, C), x, delta, A, initial_state)
     with torch.autocast(x.device.type, enabled=False):
+        if form == "triton":
+            return kernel.elementwise("selective", x, delta, A, B, C, initial_state, reverse=reverse)
         tokens = _selective(sizes, x, delta, A, B, C, initial_state)
         y, state = _scan(form, "selective", sizes, initial_state, cu_seqlens, reverse, *tokens)
     return ScanOut(y.to(x.dtype), state)
@@ -127,7 +131,7 @@ def online_scan(
         initial_state: [B V N] S before the first token; zeros when omitted.
         cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n V N].
         reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
-        form: "recurrent", the token loop, or "chunked"; "auto" is "chunked". With diagonal=False those of `scan`.
+        form: as `selective_scan`; with diagonal=False as `scan`.
 
     Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is).
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError for rates and forms, NotImplementedError.
@@ -157,7 +161,9 @@ def online_scan(
                 query, key, value, beta=beta, initial_state=initial, cu_seqlens=cu_seqlens, reverse=reverse, form=form
             )
             return ScanOut(y[..., 0].to(x.dtype), state[..., 0])
-        form = choose_form("online_scan", form, ("recurrent", "chunked"))
+        form = _choose("online_scan", form, cu_seqlens, (k, q), x, rate, initial_state)
+        if form == "triton":
+            return kernel.elementwise("online", x, rate, k, q, initial_state, reverse=reverse)
         tokens = _online(sizes, x, rate, k, q, initial_state)
         y, state = _scan(form, "online", sizes, initial_state, cu_seqlens, reverse, *tokens)
     return ScanOut(y.to(x.dtype), state)
@@ -200,11 +206,18 @@ def _check(function: str, sizes: dict[str, Any], initial_state: Tensor | None, c
         check_documents(function, initial_state, cu_seqlens)
 
 
+def _choose(
+    function: str, form: str, cu_seqlens: Tensor | None, weights: tuple[Tensor, ...], x: Tensor, *inputs: Tensor | None
+) -> str:
+    refusal = partial(kernel.elementwise_refusal, cu_seqlens, weights, x, *inputs)
+    return choose_form(function, form, ("recurrent", "chunked", "triton"), device=x.device, refusal=refusal)
+
+
 def _check_rate(function: str, rate: Tensor) -> None:
     """Values are read only on a CPU outside compilation, where it is cheap."""
     if rate.device.type == "cpu" and not torch.compiler.is_compiling() and rate.numel() > 0:
         low, high = (bound.item() for bound in rate.detach().aminmax())
-        if not 0 <= low <= high <= 1:
+        if low < 0 or high > 1:
             raise ValueError(f"{function}: rate must lie in [0, 1] (take its sigmoid), got {low:.3g} to {high:.3g}")
 
 

@@ -19,18 +19,30 @@ class ScanOut(NamedTuple):
     state: Tensor
 
 
-def choose_form(function: str, form: str, available: tuple[str, ...]) -> str:
-    """The form to run. "auto" is "chunked" (the Triton kernel will join here); any other name is taken or refused.
+def choose_form(
+    function: str,
+    form: str,
+    available: tuple[str, ...],
+    *,
+    device: torch.device | None = None,
+    refusal: Callable[[], str | None] | None = None,
+) -> str:
+    """The form to run: "auto" is "triton" for what the kernel covers on a GPU and "chunked" for all else; any other
+    name is taken or refused.
 
-    Raises: ValueError for a name that is no form, NotImplementedError for one this scan lacks.
+    Args: available: the forms of this function; refusal: tells why "triton" cannot run this call, None if it can.
+    Raises: ValueError for a name that is no form, NotImplementedError for one this function, or this call, lacks.
     """
     names = ("auto", "recurrent", "chunked", "parallel", "triton")
     if form not in names:
         raise ValueError(f"{function}: form must be one of {', '.join(names)}, got {form!r}")
     if form == "auto":
-        return "chunked"
+        fast = refusal is not None and device is not None and device.type == "cuda" and refusal() is None
+        return "triton" if fast else "chunked"
     if form not in available:
         raise NotImplementedError(f"{function}: form={form!r} is not available here; these are: {', '.join(available)}")
+    if form == "triton" and refusal is not None and (reason := refusal()) is not None:
+        raise NotImplementedError(f"{function}: {reason}")
     return form
 
 

@@ -60,12 +60,12 @@ def scan(
         `delta_step`.
     Source: Katharopoulos et al. 2020, arXiv:2006.16236; Yang et al. 2024, arXiv:2312.06635 and arXiv:2412.06464.
     """
-    free, form = form == "auto", choose_form("scan", form, ("recurrent", "chunked", "parallel", "triton"))
     states = "B H K V" if cu_seqlens is None else "n H K V"
     decays = "H | H K | B T H | B T H K"
     _check("scan", "B T", q, k, v, log_decay, decays, beta, bonus, initial_state=(initial_state, states))
-    if free and v.is_cuda and kernel.refusal(q, k, v, log_decay, beta, bonus, initial_state) is None:
-        form = "triton"
+    refusal = partial(kernel.refusal, q, k, v, log_decay, beta, bonus, initial_state)
+    forms = ("recurrent", "chunked", "parallel", "triton")
+    form = choose_form("scan", form, forms, device=v.device, refusal=refusal)
     B, T, H, V = v.shape
     check_packing("scan", cu_seqlens, B, T)
     real = accumulation_dtype(q, k, v, log_decay, beta, bonus, initial_state)
