@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -51,7 +50,7 @@ def diagonal(T: int) -> dict[str, Run]:
     return {
         "recur chunked": lambda: recur.gated_scan(x, log_a).y,
         "recur token loop": lambda: recur.gated_scan(x, log_a, form="recurrent").y,
-        "gateloop-transformer": lambda: gate_loop_operator(torch.ones_like(x), x, log_a.exp()),
+        "gateloop-transformer": lambda: gate_loop_operator(torch.ones_like(x), x, log_a.exp())[0],
     }
 
 
@@ -64,7 +63,7 @@ def complex_diagonal(T: int) -> dict[str, Run]:
 
     def theirs() -> torch.Tensor:
         heads_first = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
-        gate = torch.polar(log_a.exp(), phase).transpose(1, 2).flatten(0, 1)[..., None]
+        gate = torch.polar(log_a.exp(), phase).transpose(1, 2).flatten(0, 1)[..., None, None]
         return gate_loop_operator(*heads_first, gate)
 
     return {
@@ -185,9 +184,16 @@ def _grown(case: str, name: str, T: int, threads: int) -> float:
     torch.set_num_threads(threads)
     once(CASES[case](64)[name])  # libraries load what they load
     run = CASES[case](T)[name]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+    before = _status("VmRSS")
     once(run)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    """KiB of one field of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def table(rows: list[dict]) -> str:
@@ -195,7 +201,8 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         memory = "" if row["mib"] is None else f"{row['mib']:.0f}"
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.1f}"
-        lines.append(f"| {row['case']} | {row['T']} | {row['name']} | {row['ms']:.1f} | {ratio} | {memory} |")
+        ms = "" if row["ms"] is None else f"{row['ms']:.1f}"
+        lines.append(f"| {row['case']} | {row['T']} | {row['name']} | {ms} | {ratio} | {memory} |")
     return "\n".join(lines)
 
 
@@ -221,7 +228,7 @@ def main() -> None:
             for name in CASES[case](64):
                 mib = grown(case, name, settings.memory_at, settings.threads)
                 rows.append(
-                    {"case": case, "T": settings.memory_at, "name": name, "ms": float("nan"), "ratio": None, "mib": mib}
+                    {"case": case, "T": settings.memory_at, "name": name, "ms": None, "ratio": None, "mib": mib}
                 )
     machine = f"{platform.machine()}, {settings.threads} threads, torch {torch.__version__}"
     RESULTS.mkdir(exist_ok=True)

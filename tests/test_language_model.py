@@ -206,6 +206,14 @@ def test_every_preset_trains_under_autocast(name):
     assert all(torch.isfinite(weight.grad).all() for weight in lm.parameters() if weight.grad is not None)
 
 
+@pytest.mark.parametrize("name", ["plain", "hybrid", "shared bounds", "dense"])
+def test_a_whole_model_compiles_to_one_graph(name):
+    lm, ids = model(**VARIANTS[name]), torch.randint(0, 11, (2, 6))
+    torch.compiler.reset()
+    compiled = torch.compile(lm, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids), lm(ids))
+
+
 def test_second_gradients_exist():
     lm, ids = model(), torch.randint(0, 11, (1, 5))
     weights = list(lm.parameters())

@@ -37,8 +37,9 @@ class Rotary(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         turned = {}
+        options: dict[str, Any] = {"base": self.base, "inclusive": self.inclusive, "device": flow.position.device}
         for name in self.names.split():
-            frequencies = rotary_frequencies(flow[name].shape[-1], base=self.base, inclusive=self.inclusive)
+            frequencies = rotary_frequencies(flow[name].shape[-1], **options)
             turned[name] = rotate(flow[name], flow.positions(), frequencies, layout=self.layout)
         return flow.set(**turned), None
 

@@ -90,9 +90,13 @@ class Mixer(nn.Module):
         position = x.new_zeros(rows, dtype=torch.long) if state is None else state["position"]
         expect("Mixer", "state", position, "B" if cu_seqlens is None else "n", (rows,))
         flow = Flow({"x": x, **inputs}, position, form, cu_seqlens, self.layer, grid, past)
-        flow, parts = self.recipe.body(flow, {**dict(self.parts), **dict(self._lent[0])}, (state or {}).get("parts"))
+        flow, parts = self.recipe.body(flow, self._weights(), (state or {}).get("parts"))
         length = T if cu_seqlens is None else cu_seqlens.diff()
         return flow, {"position": position + length, "parts": parts}
+
+    def _weights(self) -> dict[str, nn.Module]:
+        """The module of every part, own and shared."""
+        return {key: module for home in (self.parts, self._lent[0]) for key, module in home.items()}
 
     def _check_inputs(self, inputs: Mapping[str, Tensor], B: int, T: int) -> None:
         if set(inputs) != set(self.recipe.inputs):
@@ -127,7 +131,7 @@ class Mixer(nn.Module):
     def __repr__(self) -> str:
         """Every stage with its sizes, parameters and bytes of state a sequence (a growing attention cache counts 0)."""
         site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer)
-        weights = {**dict(self.parts), **dict(self._lent[0])}
+        weights = self._weights()
         rows = [("", "writes", "parameters", "state bytes")]
         for (key, part, place), (_, _, wrote) in zip(
             self.recipe.body.sites(site), self.recipe.body.walk(site.axes), strict=True

@@ -8,11 +8,13 @@ from torch import Tensor
 from recur.shapes import accumulation_dtype
 
 
-def rotary_frequencies(dim: int, *, base: float = 10000.0, inclusive: bool = False) -> Tensor:
+def rotary_frequencies(
+    dim: int, *, base: float = 10000.0, inclusive: bool = False, device: torch.device | None = None
+) -> Tensor:
     """[dim/2] float64 radians a token: base^(-2j/dim); if inclusive base^(-j/(dim/2 - 1)), the last being 1/base."""
     if dim % 2:
         raise ValueError(f"rotary_frequencies: dim must be even, got {dim}")
-    pairs = torch.arange(dim // 2, dtype=torch.float64)
+    pairs = torch.arange(dim // 2, dtype=torch.float64, device=device)
     return base ** -(pairs / max(dim // 2 - 1, 1) if inclusive else 2 * pairs / dim)
 
 
@@ -31,7 +33,7 @@ def rotate(x: Tensor, position: Tensor, frequencies: Tensor, *, layout: str = "i
     if layout not in ("interleaved", "half"):
         raise ValueError(f'rotate: layout must be "interleaved" or "half", got {layout!r}')
     dtype = accumulation_dtype(x)
-    angle = (position[..., None].double() * frequencies.to(position.device)).to(dtype)[:, :, None]  # [B T 1 K/2]
+    angle = (position[..., None].double() * frequencies).to(dtype)[:, :, None]  # [B T 1 K/2]
     cos, sin = angle.cos(), angle.sin()
     pairs = x.to(dtype).unflatten(-1, (-1, 2) if layout == "interleaved" else (2, -1))
     side = -1 if layout == "interleaved" else -2

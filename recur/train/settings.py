@@ -11,9 +11,9 @@ class Settings:
 
     preset: str
     text: str | None = None
-    dim: int = 192
-    depth: int = 4
-    steps: int = 600
+    dim: int = 256
+    depth: int = 2
+    steps: int = 500
     batch: int = 16
     length: int = 128
     lr: float = 3e-3
