@@ -206,6 +206,7 @@ def test_every_preset_trains_under_autocast(name):
     assert all(torch.isfinite(weight.grad).all() for weight in lm.parameters() if weight.grad is not None)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does so itself
 @pytest.mark.parametrize("name", ["plain", "hybrid", "shared bounds", "dense"])
 def test_a_whole_model_compiles_to_one_graph(name):
     lm, ids = model(**VARIANTS[name]), torch.randint(0, 11, (2, 6))
