@@ -2,7 +2,7 @@
 
 from recur import convert, presets, testing
 from recur.axes import RecipeError
-from recur.blocks import LanguageModel, Mixer
+from recur.blocks import LanguageModel, Mixer, detach
 from recur.primitives.diagonal import gated_scan, gated_step
 from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
 from recur.primitives.fixed import fixed_scan, fixed_step
@@ -29,6 +29,7 @@ __all__ = [
     "advance",
     "combine",
     "convert",
+    "detach",
     "fixed_scan",
     "fixed_step",
     "gated_scan",

@@ -155,6 +155,14 @@ def test_an_unknown_preset_brings_near_names(capsys: pytest.CaptureFixture[str],
     assert "'xyz'; known presets: " in refused(capsys, command, "xyz")
 
 
+def test_an_out_that_is_no_folder_is_told_before_training(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path
+) -> None:
+    (tmp_path / "file").write_text("taken")
+    words = refused(capsys, "train", "longhorn", "--text", text_file, "--length", 16, "--out", tmp_path / "file")
+    assert f"cannot write to --out {tmp_path / 'file'}" in words
+
+
 def test_a_width_that_does_not_divide(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path) -> None:
     words = "hgrn2 cannot be built with --dim 7: "
     assert words in refused(capsys, "show", "hgrn2", "--dim", 7)

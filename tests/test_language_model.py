@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -100,6 +102,16 @@ def test_a_row_that_has_ended_repeats_its_end_and_modes_come_back():
     assert not lm.blocks[0].training
 
 
+def test_no_rows_give_no_rows():
+    assert model().generate(torch.empty(0, 3, dtype=torch.long), 4).shape == (0, 7)
+
+
+def test_a_text_of_no_tokens_keeps_its_graph():
+    x = torch.randn(1, 0, 16, requires_grad=True)
+    recur.Mixer(presets.hgrn2(heads=2), 16)(x).y.sum().backward()
+    assert x.grad is not None
+
+
 def test_generation_draws_anew_without_a_seed():
     lm, ids = model(), torch.tensor([[1]])
     assert len({tuple(lm.generate(ids, 12)[0].tolist()) for _ in range(4)}) > 1
@@ -131,6 +143,9 @@ def test_sampling_follows_the_distribution():
     assert (found - chance).abs().max() < 4 * 0.5 / 4000**0.5  # four standard deviations of a fair coin
 
 
+IDS = torch.ones(1, 2, dtype=torch.long)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -139,9 +154,25 @@ def test_sampling_follows_the_distribution():
         (lambda lm: lm(torch.tensor([[3, 11]])), ValueError, r"ids must lie in 0 .. 10, got 11"),
         (lambda lm: lm(torch.tensor([[-1, 3]])), ValueError, r"ids must lie in 0 .. 10, got -1"),
         (lambda lm: lm.generate(torch.empty(1, 0, dtype=torch.long), 3), ValueError, "needs a prompt"),
-        (lambda lm: lm.generate(torch.ones(1, 2, dtype=torch.long), -1), ValueError, "needs a prompt"),
+        (lambda lm: lm.generate(IDS, -1), ValueError, "needs a prompt"),
         (
-            lambda lm: lm.generate(torch.ones(1, 2, dtype=torch.long), 3, lengths=torch.tensor([3])),
+            lambda lm: lm.generate(IDS, 1, eos=11),
+            ValueError,
+            r"eos must be one id in 0 .. 10, got 11",
+        ),
+        (
+            lambda lm: lm.generate(IDS, 1, lengths=[1]),
+            TypeError,
+            r"lengths must be an int32 or int64 tensor \[B\], got \[1\]",
+        ),
+        (lambda lm: sample_token(torch.full((1, 2), torch.nan), []), ValueError, "logits must be numbers"),
+        (
+            lambda lm: sample_token(torch.ones(1, 2), [], temperature=math.nan),
+            ValueError,
+            "temperature must be >= 0, got nan",
+        ),
+        (
+            lambda lm: lm.generate(IDS, 3, lengths=torch.tensor([3])),
             ValueError,
             r"lengths must be \[B\] within 1 .. T=2, got \[3\]",
         ),

@@ -308,7 +308,13 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"generate: needs a prompt and max_new_tokens >= 0, got {ids.shape[1]} tokens and {max_new_tokens}"
             )
+        if eos is not None and not (isinstance(eos, int) and 0 <= eos < self.vocab_size):
+            raise ValueError(f"generate: eos must be one id in 0 .. {self.vocab_size - 1}, got {eos!r}")
+        if lengths is not None and not (isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64)):
+            raise TypeError(f"generate: lengths must be an int32 or int64 tensor [B], got {lengths!r}")
         own = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths.to(ids.device)
+        if len(ids) == 0:
+            return ids.new_zeros(0, ids.shape[1] + max_new_tokens)
         if tuple(own.shape) != (len(ids),) or int(own.min()) < 1 or int(own.max()) > ids.shape[1]:
             raise ValueError(f"generate: lengths must be [B] within 1 .. T={ids.shape[1]}, got {own.tolist()}")
         first = torch.seed() if seed is None else seed

@@ -25,13 +25,15 @@ def sample_token(
 
     Returns: [B] ids.   Raises: ValueError naming the setting that is out of range.
     """
-    if temperature < 0:
+    if not temperature >= 0:  # NaN as well
         raise ValueError(f"sample_token: temperature must be >= 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"sample_token: top_k must be >= 1, got {top_k}")
     for name, share in (("top_p", top_p), ("min_p", min_p)):
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"sample_token: {name} must lie in (0, 1], got {share}")
+    if not bool(torch.isfinite(logits).any(-1).all()) or bool(logits.isnan().any()):
+        raise ValueError("sample_token: logits must be numbers with one finite entry a row, got NaN or infinities only")
     if temperature == 0:
         return logits.argmax(-1)
     chance, token = torch.sort((logits.double() / temperature).softmax(-1), dim=-1, descending=True, stable=True)

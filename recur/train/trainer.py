@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -58,6 +59,7 @@ def prepare(out: Path, choices: dict[str, Any], *, resume: bool = False) -> Trai
     corpus = Corpus.from_text(text, length=settings.length)
     torch.manual_seed(settings.seed)
     model = _build(recipe, settings, corpus.vocabulary)
+    _check_writable(out)
     groups = model.decay_groups(settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95))
     training = Training(settings, recipe, corpus, digest, model, optimizer, [])
@@ -80,7 +82,9 @@ def fit(training: Training, out: Path, report: Callable[[float, float], None] = 
         rate = learning_rate(settings, step)
         loss = _update(training, rate)
         if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} at step {step + 1}: try a smaller --lr; older checkpoints are kept")
+            raise InputError(
+                f"the loss is {loss} at step {step + 1}: try a smaller --lr; checkpoints before it are kept"
+            )
         due = (step + 1) % settings.every == 0 or step + 1 == settings.steps
         training.curve.append(Point(step + 1, rate, loss, evaluate(training, some) if due else None))
         if due:
@@ -137,6 +141,16 @@ def _build(recipe: Recipe, settings: Settings, vocabulary: str) -> LanguageModel
         return model.to(settings.device)
     except (RuntimeError, AssertionError) as error:  # torch's two ways to miss a device
         raise InputError(f"--device {settings.device} is not available: {str(error).splitlines()[0]}") from error
+
+
+def _check_writable(out: Path) -> None:
+    """Raise InputError now, not at the first checkpoint, unless `out` is a folder that takes files."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to --out {out}: {(error.strerror or str(error)).lower()}") from error
 
 
 def _agreeing(choices: dict[str, Any], recorded: Settings) -> Settings:
