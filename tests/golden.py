@@ -68,10 +68,11 @@ def forms(path: Path) -> tuple[str, ...]:
 
     Raises: NotImplementedError for a module that is in no table.
     """
-    case = Vectors(path).case
-    if case not in CASES:
-        raise NotImplementedError(f"no case {case!r}")
-    return ("recurrent", "chunked", "step") if CASES[case].streams else ("recurrent", "chunked")
+    vectors = Vectors(path)
+    if vectors.case not in CASES:
+        raise NotImplementedError(f"no case {vectors.case!r}")
+    streams = CASES[vectors.case].streams_in(vectors)
+    return ("recurrent", "chunked", "step") if streams else ("recurrent", "chunked")
 
 
 def replay(path: Path, form: str) -> dict[str, float]:

@@ -1,7 +1,17 @@
 """Bricks that own weights, and what is built from them."""
 
 from recur.blocks.attention import Attention, Rotary
-from recur.blocks.gates import BoundedDecay, ComplexGate, Decay, FixedDecay, LowerBounds, OutputGate
+from recur.blocks.gates import (
+    BoundedDecay,
+    ComplexGate,
+    Decay,
+    FixedDecay,
+    Learned,
+    LowerBounds,
+    OutputGate,
+    RetentionScale,
+    StepDecay,
+)
 from recur.blocks.glue import (
     Act,
     Dropout,
@@ -16,6 +26,7 @@ from recur.blocks.glue import (
     Skip,
     Sum,
     TokenShift,
+    Weigh,
 )
 from recur.blocks.hidden import DenseFusion
 from recur.blocks.language_model import Block, LanguageModel
@@ -25,8 +36,8 @@ from recur.recipe import Chain
 
 PARTS = (
     Act, Attention, BoundedDecay, Chain, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout, FixedDecay, FixedScan,
-    GatedScan, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate, Project, Reverse, Rotary, Scale,
-    ScaleGrad, SelectiveScan, ShortConv, Skip, Sum, TokenShift,
+    GatedScan, Learned, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate, Project, RetentionScale,
+    Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, StepDecay, Sum, TokenShift, Weigh,
 )  # fmt: skip
 
 __all__ = ["Block", "LanguageModel", "Mixer", "MixerOut", "detach", "nbytes", *(part.__name__ for part in PARTS)]
