@@ -32,6 +32,8 @@ from recur.blocks import (
     ShortConv,
     Skip,
     Sum,
+    TokenShift,
+    Weigh,
 )
 from recur.recipe import Flow, Part
 from recur.weights import Param, matrix_init, ones
@@ -88,6 +90,16 @@ def test_axes_that_make_no_sense_are_refused(expression, words):
         ),
         ((Project("x", q="H K", k="H E", v="H K"), Attention(), OUT), r"needs q \[H K\], k \[G K\], v \[G V\], got"),
         ((IN, Norm("u", name="a"), Project("u", y="D", name="a")), "is called 'a', as is a Norm"),
+        (
+            (IN, Norm("u", name="a"), Reverse((Skip("u", out="u", name="a"),)), OUT),
+            "has a Skip called 'a', as is a Norm",
+        ),
+        ((IN, Project("x", b="E"), Weigh("b", by="x"), OUT), r"part 3 Weigh needs b with first axes \[D\], got \[E\]"),
+        ((IN, Skip("u", out="u", over="D"), OUT), r"part 2 Skip needs u with first axes \[D\], got \[E\]"),
+        (
+            (Project("x", q="H K", k="H K", v="H K", b="K"), OuterScan(decay=None, bonus="b"), OUT),
+            r"needs a bonus b \[H\] or \[H K\], got \[K\]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(parts, words):
@@ -104,6 +116,16 @@ def test_what_does_not_fit_is_named(parts, words):
         (lambda: Norm("y", affine="bias"), RecipeError, "affine must be"),
         (lambda: ComplexGate(law="cartesian"), RecipeError, "law must be"),
         (lambda: FixedScan("u", frequency="log"), RecipeError, "frequency must be"),
+        (
+            lambda: TokenShift("x", to="a b c", init=("0", "1")),
+            RecipeError,
+            "init must have one .* each of a b c, got 2",
+        ),
+        (
+            lambda: Mixer(Recipe(Norm("x", groups=3, to="y")), 8),
+            RecipeError,
+            "Norm: groups must divide the 8 entries, got 3",
+        ),
         (lambda: Act("u", "swish"), ValueError, "name must be one of identity, silu"),
         (lambda: matrix_init("orthogonal", 1, 1, 1), ValueError, "law must be one of linear, residual"),
         (lambda: Part().shapes(None), NotImplementedError, "define shapes"),

@@ -16,7 +16,7 @@ from recur.primitives.conv import causal_conv, token_shift
 from recur.primitives.gates import activation, scale_gradient
 from recur.primitives.norms import KINDS, normalise
 from recur.recipe import Axes, Chain, Flow, Part, RecipeError, Site, State
-from recur.weights import Init, Param, by_index, matrix_init, normal, ones, uniform, zeros
+from recur.weights import Init, Param, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Project(Part):
         rows = [_product(site.size(first)) for first in self._first()]
         made = {"weight": Param((sum(rows), fan_in), self._fill(rows, fan_in, site.depth))}
         if self.bias:
-            made["bias"] = Param((sum(rows),), uniform(fan_in**-0.5) if self.init != "normal" else zeros, decay=False)
+            made["bias"] = Param((sum(rows),), bias_init(self.init, fan_in), decay=False)
         for (name, out), rank in zip(self.outs, rows, strict=True):
             if isinstance(out, LowRank):
                 width = _product(site.size(out.axes))
@@ -178,6 +178,12 @@ class TokenShift(Part):
     to: str
     init: tuple[str, ...] = ("0.5",)
 
+    def __post_init__(self) -> None:
+        if len(self.init) not in (1, len(self.to.split())):
+            raise RecipeError(
+                f"TokenShift: init must have one expression, or one for each of {self.to}, got {len(self.init)}"
+            )
+
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return dict.fromkeys(self.to.split(), axes.rank(self.source, 1))
 
@@ -253,7 +259,10 @@ class Norm(Part):
         return weight | bias
 
     def facts(self, site: Site) -> Mapping[str, Any]:
-        return {"rank": len(self._axes(site.axes)), "groups": int(site.number(self.groups))}
+        over, groups = self._axes(site.axes), int(site.number(self.groups))
+        if groups < 1 or _product(site.size(over)) % groups:
+            raise RecipeError(f"Norm: groups must divide the {_product(site.size(over))} entries, got {groups}")
+        return {"rank": len(over), "groups": groups}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         eps = flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
