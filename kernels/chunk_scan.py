@@ -202,13 +202,13 @@ def solve(
     M = overlap_ptr + pid * (BLOCK_C * BLOCK_C)
     done = ()
     for i in tl.static_range(N):
-        n: tl.constexpr = (N - 1 - i if FLIP else i) * 16
+        n = (N - 1 - i if FLIP else i) * 16
         rows = n + offs
         inside = rows < stop - start
         weight = tl.load(beta + rows * H, mask=inside, other=0.0).to(tl.float32)
         X = tl.where(rows[:, None] == cols[None, :], 1.0, 0.0)
         for j in tl.static_range(i):
-            m: tl.constexpr = (N - 1 - j if FLIP else j) * 16
+            m = (N - 1 - j if FLIP else j) * 16
             block = tl.load(M + rows[:, None] * BLOCK_C + m + few[None, :], mask=inside[:, None], other=0.0)
             X -= tl.dot(block * weight[:, None], done[j], input_precision="tf32x3")
         for r in tl.range(0, 16, num_stages=1):
@@ -488,108 +488,110 @@ def gradient(
     if DECAY == "one":
         rise, since = _rates(rates_ptr, square, BLOCK_C, 0), _rates(rates_ptr, square, BLOCK_C, 1)
 
-    # what the scores owe, [t s] and [s t]; a chunk that is not calm leaves them to `repair`
     given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
     u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
     if DELTA:
         beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+        r = load_tile((du_ptr, H, h, V), row, offs, inside, offs_v).to(tl.float32)
+        if tile == 0:
+            tl.store(dbeta_ptr + (row + offs) * H + h, tl.sum(r * u, 1), mask=inside)
+            store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, r * beta[:, None])
+        erase = (r * -beta[:, None]).to(DOT)
         u = u * beta[:, None]
+        ahead, behind = strict(order(BLOCK_C, FLIP)) & calm, strict(order(BLOCK_C, not FLIP)) & calm
     u = u.to(DOT)
-    dP, dPt = tl.dot(given, tl.trans(u), input_precision=PRECISION), tl.dot(u, tl.trans(given), input_precision=PRECISION)
-    if DECAY == "one":
-        dP = dP * (between(log_a, rise, since, FLIP, BEFORE, False, DOT) * scale)
-        dPt = dPt * (between(log_a, rise, since, FLIP, BEFORE, True, DOT) * scale)
-    elif DECAY == "key":
-        dP, dPt = tl.where(read & calm, dP, 0.0), tl.where(unread & calm, dPt, 0.0)
-    else:
-        dP, dPt = tl.where(read, dP, 0.0) * scale, tl.where(unread, dPt, 0.0) * scale
-    dP, dPt = dP.to(DOT), dPt.to(DOT)
 
-    # what the state that enters owes, and with it every reader
+    # what readers owe: to the state that enters, and to the scores; `repair` has those of a chunk that is not calm
     S = tl.load(S_ptr + cell, mask=in_state, other=0.0)
     write = load_tile(keys, row, offs, inside, offs_k).to(DOT)
+    dP = tl.dot(given, tl.trans(u), input_precision=PRECISION)  # [t s]
     dq = tl.dot(given, tl.trans(S), input_precision=PRECISION)
     if DECAY == "key":
-        dq = dq * near
+        dP, dq = tl.where(read & calm, dP, 0.0), dq * near
     elif DECAY == "one":
+        dP = dP * (between(log_a, rise, since, FLIP, BEFORE, False, DOT) * scale)
         dq = dq * (tl.exp2(rise) * scale)[:, None]
     else:
-        dq = dq * scale
-    dq = tl.dot(dP, write, dq, input_precision=PRECISION)
+        dP, dq = tl.where(read, dP, 0.0) * scale, dq * scale
+    dq = tl.dot(dP.to(DOT), write, dq, input_precision=PRECISION)
     query = load_tile(told, row, offs, inside, offs_k).to(DOT)
     if DECAY != "none":
         sums = query * dq
         own = sums
     if DELTA:
-        r = load_tile((du_ptr, H, h, V), row, offs, inside, offs_v).to(tl.float32)
-        if tile == 0:
-            e = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
-            tl.store(dbeta_ptr + (row + offs) * H + h, tl.sum(r * e, 1), mask=inside)
-            store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, r * beta[:, None])
-        erase = (r * -beta[:, None]).to(DOT)
-        ahead, behind = strict(order(BLOCK_C, FLIP)) & calm, strict(order(BLOCK_C, not FLIP)) & calm
         dM = tl.where(ahead, tl.dot(erase, tl.trans(u), input_precision=PRECISION), 0.0)
-        dMt = tl.where(behind, tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
         dreach = tl.dot(erase, tl.trans(S), input_precision=PRECISION)
         if DECAY == "key":
             dreach = dreach * near
         elif DECAY == "one":
             dM = dM * between(log_a, rise, since, FLIP, False, False, DOT)
-            dMt = dMt * between(log_a, rise, since, FLIP, False, True, DOT)
             dreach = dreach * tl.exp2(rise)[:, None]
         dreach = tl.dot(dM.to(DOT), write, dreach, input_precision=PRECISION)
-        dMt = dMt.to(DOT)
         reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
         if DECAY != "none":
             sums += reach * dreach
-
-    # what the state that leaves owes, and with it every writer
-    G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
-    dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
-    if DECAY == "key":
-        dk = dk * near
-    elif DECAY == "one":
-        dk = dk * tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2))[:, None]
-    cross = dk
-    dk = tl.dot(dPt, query, dk, input_precision=PRECISION)
-    if DELTA:
-        dk = tl.dot(dMt, reach, dk, input_precision=PRECISION)
-
-    # d log a_t: reads from t on that reach back before t, writes before t that leave, and what passes all of the chunk
     if DECAY == "key":
         rise, fall, whole = reaches(log_a, FLIP, BEFORE, DOT)
         middle = _middle(whole, calm)
-        passed = tl.sum(write * cross, 0) + tl.sum(S.to(tl.float32) * G.to(tl.float32), 1) * tl.exp2(whole)
+        rise, fall = tl.exp2(rise - middle[None, :]), tl.exp2(fall - middle[None, :])
+        dq = dq * (rise * scale)
+        if DELTA:
+            dreach = dreach * rise
+    if BEFORE:
+        plain_q = load_tile((q_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
+        if TIED:
+            plain_k = tied(log_a)
+        else:
+            plain_k = load_tile((k_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
+        bonus = tl.load(bonus_ptr + h * K + offs_k, mask=offs_k < K, other=0.0)
+        now = tl.sum(given.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
+        dq += now * plain_k * bonus[None, :]
+        tl.store(dbonus_ptr + square * K + offs_k, tl.sum(now * plain_q * plain_k, 0), mask=offs_k < K)
+    store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
+
+    # what writers owe: to the state that leaves, and to the scores
+    G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
+    if DECAY != "none":
+        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
+    dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
+    dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
+    if DECAY == "key":
+        dPt, dk = tl.where(unread & calm, dPt, 0.0), dk * near
+    elif DECAY == "one":
+        dPt = dPt * (between(log_a, rise, since, FLIP, BEFORE, True, DOT) * scale)
+        dk = dk * tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2))[:, None]
+    else:
+        dPt = tl.where(unread, dPt, 0.0) * scale
+    if DECAY == "key":
+        passed = passed * tl.exp2(whole) + tl.sum(write * dk, 0)
+    elif DECAY == "one":
+        passed = tl.sum(passed) * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
+    dk = tl.dot(dPt.to(DOT), query, dk, input_precision=PRECISION)
+    if DELTA:
+        dMt = tl.where(behind, tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
+        if DECAY == "one":
+            dMt = dMt * between(log_a, rise, since, FLIP, False, True, DOT)
+        dk = tl.dot(dMt.to(DOT), reach, dk, input_precision=PRECISION)
+
+    # d log a_t: reads from t on that reach back before t, writes before t that leave, and what passes all of the chunk
+    if DECAY == "key":
         sums -= write * dk
         dgate = sums_along(order(BLOCK_C, not FLIP), sums, DOT) + passed[None, :]
         if BEFORE:
             dgate -= own
         dgate = tl.where(log_a <= RESET, 0.0, dgate)
-        rise = tl.exp2(rise - middle[None, :])
-        dq, dk = dq * (rise * scale), dk * tl.exp2(fall - middle[None, :])
-        if DELTA:
-            dk += dreach * rise
-    else:
-        if DECAY == "one":
-            whole = tl.exp2(tl.load(whole_ptr + square))
-            passed = tl.sum(write * cross) + tl.sum(S.to(tl.float32) * G.to(tl.float32)) * whole
-            sums = tl.sum(sums - write * dk, 1)
-            dgate = tl.sum(tl.where(order(BLOCK_C, not FLIP), sums[None, :], 0.0), 1) + passed
-            if BEFORE:
-                dgate -= tl.sum(own, 1)
-            at = tile * B * T * H + (row + offs) * H + h
-            tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
-        if DELTA:
-            dk += dreach
+        dk = dk * fall
+    elif DECAY == "one":
+        sums = tl.sum(sums - write * dk, 1)
+        dgate = tl.sum(tl.where(order(BLOCK_C, not FLIP), sums[None, :], 0.0), 1) + passed
+        if BEFORE:
+            dgate -= tl.sum(own, 1)
+        at = tile * B * T * H + (row + offs) * H + h
+        tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
+    if DELTA:
+        dk += dreach
     if BEFORE:
-        plain_q = load_tile((q_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
-        plain_k = tied(log_a) if TIED else load_tile((k_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
-        bonus = tl.load(bonus_ptr + h * K + offs_k, mask=offs_k < K, other=0.0)
-        now = tl.sum(given.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
-        dq += now * plain_k * bonus[None, :]
         dk += now * plain_q * bonus[None, :]
-        tl.store(dbonus_ptr + square * K + offs_k, tl.sum(now * plain_q * plain_k, 0), mask=offs_k < K)
-    store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
     if TIED:
         dgate -= tl.exp2(log_a.to(tl.float32) * LOG2E) * dk
     else:
