@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from recur import convert
-
-transformers = pytest.importorskip("transformers", reason="pip install 'recur-primitives[interop]'")
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 40, "state_size": 4}
 HEADS = {**SMALL, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
