@@ -121,3 +121,9 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
     if law not in laws:
         raise ValueError(f"init: law must be one of {', '.join(laws)}, got {law!r}")
     return laws[law]
+
+
+def bias_init(law: str, fan_in: int) -> Init:
+    """The law of the bias beside a matrix of such a law: as torch's Linear, N(0, 1) or 0."""
+    laws = {"linear": uniform(fan_in**-0.5), "residual": uniform(fan_in**-0.5), "unscaled": normal()}
+    return laws.get(law, zeros)

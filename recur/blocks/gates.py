@@ -10,6 +10,7 @@ import torch
 
 from recur.axes import RecipeError, Spec, spec
 from recur.primitives.gates import (
+    BOUND_LAWS,
     activation,
     complex_gate,
     lower_bounded_decay,
@@ -19,7 +20,8 @@ from recur.primitives.gates import (
     sigmoid_decay,
 )
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, ones
+from recur.shapes import accumulation_dtype
+from recur.weights import Param, constant
 
 
 @dataclass(frozen=True)
@@ -42,26 +44,38 @@ class Decay(Part):
 
 @dataclass(frozen=True)
 class LowerBounds(Part):
-    """The least each layer keeps: bound_l = sum_{1<=j<=l} softmax(logits over layers)_j, rising with depth from 0.
+    """The least each layer keeps, rising with depth from 0: sums of softmax(logits over the layers).
 
     One table for the whole model; every layer takes its row.
+
+    Args:
+        law:   which shares layer l sums, "skip_first" (1 .. l) or "skip_last" (0 .. l - 1).
+        start: first value of the logits; any gives the same bounds, l / layers.
     """
 
     axes: str
+    law: str = "skip_first"
+    start: float = 1.0
     out: str = "bound"
     scope = "model"
+
+    def __post_init__(self) -> None:
+        if self.law not in BOUND_LAWS:
+            raise RecipeError(f"LowerBounds: law must be one of {', '.join(BOUND_LAWS)}, got {self.law!r}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.out: spec(self.axes)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        return {"logits": Param((site.depth, *site.size(self.axes)), ones, decay=False, float32=True)}
+        first = constant(self.start)
+        return {"logits": Param((site.depth, *site.size(self.axes)), first, decay=False, float32=True)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.out: lower_bounds(weights.logits)[flow.layer][None, None]}), None
+        return flow.set(**{self.out: lower_bounds(weights.logits, law=self.law)[flow.layer][None, None]}), None
 
     def formula(self) -> str:
-        return f"{self.out} = sum_{{1<=j<=layer}} softmax(logits)_j"
+        shares = "1<=j<=layer" if self.law == "skip_first" else "0<=j<layer"
+        return f"{self.out} = sum_{{{shares}}} softmax(logits)_j"
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,14 @@ class FixedDecay(Part):
         return f"{self.out} = log(1 - 2^(-5-h)), {self.eps_out} = {self.eps:g} sum_{{s<=t}} a^(t-s)"
 
 
+def pairs(axes: Axes, name: str) -> Spec:
+    """The axes of a tensor of pairs, without their own. Raises: RecipeError if the last one is not 2."""
+    found = axes[name]
+    if not found or found[-1] != "2":
+        raise RecipeError(f"{axes.reader} reads pairs: {name} must end in an axis of 2, got [{' '.join(found)}]")
+    return found[:-1]
+
+
 @dataclass(frozen=True)
 class ComplexGate(Part):
     """Complex log decay from pairs c [... 2].
@@ -133,12 +155,7 @@ class ComplexGate(Part):
             raise RecipeError(f'ComplexGate: law must be "polar" or "amplitude_phase", got {self.law!r}')
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        found = axes[self.source]
-        if not found or found[-1] != "2":
-            raise RecipeError(
-                f"{axes.reader} reads pairs: {self.source} must end in an axis of 2, got [{' '.join(found)}]"
-            )
-        return {self.out: found[:-1]}
+        return {self.out: pairs(axes, self.source)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         law = polar_gate if self.law == "polar" else complex_gate
@@ -148,6 +165,67 @@ class ComplexGate(Part):
         c = self.source
         a = f"sigmoid(|{c}|) {c}/|{c}|" if self.law == "polar" else f"sigmoid({c}_0) exp(i {c}_1)"
         return f"a = {a}, {self.out} = log a"
+
+
+@dataclass(frozen=True)
+class Phase(Part):
+    """Turn a decay by a learned angle per channel, the same at every token: log_a = log_f + i theta.
+
+    theta starts as base^(-2j/n) over the n channels.
+    """
+
+    source: str = "log_f"
+    base: float = 10000.0
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.rank(self.source, 1)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        (n,) = site.of(self.source)
+        angles = self.base ** (-2 / n * torch.arange(n, dtype=torch.float64))
+        return {"theta": Param((n,), lambda weight: weight.copy_(angles), decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        log_f = flow[self.source]
+        return flow.set(**{self.out: torch.complex(log_f, weights.theta.to(log_f.dtype).expand_as(log_f))}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = {self.source} + i theta"
+
+
+@dataclass(frozen=True)
+class Complex(Part):
+    """Pairs [... 2] as complex numbers [...], in float32 or wider."""
+
+    source: str
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.source: pairs(axes, self.source)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        c = flow[self.source]
+        return flow.set(**{self.source: torch.complex(*c.to(accumulation_dtype(c)).unbind(-1))}), None
+
+    def formula(self) -> str:
+        return f"{self.source} <- {self.source}_0 + i {self.source}_1"
+
+
+@dataclass(frozen=True)
+class RealImag(Part):
+    """Complex numbers [*] as their real parts above their imaginary parts [2 *], in the dtype of x."""
+
+    source: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.source: ("2", *axes[self.source])}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        y = flow[self.source]
+        return flow.set(**{self.source: torch.stack([y.real, y.imag], 2).to(flow["x"].dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.source} <- [Re {self.source}, Im {self.source}]"
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,26 @@ from recur.presets.dense_retnet import dense_retnet
 from recur.presets.gateloop import gateloop, simple_gateloop
 from recur.presets.gla import gla
 from recur.presets.gss import gss
-from recur.presets.hgrn2 import hgrn2
+from recur.presets.hgrn import hgrn, hgrn_complex
+from recur.presets.hgrn2 import hgrn2, hgrn2_series
 from recur.presets.longhorn import longhorn
 from recur.presets.mamba import mamba
 from recur.presets.retnet import retnet
 
-PRESETS = (dense_retnet, gateloop, gla, gss, hgrn2, longhorn, mamba, retnet, simple_gateloop)
+PRESETS = (
+    dense_retnet,
+    gateloop,
+    gla,
+    gss,
+    hgrn,
+    hgrn2,
+    hgrn2_series,
+    hgrn_complex,
+    longhorn,
+    mamba,
+    retnet,
+    simple_gateloop,
+)
 
 __all__ = ["names", *(preset.__name__ for preset in PRESETS)]
 
