@@ -80,24 +80,29 @@ class LowerBounds(Part):
 
 @dataclass(frozen=True)
 class BoundedDecay(Part):
-    """A forget gate above its bound, and what it lets in: a = g + (1 - g) sigmoid(z); log_a and keep = 1 - a."""
+    """A forget gate above its bound, and what it lets in: a = g + (1 - g) sigmoid(z); log_a and keep = 1 - a.
+
+    bound None is a bound of 0.
+    """
 
     source: str = "z"
-    bound: str = "bound"
+    bound: str | None = "bound"
     out: str = "log_a"
     keep: str = "k"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        found = axes.same(self.source, self.bound)
+        found = axes.same(self.source, self.bound or self.source)
         return {self.out: found, self.keep: found}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        log_a, keep = lower_bounded_decay(flow[self.source], flow[self.bound])
-        return flow.set(**{self.out: log_a, self.keep: keep.to(flow[self.source].dtype)}), None
+        z = flow[self.source]
+        log_a, keep = lower_bounded_decay(z, z.new_zeros(()) if self.bound is None else flow[self.bound])
+        return flow.set(**{self.out: log_a, self.keep: keep.to(z.dtype)}), None
 
     def formula(self) -> str:
         g, z = self.bound, self.source
-        return f"a = {g} + (1 - {g}) sigmoid({z}), {self.out} = log a, {self.keep} = 1 - a"
+        floor = f"{g} + (1 - {g}) " if g else ""
+        return f"a = {floor}sigmoid({z}), {self.out} = log a, {self.keep} = 1 - a"
 
 
 @dataclass(frozen=True)

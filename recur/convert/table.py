@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recur.convert import dense_retnet, gateloop, gla, gss, hgrn2, longhorn, mamba, retnet
+from recur.convert import dense_retnet, gateloop, gla, gss, hgrn, hgrn2, longhorn, mamba, retnet
 from recur.convert.official import Official
 
 OFFICIAL: dict[str, Official] = {
@@ -15,8 +15,13 @@ OFFICIAL: dict[str, Official] = {
     "gla": gla.MODEL,
     "gla_mixer": gla.MIXER,
     "gss_block": gss.BLOCK,
+    "hgrn2_hub": hgrn2.HUB["lm"],
+    "hgrn2_hub_layer": hgrn2.HUB["layer"],
     "hgrn2_lm": hgrn2.MODEL,
-    "hgru2_1d": hgrn2.MIXER,
+    "hgrn_hub": hgrn.HUB["lm"],
+    "hgrn_hub_layer": hgrn.HUB["layer"],
+    **hgrn.UNITS,
+    **hgrn2.UNITS,
     "longhorn": longhorn.MIXER,
     "longhorn_lm": longhorn.MODEL,
     "mamba": mamba.MIXER,

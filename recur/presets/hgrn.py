@@ -84,3 +84,8 @@ def hgrn_complex(
         Project("y", y="D", bias=bias, init=init),
         source="Qin et al. 2023, arXiv:2311.04823",
     )
+
+
+def without_bounds(recipe: Recipe) -> Recipe:
+    """The ablation: forget gates that may fall to 0 in every layer."""
+    return recipe.replace(BoundedDecay, BoundedDecay("z", bound=None)).remove(LowerBounds)

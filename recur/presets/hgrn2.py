@@ -6,7 +6,7 @@ from typing import Any
 from recur.blocks import Act, Along, BoundedDecay, LowerBounds, Norm, OuterScan, Project, both_ways, one_way
 from recur.recipe import Part, Recipe
 
-HEADS_TOGETHER = Norm("y", eps=1e-6, affine="none")
+HEADS_TOGETHER = (Norm("y", eps=1e-6, affine="none"),)
 
 
 def hgrn2(
@@ -19,7 +19,7 @@ def hgrn2(
     scale: float | str = 1.0,
     bounds: str = "skip_first",
     scan: Callable[..., tuple[Part, ...]] = one_way,
-    norm: Norm = HEADS_TOGETHER,
+    norm: tuple[Norm, ...] = HEADS_TOGETHER,
 ) -> Recipe:
     """S_t = diag(a_t) S_{t-1} + (1 - a_t) v_t^T, y_t = S_t^T q_t; a = g + (1 - g) sigmoid(z), g rising with depth.
 
@@ -27,7 +27,8 @@ def hgrn2(
 
     Args: heads: H, or "D/e" for an expansion by e; bias, init: of all projections; value_act, read_act: activations of
         v and q; scale: of the read-out; bounds: law of LowerBounds; scan: which way it reads (one_way, both_ways,
-        in_grid); norm: of all heads together.
+        in_grid); norm: of all heads
+        together, or none, ().
     Source: Qin et al. 2024, arXiv:2404.07904.
     """
     return Recipe(
@@ -37,7 +38,7 @@ def hgrn2(
         LowerBounds("H K", law=bounds),
         BoundedDecay("z"),
         *scan(OuterScan(scale=scale)),
-        norm,
+        *norm,
         Project("y", y="D", bias=bias, init=init),
         axes={"H": heads, "K": "D/H"},
         source="Qin et al. 2024, arXiv:2404.07904",
