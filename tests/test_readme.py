@@ -87,11 +87,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not heading or heading in [title.lower().replace(" ", "-") for title in headings], target
 
 
-def test_every_preset_has_its_equation_on_the_page() -> None:
-    page = (ROOT / "docs" / "algebra.md").read_text(encoding="utf-8")
+def test_every_preset_has_its_equation_on_a_page() -> None:
+    page = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
     for name in presets.names():
         preset = getattr(presets, name)
-        assert f"(../{preset.__module__.replace('.', '/')}.py)" in page, name
+        assert f"../{preset.__module__.replace('.', '/')}.py)" in page, name
         paper = re.search(r"arXiv:([\d.]+\d)", preset().source)
         assert paper is not None
         assert f"https://arxiv.org/abs/{paper[1]}" in page, name

@@ -30,6 +30,7 @@ from recur.blocks.glue import (
     both_ways,
     down_and_right,
     in_grid,
+    in_series,
     one_way,
 )
 from recur.blocks.hidden import DenseFusion
@@ -44,7 +45,7 @@ PARTS = (
     Project, RealImag, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Sum, TokenShift,
 )  # fmt: skip
 
-WAYS = (both_ways, down_and_right, in_grid, one_way)
+WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)
 
 __all__ = [
     "Block",

@@ -16,7 +16,7 @@ from recur.axes import Spec, spec
 from recur.primitives.conv import causal_conv, token_shift
 from recur.primitives.gates import activation, scale_gradient
 from recur.primitives.norms import KINDS, normalise
-from recur.recipe import Axes, Chain, Flow, Part, RecipeError, Site, State
+from recur.recipe import Axes, Chain, Flow, Part, Recipe, RecipeError, Site, State
 from recur.weights import Init, Param, bias_init, constant, matrix_init, normal, ones, uniform, zeros
 
 
@@ -496,6 +496,14 @@ def down_and_right(scan: Any, back: Any = None) -> tuple[Part, ...]:
     """Down and right in a grid, added: a cell sees what is straight above it and what is left of it."""
     down, right = (dataclasses.replace(scan, out=name) for name in ("down", "right"))
     return Along(0, (down,)), Along(1, (right,)), Sum("down right", out=scan.out)
+
+
+def in_series(recipe: Recipe) -> Recipe:
+    """The recipe along the columns of a grid and then, with the same weights, along the rows of what that gave."""
+    shared = tuple(part for part in recipe.parts if part.scope == "model")
+    body = tuple(part for part in recipe.parts if part.scope == "layer")
+    lines = Along(0, body, name="body"), Along(1, body, reads="y", name="body")
+    return Recipe(*shared, *lines, axes=recipe.axes, inputs=recipe.inputs, source=recipe.source)
 
 
 def _there_and_back(scan: Any, back: Any, there: str, home: str) -> tuple[Part, Part]:

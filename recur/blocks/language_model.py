@@ -188,7 +188,8 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(recipes[i % len(recipes)], dim, layer=i, **common) for i in layers)
         last = (between if block == "pre" else None) if final_norm == "same" else stream_norm(final_norm)
         self.final_norm = StreamNorm(last, dim)
-        self.head = None if tie else Weights({"weight": Param((vocab_size, dim), normal(head_std or dim**-0.5))})
+        head_init = normal(dim**-0.5 if head_std is None else head_std)
+        self.head = None if tie else Weights({"weight": Param((vocab_size, dim), head_init)})
 
     @property
     def causal(self) -> bool:

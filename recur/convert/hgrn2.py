@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from recur.blocks import LanguageModel, Mixer, Norm, both_ways, in_grid, one_way
+from recur.blocks import LanguageModel, Mixer, Norm, both_ways, in_grid, in_series, one_way
 from recur.blocks.feedforward import gated
 from recur.convert.hgrn import activation_of, alone, hub
 from recur.convert.keys import Keys, merged, rows, tied, under
 from recur.convert.official import Official
-from recur.presets.hgrn2 import hgrn2, hgrn2_series
+from recur.presets.hgrn2 import hgrn2
 from recur.recipe import Recipe
 
 UNIT: Keys = {
@@ -58,6 +58,10 @@ def unit(
     norm = (_norm(norm_type, "y"),) if use_norm else ()
     recipe = preset(heads=embed_dim // expand_ratio, bias=bias, init="linear", norm=norm, **acts)
     return Mixer(alone(recipe), embed_dim)
+
+
+def series(**options: Any) -> Recipe:
+    return in_series(hgrn2(scan=both_ways, **options))
 
 
 def model(
@@ -109,7 +113,7 @@ UNITS = {
     "bihgru2_1d": _unit(partial(hgrn2, scan=both_ways), inert=("chunk_size",)),
     "hgru2_1d": _unit(partial(hgrn2, scan=one_way), inert=("use_fla",)),
     "hgru2_2d_parallel": _unit(partial(hgrn2, scan=in_grid)),
-    "hgru2_2d_series": _unit(hgrn2_series, "parts.body."),
+    "hgru2_2d_series": _unit(series, "parts.body."),
 }
 TOKENS = ("bos_token_id", "eos_token_id", "add_bos_token", "use_cache", "causal")
 MODEL = Official(model, KEYS, inert=TOKENS)

@@ -5,25 +5,14 @@ from recur.presets.gateloop import gateloop, simple_gateloop
 from recur.presets.gla import gla
 from recur.presets.gss import gss
 from recur.presets.hgrn import hgrn, hgrn_complex
-from recur.presets.hgrn2 import hgrn2, hgrn2_series
+from recur.presets.hgrn2 import hgrn2
 from recur.presets.longhorn import longhorn
 from recur.presets.mamba import mamba
 from recur.presets.retnet import retnet
 
 PRESETS = (
-    dense_retnet,
-    gateloop,
-    gla,
-    gss,
-    hgrn,
-    hgrn2,
-    hgrn2_series,
-    hgrn_complex,
-    longhorn,
-    mamba,
-    retnet,
-    simple_gateloop,
-)
+    dense_retnet, gateloop, gla, gss, hgrn, hgrn2, hgrn_complex, longhorn, mamba, retnet, simple_gateloop,
+)  # fmt: skip
 
 __all__ = ["names", *(preset.__name__ for preset in PRESETS)]
 

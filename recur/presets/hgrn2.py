@@ -1,9 +1,8 @@
 """HGRN2: a gated RNN whose state is expanded by an outer product, with nothing added to learn."""
 
 from collections.abc import Callable
-from typing import Any
 
-from recur.blocks import Act, Along, BoundedDecay, LowerBounds, Norm, OuterScan, Project, both_ways, one_way
+from recur.blocks import Act, BoundedDecay, LowerBounds, Norm, OuterScan, Project, one_way
 from recur.recipe import Part, Recipe
 
 HEADS_TOGETHER = (Norm("y", eps=1e-6, affine="none"),)
@@ -27,8 +26,7 @@ def hgrn2(
 
     Args: heads: H, or "D/e" for an expansion by e; bias, init: of all projections; value_act, read_act: activations of
         v and q; scale: of the read-out; bounds: law of LowerBounds; scan: which way it reads (one_way, both_ways,
-        in_grid); norm: of all heads
-        together, or none, ().
+        in_grid; for series see recur.blocks.in_series); norm: of all heads together, or none, ().
     Source: Qin et al. 2024, arXiv:2404.07904.
     """
     return Recipe(
@@ -42,22 +40,4 @@ def hgrn2(
         Project("y", y="D", bias=bias, init=init),
         axes={"H": heads, "K": "D/H"},
         source="Qin et al. 2024, arXiv:2404.07904",
-    )
-
-
-def hgrn2_series(**options: Any) -> Recipe:
-    """HGRN2 in a grid: both ways along the columns, then the same weights both ways along the rows of the result.
-
-    Args: as `hgrn2`, without scan.
-    Source: Qin et al. 2024, arXiv:2404.07904.
-    """
-    once = hgrn2(scan=both_ways, **options)
-    floors = tuple(part for part in once.parts if isinstance(part, LowerBounds))
-    body = tuple(part for part in once.parts if part not in floors)
-    return Recipe(
-        *floors,
-        Along(0, body, name="body"),
-        Along(1, body, reads="y", name="body"),
-        axes=once.axes,
-        source=once.source,
     )
