@@ -1,6 +1,7 @@
 """HGRN: gated recurrences whose forget gates have a floor that rises with depth; real, and turned by fixed angles."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from recur.blocks import (
     Act,
@@ -88,4 +89,5 @@ def hgrn_complex(
 
 def without_bounds(recipe: Recipe) -> Recipe:
     """The ablation: forget gates that may fall to 0 in every layer."""
-    return recipe.replace(BoundedDecay, BoundedDecay("z", bound=None)).remove(LowerBounds)
+    (gate,) = (part for part in recipe.parts if isinstance(part, BoundedDecay))
+    return recipe.replace(BoundedDecay, replace(gate, bound=None)).remove(LowerBounds)
