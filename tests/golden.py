@@ -77,7 +77,7 @@ def case_of(vectors: Vectors) -> Case:
 def forms(path: Path) -> tuple[str, ...]:
     """The runs of a file: whole in two forms, and "step", token by token, where the module streams."""
     vectors = Vectors(path)
-    streams = case_of(vectors).streams and vectors.arguments.get("causal", True)
+    streams = case_of(vectors).streams_in(vectors)
     return ("recurrent", "chunked", "step") if streams else ("recurrent", "chunked")
 
 

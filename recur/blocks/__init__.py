@@ -7,10 +7,13 @@ from recur.blocks.gates import (
     ComplexGate,
     Decay,
     FixedDecay,
+    Learned,
     LowerBounds,
     OutputGate,
     Phase,
     RealImag,
+    RetentionScale,
+    StepDecay,
 )
 from recur.blocks.glue import (
     Act,
@@ -27,6 +30,7 @@ from recur.blocks.glue import (
     Skip,
     Sum,
     TokenShift,
+    Weigh,
     both_ways,
     down_and_right,
     in_grid,
@@ -41,8 +45,9 @@ from recur.recipe import Chain
 
 PARTS = (
     Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout,
-    FixedDecay, FixedScan, GatedScan, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate, Phase,
-    Project, RealImag, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Sum, TokenShift,
+    FixedDecay, FixedScan, GatedScan, Learned, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate,
+    Phase, Project, RealImag, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip,
+    StepDecay, Sum, TokenShift, Weigh,
 )  # fmt: skip
 
 WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)

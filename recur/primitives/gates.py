@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leak": F.leaky_relu,
     "tanh": torch.tanh,
     "exp": torch.exp,
+    "-exp": lambda x: -x.exp(),
     "softplus": F.softplus,
 }
 

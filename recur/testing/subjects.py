@@ -16,7 +16,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from recur.blocks.glue import Along, ScaleGrad
+from recur.blocks.glue import Along
 from recur.blocks.mixer import Mixer
 from recur.recipe import Part, Recipe
 from recur.testing import strategies
@@ -142,7 +142,7 @@ class Layer:
         self.causal = recipe.causal
         self.name = f"this recipe ({recipe.source})" if recipe.source else "this recipe"
         parts = list(parts_of(recipe.parts))
-        self.honest = not any(part.fraction != 1 for part in parts if isinstance(part, ScaleGrad))
+        self.honest = all(part.honest for part in parts)
         self.in_grid = any(isinstance(part, Along) for part in parts)
         self.inputs = strategies.layers(self)
         self.smooth_inputs = strategies.layers(self, loudness=("plain",))  # silence is a corner of norms

@@ -42,6 +42,9 @@ def both_matrices(parts: Parts, _: int) -> dict[str, Tensor]:
 class Unit(Module):
     """A unit alone, whose lower bound is an input."""
 
+    def streams_in(self, vectors: Vectors) -> bool:
+        return self.streams and vectors.arguments.get("causal", True)
+
     def inputs(self, vectors: Vectors, module: Any) -> tuple[Tensor, dict[str, Tensor], tuple[dict[str, Tensor], ...]]:
         given, axes = vectors.inputs, module.recipe.inputs["bound"]
         sizes = module.recipe.site(module.dim).size(axes)
