@@ -27,6 +27,7 @@ IN_GRID = ("hgrn_complex, down and right", "hgrn2, in a grid", "hgrn2, in series
 CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "dense_retnet": (presets.dense_retnet(heads=2), {"depth": 3}, SMOOTH),
     "dense_retnet, one layer": (presets.dense_retnet(heads=2), {}, SMOOTH | {"steps"}),
+    "dense_retnet, parallel scale": (presets.dense_retnet(heads=2, scale=(RetentionScale(),)), {"depth": 2}, set()),
     "gateloop": (presets.gateloop(), {}, {"steps"}),  # trains its gate slower, so its gradients are no derivatives
     "gateloop, plain gradients": (presets.gateloop(heads=4, gate_gradient=1.0), {}, SMOOTH | {"steps"}),
     "gateloop, amplitude and phase": (presets.gateloop(heads=4, law="amplitude_phase"), {}, {"steps"}),

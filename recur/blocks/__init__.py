@@ -39,7 +39,7 @@ from recur.blocks.glue import (
 )
 from recur.blocks.hidden import DenseFusion
 from recur.blocks.language_model import Block, LanguageModel
-from recur.blocks.mixer import Mixer, MixerOut, detach, nbytes
+from recur.blocks.mixer import Mixer, MixerOut, Single, detach, nbytes
 from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, SelectiveScan
 from recur.recipe import Chain
 
@@ -57,6 +57,7 @@ __all__ = [
     "LanguageModel",
     "Mixer",
     "MixerOut",
+    "Single",
     "detach",
     "nbytes",
     *(part.__name__ for part in PARTS),

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from recur.axes import RecipeError
 from recur.blocks.feedforward import feedforward
 from recur.blocks.glue import Norm
-from recur.blocks.mixer import Mixer, detach, overwrite
+from recur.blocks.mixer import Mixer, Single, detach, overwrite
 from recur.blocks.sampling import sample_token
 from recur.primitives.forms import check_packing
 from recur.recipe import Flow, Recipe, State
@@ -46,9 +46,9 @@ class Block(nn.Module):
             raise RecipeError(f'Block: order must be "pre" or "post", got {order!r}')
         self.order, self.dropout = order, dropout
         self.mixer = Mixer(recipe, dim, depth=depth, layer=layer, shared=shared)
-        self.mixer_norm = StreamNorm(norm, dim)
+        self.mixer_norm = on_stream(norm, dim)
         self.ffn = None if ffn is None else Mixer(ffn, dim, depth=depth, layer=layer, shared=shared)
-        self.ffn_norm = None if ffn is None else StreamNorm(norm, dim)
+        self.ffn_norm = None if ffn is None else on_stream(norm, dim)
 
     def forward(self, x: Tensor, state: State = None, **options: Any) -> tuple[Tensor, State, Mapping[str, Tensor]]:
         """The stream after this layer, its state, and what it publishes for deeper layers."""
@@ -85,19 +85,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-class StreamNorm(nn.Module):
-    """A Norm part applied to the residual stream; the identity when there is none."""
-
-    def __init__(self, norm: Norm | None, dim: int) -> None:
-        super().__init__()
-        self.norm = norm
-        self.weights = None if norm is None else norm.build(Recipe(norm, Norm("x", to="y")).site(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.norm is None:
-            return x
-        flow, _ = self.norm(Flow({"x": x}, x.new_zeros(x.shape[0], dtype=torch.long)), self.weights, None)
-        return flow[self.norm.to or "x"]
+def on_stream(norm: Norm | None, dim: int) -> nn.Module:
+    """A Norm of "x" applied to the residual stream; the identity when there is none."""
+    return nn.Identity() if norm is None else Single(norm, dim, norm.to or norm.source)
 
 
 def stream_norm(norm: Norm | str | None) -> Norm | None:
@@ -187,7 +177,7 @@ class LanguageModel(nn.Module):
         common |= {"depth": depth, "shared": self.shared}
         self.blocks = nn.ModuleList(Block(recipes[i % len(recipes)], dim, layer=i, **common) for i in layers)
         last = (between if block == "pre" else None) if final_norm == "same" else stream_norm(final_norm)
-        self.final_norm = StreamNorm(last, dim)
+        self.final_norm = on_stream(last, dim)
         head_init = normal(dim**-0.5 if head_std is None else head_std)
         self.head = None if tie else Weights({"weight": Param((vocab_size, dim), head_init)})
 

@@ -19,6 +19,8 @@ from recur.convert.official import Official
 
 OFFICIAL: dict[str, Official] = {
     "dense_gau_retnet": dense_retnet.MODEL,
+    "densessm_layer": dense_retnet.LAYER,
+    "densessm_projection": dense_retnet.PROJECTION,
     "densessm_retention": dense_retnet.MIXER,
     "dss": gss.DSS,
     "gated_state_space_lm": gss.MODEL,
