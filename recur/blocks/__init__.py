@@ -1,7 +1,7 @@
 """Bricks that own weights, and what is built from them."""
 
-from recur.blocks.attention import Attention, Rotary
-from recur.blocks.gates import BoundedDecay, ComplexGate, Decay, FixedDecay, LowerBounds, OutputGate
+from recur.blocks.attention import Attention, RelPos, Rotary
+from recur.blocks.gates import BoundedDecay, ComplexGate, Decay, FixedDecay, LowerBounds, OutputGate, Smoothing
 from recur.blocks.glue import (
     Act,
     Dropout,
@@ -9,24 +9,28 @@ from recur.blocks.glue import (
     Map,
     Norm,
     Project,
+    Reshape,
     Reverse,
     Scale,
     ScaleGrad,
     ShortConv,
     Skip,
     Sum,
+    TapConv,
     TokenShift,
+    Unbind,
 )
 from recur.blocks.hidden import DenseFusion
 from recur.blocks.language_model import Block, LanguageModel
+from recur.blocks.loop import Loop
 from recur.blocks.mixer import Mixer, MixerOut, detach, nbytes
 from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, SelectiveScan
 from recur.recipe import Chain
 
 PARTS = (
     Act, Attention, BoundedDecay, Chain, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout, FixedDecay, FixedScan,
-    GatedScan, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate, Project, Reverse, Rotary, Scale,
-    ScaleGrad, SelectiveScan, ShortConv, Skip, Sum, TokenShift,
+    GatedScan, Loop, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate, Project, RelPos, Reshape,
+    Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing, Sum, TapConv, TokenShift, Unbind,
 )  # fmt: skip
 
 __all__ = ["Block", "LanguageModel", "Mixer", "MixerOut", "detach", "nbytes", *(part.__name__ for part in PARTS)]
