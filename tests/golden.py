@@ -68,10 +68,10 @@ def forms(path: Path) -> tuple[str, ...]:
 
     Raises: NotImplementedError for a module that is in no table.
     """
-    case = Vectors(path).case
-    if case not in CASES:
-        raise NotImplementedError(f"no case {case!r}")
-    return ("recurrent", "chunked", "step") if CASES[case].streams else ("recurrent", "chunked")
+    vectors = Vectors(path)
+    if vectors.case not in CASES:
+        raise NotImplementedError(f"no case {vectors.case!r}")
+    return ("recurrent", "chunked", "step") if CASES[vectors.case].streams(vectors) else ("recurrent", "chunked")
 
 
 def replay(path: Path, form: str) -> dict[str, float]:

@@ -8,7 +8,13 @@ from recur.convert.official import Official
 OFFICIAL: dict[str, Official] = {
     "dense_gau_retnet": dense_retnet.MODEL,
     "densessm_retention": dense_retnet.MIXER,
+    "ds_conv": gss.DSCONV,
     "dss": gss.DSS,
+    "exponential_smoothing": gss.MHESA,
+    "gated_ds_conv": gss.GATED_DSCONV,
+    "gated_ds_conv_lm": gss.DSCONV_MODEL,
+    "gated_exponential_smoothing": gss.GATED_MHESA,
+    "gated_exponential_smoothing_lm": gss.MHESA_MODEL,
     "gated_state_space_lm": gss.MODEL,
     "gateloop_attention": gateloop.MIXER,
     "gateloop_transformer": gateloop.MODEL,

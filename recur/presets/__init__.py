@@ -3,13 +3,16 @@
 from recur.presets.dense_retnet import dense_retnet
 from recur.presets.gateloop import gateloop, simple_gateloop
 from recur.presets.gla import gla
-from recur.presets.gss import gss
+from recur.presets.gss import dss, gated_smoothing, gated_tap_conv, gss, smoothing, tap_conv
 from recur.presets.hgrn2 import hgrn2
 from recur.presets.longhorn import longhorn
 from recur.presets.mamba import mamba
 from recur.presets.retnet import retnet
 
-PRESETS = (dense_retnet, gateloop, gla, gss, hgrn2, longhorn, mamba, retnet, simple_gateloop)
+PRESETS = (
+    dense_retnet, dss, gated_smoothing, gated_tap_conv, gateloop, gla, gss, hgrn2, longhorn, mamba, retnet,
+    simple_gateloop, smoothing, tap_conv,
+)  # fmt: skip
 
 __all__ = ["names", *(preset.__name__ for preset in PRESETS)]
 

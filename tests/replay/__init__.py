@@ -73,12 +73,14 @@ class Run:
 class Case:
     """How one recorded module or operator runs on ours.
 
-    unread:  endings of the names of results that nothing of ours holds.
-    streams: whether it runs token by token.
+    unread: endings of the names of results that nothing of ours holds.
     """
 
     unread: tuple[str, ...] = field(default=(), kw_only=True)
-    streams: bool = field(default=False, kw_only=True)
+
+    def streams(self, vectors: Vectors) -> bool:
+        """Whether it runs token by token."""
+        return False
 
     def whole(self, vectors: Vectors, form: str) -> Run:
         """All tokens at once."""
@@ -117,7 +119,10 @@ class Module(Case):
 
     name: str
     states: Callable[[Mapping[str, Any], int], dict[str, Tensor]] = lambda parts, length: {}
-    streams: bool = field(default=True, kw_only=True)
+
+    def streams(self, vectors: Vectors) -> bool:
+        module = self.make(vectors)
+        return getattr(module, "recipe", module).causal
 
     def recorded(self, key: str, tensor: Tensor) -> Tensor:
         return tensor[..., 1:] if key.startswith("state.conv") else tensor  # one input more than a convolution needs
