@@ -328,6 +328,11 @@ class Recipe:
         at = self._find("insert_before", which)
         return self._with(self.parts[:at] + new + self.parts[at:])
 
+    def insert_after(self, which: type[Part] | str, *new: Part) -> Recipe:
+        """With these parts after the one part of that class or name."""
+        at = self._find("insert_after", which) + 1
+        return self._with(self.parts[:at] + new + self.parts[at:])
+
     def remove(self, which: type[Part] | str) -> Recipe:
         """Without the one part of that class or name."""
         at = self._find("remove", which)

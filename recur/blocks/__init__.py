@@ -1,6 +1,6 @@
 """Bricks that own weights, and what is built from them."""
 
-from recur.blocks.attention import Attention, RelPos, Rotary
+from recur.blocks.attention import Attention, GatedAttention, RelPos, Rotary
 from recur.blocks.gates import BoundedDecay, ComplexGate, Decay, FixedDecay, LowerBounds, OutputGate, Smoothing
 from recur.blocks.glue import (
     Act,
@@ -29,8 +29,9 @@ from recur.recipe import Chain
 
 PARTS = (
     Act, Attention, BoundedDecay, Chain, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout, FixedDecay, FixedScan,
-    GatedScan, Loop, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate, Project, RelPos, Reshape,
-    Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing, Sum, TapConv, TokenShift, Unbind,
+    GatedAttention, GatedScan, Loop, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate, Project,
+    RelPos, Reshape, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing, Sum, TapConv,
+    TokenShift, Unbind,
 )  # fmt: skip
 
 __all__ = ["Block", "LanguageModel", "Mixer", "MixerOut", "detach", "nbytes", *(part.__name__ for part in PARTS)]

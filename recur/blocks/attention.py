@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recur.axes import RecipeError, Spec
-from recur.blocks.cache import empty, extend
+from recur.blocks.cache import empty, extend, row_of
 from recur.primitives.forms import document_of
 from recur.primitives.rotary import rotary_frequencies, rotate
 from recur.recipe import Axes, Flow, Part, Site, State
@@ -116,12 +119,15 @@ class Attention(Part):
 
     q [H K]; k [G K] and v [G V] (G divides H). The cache grows with the text, or is `init_state(max_len=...)` long and
     then never reallocated.
+
+    fused: False forms the matrix of all scores, whose gradient stays exact where a softmax of huge scores is saturated.
     """
 
     q: str = "q"
     k: str = "k"
     v: str = "v"
     out: str = "y"
+    fused: bool = True
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         (H, K), (G, K2), (G2, V) = axes.rank(self.q, 2), axes.rank(self.k, 2), axes.rank(self.v, 2)
@@ -143,23 +149,74 @@ class Attention(Part):
         q, k, v = flow[self.q], flow[self.k], flow[self.v]
         new = extend("Attention", flow, state, k=k, v=v)
         if state is None and flow.cu_seqlens is None:
-            return flow.set(**{self.out: _attend(q, k, v, None)}), new
+            return flow.set(**{self.out: self._attend(q, k, v, None)}), new
         if flow.cu_seqlens is not None:
             (k, v), mask = _packed(flow, state or empty(len(flow.position), k=k, v=v), k=k, v=v)
         else:
             k, v, mask = new["k"], new["v"], _visible(flow, new["k"].shape[1])
-        return flow.set(**{self.out: _attend(q, k, v, mask)}), new
+        return flow.set(**{self.out: self._attend(q, k, v, mask)}), new
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q [B T H K] over k, v [B L G *], through the mask [B T L] or causally if there is none."""
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k.to(q.dtype), v.to(q.dtype)))
+        mask = None if mask is None else mask[:, None]
+        with nullcontext() if self.fused else sdpa_kernel(SDPBackend.MATH):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return y.transpose(1, 2)
 
     def formula(self) -> str:
         return f"{self.out}_t = sum_{{s<=t}} softmax({self.q}_t . {self.k}_s / sqrt(K)) {self.v}_s"
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of q [B T H K] over k, v [B L G *], through the mask [B T L] or causally if there is none."""
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k.to(q.dtype), v.to(q.dtype)))
-    mask = None if mask is None else mask[:, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return y.transpose(1, 2)
+@dataclass(frozen=True)
+class GatedAttention(Attention):
+    """Softmax attention whose scores decay and turn with what lies between: q_t . Re(k_s prod_{s<r<=t} a_r) / sqrt(K).
+
+    decay: log a [H K], complex; as many heads of k and v as of q. Differences of running sums are taken for every pair
+    of tokens and every channel, so nothing overflows and memory is O(B T^2 H K).
+    """
+
+    decay: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        written = super().shapes(axes)
+        axes.same(self.q, self.k, self.decay)
+        return written
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        none = site.memory(batch, *site.of(self.q))
+        total = torch.complex(none, none)
+        since = total[:, None].expand(-1, max_len or 0, -1, -1).clone()
+        return super().init_state(site, batch, max_len) | {"since": since, "total": total}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        q, k, v, log_a = (flow[name] for name in (self.q, self.k, self.v, self.decay))
+        before = log_a.new_zeros(len(flow.position), *log_a.shape[2:]) if state is None else state["total"]
+        reached = log_a.cumsum(1)
+        if flow.cu_seqlens is None:
+            since = before[:, None] + reached
+            total = since[:, -1] if since.shape[1] else before
+        else:
+            reached = torch.cat([torch.zeros_like(before[:1]), reached[0]])
+            start, end = reached[flow.cu_seqlens[:-1]], reached[flow.cu_seqlens[1:]]
+            since = reached[None, 1:] + (before - start)[row_of(flow)]
+            total = before + end - start
+        tokens = {"k": k, "v": v, "since": since}
+        new = extend("GatedAttention", flow, state, **tokens)
+        if flow.cu_seqlens is not None:
+            (k, v, reach), mask = _packed(flow, state or empty(len(flow.position), **tokens), **tokens)
+        else:
+            k, v, reach, mask = new["k"], new["v"], new["since"], _visible(flow, new["k"].shape[1])
+        gap = since[:, :, None] - reach[:, None]  # [B T L H K]
+        kept = torch.where(mask[..., None, None], gap.real, -math.inf).exp() * gap.imag.cos()
+        scores = torch.einsum("bthk,blhk,btlhk->bthl", q.to(kept.dtype), k.to(kept.dtype), kept)
+        share = (scores / math.sqrt(q.shape[-1])).masked_fill(~mask[:, :, None], -math.inf).softmax(-1)
+        y = torch.einsum("bthl,blhv->bthv", share, v.to(kept.dtype)).to(v.dtype)
+        return flow.set(**{self.out: y}), new | {"total": total}
+
+    def formula(self) -> str:
+        seen = f"Re({self.k}_s prod_{{s<r<=t}} exp({self.decay}_r))"
+        return f"{self.out}_t = sum_{{s<=t}} softmax({self.q}_t . {seen} / sqrt(K)) {self.v}_s"
 
 
 def _visible(flow: Flow, room: int) -> Tensor:

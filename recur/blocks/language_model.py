@@ -134,6 +134,7 @@ class LanguageModel(nn.Module):
         norm:       "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by themselves.
         final_norm: the norm before the head; by default `norm` for "pre" and none for "post".
         tie:        whether the head is the embedding.
+        outputs:    number of logits, where a head of its own has others than one a token.
         positions:  None, "sinusoidal", or the number of learned positions.
         dropout:    of the embedding and of every branch, or three numbers: of the embedding, mixers, feed-forwards.
         drop:       "branch", or "sum" to zero the stream after every branch was added to it.
@@ -156,6 +157,7 @@ class LanguageModel(nn.Module):
         norm: Norm | str | None = "rms",
         final_norm: Norm | str | None = "same",
         tie: bool = True,
+        outputs: int | None = None,
         positions: str | int | None = None,
         dropout: float | tuple[float, float, float] = 0.0,
         drop: str = "branch",
@@ -188,10 +190,10 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(recipes[i % len(recipes)], dim, layer=i, **common) for i in layers)
         last = (between if block == "pre" else None) if final_norm == "same" else stream_norm(final_norm)
         self.final_norm = StreamNorm(last, dim)
-        law = matrix_init(head_init, dim, vocab_size, 1)
-        head = {"weight": Param((vocab_size, dim), law, trainable=not frozen)}
+        logits = vocab_size if outputs is None else outputs
+        head = {"weight": Param((logits, dim), matrix_init(head_init, dim, logits, 1), trainable=not frozen)}
         if head_bias:
-            head["bias"] = Param((vocab_size,), bias_init(head_init, dim), decay=False, trainable=not frozen)
+            head["bias"] = Param((logits,), bias_init(head_init, dim), decay=False, trainable=not frozen)
         self.head = None if tie else Weights(head)
 
     @property

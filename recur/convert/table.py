@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recur.convert import dense_retnet, gateloop, gla, gss, hgrn2, longhorn, mamba, retnet
+from recur.convert import dense_retnet, gated_rnn, gateloop, gla, gss, hgrn2, longhorn, mamba, retnet
 from recur.convert.official import Official
 
 OFFICIAL: dict[str, Official] = {
@@ -16,7 +16,13 @@ OFFICIAL: dict[str, Official] = {
     "gated_exponential_smoothing": gss.GATED_MHESA,
     "gated_exponential_smoothing_lm": gss.MHESA_MODEL,
     "gated_state_space_lm": gss.MODEL,
+    "gated_linear_rnn": gated_rnn.MIXER,
+    "gated_linear_rnn_lm": gated_rnn.MODEL,
     "gateloop_attention": gateloop.MIXER,
+    "gateloop_author_transformer": gated_rnn.TRANSFORMER,
+    "gateloop_full_attention": gateloop.ATTENTION,
+    "gateloop_jax": gateloop.JAX_LAYER,
+    "gateloop_jax_transformer": gateloop.JAX_MODEL,
     "gateloop_transformer": gateloop.MODEL,
     "gla": gla.MODEL,
     "gla_mixer": gla.MIXER,
@@ -29,5 +35,5 @@ OFFICIAL: dict[str, Official] = {
     "mamba_lm": mamba.MODEL,
     "retnet": retnet.MODEL,
     "retnet_retention": retnet.MIXER,
-    "simple_gate_loop": gateloop.SIMPLE,
+    "simple_gate_loop": gateloop.SIMPLE_LAYER,
 }

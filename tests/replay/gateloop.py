@@ -68,6 +68,43 @@ class Generation(Flagged):
         return Run({"output": text[:, ids.shape[1] :]})
 
 
+class Recurrent(Flagged):
+    """The author's unit: it may be given a state, and leaves one."""
+
+    def start(self, vectors: Vectors, module: Any, batch: int) -> Any:
+        state = module.init_state(batch)
+        if "carry" in vectors.inputs:
+            parts, carry = state["parts"], vectors.inputs["carry"]
+            state["parts"] = (
+                {"loop": {"last": carry, "parts": {"gated_scan": carry}}} if "loop" in parts else {"gated_scan": carry}
+            )
+        return state
+
+    def whole(self, vectors: Vectors, form: str) -> Run:
+        module = self.make(vectors)
+        x = vectors.inputs["0"]
+        y, state, _ = self.run(module, x, self.start(vectors, module, len(x)), form, {}, ())
+        return Run({"output": y, "output.carry": state_of(state)}, lambda: gradients(self.name, module))
+
+    def all_states(self, vectors: Vectors, state: Any, length: int) -> dict[str, Tensor]:
+        return {"output.carry": state_of(state)}
+
+
+def state_of(state: Any) -> Tensor:
+    """[B E], or [B layers E] of a model."""
+    if "layers" in state:
+        return torch.stack([state_of(layer["mixer"]) for layer in state["layers"]], 1)
+    parts = state["parts"]
+    return (parts["loop"]["parts"] if "loop" in parts else parts)["gated_scan"]
+
+
+class RecurrentModel(Model):
+    """It leaves a state a layer."""
+
+    def all_states(self, vectors: Vectors, state: Any, length: int) -> dict[str, Tensor]:
+        return {"output.carry": state_of(state)}
+
+
 class Simple(Module):
     """It may be recorded in pieces, with the cache after each."""
 
@@ -77,7 +114,8 @@ class Simple(Module):
         for number, piece in enumerate(x.split(vectors.config.get("chunks", [x.shape[1]]), dim=1), 1):
             y, state, _ = self.run(module, piece, state, form, {}, ())
             ys.append(y)
-            caches[f"output.cache{number}_kv"] = state["parts"]["gated_scan"].reshape(-1, 1)
+            if "chunks" in vectors.config:
+                caches[f"output.cache{number}_kv"] = state["parts"]["gated_scan"].reshape(-1, 1)
         return Run({"output": torch.cat(ys, 1), **caches}, lambda: gradients(self.name, module))
 
 
@@ -89,10 +127,15 @@ CASES: dict[str, Case] = {
     "GateLoopedAttention": Flagged("gateloop_attention"),
     "SimpleGateLoopLayer": Simple("simple_gate_loop", unread=RUNNING_PRODUCTS),
     "Transformer": Model("gateloop_transformer"),
+    "gateloop_transformer_jax.GateLoop": Module("gateloop_jax"),
+    "gateloop_transformer_jax.GateLoopTransformer": Module("gateloop_jax_transformer"),
     "gate_loop_operator": Operator(gateloop_complex),
     "dsconv.EfficientDsConv": Module("ds_conv"),
     "dsconv.GatedDsConv": Module("gated_ds_conv"),
     "dsconv.GatedDsConvLM": Model("gated_ds_conv_lm"),
+    "flax_gated_linear_rnn.GatedLinearRNN": Recurrent("gated_linear_rnn"),
+    "flax_gated_linear_rnn.GatedLinearRNNLM": RecurrentModel("gated_linear_rnn_lm"),
+    "flax_gated_linear_rnn.TransformerLM": Model("gateloop_author_transformer"),
     "gss.DSS": Module("dss"),
     "gss.GSS": Module("gss_block"),
     "gss.GatedStateSpacesLM": Model("gated_state_space_lm"),
