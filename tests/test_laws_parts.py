@@ -19,7 +19,9 @@ from recur.blocks import (
     Dropout,
     FixedDecay,
     FixedScan,
+    GatedAttention,
     GatedScan,
+    Loop,
     LowerBounds,
     LowRank,
     Map,
@@ -28,6 +30,8 @@ from recur.blocks import (
     OuterScan,
     OutputGate,
     Project,
+    RelPos,
+    Reshape,
     Reverse,
     Rotary,
     Scale,
@@ -35,8 +39,11 @@ from recur.blocks import (
     SelectiveScan,
     ShortConv,
     Skip,
+    Smoothing,
     Sum,
+    TapConv,
     TokenShift,
+    Unbind,
 )
 from recur.recipe import Chain, Part, Recipe
 from recur.testing import check
@@ -57,6 +64,7 @@ def recipe(*parts: Part, out: str = "y") -> Recipe:
 
 QKV = Project("x", q="H K", k="H K", v="H V")
 GROUPED = Project("x", q="G K", k="G K", v="H V")
+PAIRS = (Project("x", c="H K//2 2"), ComplexGate("c"))
 UNIT_KEYS = (Norm("k", kind="l2", over="K", affine="none"), Scale("k", "1/sqrt(K)"))
 CASES: dict[str, tuple[Recipe, set[str]]] = {
     "Project": (recipe(Project("u", y="H K", bias=True)), USUAL),
@@ -72,6 +80,18 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     "Scale": (recipe(QKV, Scale("k", "1/sqrt(K)"), out="k"), USUAL),
     "ScaleGrad": (recipe(ScaleGrad("u", 0.5), out="u"), USUAL - SMOOTH),
     "Skip": (recipe(Project("u", y="D"), Skip("u")), USUAL),
+    "Reshape": (recipe(QKV, Reshape("v", "H*V", to="y")), USUAL),
+    "Unbind": (recipe(Project("x", w="H 3 K"), Unbind("w", "a b y")), USUAL),
+    "TapConv": (recipe(Project("x", tap="H"), TapConv("u")), USUAL),
+    "Smoothing": (recipe(Smoothing("u"), GatedScan("b")), USUAL),
+    "Loop": (
+        recipe(Loop((Project("last", r="D"), Sum("u r", out="h"), ShortConv("h", act="tanh")), "h", "D"), out="h"),
+        USUAL,
+    ),
+    "Loop, scan inside": (
+        recipe(Loop((Project("last", z="D"), Decay("z"), GatedScan("u")), feed="y", axes="D")),
+        USUAL,
+    ),
     "Sum": (recipe(Project("x", w="D"), Sum("u w")), USUAL),
     "Dropout": (recipe(Dropout("u", 0.5), out="u"), USUAL),
     "Map": (recipe(Map(lambda u: u.sin(), reads="u", out="y", axes="D")), USUAL - {"serialisation"}),
@@ -95,6 +115,10 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
         recipe(QKV, Project("x", c="H 2"), ComplexGate("c", law="amplitude_phase"), OuterScan(rotates=True)),
         USUAL,
     ),
+    "ComplexGate, signed, halves": (
+        recipe(QKV, Project("x", c="2 H"), ComplexGate("c", law="signed"), OuterScan(rotates=True)),
+        USUAL,
+    ),
     "OutputGate": (recipe(Project("x", z="D"), OutputGate("z", out="u"), out="u"), USUAL),
     "GatedScan": (recipe(Project("x", z="D"), Decay("z"), GatedScan("u")), USUAL),
     "OuterScan": (recipe(QKV, OuterScan(decay=None)), USUAL),
@@ -111,6 +135,11 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     "FixedScan, linear": (recipe(FixedScan("u", frequency="linear")), USUAL),
     "Rotary": (recipe(QKV, Rotary("q k"), OuterScan(decay=None)), USUAL),
     "Rotary, half": (recipe(QKV, Rotary("q k", layout="half", inclusive=True), OuterScan(decay=None)), USUAL),
+    "Rotary, stored": (recipe(QKV, Rotary("q k", stored=True), OuterScan(decay=None)), USUAL),
+    "RelPos": (recipe(QKV, *PAIRS, RelPos(), OuterScan(rotates=True)), USUAL),
+    "RelPos, literal": (recipe(QKV, *PAIRS, RelPos(law="literal"), OuterScan(decay=None)), USUAL),
+    "GatedAttention": (recipe(QKV, *PAIRS, RelPos(), GatedAttention()), USUAL),
+    "Attention, all scores": (recipe(QKV, Attention(fused=False)), USUAL),
     "Attention": (recipe(QKV, Attention()), USUAL),
     "Attention, groups": (
         recipe(Project("x", q="H K", k="G K", v="G V"), Rotary("q k"), Attention()),

@@ -88,10 +88,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_preset_has_its_equation_on_the_page() -> None:
-    page = (ROOT / "docs" / "algebra.md").read_text(encoding="utf-8")
+    page = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
     for name in presets.names():
         preset = getattr(presets, name)
-        assert f"(../{preset.__module__.replace('.', '/')}.py)" in page, name
+        assert f"../{preset.__module__.replace('.', '/')}.py)" in page, name
         paper = re.search(r"arXiv:([\d.]+\d)", preset().source)
         assert paper is not None
         assert f"https://arxiv.org/abs/{paper[1]}" in page, name

@@ -86,7 +86,7 @@ class Loop(Part):
         runs = []
         for row, (begin, end) in enumerate(pairwise(flow.cu_seqlens.tolist())):
             mine = slice(row, row + 1)
-            own = tree_map(lambda leaf, mine=mine: leaf[mine], state)
+            own = None if state is None else tree_map(lambda leaf, mine=mine: leaf[mine], state)
             alone = dataclasses.replace(_between(flow, begin, end), cu_seqlens=None, position=flow.position[mine])
             runs.append(self(alone, weights, own))
         flows, states = zip(*runs, strict=True)

@@ -23,17 +23,7 @@ def gateloop_real(form: str, q: Tensor, kv: Tensor, a: Tensor) -> Result:
     return q * y, {"output.last_kv": state}
 
 
-class Flagged(Module):
-    """Options may be recorded beside the constructor's arguments: of the call, or made after construction."""
-
-    def make(self, vectors: Vectors) -> Any:
-        flags = ("ablate_complex", "ablate_state_transition", "frozen_shared_embedding", "to_logits_layernorm_patch")
-        further = {flag: vectors.config[flag] for flag in flags if flag in vectors.config}
-        arguments = {**vectors.arguments, **further, **vectors.config.get("call_kwargs", {})}
-        return recur.convert.from_official(self.name, vectors.section("param"), arguments)
-
-
-class Model(Flagged):
+class Model(Module):
     """A model that may be recorded by its loss, and wrapped."""
 
     def inputs(self, vectors: Vectors, module: Any) -> tuple[Tensor, dict[str, Tensor], tuple[dict[str, Tensor], ...]]:
@@ -51,7 +41,7 @@ class Model(Flagged):
         return Run(run.results, lambda: {prefix + key: grad for key, grad in run.gradients().items()})
 
 
-class Generation(Flagged):
+class Generation(Module):
     """New tokens alone, each the likeliest after the last tokens that a window holds."""
 
     def streams(self, vectors: Vectors) -> bool:
@@ -68,7 +58,7 @@ class Generation(Flagged):
         return Run({"output": text[:, ids.shape[1] :]})
 
 
-class Recurrent(Flagged):
+class Recurrent(Module):
     """The author's unit: it may be given a state, and leaves one."""
 
     def start(self, vectors: Vectors, module: Any, batch: int) -> Any:
@@ -123,8 +113,8 @@ RUNNING_PRODUCTS = ("_a",)  # of gates: nothing reads them
 
 CASES: dict[str, Case] = {
     "AutoregressiveWrapper.generate over gss.GatedStateSpacesLM": Generation("gated_state_space_lm"),
-    "CausalFullAttention": Flagged("gateloop_full_attention"),
-    "GateLoopedAttention": Flagged("gateloop_attention"),
+    "CausalFullAttention": Module("gateloop_full_attention"),
+    "GateLoopedAttention": Module("gateloop_attention"),
     "SimpleGateLoopLayer": Simple("simple_gate_loop", unread=RUNNING_PRODUCTS),
     "Transformer": Model("gateloop_transformer"),
     "gateloop_transformer_jax.GateLoop": Module("gateloop_jax"),
