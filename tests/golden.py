@@ -71,7 +71,8 @@ def forms(path: Path) -> tuple[str, ...]:
     vectors = Vectors(path)
     if vectors.case not in CASES:
         raise NotImplementedError(f"no case {vectors.case!r}")
-    return ("recurrent", "chunked", "step") if CASES[vectors.case].streams(vectors) else ("recurrent", "chunked")
+    streams = CASES[vectors.case].streams_in(vectors)
+    return ("recurrent", "chunked", "step") if streams else ("recurrent", "chunked")
 
 
 def replay(path: Path, form: str) -> dict[str, float]:

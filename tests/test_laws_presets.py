@@ -9,7 +9,8 @@ from hypothesis import settings
 
 import recur
 from recur import presets
-from recur.blocks import GatedAttention, Norm, OnlineScan, Rotary
+from recur.blocks import GatedAttention, Norm, OutputGate, RetentionScale, Rotary
+from recur.blocks.feedforward import channel_mix
 from recur.presets.gateloop import LINEAR, RELATIVE_LINEAR, relative
 from recur.recipe import Recipe
 from recur.testing import check
@@ -52,22 +53,37 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "gla": (presets.gla(heads=2, rank=4), {}, SMOOTH | {"steps"}),
     "gss": (presets.gss(state=6), {}, SMOOTH | {"steps"}),
     "gss, linear frequencies": (presets.gss(state=5, frequency="linear"), {}, SMOOTH | {"steps"}),
-    "gss, right to left": (presets.gss(state=3).reverse(), {}, SMOOTH | {"one_way"}),
+    "gss, right to left": (presets.gss(state=3).reverse(), {}, SMOOTH),
     "hgrn2": (presets.hgrn2(heads=4), {"depth": 3}, SMOOTH),
     "hgrn2, one layer": (presets.hgrn2(heads=2, bias=True), {}, SMOOTH | {"steps"}),
+    "llama": (presets.llama(heads=2, bias=True), {}, {"gradients", "steps"}),
     "longhorn": (presets.longhorn(state=5), {}, SMOOTH | {"steps"}),
-    "longhorn, exact": (
-        presets.longhorn(state=4).replace(OnlineScan, OnlineScan("u", diagonal=False)),
+    "longhorn, exact": (presets.longhorn(state=4, diagonal=False), {}, SMOOTH | {"steps"}),
+    "longhorn, norm before the gate": (presets.longhorn(state=3, bias=True, norm=(Norm("y"),)), {}, SMOOTH | {"steps"}),
+    "longhorn_bidirectional": (presets.longhorn_bidirectional(state=4), {}, SMOOTH),
+    "mamba": (presets.mamba(state=5, conv=3), {}, SMOOTH | {"steps"}),
+    "mamba2": (presets.mamba2(state=5, head=4, groups=2, conv=3), {}, SMOOTH | {"steps"}),
+    "mamba2, norm before the gate": (
+        presets.mamba2(state=3, inner=6, head=2, skip="H P", bias=True, leave=(Norm("y", groups="G"), OutputGate("z"))),
         {},
         SMOOTH | {"steps"},
     ),
-    "mamba": (presets.mamba(state=5, conv=3), {}, SMOOTH | {"steps"}),
+    "mamba2, limits and no norm": (
+        presets.mamba2(state=3, head=8, limit=(0.01, 0.2), conv_bias=False, leave=(OutputGate("z"),)),
+        {},
+        SMOOTH | {"steps"},
+    ),
+    "mamba2_mlp": (presets.mamba2_mlp(mlp=6, state=3, head=4), {}, SMOOTH | {"steps"}),
     "retnet": (presets.retnet(heads=2), {}, SMOOTH | {"steps"}),
+    "retnet, parallel scale": (presets.retnet(heads=2, scale=(RetentionScale(),)), {}, set()),
+    "retnet, chunkwise scale": (presets.retnet(heads=2, scale=(RetentionScale(chunk=4),)), {}, set()),
+    "rwkv": (presets.rwkv(heads=2), {}, SMOOTH | {"steps"}),
+    "rwkv, biases": (presets.rwkv(heads=4, bias=True), {"depth": 2}, SMOOTH),
     "simple_gateloop": (presets.simple_gateloop(), {}, SMOOTH | {"steps"}),
     "simple_gateloop, normed, right to left": (
         presets.simple_gateloop().insert_after("output_gate", Norm("y", kind="layer")).reverse(),
         {},
-        SMOOTH | {"one_way"},
+        SMOOTH,
     ),
     "smoothing": (presets.smoothing(heads=2), {}, SMOOTH | {"steps"}),
     "tap_conv": (presets.tap_conv(heads=4), {}, SMOOTH | {"steps"}),
@@ -77,9 +93,12 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_every_law_holds(name: str) -> None:
     recipe, options, further = CASES[name]
-    laws = COMMON | further
-    laws -= set() if recipe.causal else {"splits", "causality"}
+    laws = COMMON | further if recipe.causal else COMMON - {"causality", "splits"} | {"one_way"} | further
     assert set(check(recipe, dim=8, examples=EXAMPLES, seed=SEED, **options)) == laws
+
+
+def test_every_law_holds_for_a_feed_forward_with_state() -> None:
+    assert set(check(channel_mix(hidden="6"), dim=8, examples=EXAMPLES, seed=SEED)) == COMMON | SMOOTH | {"steps"}
 
 
 def test_the_table_has_every_preset() -> None:

@@ -1,7 +1,18 @@
 """Bricks that own weights, and what is built from them."""
 
 from recur.blocks.attention import Attention, GatedAttention, RelPos, Rotary
-from recur.blocks.gates import BoundedDecay, ComplexGate, Decay, FixedDecay, LowerBounds, OutputGate, Smoothing
+from recur.blocks.gates import (
+    BoundedDecay,
+    ComplexGate,
+    Decay,
+    FixedDecay,
+    Learned,
+    LowerBounds,
+    OutputGate,
+    RetentionScale,
+    Smoothing,
+    StepDecay,
+)
 from recur.blocks.glue import (
     Act,
     Dropout,
@@ -19,6 +30,7 @@ from recur.blocks.glue import (
     TapConv,
     TokenShift,
     Unbind,
+    Weigh,
 )
 from recur.blocks.hidden import DenseFusion
 from recur.blocks.language_model import Block, LanguageModel
@@ -29,9 +41,9 @@ from recur.recipe import Chain
 
 PARTS = (
     Act, Attention, BoundedDecay, Chain, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout, FixedDecay, FixedScan,
-    GatedAttention, GatedScan, Loop, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate, Project,
-    RelPos, Reshape, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing, Sum, TapConv,
-    TokenShift, Unbind,
+    GatedAttention, GatedScan, Learned, Loop, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate,
+    Project, RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip,
+    Smoothing, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
 )  # fmt: skip
 
 __all__ = ["Block", "LanguageModel", "Mixer", "MixerOut", "detach", "nbytes", *(part.__name__ for part in PARTS)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from recur.primitives.gates import (
     sigmoid_decay,
     signed_gate,
 )
+from recur.primitives.retention import chunkwise_scale, parallel_scale
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, normal, ones
+from recur.weights import Param, by_index, normal, ones, spread_time_constants
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,53 @@ GATES = {  # law -> the primitive, its formula
 
 
 @dataclass(frozen=True)
+class RetentionScale(Part):
+    """What RetNet's parallel or, with `chunk`, chunkwise form divides y by before its head norm, as that norm's eps.
+
+    Dividing by n before a norm of eps is that norm with eps n^2; no gradient flows through n. It needs all scores, so
+    it does not stream, although no token sees a later one.
+
+    Args: chunk: tokens in a chunk; eps: of the norm; q, k [H K], v [H V], decay [H] constant in time.
+    """
+
+    chunk: int | None = None
+    eps: float = 1e-6
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    decay: str = "log_a"
+    out: str = "eps"
+
+    @property
+    def honest(self) -> bool:
+        return False
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        H, _ = axes.same(self.q, self.k)
+        return {self.out: (H,)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        log_a = flow[self.decay][0, 0]
+        q, k, v = (flow[name].to(log_a.dtype) for name in (self.q, self.k, self.v))
+        if self.chunk is None:
+            scale = parallel_scale(q, k, log_a, cu_seqlens=flow.cu_seqlens)
+        else:
+            T = q.shape[1]
+            borders = pairwise([0, T] if flow.cu_seqlens is None else flow.cu_seqlens.tolist())
+            pieces = ((x[:, slice(*border)] for x in (q, k, v)) for border in borders)
+            scale = torch.cat([chunkwise_scale(q, k, v, log_a, chunk=self.chunk) for q, k, v in pieces], 1)
+        return flow.set(**{self.out: self.eps * scale**2}), None
+
+    def formula(self) -> str:
+        form = "all scores" if self.chunk is None else f"the scores of chunks of {self.chunk}"
+        return f"{self.out} = {self.eps:g} n^2, n from {form}"
+
+
+@dataclass(frozen=True)
 class ComplexGate(Part):
     """Complex log decay from pairs c [... 2] or [2 ...].
 
@@ -215,3 +264,66 @@ class OutputGate(Part):
     def formula(self) -> str:
         gate = self.gate if self.act == "identity" else f"{self.act}({self.gate})"
         return f"{self.out} <- {self.out} * {gate}"
+
+
+@dataclass(frozen=True)
+class StepDecay(Part):
+    """A positive step of each token and the decay it brings: delta = softplus(dt + b), log_a = -exp(A) delta.
+
+    dt, b [H] or [H K]; A [H].
+
+    Args: limit: the least and the greatest delta; rates: exp(A) starts uniform between these. softplus(b) starts
+        spread over 0.001 to 0.1.
+    """
+
+    source: str = "dt"
+    limit: tuple[float, float] | None = None
+    rates: tuple[float, float] = (1.0, 16.0)
+    step: str = "delta"
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found = axes.rank(self.source, 1, 2)
+        return {self.step: found, self.out: found}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        shape = site.of(self.source)
+        return {
+            "A_log": Param(shape[:1], lambda weight: weight.uniform_(*self.rates).log_(), decay=False, float32=True),
+            "dt_bias": Param(shape, spread_time_constants, decay=False, float32=True),
+        }
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        delta = F.softplus(flow[self.source] + weights.dt_bias)
+        delta = delta if self.limit is None else delta.clamp(*self.limit)
+        rate = weights.A_log.exp().unflatten(0, (-1,) + (1,) * (weights.dt_bias.ndim - 1))
+        return flow.set(**{self.step: delta, self.out: -rate * delta}), None
+
+    def formula(self) -> str:
+        step = f"softplus({self.source} + b)"
+        step = step if self.limit is None else f"clamp({step}, {self.limit[0]:g}, {self.limit[1]:g})"
+        return f"{self.step} = {step}, {self.out} = -exp(A) {self.step}"
+
+
+@dataclass(frozen=True)
+class Learned(Part):
+    """A learned tensor that is the same at every token: out [*].
+
+    init: its first values, an expression over the index i along the last axis, the axes, `layer` and `depth`.
+    """
+
+    out: str
+    axes: str
+    init: str = "0"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: spec(self.axes)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"value": Param(site.size(self.axes), by_index(self.init, site), decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.out: weights.value[None, None]}), None
+
+    def formula(self) -> str:
+        return f"{self.out} learned, at first {self.init}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from recur.primitives.fixed import fixed_scan
 from recur.primitives.poles import poles, zero_order_hold
 from recur.primitives.scan import scan
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, constant, normal
+from recur.weights import Param, constant, normal, spread_time_constants
 
 
 def _options(flow: Flow, state: State) -> dict[str, Any]:
@@ -64,6 +63,7 @@ class OuterScan(Part):
         decay:  [H] or [H K], real or complex; None keeps everything.
         scale:  a number, or an expression over axes such as "1/sqrt(K)".
         rotates: whether the decay is complex, which makes the state complex.
+        bonus:  [H] or [H K], constant in time: read before the write, the current token weighed by it.
     """
 
     q: str = "q"
@@ -72,16 +72,18 @@ class OuterScan(Part):
     decay: str | None = "log_a"
     scale: float | str = 1.0
     rotates: bool = False
+    bonus: str | None = None
     out: str = "y"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         (_, K), (H, V) = axes.rank(self.q, 2), axes.rank(self.v, 2)
         if self.k is not None:
             axes.same(self.q, self.k)
-        if self.decay is not None and axes[self.decay] not in ((H,), (H, K)):
-            raise RecipeError(
-                f"{axes.reader} needs a decay {self.decay} [{H}] or [{H} {K}], got [{' '.join(axes[self.decay])}]"
-            )
+        for role, name in (("decay", self.decay), ("bonus", self.bonus)):
+            if name is not None and axes[name] not in ((H,), (H, K)):
+                raise RecipeError(
+                    f"{axes.reader} needs a {role} {name} [{H}] or [{H} {K}], got [{' '.join(axes[name])}]"
+                )
         return {self.out: (H, V)}
 
     def facts(self, site: Site) -> Mapping[str, Any]:
@@ -95,7 +97,7 @@ class OuterScan(Part):
 
     def write(self, flow: Flow) -> dict[str, Tensor]:
         """Further arguments of the scan that say how it writes."""
-        return {}
+        return {} if self.bonus is None else {"bonus": flow[self.bonus][0, 0]}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         k = None if self.k is None else flow[self.k]
@@ -111,7 +113,8 @@ class OuterScan(Part):
 
     def _read(self) -> str:
         scale = "" if self.scale == 1 else f"{self.scale} "
-        return f"{self.out} = {scale}{'Re ' if self.rotates else ''}S_t^T {self.q}"
+        before = f"(S_{{t-1}} + {self.bonus} {self.k} {self.v}^T)"
+        return f"{self.out} = {scale}{'Re ' if self.rotates else ''}{before if self.bonus else 'S_t'}^T {self.q}"
 
 
 @dataclass(frozen=True)
@@ -219,12 +222,6 @@ class SelectiveScan(Part):
             f"delta = softplus({self.dt} + b), S_t = exp(-delta exp(A_log)) * S_{{t-1}} "
             f"+ (delta {self.source}) {self.B}, {self.out} = S_t {self.C}"
         )
-
-
-def spread_time_constants(bias: Tensor, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
-    """Fill with b so that softplus(b) is log-uniform in [low, high] and at least floor."""
-    delta = torch.empty_like(bias).uniform_(math.log(low), math.log(high)).exp_().clamp_(min=floor)
-    bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
 
 @dataclass(frozen=True)

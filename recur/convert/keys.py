@@ -54,6 +54,11 @@ def transposed(place: str | Place) -> Place:
     return turned
 
 
+def shaped(name: str, *sizes: int) -> Place:
+    """The same numbers under other axes."""
+    return lambda part, weight: {name: weight.view(sizes)}
+
+
 def under(ours: str, theirs: str, keys: Keys) -> dict[str, str | Place]:
     """The same map one level down in both modules."""
 

@@ -23,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "1+elu": lambda x: 1 + F.elu(x),
     "tanh": torch.tanh,
     "exp": torch.exp,
+    "-exp": lambda x: -x.exp(),
     "softplus": F.softplus,
 }
 

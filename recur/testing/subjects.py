@@ -15,7 +15,6 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from recur.blocks.glue import ScaleGrad
 from recur.blocks.mixer import Mixer
 from recur.recipe import Part, Recipe
 from recur.testing import strategies
@@ -140,7 +139,7 @@ class Layer:
         self.reads = {"x": (dim,), **{name: site.of(name) for name in recipe.inputs}}
         self.causal = recipe.causal
         self.name = f"this recipe ({recipe.source})" if recipe.source else "this recipe"
-        self.honest = not any(part.fraction != 1 for part in parts_of(recipe.parts) if isinstance(part, ScaleGrad))
+        self.honest = all(part.honest for part in parts_of(recipe.parts))
         self.inputs = strategies.layers(self)
         self.smooth_inputs = strategies.layers(self, loudness=("plain",))  # silence is a corner of norms
 

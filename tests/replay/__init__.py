@@ -66,24 +66,26 @@ class Vectors:
 
 @dataclass
 class Run:
-    """What ours gave: results under recorded names, and after `backward` the parameters' gradients."""
+    """What ours gave: results under recorded names, and after `backward` gradients.
+
+    gradients: of recorded parameters; weights: of recorded inputs that are weights of ours.
+    """
 
     results: Mapping[str, Tensor]
     gradients: Callable[[], Mapping[str, Tensor]] = dict
+    weights: Callable[[], Mapping[str, Tensor]] = dict
 
 
 @dataclass(frozen=True)
 class Case:
     """How one recorded module or operator runs on ours.
 
-    unread: endings of the names of results that nothing of ours holds.
+    unread:  endings of the names of results that nothing of ours holds.
+    streams: whether it runs token by token.
     """
 
     unread: tuple[str, ...] = field(default=(), kw_only=True)
-
-    def streams(self, vectors: Vectors) -> bool:
-        """Whether it runs token by token."""
-        return False
+    streams: bool = field(default=False, kw_only=True)
 
     def whole(self, vectors: Vectors, form: str) -> Run:
         """All tokens at once."""
@@ -92,6 +94,10 @@ class Case:
     def stepped(self, vectors: Vectors) -> Run:
         """Token by token, without gradients."""
         raise NotImplementedError
+
+    def streams_in(self, vectors: Vectors) -> bool:
+        """Whether it does so in this file."""
+        return self.streams
 
     def recorded(self, key: str, tensor: Tensor) -> Tensor:
         """What ours is compared with."""
@@ -123,15 +129,19 @@ class Module(Case):
     name: str
     states: Callable[[Mapping[str, Any], int], dict[str, Tensor]] = lambda parts, length: {}
 
-    def streams(self, vectors: Vectors) -> bool:
+    def streams_in(self, vectors: Vectors) -> bool:
         module = self.make(vectors)
         return getattr(module, "recipe", module).causal
 
     def recorded(self, key: str, tensor: Tensor) -> Tensor:
         return tensor[..., 1:] if key.startswith("state.conv") else tensor  # one input more than a convolution needs
 
+    def arguments(self, vectors: Vectors) -> dict[str, Any]:
+        """The configuration from which ours is built."""
+        return vectors.arguments
+
     def make(self, vectors: Vectors) -> Any:
-        return recur.convert.from_official(self.name, vectors.section("param"), vectors.arguments)
+        return recur.convert.from_official(self.name, vectors.section("param"), self.arguments(vectors))
 
     def inputs(self, vectors: Vectors, module: Any) -> tuple[Tensor, dict[str, Tensor], tuple[dict[str, Tensor], ...]]:
         """x or ids, batch first; further inputs; what shallower layers published."""
@@ -226,8 +236,10 @@ def compare(case: Case, vectors: Vectors, run: Run, *, only: Collection[str] | N
     wanted = vectors.section("grad.input")
     if "grad.input" in vectors.tensors:
         wanted["0"] = vectors.tensors["grad.input"]  # of the only input
+    weights = run.weights()
     for key, want in wanted.items():
-        found[f"grad.input.{key}"] = _distance(f"grad.input.{key}", vectors.inputs[key].grad, want)
+        got = weights[key] if key in weights else vectors.inputs[key].grad
+        found[f"grad.input.{key}"] = _distance(f"grad.input.{key}", got, want)
     wanted, tied = vectors.section("grad.param"), vectors.config.get("tied_keys", {})
     ours = {key: grad for key, grad in run.gradients().items() if key not in tied}
     for key in {**wanted, **ours}:

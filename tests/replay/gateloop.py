@@ -44,7 +44,7 @@ class Model(Module):
 class Generation(Module):
     """New tokens alone, each the likeliest after the last tokens that a window holds."""
 
-    def streams(self, vectors: Vectors) -> bool:
+    def streams_in(self, vectors: Vectors) -> bool:
         return False
 
     def whole(self, vectors: Vectors, form: str) -> Run:
