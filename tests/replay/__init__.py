@@ -128,10 +128,7 @@ class Module(Case):
 
     name: str
     states: Callable[[Mapping[str, Any], int], dict[str, Tensor]] = lambda parts, length: {}
-
-    def streams_in(self, vectors: Vectors) -> bool:
-        module = self.make(vectors)
-        return getattr(module, "recipe", module).causal
+    streams: bool = field(default=True, kw_only=True)
 
     def recorded(self, key: str, tensor: Tensor) -> Tensor:
         return tensor[..., 1:] if key.startswith("state.conv") else tensor  # one input more than a convolution needs

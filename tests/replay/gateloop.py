@@ -23,6 +23,13 @@ def gateloop_real(form: str, q: Tensor, kv: Tensor, a: Tensor) -> Result:
     return q * y, {"output.last_kv": state}
 
 
+class EitherWay(Module):
+    """It may read right to left."""
+
+    def streams_in(self, vectors: Vectors) -> bool:
+        return not vectors.arguments.get("reverse", vectors.arguments.get("reverse_seq", False))
+
+
 class Model(Module):
     """A model that may be recorded by its loss, and wrapped."""
 
@@ -43,9 +50,6 @@ class Model(Module):
 
 class Generation(Module):
     """New tokens alone, each the likeliest after the last tokens that a window holds."""
-
-    def streams_in(self, vectors: Vectors) -> bool:
-        return False
 
     def whole(self, vectors: Vectors, form: str) -> Run:
         asked, ids = vectors.config["generate"], vectors.inputs["0"]
@@ -95,7 +99,7 @@ class RecurrentModel(Model):
         return {"output.carry": state_of(state)}
 
 
-class Simple(Module):
+class Simple(EitherWay):
     """It may be recorded in pieces, with the cache after each."""
 
     def whole(self, vectors: Vectors, form: str) -> Run:
@@ -112,7 +116,7 @@ class Simple(Module):
 RUNNING_PRODUCTS = ("_a",)  # of gates: nothing reads them
 
 CASES: dict[str, Case] = {
-    "AutoregressiveWrapper.generate over gss.GatedStateSpacesLM": Generation("gated_state_space_lm"),
+    "AutoregressiveWrapper.generate over gss.GatedStateSpacesLM": Generation("gated_state_space_lm", streams=False),
     "CausalFullAttention": Module("gateloop_full_attention"),
     "GateLoopedAttention": Module("gateloop_attention"),
     "SimpleGateLoopLayer": Simple("simple_gate_loop", unread=RUNNING_PRODUCTS),
@@ -121,19 +125,19 @@ CASES: dict[str, Case] = {
     "gateloop_transformer_jax.GateLoopTransformer": Module("gateloop_jax_transformer"),
     "gate_loop_operator": Operator(gateloop_complex),
     "dsconv.EfficientDsConv": Module("ds_conv"),
-    "dsconv.GatedDsConv": Module("gated_ds_conv"),
+    "dsconv.GatedDsConv": EitherWay("gated_ds_conv"),
     "dsconv.GatedDsConvLM": Model("gated_ds_conv_lm"),
     "flax_gated_linear_rnn.GatedLinearRNN": Recurrent("gated_linear_rnn"),
     "flax_gated_linear_rnn.GatedLinearRNNLM": RecurrentModel("gated_linear_rnn_lm"),
     "flax_gated_linear_rnn.TransformerLM": Model("gateloop_author_transformer"),
     "gss.DSS": Module("dss"),
-    "gss.GSS": Module("gss_block"),
+    "gss.GSS": EitherWay("gss_block"),
     "gss.GatedStateSpacesLM": Model("gated_state_space_lm"),
     "gss.GatedStateSpacesLM in AutoregressiveWrapper": Model("gated_state_space_lm"),
     "mhesa.GatedExponentialSmoothingLM": Model("gated_exponential_smoothing_lm"),
     "mhesa.GatedExponentialSmoothingLM in AutoregressiveWrapper": Model("gated_exponential_smoothing_lm"),
     "dsconv.GatedDsConvLM in AutoregressiveWrapper": Model("gated_ds_conv_lm"),
     "mhesa.GatedMHESA": Module("gated_exponential_smoothing"),
-    "mhesa.MHESA": Module("exponential_smoothing"),
+    "mhesa.MHESA": EitherWay("exponential_smoothing"),
     "simplified gate_loop_operator": Operator(gateloop_real, unread=RUNNING_PRODUCTS),
 }
