@@ -9,8 +9,19 @@ from hypothesis import settings
 
 import recur
 from recur import presets
-from recur.blocks import Norm, OutputGate, RetentionScale, both_ways, down_and_right, in_grid, in_series
+from recur.blocks import (
+    GatedAttention,
+    Norm,
+    OutputGate,
+    RetentionScale,
+    Rotary,
+    both_ways,
+    down_and_right,
+    in_grid,
+    in_series,
+)
 from recur.blocks.feedforward import channel_mix
+from recur.presets.gateloop import LINEAR, RELATIVE_LINEAR, relative
 from recur.presets.hgrn import without_bounds
 from recur.recipe import Recipe
 from recur.testing import check
@@ -28,12 +39,36 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "dense_retnet": (presets.dense_retnet(heads=2), {"depth": 3}, SMOOTH),
     "dense_retnet, one layer": (presets.dense_retnet(heads=2), {}, SMOOTH | {"steps"}),
     "dense_retnet, parallel scale": (presets.dense_retnet(heads=2, scale=(RetentionScale(),)), {"depth": 2}, set()),
+    "dss": (presets.dss(state=4), {}, SMOOTH | {"steps"}),
+    "gated_linear_rnn": (presets.gated_linear_rnn(inner=5), {}, SMOOTH | {"steps"}),
+    "gated_linear_rnn, a forget gate of its own": (presets.gated_linear_rnn(forget="own"), {}, {"steps"} | SMOOTH),
+    "gated_rnn": (presets.gated_rnn(inner=3), {}, SMOOTH | {"steps"}),
+    "gated_smoothing": (presets.gated_smoothing(heads=2, expand=1.5), {}, SMOOTH | {"steps"}),
+    "gated_tap_conv": (presets.gated_tap_conv(heads=2, width=6), {}, SMOOTH | {"steps"}),
+    "gateloop_attention": (presets.gateloop_attention(heads=2, positions=(Rotary("q k"),)), {}, {"gradients", "steps"}),
+    "gateloop_attention, relative": (
+        presets.gateloop_attention(heads=2, positions=relative(gate_gradient=1.0), read=GatedAttention()),
+        {},
+        SMOOTH | {"steps"},
+    ),
+    "gateloop_attention, relative, no softmax": (
+        presets.gateloop_attention(heads=2, positions=relative(gate="amplitude_phase"), read=RELATIVE_LINEAR),
+        {},
+        {"steps"},
+    ),
+    "gateloop_attention, literal, no softmax": (
+        presets.gateloop_attention(heads=2, positions=relative(law="literal"), read=LINEAR),
+        {},
+        {"steps"},
+    ),
     "gateloop": (presets.gateloop(), {}, {"steps"}),  # trains its gate slower, so its gradients are no derivatives
     "gateloop, plain gradients": (presets.gateloop(heads=4, gate_gradient=1.0), {}, SMOOTH | {"steps"}),
     "gateloop, amplitude and phase": (presets.gateloop(heads=4, law="amplitude_phase"), {}, {"steps"}),
+    "gateloop, signed": (presets.gateloop(heads=2, law="signed"), {}, {"steps"}),
     "gla": (presets.gla(heads=2, rank=4), {}, SMOOTH | {"steps"}),
     "gss": (presets.gss(state=6), {}, SMOOTH | {"steps"}),
     "gss, linear frequencies": (presets.gss(state=5, frequency="linear"), {}, SMOOTH | {"steps"}),
+    "gss, right to left": (presets.gss(state=3).reverse(), {}, SMOOTH),
     "hgrn": (presets.hgrn(expand=2, bounds="skip_last"), {"depth": 2}, SMOOTH),
     "hgrn, one layer": (presets.hgrn(leave=(OutputGate("g"), Norm("y"))), {}, SMOOTH | {"steps"}),
     "hgrn, both ways": (presets.hgrn(scan=both_ways), {}, SMOOTH),
@@ -74,6 +109,13 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "rwkv": (presets.rwkv(heads=2), {}, SMOOTH | {"steps"}),
     "rwkv, biases": (presets.rwkv(heads=4, bias=True), {"depth": 2}, SMOOTH),
     "simple_gateloop": (presets.simple_gateloop(), {}, SMOOTH | {"steps"}),
+    "simple_gateloop, normed, right to left": (
+        presets.simple_gateloop().insert_after("output_gate", Norm("y", kind="layer")).reverse(),
+        {},
+        SMOOTH,
+    ),
+    "smoothing": (presets.smoothing(heads=2), {}, SMOOTH | {"steps"}),
+    "tap_conv": (presets.tap_conv(heads=4), {}, SMOOTH | {"steps"}),
 }
 
 

@@ -1,6 +1,6 @@
 """Bricks that own weights, and what is built from them."""
 
-from recur.blocks.attention import Attention, Rotary
+from recur.blocks.attention import Attention, GatedAttention, RelPos, Rotary
 from recur.blocks.gates import (
     BoundedDecay,
     Complex,
@@ -13,6 +13,7 @@ from recur.blocks.gates import (
     Phase,
     RealImag,
     RetentionScale,
+    Smoothing,
     StepDecay,
 )
 from recur.blocks.glue import (
@@ -23,13 +24,16 @@ from recur.blocks.glue import (
     Map,
     Norm,
     Project,
+    Reshape,
     Reverse,
     Scale,
     ScaleGrad,
     ShortConv,
     Skip,
     Sum,
+    TapConv,
     TokenShift,
+    Unbind,
     Weigh,
     both_ways,
     down_and_right,
@@ -39,15 +43,16 @@ from recur.blocks.glue import (
 )
 from recur.blocks.hidden import DenseFusion
 from recur.blocks.language_model import Block, LanguageModel
-from recur.blocks.mixer import Mixer, MixerOut, Single, detach, nbytes
+from recur.blocks.loop import Loop
+from recur.blocks.mixer import Mixer, MixerOut, detach, nbytes
 from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, SelectiveScan
 from recur.recipe import Chain
 
 PARTS = (
     Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout,
-    FixedDecay, FixedScan, GatedScan, Learned, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate,
-    Phase, Project, RealImag, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip,
-    StepDecay, Sum, TokenShift, Weigh,
+    FixedDecay, FixedScan, GatedAttention, GatedScan, Learned, Loop, LowerBounds, LowRank, Map, Norm, OnlineScan,
+    OuterScan, OutputGate, Phase, Project, RealImag, RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad,
+    SelectiveScan, ShortConv, Skip, Smoothing, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
 )  # fmt: skip
 
 WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)
@@ -57,7 +62,6 @@ __all__ = [
     "LanguageModel",
     "Mixer",
     "MixerOut",
-    "Single",
     "detach",
     "nbytes",
     *(part.__name__ for part in PARTS),

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from recur.axes import RecipeError
 from recur.primitives.forms import check_packing
-from recur.recipe import Axes, Flow, Part, Recipe, Site, State
+from recur.recipe import Flow, Recipe, State
 from recur.shapes import bind, expect
 
 
@@ -144,19 +144,6 @@ class Mixer(nn.Module):
         wide = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}" for a, b, c, d in rows]
         return f"Mixer at D={self.dim}\n" + "\n".join(lines)
-
-
-class Single(nn.Module):
-    """One part without state as a function of x [B T D]: what it writes under the name `out`."""
-
-    def __init__(self, part: Part, dim: int, out: str = "y") -> None:
-        super().__init__()
-        self.part, self.out = part, out
-        self.weights = part.build(Site({"D": dim}, Axes({"x": ("D",)})))
-
-    def forward(self, x: Tensor) -> Tensor:
-        flow, _ = self.part(Flow({"x": x}, x.new_zeros(x.shape[0], dtype=torch.long)), self.weights, None)
-        return flow[self.out]
 
 
 def nbytes(state: State) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recur.blocks import Block, LanguageModel, LowRank, Mixer, Norm, Project, RetentionScale, Single
+from recur.blocks import Block, LanguageModel, LowRank, Mixer, Norm, Project, RetentionScale
 from recur.convert.keys import Keys, merged, rows, under
 from recur.convert.official import Official
 from recur.presets.dense_retnet import dense_retnet
@@ -84,15 +84,16 @@ def model(
         depth=num_hidden_layers,
         norm=Norm("x", eps=rms_norm_eps, to="y"),
         tie=False,
-        head_std=0.02,
+        head_init="normal",
         padding=pad_token_id,
     )
 
 
-def projection(input_dim: int, mid_reduction_ratio: int = 32, final_reduction_ratio: float = 2) -> Single:
+def projection(input_dim: int, mid_reduction_ratio: int = 32, final_reduction_ratio: float = 2) -> Mixer:
     """The two linear maps behind the gate of a fusion."""
     rank, width = input_dim // mid_reduction_ratio, int(input_dim / final_reduction_ratio)
-    return Single(Project("x", y=LowRank(str(width), rank=str(rank), act="silu", init="normal")), input_dim)
+    maps = LowRank(str(width), rank=str(rank), act="silu", init="normal")
+    return Mixer(Recipe(Project("x", y=maps, init="normal"), out=str(width)), input_dim)
 
 
 INERT = ("deepnorm", "retnorm", "layernorm_eps", "max_position_embeddings", "use_cache")
@@ -102,4 +103,4 @@ BLOCK_KEYS: Keys = {**under("mixer.", "self_attn.", MIXER_KEYS), "mixer_norm.wei
 MIXER = Official(mixer, MIXER_KEYS, inert=(*INERT, *OF_MODEL), only=ONLY)
 LAYER = Official(layer, BLOCK_KEYS, inert=(*INERT, *OF_MODEL), only=ONLY)
 MODEL = Official(model, KEYS, derived=("retnet_rel_pos.angle", "retnet_rel_pos.decay"), inert=INERT, only=ONLY)
-PROJECTION = Official(projection, {"weights.weight": "fc1.weight", "weights.y_up": "fc2.weight"})
+PROJECTION = Official(projection, {"parts.project.weight": "fc1.weight", "parts.project.y_up": "fc2.weight"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -118,6 +119,16 @@ def polar_gate(real: Tensor, imag: Tensor) -> Tensor:
     dtype = accumulation_dtype(real, imag)
     c = torch.complex(real.to(dtype), imag.to(dtype))
     return complex_gate(c.abs(), c.angle())
+
+
+def signed_gate(real: Tensor, imag: Tensor) -> Tensor:
+    """The polar gate of the real part alone: a = sign(c_0) sigmoid(|c_0|), in (-1, -0.5] or [0.5, 1).
+
+    Args: real, imag: [*] the two parts of c; the second is not read.
+    Returns: [*] complex log decay, its phase 0 or pi.   Source: the ablation of the released PyTorch GateLoop.
+    """
+    bind("signed_gate", real=(real, "*"), imag=(imag, "*"))
+    return complex_gate(real.abs(), torch.where(real < 0, math.pi, torch.zeros_like(real)))
 
 
 def output_gate(y: Tensor, z: Tensor, *, act: str = "silu") -> Tensor:

@@ -141,18 +141,10 @@ class DenseModel(Module):
         return recur.convert.from_official(self.name, vectors.section("param"), arguments)
 
 
-class Alone(Module):
-    """Two linear maps: no state, no form."""
-
-    def whole(self, vectors: Vectors, form: str) -> Run:
-        module = self.make(vectors)
-        return Run({"output": module(vectors.inputs["x"])}, lambda: gradients(self.name, module))
-
-
 TABLES = ("rel_pos.angle", "rel_pos.log_decay")  # ours come from the position
 
 CASES: dict[str, Case] = {
-    "densessm_hidden_projection": Alone("densessm_projection", streams=False),
+    "densessm_hidden_projection": Module("densessm_projection"),
     "densessm_layer": Dense("densessm_layer"),
     "densessm_lm": DenseModel("dense_gau_retnet", late_retention),
     "densessm_retention": Dense("densessm_retention", late_retention, unread=TABLES),
