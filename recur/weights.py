@@ -94,6 +94,12 @@ def uniform(bound: float) -> Init:
     return lambda weight: weight.uniform_(-bound, bound)
 
 
+def cut_normal(std: float) -> Init:
+    """A normal law without what lies beyond two of its deviations, of standard deviation `std` after the cut."""
+    whole = std / 0.87962566103423978  # the deviation of N(0, 1) between -2 and 2
+    return lambda weight: nn.init.trunc_normal_(weight, 0.0, whole, -2 * whole, 2 * whole)
+
+
 def zeros(weight: Tensor) -> None:
     weight.zero_()
 
@@ -128,6 +134,9 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
     "normal":   N(0, 0.02^2).
     "normal_residual": N(0, 0.02^2 / (2 depth)), for what adds to the residual stream twice a layer.
     "xavier":   uniform Xavier with gain 2^-2.5.
+    "glorot":   uniform Xavier.
+    "lecun":    N(0, 1/fan_in) cut off at two deviations, as Flax's Dense.
+    "unscaled": N(0, 1).
     "zeros":    0.
 
     Raises: ValueError for another name.
@@ -139,6 +148,9 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
         "normal": normal(0.02),
         "normal_residual": normal(0.02 * (2 * depth) ** -0.5),
         "xavier": uniform(2**-2.5 * math.sqrt(6 / (fan_in + fan_out))),
+        "glorot": uniform(math.sqrt(6 / (fan_in + fan_out))),
+        "lecun": cut_normal(fan_in**-0.5),
+        "unscaled": normal(),
         "zeros": zeros,
     }
     if law not in laws:
@@ -147,6 +159,6 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
 
 
 def bias_init(law: str, fan_in: int) -> Init:
-    """The law of the bias beside a matrix of such a law: as torch's Linear, or 0."""
-    laws = {"linear": uniform(fan_in**-0.5)}
+    """The law of the bias beside a matrix of such a law: as torch's Linear, N(0, 1) or 0."""
+    laws = {"linear": uniform(fan_in**-0.5), "unscaled": normal()}
     return laws.get(law, zeros)

@@ -10,8 +10,10 @@ from hypothesis import settings
 from recur import blocks
 from recur.blocks import (
     Act,
+    Along,
     Attention,
     BoundedDecay,
+    Complex,
     ComplexGate,
     Decay,
     DeltaScan,
@@ -19,8 +21,10 @@ from recur.blocks import (
     Dropout,
     FixedDecay,
     FixedScan,
+    GatedAttention,
     GatedScan,
     Learned,
+    Loop,
     LowerBounds,
     LowRank,
     Map,
@@ -28,7 +32,11 @@ from recur.blocks import (
     OnlineScan,
     OuterScan,
     OutputGate,
+    Phase,
     Project,
+    RealImag,
+    RelPos,
+    Reshape,
     RetentionScale,
     Reverse,
     Rotary,
@@ -37,9 +45,12 @@ from recur.blocks import (
     SelectiveScan,
     ShortConv,
     Skip,
+    Smoothing,
     StepDecay,
     Sum,
+    TapConv,
     TokenShift,
+    Unbind,
     Weigh,
 )
 from recur.recipe import Chain, Part, Recipe
@@ -61,6 +72,7 @@ def recipe(*parts: Part, out: str = "y") -> Recipe:
 
 QKV = Project("x", q="H K", k="H K", v="H V")
 GROUPED = Project("x", q="G K", k="G K", v="H V")
+PAIRS = (Project("x", c="H K//2 2"), ComplexGate("c"))
 UNIT_KEYS = (Norm("k", kind="l2", over="K", affine="none"), Scale("k", "1/sqrt(K)"))
 RETAINED = (OuterScan(), Norm("y", over="V", eps="eps"))
 WHOLE = ANY | {"serialisation", "one_way"}  # its scale has no gradient, and its norm no second one
@@ -85,6 +97,18 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     ),
     "ScaleGrad": (recipe(ScaleGrad("u", 0.5), out="u"), USUAL - SMOOTH),
     "Skip": (recipe(Project("u", y="D"), Skip("u")), USUAL),
+    "Reshape": (recipe(QKV, Reshape("v", "H*V", to="y")), USUAL),
+    "Unbind": (recipe(Project("x", w="H 3 K"), Unbind("w", "a b y")), USUAL),
+    "TapConv": (recipe(Project("x", tap="H"), TapConv("u")), USUAL),
+    "Smoothing": (recipe(Smoothing("u"), GatedScan("b")), USUAL),
+    "Loop": (
+        recipe(Loop((Project("last", r="D"), Sum("u r", out="h"), ShortConv("h", act="tanh")), "h", "D"), out="h"),
+        USUAL,
+    ),
+    "Loop, scan inside": (
+        recipe(Loop((Project("last", z="D"), Decay("z"), GatedScan("u")), feed="y", axes="D")),
+        USUAL,
+    ),
     "Skip, heads": (recipe(QKV, Project("u", y="H V"), Skip("v", over="H")), USUAL),
     "Weigh": (recipe(QKV, Project("x", b="H"), Weigh("v", by="b", to="y")), USUAL),
     "Sum": (recipe(Project("x", w="D"), Sum("u w")), USUAL),
@@ -110,9 +134,33 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     "RetentionScale, chunks": (recipe(QKV, FixedDecay(), RetentionScale(chunk=3, eps=1e-2), *RETAINED), WHOLE),
     "FixedDecay": (recipe(QKV, FixedDecay(), OuterScan()), USUAL),
     "FixedDecay, eps": (recipe(QKV, FixedDecay(eps=1e-2), OuterScan(), Norm("y", over="V", eps="eps")), USUAL),
+    "BoundedDecay, no bound": (recipe(QKV, Project("x", z="H K"), BoundedDecay("z", bound=None), OuterScan()), USUAL),
+    "Along": (
+        recipe(Project("x", z="D"), Decay("z"), Along(0, (GatedScan("u"),)), Along(1, (GatedScan("u", out="y"),))),
+        (ANY | SMOOTH | {"serialisation", "one_way"}) - {"packing"},
+    ),
+    "Along, another x": (
+        recipe(Along(1, (ShortConv("u"), Reverse((TokenShift("x", to="s"),))), reads="u"), out="s"),
+        (ANY | SMOOTH | {"serialisation", "one_way"}) - {"packing"},
+    ),
+    "Complex, Phase and RealImag": (
+        recipe(
+            Project("x", z="D", c="D 2"),
+            Decay("z", out="log_f"),
+            Phase(),
+            Complex("c"),
+            GatedScan("c", rotates=True),
+            RealImag(),
+        ),
+        USUAL,
+    ),
     "ComplexGate": (recipe(QKV, Project("x", c="H K 2"), ComplexGate("c"), OuterScan(rotates=True)), USUAL),
     "ComplexGate, amplitude and phase": (
         recipe(QKV, Project("x", c="H 2"), ComplexGate("c", law="amplitude_phase"), OuterScan(rotates=True)),
+        USUAL,
+    ),
+    "ComplexGate, signed, halves": (
+        recipe(QKV, Project("x", c="2 H"), ComplexGate("c", law="signed"), OuterScan(rotates=True)),
         USUAL,
     ),
     "OutputGate": (recipe(Project("x", z="D"), OutputGate("z", out="u"), out="u"), USUAL),
@@ -132,6 +180,11 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     "FixedScan, linear": (recipe(FixedScan("u", frequency="linear")), USUAL),
     "Rotary": (recipe(QKV, Rotary("q k"), OuterScan(decay=None)), USUAL),
     "Rotary, half": (recipe(QKV, Rotary("q k", layout="half", inclusive=True), OuterScan(decay=None)), USUAL),
+    "Rotary, stored": (recipe(QKV, Rotary("q k", stored=True), OuterScan(decay=None)), USUAL),
+    "RelPos": (recipe(QKV, *PAIRS, RelPos(), OuterScan(rotates=True)), USUAL),
+    "RelPos, literal": (recipe(QKV, *PAIRS, RelPos(law="literal"), OuterScan(decay=None)), USUAL),
+    "GatedAttention": (recipe(QKV, *PAIRS, RelPos(), GatedAttention()), USUAL),
+    "Attention, all scores": (recipe(QKV, Attention(fused=False)), USUAL),
     "Attention": (recipe(QKV, Attention()), USUAL),
     "Attention, groups": (
         recipe(Project("x", q="H K", k="G K", v="G V"), Rotary("q k"), Attention()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur.axes import Spec, spec
+from recur.blocks.cache import extend, row_of
 from recur.primitives.conv import causal_conv, token_shift
+from recur.primitives.fixed import tap_conv
 from recur.primitives.gates import activation, scale_gradient
 from recur.primitives.norms import KINDS, normalise
-from recur.recipe import Axes, Chain, Flow, Part, RecipeError, Site, State
+from recur.recipe import Axes, Chain, Flow, Part, Recipe, RecipeError, Site, State
 from recur.weights import Init, Param, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
 
 
@@ -82,7 +85,7 @@ class Project(Part):
                 width = _product(site.size(out.axes))
                 made[f"{name}_up"] = Param((width, rank), matrix_init(out.init, rank, width, site.depth))
                 if out.bias:
-                    made[f"{name}_bias"] = Param((width,), zeros, decay=False)
+                    made[f"{name}_bias"] = Param((width,), bias_init(out.init, rank), decay=False)
         return made
 
     def _fill(self, rows: list[int], fan_in: int, depth: int) -> Init:
@@ -163,6 +166,42 @@ class ShortConv(Part):
         bias = " + b" if self.bias else ""
         mixed = (f"{u} <- {self.act}(sum_w c_w {u}_{{t-w}}{bias})" for u in self.source.split())
         return f"{', '.join(mixed)}, w < {self.width}"
+
+
+@dataclass(frozen=True)
+class TapConv(Part):
+    """Causal convolution whose taps the tokens bring: y_t = sum_{s<=t} tap_s u_{t-s}; u [V], tap [H].
+
+    The weight of lag s is read from token s, so nothing of fixed size remembers the past: the state is a cache of u
+    and taps, and a step costs as much as a text is long. Heads are equal stretches of channels.
+    """
+
+    source: str
+    tap: str = "tap"
+    out: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        axes.rank(self.tap, 1)
+        return {self.out: axes.rank(self.source, 1)}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        (V,), (H,) = site.of(self.source), site.of(self.tap)
+        if V % H:
+            raise RecipeError(f"TapConv: taps must divide the channels of {self.source}, got H={H} and V={V}")
+        return {"width": V // H}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        room = (batch, max_len or 0)
+        u, tap = site.zeros(*room, *site.of(self.source)), site.zeros(*room, *site.of(self.tap))
+        return {"u": u, "tap": tap, "grows": max_len is None}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        new = extend("TapConv", flow, state, u=flow[self.source], tap=flow[self.tap])
+        y = tap_conv(new["u"], new["tap"].repeat_interleave(weights.width, -1))
+        return flow.set(**{self.out: y[row_of(flow), flow.positions()]}), new
+
+    def formula(self) -> str:
+        return f"{self.out}_t = sum_{{s<=t}} {self.tap}_s {self.source}_{{t-s}}"
 
 
 @dataclass(frozen=True)
@@ -426,6 +465,56 @@ class Sum(Part):
 
 
 @dataclass(frozen=True)
+class Reshape(Part):
+    """The same channels under other axes, as many: Reshape("y", "D") puts heads side by side."""
+
+    source: str
+    axes: str
+    to: str | None = None
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        axes[self.source]
+        return {self.to or self.source: spec(self.axes)}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        old, new = site.of(self.source), site.size(self.axes)
+        if _product(old) != _product(new):
+            raise RecipeError(f"Reshape: {self.source} {list(old)} must have as many channels as {list(new)}")
+        return {"shape": new}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.to or self.source: flow[self.source].flatten(2).unflatten(-1, weights.shape)}), None
+
+    def formula(self) -> str:
+        return f"{self.to or self.source} = {self.source} as [{self.axes}]"
+
+
+@dataclass(frozen=True)
+class Unbind(Part):
+    """Take a tensor apart along the axis that has one entry a name: Unbind("qkv", "q k v"), qkv [H 3 K], q [H K]."""
+
+    source: str
+    names: str
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found, count = axes[self.source], str(len(self.names.split()))
+        if count not in found:
+            raise RecipeError(f"{axes.reader} needs an axis of {count} in {self.source}, got [{' '.join(found)}]")
+        at = found.index(count)
+        return dict.fromkeys(self.names.split(), found[:at] + found[at + 1 :])
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"axis": 2 + site.axes[self.source].index(str(len(self.names.split())))}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        pieces = flow[self.source].unbind(weights.axis)
+        return flow.set(**dict(zip(self.names.split(), pieces, strict=True))), None
+
+    def formula(self) -> str:
+        return f"{', '.join(self.names.split())} = {self.source}"
+
+
+@dataclass(frozen=True)
 class Map(Part):
     """Any function of tensors of the flow, token by token: Map(fn, reads="q k", out="s", axes="H"); not for JSON."""
 
@@ -480,6 +569,104 @@ class Reverse(Part):
 
     def formula(self) -> str:
         return "right to left: " + "; ".join(part.formula() for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Along(Part):
+    """Run parts along one axis of a grid, every line of it as a sequence of its own.
+
+    The tokens are the cells of the grid that the call names, grid=(rows, columns), row by row. Axis 0 runs down the
+    columns, axis 1 along the rows. Inside, "x" is the tensor `reads`. States are [B lines ...]. Grids cannot be packed.
+    """
+
+    axis: int
+    parts: tuple[Part, ...] = ()
+    reads: str = "x"
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    @property
+    def body(self) -> Chain:
+        return Chain(tuple(self.parts))
+
+    def _inner(self, axes: Axes) -> Axes:
+        return dataclasses.replace(axes, written={**axes.written, "x": axes[self.reads]})
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return self.body.shapes(self._inner(axes))
+
+    def build(self, site: Site) -> Any:
+        return self.body.build(dataclasses.replace(site, axes=self._inner(site.axes)))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        (B, T), grid, axis = flow["x"].shape[:2], flow.grid, self.axis + 1
+        if flow.cu_seqlens is not None:
+            raise NotImplementedError("Along: a grid cannot be packed; give images as rows of a batch")
+        if grid is None or not 0 <= self.axis < len(grid) or math.prod(grid) != T:
+            raise ValueError(f"Along: grid must have an axis {self.axis} and T={T} cells, got {grid}")
+        n, others = len(grid), (*grid[: self.axis], *grid[axis:])
+
+        def laid(tensor: Tensor) -> Tensor:
+            if tensor.shape[1] != T:  # the same for all tokens
+                return tensor if len(tensor) == 1 else tensor.repeat_interleave(math.prod(others), 0)
+            cells = tensor.expand(B, *tensor.shape[1:]).unflatten(1, grid)
+            return cells.movedim(axis, n).flatten(0, n - 1)
+
+        def back(tensor: Tensor) -> Tensor:
+            if tuple(tensor.shape[:2]) != (len(position), grid[self.axis]):
+                return tensor
+            return tensor.unflatten(0, (B, *others)).movedim(n, axis).flatten(1, n)
+
+        lines = {name: laid(tensor) for name, tensor in {**flow.tensors, "x": flow[self.reads]}.items()}
+        position = flow.position.new_zeros(B * math.prod(others))
+        inner = dataclasses.replace(flow, tensors=lines, position=position, grid=None)
+        inner, state = self.body(inner, weights, None)
+        made = {name: back(tensor) for name, tensor in inner.tensors.items() if tensor is not lines.get(name)}
+        states = torch.utils._pytree.tree_map(lambda leaf: leaf.unflatten(0, (B, math.prod(others))), state)
+        return flow.set(**made), states
+
+    def formula(self) -> str:
+        return f"along axis {self.axis}: " + "; ".join(part.formula() for part in self.parts)
+
+
+# ---------------------------------------------------------------------- which way scans read: parts made of a scan,
+# and of another one for the way back if that differs
+
+
+def one_way(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Left to right."""
+    return (scan,)
+
+
+def both_ways(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Left to right and right to left, added: each token counts itself twice."""
+    return (*_there_and_back(scan, back, "ahead", "behind"), Sum("ahead behind", out=scan.out))
+
+
+def in_grid(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Down, up, right and left in a grid, added."""
+    down, across = _there_and_back(scan, back, "down", "up"), _there_and_back(scan, back, "right", "left")
+    return Along(0, down), Along(1, across), Sum("down up right left", out=scan.out)
+
+
+def down_and_right(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Down and right in a grid, added: a cell sees what is straight above it and what is left of it."""
+    down, right = (dataclasses.replace(scan, out=name) for name in ("down", "right"))
+    return Along(0, (down,)), Along(1, (right,)), Sum("down right", out=scan.out)
+
+
+def in_series(recipe: Recipe) -> Recipe:
+    """The recipe along the columns of a grid and then, with the same weights, along the rows of what that gave."""
+    shared = tuple(part for part in recipe.parts if part.scope == "model")
+    body = tuple(part for part in recipe.parts if part.scope == "layer")
+    lines = Along(0, body, name="body"), Along(1, body, reads="y", name="body")
+    return Recipe(*shared, *lines, axes=recipe.axes, inputs=recipe.inputs, source=recipe.source, out=recipe.out)
+
+
+def _there_and_back(scan: Any, back: Any, there: str, home: str) -> tuple[Part, Part]:
+    return dataclasses.replace(scan, out=there), Reverse((dataclasses.replace(back or scan, out=home),))
 
 
 def _leading(axes: Axes, name: str, first: Spec) -> None:

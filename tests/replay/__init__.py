@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
 import recur
 
 Result = tuple[Tensor, dict[str, Tensor]]
+FLAGS = ("ablate_complex", "ablate_state_transition", "frozen_shared_embedding", "to_logits_layernorm_patch")
 
 
 class Vectors:
@@ -51,8 +53,10 @@ class Vectors:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of the recorded module's constructor."""
-        return self.config.get("kwargs") or self.config.get("model_config") or {}
+        """Of the recorded module's constructor, and options of the call or made after construction."""
+        flags = {flag: self.config[flag] for flag in FLAGS if flag in self.config}
+        constructor = self.config.get("kwargs") or self.config.get("model_config") or {}
+        return {**constructor, **flags, **self.config.get("call_kwargs", {})}
 
     @property
     def results(self) -> dict[str, Tensor]:
@@ -165,8 +169,11 @@ class Module(Case):
         return {f"state.{key}.{i}": tensor for i, layer in layers for key, tensor in layer.items()}
 
     def further(self, vectors: Vectors, y: Tensor, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Recorded results that are neither output nor state."""
-        return {}
+        """Recorded results that are neither output nor state: a language model's loss."""
+        if "loss" not in vectors.results:
+            return {}
+        loss = F.cross_entropy(y[:, :-1].flatten(0, 1), vectors.inputs["input_ids"][:, 1:].flatten())
+        return {"loss": loss.view(vectors.results["loss"].shape)}
 
     def whole(self, vectors: Vectors, form: str) -> Run:
         module = self.make(vectors)
