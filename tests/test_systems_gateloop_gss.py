@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from recur import Mixer, convert, presets
-from recur.blocks import GatedAttention
+from recur.blocks import GatedAttention, PositionTaps
+from recur.convert.table import OFFICIAL
 from recur.presets.gateloop import RELATIVE_LINEAR, relative
 from recur.recipe import Part, Recipe
 
@@ -87,6 +88,30 @@ def test_smoothing_is_a_convolution_with_falling_weights() -> None:
     kernel = kernel.repeat_interleave(4, -1)
     wanted = torch.stack([sum(kernel[s] * u[:, t - s] for s in range(t + 1)) for t in range(T)], 1)
     close(mixer(x).y, wanted + mixer.parts["skip"].D * u)
+
+
+@pytest.mark.parametrize("name", ["ds_conv", "gated_ds_conv", "gated_ds_conv_lm"])
+def test_taps_were_once_learned_for_every_position(name: str) -> None:
+    config = {"dim": 8, "heads": 2, "max_seq_len": 20}
+    config |= {"num_tokens": 5, "depth": 2} if name.endswith("lm") else {}
+    config |= {} if name == "ds_conv" else {"dim_dsconv": 8}
+    torch.manual_seed(0)
+    built = OFFICIAL[name].make(name, {**config, "learned_taps": True})
+    state = convert.to_official(name, built)
+    assert sum(tensor.shape == (20, 2) for tensor in state.values()) == config.get("depth", 1)
+    again = convert.from_official(name, state, config)
+    x = torch.randint(5, (2, T)) if name.endswith("lm") else torch.randn(2, T, 8)
+    close(again(x), built(x))
+
+
+def test_the_last_learned_tap_weighs_the_newest_token() -> None:
+    recipe = presets.tap_conv(heads=2).replace("taps", PositionTaps("H", length=20, name="taps"))
+    mixer, x = layer(recipe)
+    u, table = flow(mixer, x)["v"], mixer.parts["taps"].table.repeat_interleave(4, -1)
+    wanted = torch.stack([sum(table[19 - s] * u[:, t - s] for s in range(t + 1)) for t in range(T)], 1)
+    close(mixer(x).y, wanted + mixer.parts["skip"].D * u)
+    with pytest.raises(ValueError, match="PositionTaps: length=20 is too short for 21 tokens"):
+        mixer(torch.randn(1, 21, 8).double())
 
 
 def test_taps_are_read_from_the_input_before_its_norm() -> None:

@@ -19,6 +19,7 @@ from recur.blocks.glue import (
     LowRank,
     Map,
     Norm,
+    PositionTaps,
     Project,
     Reshape,
     Reverse,
@@ -42,8 +43,8 @@ from recur.recipe import Chain
 PARTS = (
     Act, Attention, BoundedDecay, Chain, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout, FixedDecay, FixedScan,
     GatedAttention, GatedScan, Learned, Loop, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate,
-    Project, RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip,
-    Smoothing, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
+    PositionTaps, Project, RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan,
+    ShortConv, Skip, Smoothing, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
 )  # fmt: skip
 
 __all__ = ["Block", "LanguageModel", "Mixer", "MixerOut", "detach", "nbytes", *(part.__name__ for part in PARTS)]
