@@ -166,28 +166,25 @@ def reaches(log_a, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr):
 
 @triton.jit
 def reaches_of_one(log_a, FLIP: tl.constexpr, BEFORE: tl.constexpr):
-    """The same for one gate a token [C]."""
+    """The same for one gate a token [C]: rise, since, fall and the whole; since is rise with the token's own gate."""
     seen, after = order(log_a.shape[0], FLIP), strict(order(log_a.shape[0], not FLIP))
     log_a = log_a.to(tl.float32) * LOG2E
-    read = strict(seen) if BEFORE else seen
-    rise = tl.sum(tl.where(read, log_a[None, :], 0.0), 1)
+    since = tl.sum(tl.where(seen, log_a[None, :], 0.0), 1)
+    rise = tl.sum(tl.where(strict(seen), log_a[None, :], 0.0), 1) if BEFORE else since
     fall = tl.sum(tl.where(after, log_a[None, :], 0.0), 1)
-    return rise, fall, tl.sum(log_a, 0)
+    return rise, since, fall, tl.sum(log_a, 0)
 
 
 @triton.jit
-def between(log_a, FLIP: tl.constexpr, BEFORE: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr):
+def between(log_a, rise, since, FLIP: tl.constexpr, BEFORE: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr):
     """Gates after token s up to and with token t, what weighs their pair, [t s] or [s t] if TURN; 0 if not seen."""
     C: tl.constexpr = log_a.shape[0]
     seen, after = order(C, FLIP), strict(order(C, not FLIP))
     read = strict(seen) if BEFORE else seen
-    log_a = log_a.to(tl.float32) * LOG2E
     if tl.bfloat16 == DOT:
-        rise = tl.sum(tl.where(read, log_a[None, :], 0.0), 1)
-        since = tl.sum(tl.where(seen, log_a[None, :], 0.0), 1)
         logs = rise[None, :] - since[:, None] if TURN else rise[:, None] - since[None, :]
     else:  # sums of gates alone
-        passed = tl.where(read, log_a[None, :] + tl.zeros([C, C], tl.float32), 0.0)  # [t r]
+        passed = tl.where(read, log_a.to(tl.float32)[None, :] * LOG2E + tl.zeros([C, C], tl.float32), 0.0)  # [t r]
         beyond = tl.where(after, 1.0, 0.0)  # [s r], whether token r comes after s
         if TURN:
             logs = tl.dot(beyond, tl.trans(passed), input_precision="tf32x3")

@@ -37,7 +37,9 @@ from recur.blocks import (
     Smoothing,
     Sum,
     TapConv,
+    TokenShift,
     Unbind,
+    Weigh,
 )
 from recur.recipe import Flow, Part
 from recur.weights import Param, matrix_init, ones
@@ -100,6 +102,16 @@ def test_axes_that_make_no_sense_are_refused(expression, words):
         ((Project("x", w="H K"), Unbind("w", "a b c"), OUT), r"needs an axis of 3 in w, got \[H K\]"),
         ((IN, Loop((Act("u"),), feed="h", axes="E"), OUT), r"Loop must write h \[E\] to feed it back, got nothing"),
         ((IN, Loop((Act("u"),), feed="u", axes="D"), OUT), r"Loop must write u \[D\] to feed it back, got \[E\]"),
+        (
+            (IN, Norm("u", name="a"), Reverse((Skip("u", out="u", name="a"),)), OUT),
+            "has a Skip called 'a', as is a Norm",
+        ),
+        ((IN, Project("x", b="E"), Weigh("b", by="x"), OUT), r"part 3 Weigh needs b with first axes \[D\], got \[E\]"),
+        ((IN, Skip("u", out="u", over="D"), OUT), r"part 2 Skip needs u with first axes \[D\], got \[E\]"),
+        (
+            (Project("x", q="H K", k="H K", v="H K", b="K"), OuterScan(decay=None, bonus="b"), OUT),
+            r"needs a bonus b \[H\] or \[H K\], got \[K\]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(parts, words):
@@ -117,6 +129,16 @@ def test_what_does_not_fit_is_named(parts, words):
         (lambda: Norm("y", affine="bias"), RecipeError, "affine must be"),
         (lambda: ComplexGate(law="cartesian"), RecipeError, "law must be"),
         (lambda: FixedScan("u", frequency="log"), RecipeError, "frequency must be"),
+        (
+            lambda: TokenShift("x", to="a b c", init=("0", "1")),
+            RecipeError,
+            "init must have one .* each of a b c, got 2",
+        ),
+        (
+            lambda: Mixer(Recipe(Norm("x", groups=3, to="y")), 8),
+            RecipeError,
+            "Norm: groups must divide the 8 entries, got 3",
+        ),
         (lambda: Act("u", "swish"), ValueError, "name must be one of identity, silu"),
         (lambda: matrix_init("orthogonal", 1, 1, 1), ValueError, "law must be one of linear, residual"),
         (lambda: Part().shapes(None), NotImplementedError, "define shapes"),

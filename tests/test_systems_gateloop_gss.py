@@ -8,7 +8,6 @@ from torch import Tensor
 
 from recur import Mixer, convert, presets
 from recur.blocks import GatedAttention, PositionTaps
-from recur.convert.table import OFFICIAL
 from recur.presets.gateloop import RELATIVE_LINEAR, relative
 from recur.recipe import Part, Recipe
 
@@ -96,7 +95,7 @@ def test_taps_were_once_learned_for_every_position(name: str) -> None:
     config |= {"num_tokens": 5, "depth": 2} if name.endswith("lm") else {}
     config |= {} if name == "ds_conv" else {"dim_dsconv": 8}
     torch.manual_seed(0)
-    built = OFFICIAL[name].make(name, {**config, "learned_taps": True})
+    built = convert.build(name, {**config, "learned_taps": True})
     state = convert.to_official(name, built)
     assert sum(tensor.shape == (20, 2) for tensor in state.values()) == config.get("depth", 1)
     again = convert.from_official(name, state, config)

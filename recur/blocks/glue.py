@@ -245,6 +245,12 @@ class TokenShift(Part):
     to: str
     init: tuple[str, ...] = ("0.5",)
 
+    def __post_init__(self) -> None:
+        if len(self.init) not in (1, len(self.to.split())):
+            raise RecipeError(
+                f"TokenShift: init must have one expression, or one for each of {self.to}, got {len(self.init)}"
+            )
+
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return dict.fromkeys(self.to.split(), axes.rank(self.source, 1))
 
@@ -320,7 +326,10 @@ class Norm(Part):
         return weight | bias
 
     def facts(self, site: Site) -> Mapping[str, Any]:
-        return {"rank": len(self._axes(site.axes)), "groups": int(site.number(self.groups))}
+        over, groups = self._axes(site.axes), int(site.number(self.groups))
+        if groups < 1 or _product(site.size(over)) % groups:
+            raise RecipeError(f"Norm: groups must divide the {_product(site.size(over))} entries, got {groups}")
+        return {"rank": len(over), "groups": groups}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         eps = flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
