@@ -10,8 +10,10 @@ from hypothesis import settings
 from recur import blocks
 from recur.blocks import (
     Act,
+    Along,
     Attention,
     BoundedDecay,
+    Complex,
     ComplexGate,
     Decay,
     DeltaScan,
@@ -30,8 +32,10 @@ from recur.blocks import (
     OnlineScan,
     OuterScan,
     OutputGate,
+    Phase,
     PositionTaps,
     Project,
+    RealImag,
     RelPos,
     Reshape,
     RetentionScale,
@@ -132,6 +136,26 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     "RetentionScale, chunks": (recipe(QKV, FixedDecay(), RetentionScale(chunk=3, eps=1e-2), *RETAINED), WHOLE),
     "FixedDecay": (recipe(QKV, FixedDecay(), OuterScan()), USUAL),
     "FixedDecay, eps": (recipe(QKV, FixedDecay(eps=1e-2), OuterScan(), Norm("y", over="V", eps="eps")), USUAL),
+    "BoundedDecay, no bound": (recipe(QKV, Project("x", z="H K"), BoundedDecay("z", bound=None), OuterScan()), USUAL),
+    "Along": (
+        recipe(Project("x", z="D"), Decay("z"), Along(0, (GatedScan("u"),)), Along(1, (GatedScan("u", out="y"),))),
+        (ANY | SMOOTH | {"serialisation", "one_way"}) - {"packing"},
+    ),
+    "Along, another x": (
+        recipe(Along(1, (ShortConv("u"), Reverse((TokenShift("x", to="s"),))), reads="u"), out="s"),
+        (ANY | SMOOTH | {"serialisation", "one_way"}) - {"packing"},
+    ),
+    "Complex, Phase and RealImag": (
+        recipe(
+            Project("x", z="D", c="D 2"),
+            Decay("z", out="log_f"),
+            Phase(),
+            Complex("c"),
+            GatedScan("c", rotates=True),
+            RealImag(),
+        ),
+        USUAL,
+    ),
     "ComplexGate": (recipe(QKV, Project("x", c="H K 2"), ComplexGate("c"), OuterScan(rotates=True)), USUAL),
     "ComplexGate, amplitude and phase": (
         recipe(QKV, Project("x", c="H 2"), ComplexGate("c", law="amplitude_phase"), OuterScan(rotates=True)),

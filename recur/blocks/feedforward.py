@@ -23,12 +23,14 @@ def gelu(*, hidden: str = "4*D", bias: bool = True, init: str = "linear", act: s
     )
 
 
-def gated(*, hidden: str, act: str = "silu", init: str = "linear", out_init: str | None = None) -> Recipe:
-    """y = W3 (act(W1 x) * W2 x), no bias; act "identity" is the bilinear unit.  Shazeer 2020, arXiv:2002.05202."""
+def gated(
+    *, hidden: str, bias: bool = False, act: str = "silu", init: str = "linear", out_init: str | None = None
+) -> Recipe:
+    """y = W3 (act(W1 x) * W2 x); act "identity" is the bilinear unit.  Shazeer 2020, arXiv:2002.05202."""
     return Recipe(
-        Project("x", z="F", h="F", init=init),
+        Project("x", z="F", h="F", bias=bias, init=init),
         OutputGate("z", act=act, out="h"),
-        Project("h", y="D", init=out_init or init),
+        Project("h", y="D", bias=bias, init=out_init or init),
         axes={"F": hidden},
         source="arXiv:2002.05202",
     )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from recur.axes import RecipeError, Spec, spec
 from recur.primitives.gates import (
+    BOUND_LAWS,
     activation,
     complex_gate,
     lower_bounded_decay,
@@ -23,7 +24,8 @@ from recur.primitives.gates import (
 )
 from recur.primitives.retention import chunkwise_scale, parallel_scale, retention_decay
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, by_index, normal, ones, spread_time_constants
+from recur.shapes import accumulation_dtype
+from recur.weights import Param, by_index, constant, normal, spread_time_constants
 
 
 @dataclass(frozen=True)
@@ -46,48 +48,65 @@ class Decay(Part):
 
 @dataclass(frozen=True)
 class LowerBounds(Part):
-    """The least each layer keeps: bound_l = sum_{1<=j<=l} softmax(logits over layers)_j, rising with depth from 0.
+    """The least each layer keeps, rising with depth from 0: sums of softmax(logits over the layers).
 
     One table for the whole model; every layer takes its row.
+
+    Args:
+        law:   which shares layer l sums, "skip_first" (1 .. l) or "skip_last" (0 .. l - 1).
+        start: first value of the logits; any gives the same bounds, l / layers.
     """
 
     axes: str
+    law: str = "skip_first"
+    start: float = 1.0
     out: str = "bound"
     scope = "model"
+
+    def __post_init__(self) -> None:
+        if self.law not in BOUND_LAWS:
+            raise RecipeError(f"LowerBounds: law must be one of {', '.join(BOUND_LAWS)}, got {self.law!r}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.out: spec(self.axes)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        return {"logits": Param((site.depth, *site.size(self.axes)), ones, decay=False, float32=True)}
+        first = constant(self.start)
+        return {"logits": Param((site.depth, *site.size(self.axes)), first, decay=False, float32=True)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.out: lower_bounds(weights.logits)[flow.layer][None, None]}), None
+        return flow.set(**{self.out: lower_bounds(weights.logits, law=self.law)[flow.layer][None, None]}), None
 
     def formula(self) -> str:
-        return f"{self.out} = sum_{{1<=j<=layer}} softmax(logits)_j"
+        shares = "1<=j<=layer" if self.law == "skip_first" else "0<=j<layer"
+        return f"{self.out} = sum_{{{shares}}} softmax(logits)_j"
 
 
 @dataclass(frozen=True)
 class BoundedDecay(Part):
-    """A forget gate above its bound, and what it lets in: a = g + (1 - g) sigmoid(z); log_a and keep = 1 - a."""
+    """A forget gate above its bound, and what it lets in: a = g + (1 - g) sigmoid(z); log_a and keep = 1 - a.
+
+    bound None is a bound of 0.
+    """
 
     source: str = "z"
-    bound: str = "bound"
+    bound: str | None = "bound"
     out: str = "log_a"
     keep: str = "k"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        found = axes.same(self.source, self.bound)
+        found = axes.same(self.source, self.bound or self.source)
         return {self.out: found, self.keep: found}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        log_a, keep = lower_bounded_decay(flow[self.source], flow[self.bound])
-        return flow.set(**{self.out: log_a, self.keep: keep.to(flow[self.source].dtype)}), None
+        z = flow[self.source]
+        log_a, keep = lower_bounded_decay(z, z.new_zeros(()) if self.bound is None else flow[self.bound])
+        return flow.set(**{self.out: log_a, self.keep: keep.to(z.dtype)}), None
 
     def formula(self) -> str:
         g, z = self.bound, self.source
-        return f"a = {g} + (1 - {g}) sigmoid({z}), {self.out} = log a, {self.keep} = 1 - a"
+        floor = f"{g} + (1 - {g}) " if g else ""
+        return f"a = {floor}sigmoid({z}), {self.out} = log a, {self.keep} = 1 - a"
 
 
 @dataclass(frozen=True)
@@ -241,6 +260,72 @@ class Smoothing(Part):
 
     def formula(self) -> str:
         return f"{self.out} = log((1 - alpha) damp), {self.to} = alpha {self.source}"
+
+
+@dataclass(frozen=True)
+class Phase(Part):
+    """Turn a decay by a learned angle per channel, the same at every token: log_a = log_f + i theta.
+
+    theta starts as base^(-2j/n) over the n channels.
+    """
+
+    source: str = "log_f"
+    base: float = 10000.0
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.rank(self.source, 1)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        (n,) = site.of(self.source)
+        angles = self.base ** (-2 / n * torch.arange(n, dtype=torch.float64))
+        return {"theta": Param((n,), lambda weight: weight.copy_(angles), decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        log_f = flow[self.source]
+        return flow.set(**{self.out: torch.complex(log_f, weights.theta.to(log_f.dtype).expand_as(log_f))}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = {self.source} + i theta"
+
+
+@dataclass(frozen=True)
+class Complex(Part):
+    """Pairs [... 2] as complex numbers [...], in float32 or wider."""
+
+    source: str
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found = axes[self.source]
+        if found[-1:] != ("2",):
+            raise RecipeError(
+                f"{axes.reader} reads pairs: {self.source} must end in an axis of 2, got [{' '.join(found)}]"
+            )
+        return {self.source: found[:-1]}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        c = flow[self.source]
+        return flow.set(**{self.source: torch.complex(*c.to(accumulation_dtype(c)).unbind(-1))}), None
+
+    def formula(self) -> str:
+        return f"{self.source} <- {self.source}_0 + i {self.source}_1"
+
+
+@dataclass(frozen=True)
+class RealImag(Part):
+    """Complex numbers [*] as their real parts above their imaginary parts [2 *], in the dtype of x."""
+
+    source: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.source: ("2", *axes[self.source])}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        y = flow[self.source]
+        return flow.set(**{self.source: torch.stack([y.real, y.imag], 2).to(flow["x"].dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.source} <- [Re {self.source}, Im {self.source}]"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from recur.primitives.conv import causal_conv, token_shift
 from recur.primitives.fixed import tap_conv
 from recur.primitives.gates import activation, scale_gradient
 from recur.primitives.norms import KINDS, normalise
-from recur.recipe import Axes, Chain, Flow, Part, RecipeError, Site, State
+from recur.recipe import Axes, Chain, Flow, Part, Recipe, RecipeError, Site, State
 from recur.weights import Init, Param, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
 
 
@@ -84,7 +85,7 @@ class Project(Part):
                 width = _product(site.size(out.axes))
                 made[f"{name}_up"] = Param((width, rank), matrix_init(out.init, rank, width, site.depth))
                 if out.bias:
-                    made[f"{name}_bias"] = Param((width,), zeros, decay=False)
+                    made[f"{name}_bias"] = Param((width,), bias_init(out.init, rank), decay=False)
         return made
 
     def _fill(self, rows: list[int], fan_in: int, depth: int) -> Init:
@@ -597,6 +598,104 @@ class Reverse(Part):
 
     def formula(self) -> str:
         return "right to left: " + "; ".join(part.formula() for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Along(Part):
+    """Run parts along one axis of a grid, every line of it as a sequence of its own.
+
+    The tokens are the cells of the grid that the call names, grid=(rows, columns), row by row. Axis 0 runs down the
+    columns, axis 1 along the rows. Inside, "x" is the tensor `reads`. States are [B lines ...]. Grids cannot be packed.
+    """
+
+    axis: int
+    parts: tuple[Part, ...] = ()
+    reads: str = "x"
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    @property
+    def body(self) -> Chain:
+        return Chain(tuple(self.parts))
+
+    def _inner(self, axes: Axes) -> Axes:
+        return dataclasses.replace(axes, written={**axes.written, "x": axes[self.reads]})
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return self.body.shapes(self._inner(axes))
+
+    def build(self, site: Site) -> Any:
+        return self.body.build(dataclasses.replace(site, axes=self._inner(site.axes)))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        (B, T), grid, axis = flow["x"].shape[:2], flow.grid, self.axis + 1
+        if flow.cu_seqlens is not None:
+            raise NotImplementedError("Along: a grid cannot be packed; give images as rows of a batch")
+        if grid is None or not 0 <= self.axis < len(grid) or math.prod(grid) != T:
+            raise ValueError(f"Along: grid must have an axis {self.axis} and T={T} cells, got {grid}")
+        n, others = len(grid), (*grid[: self.axis], *grid[axis:])
+
+        def laid(tensor: Tensor) -> Tensor:
+            if tensor.shape[1] != T:  # the same for all tokens
+                return tensor if len(tensor) == 1 else tensor.repeat_interleave(math.prod(others), 0)
+            cells = tensor.expand(B, *tensor.shape[1:]).unflatten(1, grid)
+            return cells.movedim(axis, n).flatten(0, n - 1)
+
+        def back(tensor: Tensor) -> Tensor:
+            if tuple(tensor.shape[:2]) != (len(position), grid[self.axis]):
+                return tensor
+            return tensor.unflatten(0, (B, *others)).movedim(n, axis).flatten(1, n)
+
+        lines = {name: laid(tensor) for name, tensor in {**flow.tensors, "x": flow[self.reads]}.items()}
+        position = flow.position.new_zeros(B * math.prod(others))
+        inner = dataclasses.replace(flow, tensors=lines, position=position, grid=None)
+        inner, state = self.body(inner, weights, None)
+        made = {name: back(tensor) for name, tensor in inner.tensors.items() if tensor is not lines.get(name)}
+        states = torch.utils._pytree.tree_map(lambda leaf: leaf.unflatten(0, (B, math.prod(others))), state)
+        return flow.set(**made), states
+
+    def formula(self) -> str:
+        return f"along axis {self.axis}: " + "; ".join(part.formula() for part in self.parts)
+
+
+# ---------------------------------------------------------------------- which way scans read: parts made of a scan,
+# and of another one for the way back if that differs
+
+
+def one_way(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Left to right."""
+    return (scan,)
+
+
+def both_ways(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Left to right and right to left, added: each token counts itself twice."""
+    return (*_there_and_back(scan, back, "ahead", "behind"), Sum("ahead behind", out=scan.out))
+
+
+def in_grid(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Down, up, right and left in a grid, added."""
+    down, across = _there_and_back(scan, back, "down", "up"), _there_and_back(scan, back, "right", "left")
+    return Along(0, down), Along(1, across), Sum("down up right left", out=scan.out)
+
+
+def down_and_right(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Down and right in a grid, added: a cell sees what is straight above it and what is left of it."""
+    down, right = (dataclasses.replace(scan, out=name) for name in ("down", "right"))
+    return Along(0, (down,)), Along(1, (right,)), Sum("down right", out=scan.out)
+
+
+def in_series(recipe: Recipe) -> Recipe:
+    """The recipe along the columns of a grid and then, with the same weights, along the rows of what that gave."""
+    shared = tuple(part for part in recipe.parts if part.scope == "model")
+    body = tuple(part for part in recipe.parts if part.scope == "layer")
+    lines = Along(0, body, name="body"), Along(1, body, reads="y", name="body")
+    return Recipe(*shared, *lines, axes=recipe.axes, inputs=recipe.inputs, source=recipe.source, out=recipe.out)
+
+
+def _there_and_back(scan: Any, back: Any, there: str, home: str) -> tuple[Part, Part]:
+    return dataclasses.replace(scan, out=there), Reverse((dataclasses.replace(back or scan, out=home),))
 
 
 def _leading(axes: Axes, name: str, first: Spec) -> None:

@@ -19,7 +19,7 @@ from recur.blocks.sampling import sample_token
 from recur.primitives.forms import check_packing
 from recur.recipe import Flow, Recipe, State
 from recur.shapes import bind
-from recur.weights import Param, Weights, bias_init, declared, matrix_init, normal
+from recur.weights import Init, Param, Weights, bias_init, declared, matrix_init, normal
 
 
 class Block(nn.Module):
@@ -121,6 +121,17 @@ def stream_norm(norm: Norm | str | None) -> Norm | None:
     return Norm("x", kind=norm, to="y") if isinstance(norm, str) else norm
 
 
+def embedding_init(std: float, padding: int | None) -> Init:
+    """N(0, std^2), and 0 for the token that pads, if there is one."""
+
+    def fill(weight: Tensor) -> None:
+        weight.normal_(0, std)
+        if padding is not None:
+            weight[padding] = 0
+
+    return fill
+
+
 class LanguageModel(nn.Module):
     """Token ids [B T] to logits [B T vocab_size].
 
@@ -140,6 +151,8 @@ class LanguageModel(nn.Module):
         drop:       "branch", or "sum" to zero the stream after every branch was added to it.
         checkpoint: recompute each layer in the backward pass instead of keeping its activations.
         embed_std:  standard deviation of the embedding's first values.
+        embed_scale: factor on embedded tokens.
+        padding:    a token that embeds as zero at first, and learns nothing by being read.
         head_init:  law of a head of its own (recur.weights.matrix_init).
         head_bias:  whether it has a bias.
         frozen:     embedding and head are loaded and stay as they are.
@@ -163,6 +176,8 @@ class LanguageModel(nn.Module):
         drop: str = "branch",
         checkpoint: bool = False,
         embed_std: float = 0.02,
+        embed_scale: float = 1.0,
+        padding: int | None = None,
         head_init: str = "lecun",
         head_bias: bool = False,
         frozen: bool = False,
@@ -172,9 +187,12 @@ class LanguageModel(nn.Module):
         for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("recipes", len(recipes))):
             if number < 1:
                 raise ValueError(f"LanguageModel: {name} must be at least 1, got {number}")
+        if padding is not None and not 0 <= padding < vocab_size:
+            raise ValueError(f"LanguageModel: padding must be an id in 0 .. {vocab_size - 1}, got {padding}")
         self.vocab_size, self.dim, self.depth, self.checkpoint = vocab_size, dim, depth, checkpoint
+        self.embed_scale, self.padding = embed_scale, padding
         self.dropout, *inside = dropout if isinstance(dropout, tuple) else (dropout,) * 3
-        table = Param((vocab_size, dim), normal(embed_std), trainable=not frozen)
+        table = Param((vocab_size, dim), embedding_init(embed_std, padding), trainable=not frozen)
         self.embedding = Weights({"weight": table})
         if not (positions is None or positions == "sinusoidal" or isinstance(positions, int)):
             raise ValueError(f'LanguageModel: positions must be None, "sinusoidal" or a number, got {positions!r}')
@@ -227,7 +245,7 @@ class LanguageModel(nn.Module):
         check_packing("LanguageModel", cu_seqlens, B, T)
         rows = B if cu_seqlens is None else len(cu_seqlens) - 1
         position = torch.zeros(rows, dtype=torch.long, device=ids.device) if state is None else state["position"]
-        x = F.embedding(ids, self.embedding.weight)
+        x = F.embedding(ids, self.embedding.weight, self.padding) * self.embed_scale
         x = self._add_positions(x, position, cu_seqlens)
         x = F.dropout(x, self.dropout, self.training)
         past: tuple[Mapping[str, Tensor], ...] = ()

@@ -31,19 +31,29 @@ def _decay(flow: Flow, name: str) -> Tensor:
     return log_a[0, 0] if constant_in_time else log_a
 
 
+def _complex(memory: Tensor) -> Tensor:
+    """A real state of zeros as a complex one."""
+    return torch.complex(memory, torch.zeros_like(memory))
+
+
 @dataclass(frozen=True)
 class GatedScan(Part):
-    """h_t = a_t * h_{t-1} + u_t, each channel by itself; y = h."""
+    """h_t = a_t * h_{t-1} + u_t, each channel by itself; y = h.
+
+    Args: source: u [*]; decay: [*]; rotates: whether u or the decay is complex, which makes y and the state complex.
+    """
 
     source: str
     decay: str = "log_a"
+    rotates: bool = False
     out: str = "y"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.out: axes.same(self.source, self.decay)}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        return site.memory(batch, *site.of(self.source))
+        memory = site.memory(batch, *site.of(self.source))
+        return _complex(memory) if self.rotates else memory
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         y, state = gated_scan(flow[self.source], _decay(flow, self.decay), **_options(flow, state))
@@ -91,9 +101,8 @@ class OuterScan(Part):
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
         (_, K), (H, V) = site.of(self.q), site.of(self.v)
-        complex_of = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-        real = site.memory(batch, H, K, V)
-        return real.to(complex_of[real.dtype]) if self.rotates else real
+        memory = site.memory(batch, H, K, V)
+        return _complex(memory) if self.rotates else memory
 
     def write(self, flow: Flow) -> dict[str, Tensor]:
         """Further arguments of the scan that say how it writes."""
@@ -252,8 +261,7 @@ class FixedScan(Part):
         return {"rho": pole, "eta": pole, "C_real": read, "C_imag": read}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        state = site.memory(batch, *site.of(self.source), *site.size(self.N))
-        return torch.complex(state, torch.zeros_like(state))
+        return _complex(site.memory(batch, *site.of(self.source), *site.size(self.N)))
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         omega = weights.eta.exp() if self.frequency == "exp" else weights.eta

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from recur.convert import dense_retnet, gated_rnn, gateloop, gla, gss, hgrn2, llama, longhorn, mamba, retnet, rwkv
+from recur.convert import (
+    dense_retnet,
+    gated_rnn,
+    gateloop,
+    gla,
+    gss,
+    hgrn,
+    hgrn2,
+    llama,
+    longhorn,
+    mamba,
+    retnet,
+    rwkv,
+)
 from recur.convert.official import Official
 
 OFFICIAL: dict[str, Official] = {
     "dense_gau_retnet": dense_retnet.MODEL,
+    "densessm_layer": dense_retnet.LAYER,
+    "densessm_projection": dense_retnet.PROJECTION,
     "densessm_retention": dense_retnet.MIXER,
     "ds_conv": gss.DSCONV,
     "dss": gss.DSS,
@@ -27,8 +42,13 @@ OFFICIAL: dict[str, Official] = {
     "gla": gla.MODEL,
     "gla_mixer": gla.MIXER,
     "gss_block": gss.BLOCK,
+    "hgrn2_hub": hgrn2.HUB["lm"],
+    "hgrn2_hub_layer": hgrn2.HUB["layer"],
     "hgrn2_lm": hgrn2.MODEL,
-    "hgru2_1d": hgrn2.MIXER,
+    "hgrn_hub": hgrn.HUB["lm"],
+    "hgrn_hub_layer": hgrn.HUB["layer"],
+    **hgrn.UNITS,
+    **hgrn2.UNITS,
     "llama": llama.MODEL,
     "llama_attention": llama.MIXER,
     "longhorn": longhorn.MIXER,

@@ -5,6 +5,7 @@ from recur.presets.gated_rnn import gated_linear_rnn, gated_rnn
 from recur.presets.gateloop import gateloop, gateloop_attention, simple_gateloop
 from recur.presets.gla import gla
 from recur.presets.gss import dss, gated_smoothing, gated_tap_conv, gss, smoothing, tap_conv
+from recur.presets.hgrn import hgrn, hgrn_complex
 from recur.presets.hgrn2 import hgrn2
 from recur.presets.llama import llama
 from recur.presets.longhorn import longhorn, longhorn_bidirectional
@@ -15,8 +16,8 @@ from recur.presets.rwkv import rwkv
 
 PRESETS = (
     dense_retnet, dss, gated_linear_rnn, gated_rnn, gated_smoothing, gated_tap_conv, gateloop, gateloop_attention,
-    gla, gss, hgrn2, llama, longhorn, longhorn_bidirectional, mamba, mamba2, mamba2_mlp, retnet, rwkv,
-    simple_gateloop, smoothing, tap_conv,
+    gla, gss, hgrn, hgrn2, hgrn_complex, llama, longhorn, longhorn_bidirectional, mamba, mamba2, mamba2_mlp, retnet,
+    rwkv, simple_gateloop, smoothing, tap_conv,
 )  # fmt: skip
 
 __all__ = ["names", *(preset.__name__ for preset in PRESETS)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
@@ -168,8 +169,11 @@ class Module(Case):
         return {f"state.{key}.{i}": tensor for i, layer in layers for key, tensor in layer.items()}
 
     def further(self, vectors: Vectors, y: Tensor, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Recorded results that are neither output nor state."""
-        return {}
+        """Recorded results that are neither output nor state: a language model's loss."""
+        if "loss" not in vectors.results:
+            return {}
+        loss = F.cross_entropy(y[:, :-1].flatten(0, 1), vectors.inputs["input_ids"][:, 1:].flatten())
+        return {"loss": loss.view(vectors.results["loss"].shape)}
 
     def whole(self, vectors: Vectors, form: str) -> Run:
         module = self.make(vectors)
