@@ -121,12 +121,12 @@ def test_an_unknown_name_is_told_its_nearest() -> None:
 def test_arguments_are_checked_before_anything_is_built() -> None:
     with pytest.raises(ValueError, match=r"unknown: d_stat, n_heads; lacking: d_model"):
         convert.from_official("mamba", {}, {"d_stat": 4, "n_heads": 2})
+    with pytest.raises(NotImplementedError, match="gate_activation must be 'sigmoid' so far, got 'relu'"):
+        convert.from_official("gated_linear_rnn", {}, {"d_in": 4, "d_model": 4, "d_h": 4, "gate_activation": "relu"})
     with pytest.raises(ValueError, match="mode must be one of recurrent, parallel, chunk, got 'fast'"):
         convert.build("retnet_retention", {"decoder_embed_dim": 8, "mode": "fast"})
     with pytest.raises(NotImplementedError, match="layer must be 'Mamba1' or 'Mamba2' so far, got 'Mamba3'"):
         convert.build("mamba_lm", {"ssm_cfg": {"layer": "Mamba3"}})
-    with pytest.raises(NotImplementedError, match="gate_activation must be 'sigmoid' so far, got 'relu'"):
-        convert.from_official("gated_linear_rnn", {}, {"d_in": 4, "d_model": 4, "d_h": 4, "gate_activation": "relu"})
     sizes = {"hidden_size": 64, "query_key_dim": 16, "num_attention_heads": 2, "dense_block_layers": 1}
     with pytest.raises(ValueError, match=r"query_key_dim must be hidden_size / 2 = 32, got 16"):
         convert.from_official("densessm_retention", {}, sizes)

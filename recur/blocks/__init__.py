@@ -23,6 +23,7 @@ from recur.blocks.glue import (
     LowRank,
     Map,
     Norm,
+    PositionTaps,
     Project,
     Reshape,
     Reverse,
@@ -51,8 +52,8 @@ from recur.recipe import Chain
 PARTS = (
     Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout,
     FixedDecay, FixedScan, GatedAttention, GatedScan, Learned, Loop, LowerBounds, LowRank, Map, Norm, OnlineScan,
-    OuterScan, OutputGate, Phase, Project, RealImag, RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad,
-    SelectiveScan, ShortConv, Skip, Smoothing, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
+    OuterScan, OutputGate, Phase, PositionTaps, Project, RealImag, RelPos, Reshape, RetentionScale, Reverse, Rotary,
+    Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
 )  # fmt: skip
 
 WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)
