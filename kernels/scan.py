@@ -139,8 +139,6 @@ class _Scan:
         """Run `kernels.prepare`, and `kernels.solve` for the delta rule."""
         x, (B, T, H, K, _) = self.x, self.sizes
         delta, before = x.beta is not None, x.bonus is not None
-        if self.decay == "none" and not delta and not before:
-            return
         if self.decay == "key":
             self.told, self.write = (self.new(B, T, H, K, dtype=self.kept) for _ in range(2))
             self.reach = torch.empty_like(self.told) if delta else None
@@ -149,13 +147,21 @@ class _Scan:
         if self.decay == "one" or before:
             self.rates = self.new(self.chunks, H, 4, self.plan.chunk)
         if self.decay == "one":
-            self.whole = self.new(self.chunks, H)
+            self.whole, block_h = self.new(self.chunks, H), min(16, triton.next_power_of_2(H))
+            kernels.pace[(self.chunks, triton.cdiv(H, block_h))](
+                x.log_decay, self.rates, self.whole, x.cu_seqlens, T, self.documents,
+                self.gates["gate_sb"], self.gates["gate_sh"],
+                H=H, gate_st=self.gates["gate_st"], FLIP=self.flip, BEFORE=before,
+                BLOCK_C=self.plan.chunk, BLOCK_H=block_h, num_warps=1,
+            )  # fmt: skip
         if delta:
             self.overlap, self.solved = self.squares(torch.float32), self.squares(self.kept)
+        if self.decay != "key" and not delta and not before:
+            return
         hats = (self.told, self.write, self.reach) if self.decay == "key" else (None, None, None)
         kernels.prepare[(self.chunks * H,)](
             x.q, x.k, x.log_decay, x.beta, x.bonus,
-            *hats, self.near, self.far, self.calm, self.scores, self.rates, self.whole, self.overlap,
+            *hats, self.near, self.far, self.calm, self.scores, self.rates, self.overlap,
             documents=self.documents, GROUPS=x.q.shape[2], DECAY=self.decay, LIMIT=self.limit,
             BLOCK_K=self.plan.block_k, PART=64, num_warps=4, **self.common,
         )  # fmt: skip
