@@ -40,8 +40,8 @@ def inputs(rule: str, B: int, T: int, V: int, G: int, N: int, dtype: torch.dtype
 
 def kernel(rule: str, x: Tensor, rate: Tensor, k: Tensor, q: Tensor, *rest: Tensor, reverse: bool = False) -> Any:
     if rule == "selective":
-        return walk.selective(x, rate, rest[0], k, q, rest[1], reverse)
-    return walk.online(x, rate, k, q, rest[0], reverse)
+        return walk.selective(x, rate, rest[0], k, q, rest[1], None, reverse)
+    return walk.online(x, rate, k, q, rest[0], None, reverse)
 
 
 def loop(rule: str, x: Tensor, rate: Tensor, k: Tensor, q: Tensor, *rest: Tensor, reverse: bool = False) -> Any:
@@ -116,7 +116,7 @@ def checked(case: tuple[str, tuple[int, ...], torch.dtype, bool]) -> dict[str, A
         if rule == "complex":
             tensors = [torch.complex(t, torch.randn_like(t) * s) for t, s in zip(tensors, (1, 20, 1), strict=True)]
         found = errors(
-            lambda x, log, h: walk.diagonal(x, log, h, reverse), partial(diagonal_loop, reverse=reverse), tensors
+            lambda x, log, h: walk.diagonal(x, log, h, None, reverse), partial(diagonal_loop, reverse=reverse), tensors
         )
     ok = all(e < LIMIT[dtype] for e in found)
     return {"rule": rule, "size": size, "dtype": str(dtype), "reverse": reverse, "errors": found, "ok": ok}
@@ -174,7 +174,7 @@ def diagonal_inputs(B: int, T: int, D: int, kind: torch.dtype) -> list[Tensor]:
 
 
 def diagonal(x: Tensor, log: Tensor) -> Any:
-    return walk.diagonal(x, log, None, False)
+    return walk.diagonal(x, log, None, None, False)
 
 
 def milliseconds(scan: Callable[..., Any], tensors: list[Tensor], *, backward: bool) -> float:
@@ -215,9 +215,9 @@ def fresh(rule: str, *tensors: Tensor) -> Any:
     """From no state."""
     if rule == "selective":
         x, rate, k, q, a = tensors
-        return walk.selective(x, rate, a, k, q, None, False)
+        return walk.selective(x, rate, a, k, q, None, None, False)
     x, rate, k, q = tensors
-    return walk.online(x, rate, k, q, None, False)
+    return walk.online(x, rate, k, q, None, None, False)
 
 
 def sweep(
