@@ -27,6 +27,7 @@ k and q [V N] that do not change in time are tiles like the state, loaded once, 
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +103,7 @@ def _document(cu_ptr, documents, t, b, T):
 
 
 @triton.jit
-def _place(V, G, N, T, segments, length, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+def _place(V, G, N, T, segments, length, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
     """This program's row, segment, and tile of the state (see _state_ptrs); its tokens, start to stop."""
     tiles = tl.cdiv(V // G, R * W)
     pid = tl.program_id(0).to(tl.int64)
@@ -113,89 +114,125 @@ def _place(V, G, N, T, segments, length, R: tl.constexpr, BLOCK_N: tl.constexpr,
 
 
 @triton.jit
-def _state_ptrs(ptr, row, where, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+def _state_ptrs(ptr, row, where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
     """Pointers [R*N W] to this program's part of state `row` of a tensor [* N V], and their mask.
 
     Two axes, because compilers spread three over the lanes of a warp in different orders.
     """
     tile, group, V, G, N = where
     line = tl.arange(0, R * BLOCK_N)
-    slot = line % BLOCK_N
-    within = tile * (R * W) + (line // BLOCK_N * W)[:, None] + tl.arange(0, W)[None, :]
+    slot = line % BLOCK_N % (BLOCK_N // Q) * Q + line % BLOCK_N // (BLOCK_N // Q)
+    within = tile * (R * W) + (line // BLOCK_N)[:, None] + tl.arange(0, W)[None, :] * R
     width = V // G
     return ptr + (row * N + slot[:, None]) * V + group * width + within, (slot < N)[:, None] & (within < width)
 
 
 @triton.jit
-def _load_state(ptr, row, where, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+def _load_state(ptr, row, where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
     """[R N W], zeros where there is no tensor."""
     S = tl.zeros((R, BLOCK_N, W), tl.float32)
     if ptr is not None:
-        ptrs, mask = _state_ptrs(ptr, row, where, R, BLOCK_N, W)
+        ptrs, mask = _state_ptrs(ptr, row, where, R, Q, BLOCK_N, W)
         S = tl.load(ptrs, mask=mask, other=0.0).reshape(R, BLOCK_N, W)
     return S
 
 
 @triton.jit
-def _store_state(S, ptr, row, where, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
-    ptrs, mask = _state_ptrs(ptr, row, where, R, BLOCK_N, W)
+def _store_state(S, ptr, row, where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+    ptrs, mask = _state_ptrs(ptr, row, where, R, Q, BLOCK_N, W)
     tl.store(ptrs, S.reshape(R * BLOCK_N, W), mask=mask)
 
 
 @triton.jit
-def _axes(where, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
-    """Channels [R W] of a row [V] and slots [N] of a row [G N]: offsets, mask, and the length of a row."""
+def _axes(where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+    """Channels of a row [V] and slots of a row [G N], the first of every R or Q: offsets, mask, length of a row."""
     tile, group, V, G, N = where
-    within = tile * (R * W) + tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
-    slot = tl.arange(0, BLOCK_N)
-    return ((group * (V // G) + within).to(tl.int32), within < V // G, V), (
-        (group * N + slot).to(tl.int32),
-        slot < N,
-        G * N,
-    )
+    within, slot = (tile * W + tl.arange(0, W)) * R, tl.arange(0, BLOCK_N // Q) * Q
+    width = V // G
+    return ((group * width + within).to(tl.int32), within < width, V), (
+        (group * N + slot).to(tl.int32), slot < N, G * N,
+    )  # fmt: skip
 
 
 @triton.jit
-def _at(tensor, run, i, axis):
+def _at(ptr, run, i, axis):
     """Pointers to token i of a run in a tensor [B T *], and their mask. 64 bits for the run, 32 within it."""
     origin, step, count = run
     offs, inside, size = axis
-    return tensor + origin * size + (step * i * size + offs), inside & (i < count)
+    return ptr + origin * size + (step * i * size + offs), inside & (i < count)
 
 
 @triton.jit
-def _tokens(ptr, run, i, axis, UNROLL: tl.constexpr):
-    """UNROLL tokens from the i-th of a run; zeros where there is no token, which then neither decays nor writes."""
+def _abreast(numbers, P: tl.constexpr):
+    """P tensors [X] -> [P X], without moving a number to another thread."""
+    x = numbers[0][None]
+    if P == 2:
+        x = tl.permute(tl.join(numbers[0], numbers[1]), 1, 0)
+    if P == 4:
+        x = tl.join(tl.join(numbers[0], numbers[2]), tl.join(numbers[1], numbers[3]))
+        x = tl.permute(x, 1, 2, 0).reshape(4, x.shape[0])
+    return x
+
+
+@triton.jit
+def _read(ptr, run, i, axis, P: tl.constexpr):
+    """P neighbouring numbers at every offset of token i as float32 [P X], read up to 64 bits at a time."""
+    ptrs, mask = _at(ptr, run, i, axis)
+    BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+    AT_ONCE: tl.constexpr = min(P, 64 // BITS)
+    number = tl.int16 if BITS == 16 else tl.int32
+    wide = tl.int64 if BITS * AT_ONCE == 64 else (tl.int32 if BITS * AT_ONCE == 32 else tl.int16)
+    numbers = ()
+    for j in tl.static_range(0, P, AT_ONCE):
+        words = tl.load((ptrs + j).to(tl.pointer_type(wide)), mask=mask, other=0)
+        for h in tl.static_range(AT_ONCE):
+            bits = (words >> (h * BITS)).to(number)
+            numbers = numbers + (bits.to(ptr.dtype.element_ty, bitcast=True).to(tl.float32),)
+    return _abreast(numbers, P)
+
+
+@triton.jit
+def _write(ptr, x, run, i, axis):
+    """x [P X], what token i has to say to P neighbours at every offset."""
+    ptrs, mask = _at(ptr, run, i, axis)
+    P: tl.constexpr = x.shape[0]
+    tl.store(ptrs[None, :] + tl.arange(0, P)[:, None], x, mask=mask[None, :])
+
+
+@triton.jit
+def _tokens(ptr, run, i, axis, P: tl.constexpr, UNROLL: tl.constexpr):
+    """UNROLL tokens [P X] from the i-th of a run; zeros where there is none, which then neither decays nor writes."""
     tokens = ()
     for u in tl.static_range(UNROLL):
-        ptrs, mask = _at(ptr, run, i + u, axis)
-        tokens = tokens + (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32),)
+        tokens = tokens + (_read(ptr, run, i + u, axis, P),)
     return tokens
 
 
 @triton.jit
-def _weights(ptr, run, i, axis, whole, FIXED: tl.constexpr, UNROLL: tl.constexpr):
+def _weights(ptr, run, i, axis, whole, FIXED: tl.constexpr, Q: tl.constexpr, UNROLL: tl.constexpr):
     """UNROLL tokens [1 N 1] of k or q, or as often the tile that all tokens share."""
     tokens = ()
     for u in tl.static_range(UNROLL):
         if FIXED:
             tokens = tokens + (whole,)
         else:
-            ptrs, mask = _at(ptr, run, i + u, axis)
-            tokens = tokens + (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)[None, :, None],)
+            x = _read(ptr, run, i + u, axis, Q)
+            tokens = tokens + (x.reshape(1, x.shape[0] * x.shape[1], 1),)
     return tokens
 
 
 @triton.jit
-def _keys(others_ptr, norm_ptr, run, i, slots, group, G, UNROLL: tl.constexpr):
+def _keys(others_ptr, norm_ptr, run, i, slots, group, G, Q: tl.constexpr, UNROLL: tl.constexpr):
     """UNROLL tokens of others [1 N 1] and of norm, where the gate is made of the key."""
     others, norms = (), ()
     if others_ptr is None:
         for _ in tl.static_range(UNROLL):
             others, norms = others + (0.0,), norms + (0.0,)
     else:
-        others = _weights(others_ptr, run, i, slots, 0.0, False, UNROLL)
-        norms = _tokens(norm_ptr, run, i, (group, True, G), UNROLL)
+        others = _weights(others_ptr, run, i, slots, 0.0, False, Q, UNROLL)
+        for u in tl.static_range(UNROLL):
+            at, here = _at(norm_ptr, run, i + u, (group, True, G))
+            norms = norms + (tl.load(at, mask=here, other=0.0),)
     return others, norms
 
 
@@ -269,13 +306,14 @@ def _summary(
     value_ptr, rate_ptr, a_ptr, write_ptr, others_ptr, norm_ptr, cu_ptr, initial_ptr, P_ptr, R_ptr,  # tensors
     T, V, G, N, documents, segments, length, first, step,  # sizes; token t lies at first + step t
     GATE: tl.constexpr, FIXED: tl.constexpr, ADJOINT: tl.constexpr,  # variants
-    R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, UNROLL: tl.constexpr, STRETCH: tl.constexpr,  # tile
+    R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,  # tile
+    UNROLL: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to the state, S -> P * S + R; or, right to left, to the gradient of the state."""
-    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, BLOCK_N, W)
-    channels, slots = _axes(where, R, BLOCK_N, W)
-    a = _load_state(a_ptr, 0, where, R, BLOCK_N, W)
-    write = _load_state(write_ptr if FIXED else None, 0, where, R, BLOCK_N, W)
+    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, Q, BLOCK_N, W)
+    channels, slots = _axes(where, R, Q, BLOCK_N, W)
+    a = _load_state(a_ptr, 0, where, R, Q, BLOCK_N, W)
+    write = _load_state(write_ptr if FIXED else None, 0, where, R, Q, BLOCK_N, W)
     S = tl.zeros((R, BLOCK_N, W), tl.float32)
     P = S + 1.0
     total = tl.zeros((R, W), tl.float32)
@@ -283,15 +321,15 @@ def _summary(
     while todo > 0:
         document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT, STRETCH)
         if (right == end) if ADJOINT else (left == begin):
-            S = _load_state(initial_ptr, document, where, R, BLOCK_N, W)
+            S = _load_state(initial_ptr, document, where, R, Q, BLOCK_N, W)
             P = tl.zeros((R, BLOCK_N, W), tl.float32)
         run = (b * T + first + step * left, step, right - left)
         for block in range(0, right - left, UNROLL):
             i = (right - left - 1) // UNROLL * UNROLL - block if ADJOINT else block
-            values = _tokens(value_ptr, run, i, channels, UNROLL)
-            rates = _tokens(rate_ptr, run, i, channels, UNROLL)
-            writes = _weights(write_ptr, run, i, slots, write, FIXED, UNROLL)
-            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, UNROLL)
+            values = _tokens(value_ptr, run, i, channels, R, UNROLL)
+            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
+            writes = _weights(write_ptr, run, i, slots, write, FIXED, Q, UNROLL)
+            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
             if ADJOINT:
                 for u in tl.static_range(UNROLL - 1, -1, -1):
                     A, _ = GATE(rates[u], a, others[u], norms[u])
@@ -305,8 +343,8 @@ def _summary(
         todo -= right - left
     if others_ptr is None:
         P = P * GATE(total, a, 0.0, 0.0)[0]
-    _store_state(P, P_ptr, b * segments + segment, where, R, BLOCK_N, W)
-    _store_state(S, R_ptr, b * segments + segment, where, R, BLOCK_N, W)
+    _store_state(P, P_ptr, b * segments + segment, where, R, Q, BLOCK_N, W)
+    _store_state(S, R_ptr, b * segments + segment, where, R, Q, BLOCK_N, W)
 
 
 @triton.jit
@@ -333,37 +371,37 @@ def _emit(
     y_ptr, state_ptr, kept_ptr,  # written
     T, V, G, N, documents, segments, length, first, step,  # sizes; token t lies at first + step t
     GATE: tl.constexpr, FIXED_K: tl.constexpr, FIXED_Q: tl.constexpr,  # variants
-    R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, UNROLL: tl.constexpr, STRETCH: tl.constexpr,  # tile
+    R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,  # tile
+    UNROLL: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     """y of one segment, left to right; the state at the start of every stretch; that after every document."""
-    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, BLOCK_N, W)
-    channels, slots = _axes(where, R, BLOCK_N, W)
-    a = _load_state(a_ptr, 0, where, R, BLOCK_N, W)
-    k = _load_state(k_ptr if FIXED_K else None, 0, where, R, BLOCK_N, W)
-    q = _load_state(q_ptr if FIXED_Q else None, 0, where, R, BLOCK_N, W)
-    S = _load_state(enter_ptr, b * segments + segment, where, R, BLOCK_N, W)
+    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, Q, BLOCK_N, W)
+    channels, slots = _axes(where, R, Q, BLOCK_N, W)
+    a = _load_state(a_ptr, 0, where, R, Q, BLOCK_N, W)
+    k = _load_state(k_ptr if FIXED_K else None, 0, where, R, Q, BLOCK_N, W)
+    q = _load_state(q_ptr if FIXED_Q else None, 0, where, R, Q, BLOCK_N, W)
+    S = _load_state(enter_ptr, b * segments + segment, where, R, Q, BLOCK_N, W)
     todo = stop - start
     while todo > 0:
         document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, False, STRETCH)
         if left == begin:
-            S = _load_state(initial_ptr, document, where, R, BLOCK_N, W)
+            S = _load_state(initial_ptr, document, where, R, Q, BLOCK_N, W)
         if kept_ptr is not None:  # noqa: SIM102, decided when compiled
             if left % STRETCH == 0:
-                _store_state(S, kept_ptr, b * tl.cdiv(T, STRETCH) + left // STRETCH, where, R, BLOCK_N, W)
+                _store_state(S, kept_ptr, b * tl.cdiv(T, STRETCH) + left // STRETCH, where, R, Q, BLOCK_N, W)
         run = (b * T + first + step * left, step, right - left)
         for i in range(0, right - left, UNROLL):
-            xs = _tokens(x_ptr, run, i, channels, UNROLL)
-            rates = _tokens(rate_ptr, run, i, channels, UNROLL)
-            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, UNROLL)
-            qs = _weights(q_ptr, run, i, slots, q, FIXED_Q, UNROLL)
-            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, UNROLL)
+            xs = _tokens(x_ptr, run, i, channels, R, UNROLL)
+            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
+            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, Q, UNROLL)
+            qs = _weights(q_ptr, run, i, slots, q, FIXED_Q, Q, UNROLL)
+            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
             for u in tl.static_range(UNROLL):
                 A, scale = GATE(rates[u], a, others[u], norms[u])
                 S = A * S + ks[u] * (scale * xs[u])[:, None, :]
-                ptrs, mask = _at(y_ptr, run, i + u, channels)
-                tl.store(ptrs, tl.sum(qs[u] * S, 1), mask=mask)
+                _write(y_ptr, tl.sum(qs[u] * S, 1), run, i + u, channels)
         if right == end:
-            _store_state(S, state_ptr, document, where, R, BLOCK_N, W)
+            _store_state(S, state_ptr, document, where, R, Q, BLOCK_N, W)
         todo -= right - left
 
 
@@ -374,7 +412,8 @@ def _adjoint(
     dx_ptr, drate_ptr, da_ptr, dk_ptr, dq_ptr, dinitial_ptr,  # written
     B, T, V, G, N, documents, segments, length, first, step,  # sizes; token t lies at first + step t
     GATE: tl.constexpr, GRADIENTS: tl.constexpr, FIXED_K: tl.constexpr, FIXED_Q: tl.constexpr,  # variants
-    R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, UNROLL: tl.constexpr, STRETCH: tl.constexpr,  # tile
+    R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,  # tile
+    UNROLL: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one segment, right to left, a run at a time.
 
@@ -382,13 +421,13 @@ def _adjoint(
     block from the right, left to right again with every S in registers, and back. H is the gradient of S_t by all that
     comes after y_t, G = H + q dyᵀ that of S_t itself.
     """
-    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, BLOCK_N, W)
-    channels, slots = _axes(where, R, BLOCK_N, W)
-    a = _load_state(a_ptr, 0, where, R, BLOCK_N, W)
-    k = _load_state(k_ptr if FIXED_K else None, 0, where, R, BLOCK_N, W)
-    q = _load_state(q_ptr if FIXED_Q else None, 0, where, R, BLOCK_N, W)
+    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, Q, BLOCK_N, W)
+    channels, slots = _axes(where, R, Q, BLOCK_N, W)
+    a = _load_state(a_ptr, 0, where, R, Q, BLOCK_N, W)
+    k = _load_state(k_ptr if FIXED_K else None, 0, where, R, Q, BLOCK_N, W)
+    q = _load_state(q_ptr if FIXED_Q else None, 0, where, R, Q, BLOCK_N, W)
     at = b * segments + segment
-    H = _load_state(enter_ptr, at, where, R, BLOCK_N, W)
+    H = _load_state(enter_ptr, at, where, R, Q, BLOCK_N, W)
     da = tl.zeros((R, BLOCK_N, W), tl.float32)
     dk_whole, dq_whole = da, da
     scratch = at * (STRETCH // UNROLL)
@@ -396,34 +435,34 @@ def _adjoint(
     while todo > 0:
         document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, True, STRETCH)
         if right == end:
-            H = _load_state(dstate_ptr, document, where, R, BLOCK_N, W)
+            H = _load_state(dstate_ptr, document, where, R, Q, BLOCK_N, W)
         if left == begin:
-            S = _load_state(initial_ptr, document, where, R, BLOCK_N, W)
+            S = _load_state(initial_ptr, document, where, R, Q, BLOCK_N, W)
         else:
-            S = _load_state(kept_ptr, b * tl.cdiv(T, STRETCH) + left // STRETCH, where, R, BLOCK_N, W)
+            S = _load_state(kept_ptr, b * tl.cdiv(T, STRETCH) + left // STRETCH, where, R, Q, BLOCK_N, W)
         run = (b * T + first + step * left, step, right - left)
         part = (where[0] * B * T + run[0], step, right - left)
         tl.debug_barrier()  # nobody still reads the last run's scratch
-        _store_state(S, scratch_ptr, scratch, where, R, BLOCK_N, W)
+        _store_state(S, scratch_ptr, scratch, where, R, Q, BLOCK_N, W)
         for i in range(0, right - left - UNROLL, UNROLL):
-            xs = _tokens(x_ptr, run, i, channels, UNROLL)
-            rates = _tokens(rate_ptr, run, i, channels, UNROLL)
-            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, UNROLL)
-            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, UNROLL)
+            xs = _tokens(x_ptr, run, i, channels, R, UNROLL)
+            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
+            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, Q, UNROLL)
+            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
             for u in tl.static_range(UNROLL):
                 A, scale = GATE(rates[u], a, others[u], norms[u])
                 S = A * S + ks[u] * (scale * xs[u])[:, None, :]
-            _store_state(S, scratch_ptr, scratch + i // UNROLL + 1, where, R, BLOCK_N, W)
+            _store_state(S, scratch_ptr, scratch + i // UNROLL + 1, where, R, Q, BLOCK_N, W)
         tl.debug_barrier()  # scratch is written by one thread and may be read by another
         for block in range(0, right - left, UNROLL):
             i = (right - left - 1) // UNROLL * UNROLL - block
-            S = _load_state(scratch_ptr, scratch + i // UNROLL, where, R, BLOCK_N, W)
-            xs = _tokens(x_ptr, run, i, channels, UNROLL)
-            rates = _tokens(rate_ptr, run, i, channels, UNROLL)
-            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, UNROLL)
-            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, UNROLL)
-            qs = _weights(q_ptr, run, i, slots, q, FIXED_Q, UNROLL)
-            dys = _tokens(dy_ptr, run, i, channels, UNROLL)
+            S = _load_state(scratch_ptr, scratch + i // UNROLL, where, R, Q, BLOCK_N, W)
+            xs = _tokens(x_ptr, run, i, channels, R, UNROLL)
+            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
+            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, Q, UNROLL)
+            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
+            qs = _weights(q_ptr, run, i, slots, q, FIXED_Q, Q, UNROLL)
+            dys = _tokens(dy_ptr, run, i, channels, R, UNROLL)
             states = (S,)
             for u in tl.static_range(UNROLL):
                 A, scale = GATE(rates[u], a, others[u], norms[u])
@@ -435,31 +474,29 @@ def _adjoint(
                 A, scale = GATE(rates[u], a, others[u], norms[u])
                 dx, drate, dk, da_t = GRADIENTS(H, states[u], A, xs[u], rates[u], a, ks[u], norms[u])
                 H = A * H
-                ptrs, mask = _at(dx_ptr, run, i + u, channels)
-                tl.store(ptrs, dx, mask=mask)
-                ptrs, mask = _at(drate_ptr, run, i + u, channels)
-                tl.store(ptrs, drate, mask=mask)
+                _write(dx_ptr, dx, run, i + u, channels)
+                _write(drate_ptr, drate, run, i + u, channels)
                 if a_ptr is not None:
                     da += da_t
                 if FIXED_K:
                     dk_whole += dk
                 else:
-                    ptrs, mask = _at(dk_ptr, part, i + u, slots)
-                    tl.store(ptrs, tl.sum(tl.sum(dk, 0), 1), mask=mask)
+                    dk = tl.sum(tl.sum(dk, 0), 1).reshape(Q, BLOCK_N // Q)
+                    _write(dk_ptr, dk, part, i + u, slots)
                 if FIXED_Q:
                     dq_whole += states[u + 1] * dy
                 else:
-                    ptrs, mask = _at(dq_ptr, part, i + u, slots)
-                    tl.store(ptrs, tl.sum(tl.sum(states[u + 1] * dy, 0), 1), mask=mask)
+                    dq = tl.sum(tl.sum(states[u + 1] * dy, 0), 1).reshape(Q, BLOCK_N // Q)
+                    _write(dq_ptr, dq, part, i + u, slots)
         if left == begin:
-            _store_state(H, dinitial_ptr, document, where, R, BLOCK_N, W)
+            _store_state(H, dinitial_ptr, document, where, R, Q, BLOCK_N, W)
         todo -= right - left
     if a_ptr is not None:
-        _store_state(da, da_ptr, at, where, R, BLOCK_N, W)
+        _store_state(da, da_ptr, at, where, R, Q, BLOCK_N, W)
     if FIXED_K:
-        _store_state(dk_whole, dk_ptr, at, where, R, BLOCK_N, W)
+        _store_state(dk_whole, dk_ptr, at, where, R, Q, BLOCK_N, W)
     if FIXED_Q:
-        _store_state(dq_whole, dq_ptr, at, where, R, BLOCK_N, W)
+        _store_state(dq_whole, dq_ptr, at, where, R, Q, BLOCK_N, W)
 
 
 # The diagonal scan: K = 1, so there is nothing to reuse and bytes decide
@@ -640,13 +677,16 @@ SELECTIVE, ONLINE = (_selective_gate, _selective_gradients), (_online_gate, _onl
 
 
 class Plan(NamedTuple):
-    """How one walk is cut up: tile [R N W] of `warps` warps, UNROLL tokens at a time, segments of `length` tokens."""
+    """How one walk is cut up: tile [R N W] of `warps` warps, Q slots and R channels side by side in a thread, UNROLL
+    tokens at a time, at most `registers` a thread, segments of `length` tokens."""
 
     R: int
+    Q: int
     BLOCK_N: int
     W: int
     UNROLL: int
     warps: int
+    registers: int
     tiles: int
     segments: int
     length: int
@@ -654,28 +694,24 @@ class Plan(NamedTuple):
     @property
     def tile(self) -> dict[str, int]:
         """What every program takes by name."""
-        tile = {"R": self.R, "BLOCK_N": self.BLOCK_N, "W": self.W, "UNROLL": self.UNROLL}
-        return {**tile, "STRETCH": STRETCH, "num_warps": self.warps}
+        tile = {"R": self.R, "Q": self.Q, "BLOCK_N": self.BLOCK_N, "W": self.W, "UNROLL": self.UNROLL}
+        return {**tile, "STRETCH": STRETCH, "num_warps": self.warps, "maxnreg": self.registers}
 
 
-def plan(B: int, T: int, V: int, G: int, N: int, *, processors: int = 132) -> Plan:
-    """8 entries of the state a thread, 1 warp a tile; one segment where that fills the machine, else enough for 64 a
-    processor: a token's latency hides behind other programs only (measured on an H200, benchmarks/LOG.md).
+def plan(B: int, T: int, V: int, G: int, N: int, *, adjoint: bool = False, processors: int = 132) -> Plan:
+    """8 entries of the state a thread, or 16 right to left, where more of what is loaded is shared; one segment where
+    that fills the machine, else enough for 64 a processor: a token's latency hides behind other programs only.
 
-    Args: sizes; processors of the device.   Returns: Plan.   Raises: NotImplementedError beyond N = 256.
+    Args: sizes; whether the walk is the backward one; processors of the device.   Returns: Plan.
     """
-    if N > 256:
-        raise NotImplementedError(f"walk: N must be at most 256, got {N}; form='chunked' takes any")
-    BLOCK_N = triton.next_power_of_2(N)
-    W = 32 // min(4, BLOCK_N)
-    warps = max(1, BLOCK_N // 32)
-    R = max(1, min(32 // BLOCK_N * warps, triton.next_power_of_2(triton.cdiv(V // G, W))))
-    tiles = triton.cdiv(V // G, R * W)
-    stretches = triton.cdiv(T, STRETCH)
+    Q, BLOCK_N = math.gcd(4, N), triton.next_power_of_2(N)
+    W, warps = 32 // min(4, BLOCK_N // Q), max(1, BLOCK_N // 32)
+    R = math.gcd(4 if adjoint else 2, V // G)
+    tiles, stretches = triton.cdiv(V // G, R * W), triton.cdiv(T, STRETCH)
     programs = B * G * tiles * warps
-    segments = 1 if programs >= 12 * processors else triton.cdiv(64 * processors, programs)
+    segments = 1 if programs >= 7 * processors else triton.cdiv(64 * processors, programs)
     length = triton.cdiv(stretches, min(stretches, segments)) * STRETCH
-    return Plan(R, BLOCK_N, W, 4, warps, tiles, triton.cdiv(T, length), length)
+    return Plan(R, Q, BLOCK_N, W, 2 if adjoint else 4, warps, 255, tiles, triton.cdiv(T, length), length)
 
 
 class DiagonalPlan(NamedTuple):
@@ -715,14 +751,16 @@ class _Walk:
     """One call of a scan with its gate made of `a`, or of k where there is none: what all programs read and know."""
 
     def __init__(
-        self, x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor, cu_seqlens: Tensor | None, reverse: bool
-    ) -> None:
+        self, x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor, cu_seqlens: Tensor | None, reverse: bool,
+        adjoint: bool,
+    ) -> None:  # fmt: skip
         (self.B, self.T, self.V), self.N = x.shape, k.shape[-1]
         self.G = max(w.shape[2] if w.ndim == 4 else 1 for w in (k, q))
-        self.plan = plan(self.B, self.T, self.V, self.G, self.N, processors=_processors(x.device))
+        processors = _processors(x.device)
+        self.plan = plan(self.B, self.T, self.V, self.G, self.N, adjoint=adjoint, processors=processors)
         self.gate, self.gradients = SELECTIVE if a is not None else ONLINE
-        self.x, self.rate, self.cu_seqlens = x.contiguous(), rate.contiguous(), cu_seqlens
-        self.k, self.q = ((w if w.ndim == 4 else w.T).contiguous() for w in (k, q))  # [B T G N] | [N V]
+        self.x, self.rate, self.cu_seqlens, self.adjoint = _aligned(x), _aligned(rate), cu_seqlens, adjoint
+        self.k, self.q = (_aligned(w if w.ndim == 4 else w.T) for w in (k, q))  # [B T G N] | [N V]
         self.FIXED_K, self.FIXED_Q = k.ndim == 2, q.ndim == 2
         self.others, self.norm = (None, None) if a is not None else _key_norms(self.k)
         self.a = None if a is None else (a.float() * LOG2E.value).T.contiguous()  # [N V]
@@ -735,15 +773,21 @@ class _Walk:
     def new(self, *shape: int) -> Tensor:
         return self.x.new_empty(shape, dtype=torch.float32)
 
-    def enter(self, value: Tensor, write: Tensor, initial: Tensor | None, fixed: bool, adjoint: bool) -> Tensor | None:
+    def enter(self, value: Tensor, write: Tensor, initial: Tensor | None, fixed: bool) -> Tensor | None:
         """The states [B segments N V] that enter the segments if there are some; `initial` enters rows or documents."""
         if self.plan.segments == 1:
             return None
         P, R = (self.new(self.B, self.plan.segments, self.N, self.V) for _ in range(2))
         tensors = (value, self.rate, self.a, write, self.others, self.norm, self.cu_seqlens, initial, P, R)
-        _summary[self.grid](*tensors, *self.sizes, self.gate, fixed, adjoint, **self.plan.tile)
-        _join(P, R, False, adjoint)
+        _summary[self.grid](*tensors, *self.sizes, self.gate, fixed, self.adjoint, **self.plan.tile)
+        _join(P, R, False, self.adjoint)
         return R
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and where 64 bits can be read at once: a view may begin anywhere."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _processors(device: torch.device) -> int:
@@ -781,8 +825,8 @@ def _walk(
     if cu_seqlens is not None:  # empty documents hand on their state
         state = torch.zeros_like(state) if initial is None else initial.clone()
     with torch.cuda.device_of(x):
-        w = _Walk(x, rate, a, k, q, cu_seqlens, reverse)
-        enter = w.enter(w.x, w.k, initial, w.FIXED_K, False)
+        w = _Walk(x, rate, a, k, q, cu_seqlens, reverse, False)
+        enter = w.enter(w.x, w.k, initial, w.FIXED_K)
         tensors = (w.x, w.rate, w.a, w.k, w.q, w.others, w.norm, cu_seqlens, initial, enter)
         written = (y, state, kept if keep else None)
         _emit[w.grid](*tensors, *written, *w.sizes, w.gate, w.FIXED_K, w.FIXED_Q, **w.plan.tile)
@@ -808,16 +852,16 @@ def _walk_adjoint(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, rate, a, k, q and the initial states; that of a is empty where there is none."""
     dx, drate, *_, dinitial = _fake_adjoint(dy, dstate, x, rate, a, k, q, initial, cu_seqlens, kept, reverse)
-    dy, dstate = dy.contiguous(), None if dstate is None else dstate.contiguous()
+    dy, dstate = _aligned(dy), None if dstate is None else dstate.contiguous()
     if cu_seqlens is not None:
         dinitial = torch.zeros_like(dinitial) if dstate is None else dstate.clone()
     with torch.cuda.device_of(x):
-        w = _Walk(x, rate, a, k, q, cu_seqlens, reverse)
+        w = _Walk(x, rate, a, k, q, cu_seqlens, reverse, True)
         p = w.plan
         whole = (w.B * p.segments, w.N, w.V)
         da = None if a is None else w.new(*whole)
         dk, dq = (w.new(*whole) if t.ndim == 2 else w.new(p.tiles, *t.shape) for t in (k, q))
-        enter = w.enter(dy, w.q, dstate, w.FIXED_Q, True)
+        enter = w.enter(dy, w.q, dstate, w.FIXED_Q)
         scratch = w.new(w.B, p.segments, STRETCH // p.UNROLL, w.N, w.V)
         read = (w.x, w.rate, w.a, w.k, w.q, w.others, w.norm, cu_seqlens, initial, dy, dstate, kept, enter, scratch)
         written = (dx, drate, da, dk, dq, dinitial)

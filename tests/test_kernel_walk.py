@@ -267,6 +267,14 @@ def test_plan_cuts_time_only_where_the_machine_would_idle() -> None:
     assert (long.segments - 1) * long.length < 1 << 20 <= long.segments * long.length
 
 
+def test_plan_reads_neighbours_at_once_only_where_they_are_of_one_group() -> None:
+    from recur.kernels.walk import plan
+
+    assert plan(1, 64, 4096, 1, 16)[:4] == (2, 4, 16, 8)
+    assert plan(1, 64, 30, 2, 6, adjoint=True)[:4] == (1, 2, 8, 8)
+    assert all(plan(1, 64, V, 1, N).R * plan(1, 64, V, 1, N).W * 4 >= 32 for V in (1, 64) for N in (1, 256))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
