@@ -1,6 +1,6 @@
 """Find launch settings for the elementwise and diagonal kernels on this GPU.
 
-    python benchmarks/elementwise.py --out FOLDER [--seconds 100] [--what states] [--what diagonal] [--what complex]
+    python benchmarks/elementwise.py --out FOLDER [--seconds 100] [--what states|diagonal|complex|fixed]...
 
 Every candidate plan is compiled by many processes, checked against the token loop in float64, and timed alone. The best
 are printed beside the shipped plan, in milliseconds; all go to FOLDER/elementwise.json.
@@ -24,7 +24,7 @@ import triton
 from recur.kernels import walk
 from torch import Tensor
 
-from recur import gated_scan, online_scan, selective_scan
+from recur import fixed_scan, gated_scan, online_scan, selective_scan
 
 COPY = 4.296e12  # bytes a second that a copy moves, read plus written, on the machine of the peers' figures
 STATES = [(8, 2048, 4096), (1, 32768, 4096), (4, 8192, 2048)]  # B T V, N = 16
@@ -156,13 +156,29 @@ def sweep(
     return result
 
 
+def fixed(B: int, T: int, V: int, N: int) -> dict[str, Any]:
+    """Constant complex poles shared by all channels: every form, forward and backward."""
+    x, readout = torch.randn(B, T, V, device="cuda"), torch.randn(V, N, device="cuda", dtype=torch.complex64)
+    log = torch.complex(-torch.rand(N, device="cuda"), torch.randn(N, device="cuda"))
+    leaves = [t.requires_grad_() for t in (x, log, readout)]
+    row: dict[str, Any] = {"rule": "fixed", "shape": (B, T, V, N)}
+    bench = partial(triton.testing.do_bench, warmup=3, rep=12, return_mode="median")
+    for form in ("parallel", "chunked", "triton"):
+        with torch.no_grad():
+            forward = bench(partial(fixed_scan, x, log, readout, form=form))
+        y, _ = fixed_scan(x, log, readout, form=form)
+        dy = torch.randn_like(y)
+        row[form] = forward, bench(partial(torch.autograd.grad, y, leaves, dy, retain_graph=True))
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=100)
-    parser.add_argument("--what", action="append", choices=("states", "diagonal", "complex"))
+    parser.add_argument("--what", action="append", choices=("states", "diagonal", "complex", "fixed"))
     options = parser.parse_args()
-    start, what = time.monotonic(), options.what or ["states", "diagonal", "complex"]
+    start, what = time.monotonic(), options.what or ["states", "diagonal", "complex", "fixed"]
     work: list[tuple[str, list[tuple[int, ...]], dict[bool, list[tuple[int, ...]]]]] = []
     if "states" in what:
         work += [(rule, STATES, {False: FORWARD, True: BACKWARD}) for rule in ("selective", "online")]
@@ -179,7 +195,10 @@ def main() -> None:
         for way in tiles:
             tiles[way] = [tile for tile in tiles[way] if (rule, tile) not in wrong]
     print(f"compiled and checked {len(jobs)} plans in {time.monotonic() - start:.0f} s", flush=True)
-    found, pairs = [], [(rule, shape, tiles) for rule, shapes, tiles in work for shape in shapes]
+    found = [fixed(*shape) for shape in ((8, 2048, 512, 512), (1, 32768, 512, 512)) if "fixed" in what]
+    for row in found:
+        print(row, flush=True)
+    pairs = [(rule, shape, tiles) for rule, shapes, tiles in work for shape in shapes]
     for i, (rule, shape, tiles) in enumerate(pairs):
         share = max(3.0, (start + options.seconds - time.monotonic()) / (len(pairs) - i))
         row = sweep(rule, shape, tiles, share)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recur import ScanOut, gated_scan, online_scan, selective_scan
+from recur import ScanOut, fixed_scan, gated_scan, online_scan, selective_scan
 
 HARD = torch.tensor([0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf])
 EXACT = 2e-6  # float32 sums of a few hundred terms
@@ -167,6 +167,17 @@ def packed_documents_are_the_token_loop() -> None:
     diagonal("segments, right to left", 1, 300, 2, 150, 0, 149, 1, reverse=True)
     diagonal("complex", 1, 40, 2, 9, 31, turn=True)
     diagonal("complex, fresh, right to left", 1, 40, 2, 9, 0, 31, turn=True, reverse=True, fresh=True)
+
+
+@law
+def fixed_poles_are_the_token_loop() -> None:
+    """Chunks in torch, the scan over them by the kernel."""
+    log = torch.complex(HARD[torch.randint(0, 7, (2, 3))], randn(2, 3))
+    for lengths in ((), (0, 130, 3, 0)):
+        inputs = [randn(1, 133, 2), log, randn(2, 3).to(log.dtype), randn(len(lengths) or 1, 2, 3).to(log.dtype)]
+        scans(fixed_scan, f"complex {lengths}", inputs, lengths, reverse=bool(lengths))
+        inputs = [randn(1, 133, 2), HARD[torch.randint(0, 7, (3,))], randn(2, 3), randn(len(lengths) or 1, 2, 3)]
+        scans(fixed_scan, f"real {lengths}", inputs, lengths, reverse=not lengths)
 
 
 @law
