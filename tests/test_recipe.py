@@ -76,7 +76,10 @@ def test_axes_that_make_no_sense_are_refused(expression, words):
         ((Project("x", u="H K"), Skip("u"), OUT), "reads 'y'"),
         ((IN, Norm("u", over="K"), OUT), r"over must be the last axes of u \[E\], got 'K'"),
         ((IN, Norm("u", eps="x"), OUT), "eps 'x' must have the axes of u that are not normalised"),
-        ((Project("x", c="H K"), ComplexGate("c"), OUT), r"reads pairs: c must end in an axis of 2, got \[H K\]"),
+        (
+            (Project("x", c="H K"), ComplexGate("c"), OUT),
+            r"reads pairs: c must begin or end with an axis of 2, got \[H K\]",
+        ),
         (
             (Project("x", q="H K", k="H K", v="H K", log_a="K"), OuterScan(), OUT),
             r"needs a decay log_a \[H\] or \[H K\]",

@@ -50,7 +50,9 @@ def to_official(name: str, module: nn.Module) -> dict[str, Tensor]:
 
     Raises: ValueError for an unknown name, or for a module with parameters that the official one has no place for.
     """
-    return {key: view.clone() for key, view in _official(name).views(module).items()}
+    return {
+        key: view.clone(memory_format=torch.contiguous_format) for key, view in _official(name).views(module).items()
+    }
 
 
 def _official(name: str) -> Official:
