@@ -169,6 +169,35 @@ class ShortConv(Part):
 
 
 @dataclass(frozen=True)
+class PositionTaps(Part):
+    """Taps learned for every position, in the place of taps that tokens bring: tap_t = table[length - 1 - t]."""
+
+    axes: str
+    length: int
+    out: str = "tap"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: spec(self.axes)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"table": Param((self.length, *site.size(self.axes)), normal())}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        at = flow.positions()
+        if (
+            at.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and at.numel()
+            and int(at.max()) >= self.length
+        ):
+            raise ValueError(f"PositionTaps: length={self.length} is too short for {int(at.max()) + 1} tokens")
+        return flow.set(**{self.out: weights.table[self.length - 1 - at].to(flow["x"].dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.out}_t = table[{self.length} - 1 - t]"
+
+
+@dataclass(frozen=True)
 class TapConv(Part):
     """Causal convolution whose taps the tokens bring: y_t = sum_{s<=t} tap_s u_{t-s}; u [V], tap [H].
 
@@ -216,6 +245,12 @@ class TokenShift(Part):
     source: str
     to: str
     init: tuple[str, ...] = ("0.5",)
+
+    def __post_init__(self) -> None:
+        if len(self.init) not in (1, len(self.to.split())):
+            raise RecipeError(
+                f"TokenShift: init must have one expression, or one for each of {self.to}, got {len(self.init)}"
+            )
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return dict.fromkeys(self.to.split(), axes.rank(self.source, 1))
@@ -292,7 +327,10 @@ class Norm(Part):
         return weight | bias
 
     def facts(self, site: Site) -> Mapping[str, Any]:
-        return {"rank": len(self._axes(site.axes)), "groups": int(site.number(self.groups))}
+        over, groups = self._axes(site.axes), int(site.number(self.groups))
+        if groups < 1 or _product(site.size(over)) % groups:
+            raise RecipeError(f"Norm: groups must divide the {_product(site.size(over))} entries, got {groups}")
+        return {"rank": len(over), "groups": groups}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         eps = flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
