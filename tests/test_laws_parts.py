@@ -15,6 +15,7 @@ from recur.blocks import (
     BoundedDecay,
     Complex,
     ComplexGate,
+    Count,
     Decay,
     DeltaScan,
     DenseFusion,
@@ -29,11 +30,14 @@ from recur.blocks import (
     LowRank,
     Map,
     Norm,
+    Normalise,
     OnlineScan,
     OuterScan,
     OutputGate,
     Phase,
+    PoleScan,
     PositionTaps,
+    PowerDecay,
     Project,
     RealImag,
     RelPos,
@@ -47,6 +51,7 @@ from recur.blocks import (
     ShortConv,
     Skip,
     Smoothing,
+    Stabilise,
     StepDecay,
     Sum,
     TapConv,
@@ -156,6 +161,16 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
         ),
         USUAL,
     ),
+    "Count and Normalise": (
+        recipe(QKV, Act("q k", "1+elu"), Count("v"), OuterScan(decay=None), Normalise()), USUAL),
+    "Stabilise": (
+        recipe(
+            QKV, Project("x", i="H", z="H"), Decay("z"), Stabilise(), Count(), OuterScan(), Normalise("floor")
+        ),
+        USUAL,
+    ),
+    "PowerDecay": (recipe(Project("x", r="D"), PowerDecay(), OutputGate("k", out="u"), GatedScan("u")), USUAL),
+    "PoleScan": (recipe(PoleScan("u")), USUAL),
     "ComplexGate": (recipe(QKV, Project("x", c="H K 2"), ComplexGate("c"), OuterScan(rotates=True)), USUAL),
     "ComplexGate, amplitude and phase": (
         recipe(QKV, Project("x", c="H 2"), ComplexGate("c", law="amplitude_phase"), OuterScan(rotates=True)),

@@ -36,10 +36,12 @@ IN_GRID = ("hgrn_complex, down and right", "hgrn2, in a grid", "hgrn2, in series
 
 # recipe, options of check, laws beyond the common ones
 CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
+    "delta_net": (presets.delta_net(heads=2), {}, SMOOTH | {"steps"}),
     "dense_retnet": (presets.dense_retnet(heads=2), {"depth": 3}, SMOOTH),
     "dense_retnet, one layer": (presets.dense_retnet(heads=2), {}, SMOOTH | {"steps"}),
     "dense_retnet, parallel scale": (presets.dense_retnet(heads=2, scale=(RetentionScale(),)), {"depth": 2}, set()),
     "dss": (presets.dss(state=4), {}, SMOOTH | {"steps"}),
+    "gated_delta_net": (presets.gated_delta_net(heads=2, conv=2), {}, SMOOTH | {"steps"}),
     "gated_linear_rnn": (presets.gated_linear_rnn(inner=5), {}, SMOOTH | {"steps"}),
     "gated_linear_rnn, a forget gate of its own": (presets.gated_linear_rnn(forget="own"), {}, {"steps"} | SMOOTH),
     "gated_rnn": (presets.gated_rnn(inner=3), {}, SMOOTH | {"steps"}),
@@ -85,6 +87,8 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "hgrn2, expanded by 1": (presets.hgrn2(heads="D", norm=()), {}, SMOOTH | {"steps"}),
     "hgrn2, in a grid": (presets.hgrn2(heads=2, scan=in_grid), {}, SMOOTH),
     "hgrn2, in series": (in_series(presets.hgrn2(heads=2, scan=both_ways)), {}, SMOOTH),
+    "kda": (presets.kda(heads=2, conv=3), {}, SMOOTH | {"steps"}),
+    "linear_attention": (presets.linear_attention(heads=2), {}, SMOOTH | {"steps"}),
     "llama": (presets.llama(heads=2, bias=True), {}, {"gradients", "steps"}),
     "longhorn": (presets.longhorn(state=5), {}, SMOOTH | {"steps"}),
     "longhorn, exact": (presets.longhorn(state=4, diagonal=False), {}, SMOOTH | {"steps"}),
@@ -103,11 +107,15 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
         SMOOTH | {"steps"},
     ),
     "mamba2_mlp": (presets.mamba2_mlp(mlp=6, state=3, head=4), {}, SMOOTH | {"steps"}),
+    "min_gru": (presets.min_gru(expand=2), {}, SMOOTH | {"steps"}),
+    "mlstm": (presets.mlstm(heads=2), {}, SMOOTH | {"steps"}),
     "retnet": (presets.retnet(heads=2), {}, SMOOTH | {"steps"}),
     "retnet, parallel scale": (presets.retnet(heads=2, scale=(RetentionScale(),)), {}, set()),
     "retnet, chunkwise scale": (presets.retnet(heads=2, scale=(RetentionScale(chunk=4),)), {}, set()),
+    "rg_lru": (presets.rg_lru(expand=1.5, conv=2), {}, SMOOTH | {"steps"}),
     "rwkv": (presets.rwkv(heads=2), {}, SMOOTH | {"steps"}),
     "rwkv, biases": (presets.rwkv(heads=4, bias=True), {"depth": 2}, SMOOTH),
+    "s4d": (presets.s4d(state=3), {}, SMOOTH | {"steps"}),
     "simple_gateloop": (presets.simple_gateloop(), {}, SMOOTH | {"steps"}),
     "simple_gateloop, normed, right to left": (
         presets.simple_gateloop().insert_after("output_gate", Norm("y", kind="layer")).reverse(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from recur.primitives.fixed import fixed_scan
 from recur.primitives.poles import poles, zero_order_hold
 from recur.primitives.scan import scan
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, constant, normal, spread_time_constants
+from recur.weights import Param, by_index, constant, normal, spread_time_constants
 
 
 def _options(flow: Flow, state: State) -> dict[str, Any]:
@@ -275,3 +276,47 @@ class FixedScan(Part):
         return (
             f"z = -exp(rho) + i {omega}, S_t = e^z S_{{t-1}} + {self.source}, {self.out} = Re sum_n C (e^z - 1)/z S_t"
         )
+
+
+@dataclass(frozen=True)
+class PoleScan(Part):
+    """S4D: poles and a step for every channel, discretised by zero-order hold.
+
+    z = dt (-exp(r) + i w), S_t = e^z S_{t-1} + u, y = Re sum_n 2 C_n dt (e^z - 1)/z S_n.   First r = log 1/2, w = pi n,
+    log dt uniform over 0.001 to 0.1, C = N(0, 1) + i N(0, 1).
+
+    Args: source: u [V]; N: axis of the poles, one of each conjugate pair.
+    """
+
+    source: str
+    N: str = "N"
+    out: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.rank(self.source, 1)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        (N,), (V,) = site.size(self.N), site.of(self.source)
+        laws = {
+            "r": constant(math.log(0.5)),
+            "w": by_index("3.141592653589793*i", site),
+            "C_real": normal(),
+            "C_imag": normal(),
+        }
+        made = {name: Param((V, N), law, decay=False, float32=True) for name, law in laws.items()}
+        step = Param((V,), lambda weight: weight.uniform_(math.log(1e-3), math.log(1e-1)), decay=False, float32=True)
+        return {**made, "log_dt": step}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return _complex(site.memory(batch, *site.of(self.source), *site.size(self.N)))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        step = weights.log_dt.exp()[:, None]
+        log_decay = step * poles(weights.r, weights.w)
+        readout = 2 * step * torch.complex(weights.C_real, weights.C_imag) * zero_order_hold(log_decay)
+        y, state = fixed_scan(flow[self.source], log_decay, readout, **_options(flow, state))
+        return flow.set(**{self.out: y}), state
+
+    def formula(self) -> str:
+        u, y = self.source, self.out
+        return f"z = dt (-exp(r) + i w), S_t = e^z S_{{t-1}} + {u}, {y} = Re sum_n 2 C dt (e^z - 1)/z S_t"
