@@ -71,6 +71,9 @@ def option(default: Any, read: Callable[[str], Any], about: str) -> Any:
     return field(default=default, metadata={"read": read, "about": about})
 
 
+FFN = ("paper", "none", "gelu", "swiglu", "gated", "channel_mix")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything about model, optimiser and run that is the same for every task."""
@@ -78,7 +81,7 @@ class Settings:
     recipe: str = option("longhorn", str, "preset[:option=value,...], joined by + for a hybrid, or @FILE.json")
     dim: int = option(256, count, "width")
     depth: int = option(2, count, "layers")
-    ffn: str = option("paper", one_of("paper", "none", "gelu", "swiglu", "gated"), "feed-forward of every layer")
+    ffn: str = option("paper", one_of(*FFN), "feed-forward of every layer")
     norm: str = option("paper", one_of("paper", "none", "rms", "layer", "l2"), "norm of the residual stream")
     block: str = option("pre", one_of("pre", "post"), "side of the residual sum that is normalised")
     head: str = option("tied", one_of("tied", "own"), "read-out of a language model: the embedding, or its own")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recur import LanguageModel, Recipe, presets
+from recur import LanguageModel, Recipe, blocks, presets
 from recur.train.config import InputError, Settings, unknown
 from recur.weights import Param, Weights, normal, zeros
 
@@ -21,9 +21,11 @@ PAPER: dict[str, dict[str, str]] = {
     "gateloop": {"ffn": "gelu"},
     "gla": {"ffn": "swiglu"},
     "gss": {"norm": "none"},
+    "hgrn": {"ffn": "swiglu"},
     "hgrn2": {"ffn": "swiglu"},
     "llama": {"ffn": "swiglu"},
     "retnet": {"ffn": "swiglu"},
+    "rwkv": {"ffn": "channel_mix", "norm": "layer"},
     "simple_gateloop": {"norm": "none", "ffn": "gelu"},
 }
 
@@ -53,10 +55,11 @@ def _preset(text: str) -> Recipe:
 
 
 def _value(text: str) -> Any:
+    """A JSON value, a name of recur.blocks (scan=in_grid), or the text itself."""
     try:
         return json.loads(text)
     except ValueError:
-        return text
+        return getattr(blocks, text, text)
 
 
 def around(settings: Settings) -> dict[str, Any]:
