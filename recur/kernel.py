@@ -170,7 +170,5 @@ def _run(
 
     k, log_decay, beta = (None if x is None else x.contiguous() for x in (k, log_decay, beta))
     initial = None if initial is None else initial.float().contiguous()
-    out = scan_forward(
-        q.contiguous(), k, v.contiguous(), log_decay, beta, bonus, initial, cu_seqlens, scale, reverse
-    )
+    out = scan_forward(q.contiguous(), k, v.contiguous(), log_decay, beta, bonus, initial, cu_seqlens, scale, reverse)
     return ScanOut(*out)

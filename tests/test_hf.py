@@ -336,6 +336,60 @@ def test_a_run_becomes_a_folder_for_transformers(run, tmp_path, monkeypatch, cap
     assert written == [{"generated_text": texts[1]}]
 
 
+TASK = """
+task: {kind}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+target_delimiter: ""
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 4}}
+metric_list: [{{metric: {metric}, aggregation: mean, higher_is_better: true}}]
+"""
+QUESTIONS = [
+    {"question": "the quick", "choices": [" brown", " nworb"], "answer": 0},
+    {"question": "line 1", "choices": ["0", " of many", "9 of"], "answer": 1},
+    {"question": "f", "choices": ["fff", "ox"], "answer": 1},
+]
+
+
+def test_the_evaluation_harness_runs_a_local_task(run, tmp_path, monkeypatch):
+    """It chooses by the summed log probability of the answer, as a loop over the answers does."""
+    import datasets
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(map(json.dumps, QUESTIONS)))
+    kinds = {"multiple_choice": "acc", "generate_until": "exact_match"}
+    for kind, metric in kinds.items():
+        (tmp_path / f"{kind}.yaml").write_text(TASK.format(kind=kind, metric=metric, data=data))
+    lm, tokenizer = recur.hf.from_run(run)
+    harness = HFLM(lm, backend="causal", tokenizer=tokenizer, batch_size=4, max_length=64)
+    tasks = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    options = {"log_samples": True, "bootstrap_iters": 0, "task_manager": tasks}
+    out = lm_eval.simple_evaluate(harness, tasks=list(kinds), **options)
+    right = []
+    for question, sample in zip(QUESTIONS, out["samples"]["multiple_choice"], strict=True):
+        found = []
+        for choice in question["choices"]:
+            ids = torch.tensor([tokenizer(question["question"] + choice).input_ids])
+            chance = lm(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])
+            found.append(chance[-len(choice) :].sum().item())
+        assert found == pytest.approx([resp[0][0] for resp in sample["resps"]], rel=1e-5)
+        right.append(found.index(max(found)) == question["answer"])
+    assert out["results"]["multiple_choice"]["acc,none"] == sum(right) / len(right)
+    for question, sample in zip(QUESTIONS, out["samples"]["generate_until"], strict=True):
+        ids = tokenizer(question["question"], return_tensors="pt").input_ids
+        text = lm.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        assert sample["resps"] == [[tokenizer.decode(text).partition("\n")[0]]]
+
+
 def test_a_folder_without_a_run_is_said_in_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recur.hf", str(tmp_path), str(tmp_path)])
     with pytest.raises(SystemExit):

@@ -191,13 +191,11 @@ class LanguageModel(nn.Module):
 
         Raises: ShapeError, TypeError if ids are no [B T] integers, ValueError for an id out of vocabulary (on a CPU).
         """
-        x, state = self.hidden(ids, state, cu_seqlens=cu_seqlens, form=form)
-        logits = self.logits(x)
+        x, state = self._hidden(ids, state, cu_seqlens=cu_seqlens, form=form)
+        logits = self._logits(x)
         return (logits, state) if return_state else logits
 
-    def hidden(
-        self, ids: Tensor, state: State = None, *, cu_seqlens: Tensor | None = None, form: str = "auto"
-    ) -> tuple[Tensor, State]:
+    def _hidden(self, ids: Tensor, state: State, *, cu_seqlens: Tensor | None, form: str) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
         self._check_ids(ids)
         B, T = ids.shape
@@ -221,8 +219,7 @@ class LanguageModel(nn.Module):
         length = T if cu_seqlens is None else cu_seqlens.diff()
         return self.final_norm(x), {"position": position + length, "layers": layers}
 
-    def logits(self, x: Tensor) -> Tensor:
-        """The head on what `hidden` returned: [... D] to [... vocab_size]."""
+    def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, (self.embedding if self.head is None else self.head).weight)
 
     def _add_positions(self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -272,12 +269,12 @@ class LanguageModel(nn.Module):
     def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """Read prompts [B T] in one pass, right-padded if `lengths` [B] are given: last logits and state."""
         if lengths is None:
-            x, state = self.hidden(ids)
-            return self.logits(x[:, -1]), detach(state)
+            x, state = self._hidden(ids, None, cu_seqlens=None, form="auto")
+            return self._logits(x[:, -1]), detach(state)
         inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         borders = F.pad(lengths.cumsum(0), (1, 0))
-        x, state = self.hidden(ids[inside][None], cu_seqlens=borders)
-        return self.logits(x[0, borders[1:] - 1]), detach(state)
+        x, state = self._hidden(ids[inside][None], None, cu_seqlens=borders, form="auto")
+        return self._logits(x[0, borders[1:] - 1]), detach(state)
 
     @torch.no_grad()
     def generate(

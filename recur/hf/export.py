@@ -21,12 +21,12 @@ def from_run(folder: Path | str) -> tuple[RecurForCausalLM, PreTrainedTokenizerF
 
 
 def character_tokenizer(vocabulary: str) -> PreTrainedTokenizerFast:
-    """Character i of `vocabulary` is token i. Padding, on the left, is one token more, which no model reads."""
+    """Character i of `vocabulary` is token i; one token more ends and pads (on the left), and is never read."""
     tokenizer = Tokenizer(models.WordLevel({character: i for i, character in enumerate(vocabulary)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     names = ["input_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", padding_side="left", model_input_names=names,
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", padding_side="left", model_input_names=names,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip

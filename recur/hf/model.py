@@ -107,7 +107,7 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
         there = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
         x, after = self._read(input_ids, there, None if state is None else state.state, use_cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model.logits(x[:, kept])
+        logits = self.model._logits(x[:, kept])
         loss, sizes = None, {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, **sizes)
@@ -117,13 +117,16 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _read(self, ids: Tensor, there: Tensor | None, state: State, use_cache: bool) -> tuple[Tensor, State]:
         """Hidden [B T D] and state. With padding the rows are packed: what is not there is not read."""
-        if there is None or bool(there.all()):
-            return self.model.hidden(ids, state)
-        if not use_cache and not bool((there[:, 1:] > there[:, :-1]).any()):
-            return self.model.hidden(ids.masked_fill(~there, 0), state)  # all on the right: nothing reads it
-        borders = F.pad(there.sum(1).cumsum(0), (1, 0))
-        x, state = self.model.hidden(ids[there][None], state, cu_seqlens=borders)
-        return x.new_zeros(*ids.shape, x.shape[-1]).index_put((there,), x[0]), state
+        borders = None
+        if there is not None and not bool(there.all()):
+            if use_cache or bool((there[:, 1:] > there[:, :-1]).any()):
+                ids, borders = ids[there][None], F.pad(there.sum(1).cumsum(0), (1, 0))
+            else:
+                ids = ids.masked_fill(~there, 0)  # all on the right: nothing reads it
+        x, state = self.model._hidden(ids, state, cu_seqlens=borders, form="auto")
+        if there is None or borders is None:
+            return x, state
+        return x.new_zeros(*there.shape, x.shape[-1]).index_put((there,), x[0]), state
 
     # ------------------------------------------------------------------ generate
 
