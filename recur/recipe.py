@@ -90,7 +90,10 @@ class Axes:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a part is built: sizes of the axes, what has been written before it, and its place in the model."""
+    """Where a part is built: sizes of the axes, what has been written before it, and its place in the model.
+
+    named: modules of the named parts around and before it, for parts inside a combinator that share them.
+    """
 
     sizes: Mapping[str, str | int]
     axes: Axes
@@ -98,6 +101,7 @@ class Site:
     layer: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
+    named: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def size(self, axes: str | Spec) -> tuple[int, ...]:
         """The sizes of "H K"."""
@@ -133,6 +137,11 @@ class Part:
 
     @property
     def causal(self) -> bool:
+        return True
+
+    @property
+    def honest(self) -> bool:
+        """Whether its gradients are the derivatives of its values."""
         return True
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
@@ -207,7 +216,7 @@ class Chain(Part):
             yield key, part, dataclasses.replace(site, axes=axes)
 
     def build(self, site: Site, shared: nn.ModuleDict | None = None) -> nn.ModuleDict:
-        modules = nn.ModuleDict()
+        modules, named = nn.ModuleDict(), dict(site.named)
         for key, part, place in self.sites(site):
             if hasattr(nn.ModuleDict, key):
                 raise RecipeError(
@@ -215,7 +224,10 @@ class Chain(Part):
                 )
             home = shared if part.scope == "model" and shared is not None else modules
             if key not in home:
-                home[key] = part.build(place)
+                known = part.name is not None and key in named
+                home[key] = named[key] if known else part.build(dataclasses.replace(place, named=named))
+            if part.name is not None:
+                named[key] = home[key]
         return modules
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import recur.hf
-from recur import LanguageModel, Part, Recipe, RecipeError, convert, presets
+from recur import LanguageModel, Part, Recipe, RecipeError, convert, presets, train
 from recur.blocks import Act, Attention, Norm, Project, Reverse, Rotary
 from recur.hf import RecurConfig, RecurForCausalLM, StateCache, projections
 from recur.hf.__main__ import main
-from recur.train import fit, prepare
+from recur.train.tokenize import Bytes, HubTokenizer
 
 # transformers renames it to activation_checkpointing, and warns itself when its Trainer uses it
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -310,8 +310,8 @@ def run(text, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     source = folder / "text.txt"
     source.write_text(text)
-    choices = {"preset": "gla", "text": str(source), "dim": 16, "depth": 1, "steps": 3, "length": 16, "batch": 2}
-    fit(prepare(folder / "out", choices), folder / "out")
+    choices = {"recipe": "gla", "text": str(source), "dim": 16, "depth": 1, "steps": 3, "length": 16, "batch": 2}
+    train.fit(train.start("lm", folder / "out", choices))
     return folder / "out"
 
 
@@ -322,18 +322,29 @@ def test_a_run_becomes_a_folder_for_transformers(run, tmp_path, monkeypatch, cap
     main()
     assert f"wrote {tmp_path}" in capsys.readouterr().out
     lm, tokenizer = load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    trained, vocabulary = recur.train.load_model(run)
-    ids = recur.train.data.encode("the quick\n", vocabulary)
+    trained, ours = train.load_model(run)
+    ids = torch.from_numpy(ours.encode("the quick\n"))
     assert tokenizer("the quick\n").input_ids == ids.tolist()
     assert tokenizer.decode(ids) == "the quick\n"
     torch.testing.assert_close(lm(ids[None]).logits, trained(ids[None]))
-    assert len(tokenizer) == len(vocabulary) + 1  # padding
+    assert len(tokenizer) == ours.size + 1  # padding
     prompts = tokenizer(["the quick", "a"], padding=True, return_tensors="pt")
     assert prompts.attention_mask.tolist() == [[1] * 9, [0] * 8 + [1]]
     texts = tokenizer.batch_decode(lm.generate(**prompts, max_new_tokens=5, do_sample=False), skip_special_tokens=True)
     assert [len(text) for text in texts] == [14, 6]
     written = pipeline("text-generation", model=lm, tokenizer=tokenizer)("a", max_new_tokens=5, do_sample=False)
     assert written == [{"generated_text": texts[1]}]
+
+
+def test_bytes_are_the_same_bytes(tmp_path):
+    from transformers import AutoTokenizer
+
+    recur.hf.tokenizer_for(Bytes()).save_pretrained(tmp_path)
+    tokenizer, text = AutoTokenizer.from_pretrained(tmp_path), " a\n\tbé\x00日 本🙂  <end"
+    assert tokenizer(text).input_ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == 256
+    assert recur.hf.tokenizer_for(HubTokenizer(str(tmp_path)))(text).input_ids == list(text.encode())
 
 
 TASK = """

@@ -185,7 +185,9 @@ def test_convolution_is_its_loop_in_every_document(width, lengths, seed):
 def test_token_shift_and_convolution_errors():
     x = draw(2, 4, 3)
     close(token_shift(x).y, torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1))
-    with pytest.raises(ShapeError, match=r"initial_state must be \[B W-1 D\] = \(2, 1, 3\), got shape \(2, 2, 3\)"):
+    with pytest.raises(
+        ShapeError, match=r"token_shift: initial_state must be \[B 1 D\] = \(2, 1, 3\), got shape \(2, 2, 3\)"
+    ):
         token_shift(x, initial_state=draw(2, 2, 3))
     with pytest.raises(ShapeError, match="causal_conv: x has D=3 but weight has D=4"):
         causal_conv(x, draw(4, 2))

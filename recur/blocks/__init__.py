@@ -1,9 +1,23 @@
 """Bricks that own weights, and what is built from them."""
 
 from recur.blocks.attention import Attention, Rotary
-from recur.blocks.gates import BoundedDecay, ComplexGate, Decay, FixedDecay, LowerBounds, OutputGate
+from recur.blocks.gates import (
+    BoundedDecay,
+    Complex,
+    ComplexGate,
+    Decay,
+    FixedDecay,
+    Learned,
+    LowerBounds,
+    OutputGate,
+    Phase,
+    RealImag,
+    RetentionScale,
+    StepDecay,
+)
 from recur.blocks.glue import (
     Act,
+    Along,
     Dropout,
     LowRank,
     Map,
@@ -16,6 +30,12 @@ from recur.blocks.glue import (
     Skip,
     Sum,
     TokenShift,
+    Weigh,
+    both_ways,
+    down_and_right,
+    in_grid,
+    in_series,
+    one_way,
 )
 from recur.blocks.hidden import DenseFusion
 from recur.blocks.language_model import Block, LanguageModel
@@ -24,9 +44,21 @@ from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, Oute
 from recur.recipe import Chain
 
 PARTS = (
-    Act, Attention, BoundedDecay, Chain, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout, FixedDecay, FixedScan,
-    GatedScan, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate, Project, Reverse, Rotary, Scale,
-    ScaleGrad, SelectiveScan, ShortConv, Skip, Sum, TokenShift,
+    Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout,
+    FixedDecay, FixedScan, GatedScan, Learned, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate,
+    Phase, Project, RealImag, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip,
+    StepDecay, Sum, TokenShift, Weigh,
 )  # fmt: skip
 
-__all__ = ["Block", "LanguageModel", "Mixer", "MixerOut", "detach", "nbytes", *(part.__name__ for part in PARTS)]
+WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)
+
+__all__ = [
+    "Block",
+    "LanguageModel",
+    "Mixer",
+    "MixerOut",
+    "detach",
+    "nbytes",
+    *(part.__name__ for part in PARTS),
+    *(way.__name__ for way in WAYS),
+]

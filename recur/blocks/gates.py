@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from recur.axes import RecipeError, Spec, spec
 from recur.primitives.gates import (
+    BOUND_LAWS,
     activation,
     complex_gate,
     lower_bounded_decay,
@@ -18,8 +21,10 @@ from recur.primitives.gates import (
     polar_gate,
     sigmoid_decay,
 )
+from recur.primitives.retention import chunkwise_scale, parallel_scale
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, ones
+from recur.shapes import accumulation_dtype
+from recur.weights import Param, by_index, constant, spread_time_constants
 
 
 @dataclass(frozen=True)
@@ -42,48 +47,65 @@ class Decay(Part):
 
 @dataclass(frozen=True)
 class LowerBounds(Part):
-    """The least each layer keeps: bound_l = sum_{1<=j<=l} softmax(logits over layers)_j, rising with depth from 0.
+    """The least each layer keeps, rising with depth from 0: sums of softmax(logits over the layers).
 
     One table for the whole model; every layer takes its row.
+
+    Args:
+        law:   which shares layer l sums, "skip_first" (1 .. l) or "skip_last" (0 .. l - 1).
+        start: first value of the logits; any gives the same bounds, l / layers.
     """
 
     axes: str
+    law: str = "skip_first"
+    start: float = 1.0
     out: str = "bound"
     scope = "model"
+
+    def __post_init__(self) -> None:
+        if self.law not in BOUND_LAWS:
+            raise RecipeError(f"LowerBounds: law must be one of {', '.join(BOUND_LAWS)}, got {self.law!r}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.out: spec(self.axes)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        return {"logits": Param((site.depth, *site.size(self.axes)), ones, decay=False, float32=True)}
+        first = constant(self.start)
+        return {"logits": Param((site.depth, *site.size(self.axes)), first, decay=False, float32=True)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.out: lower_bounds(weights.logits)[flow.layer][None, None]}), None
+        return flow.set(**{self.out: lower_bounds(weights.logits, law=self.law)[flow.layer][None, None]}), None
 
     def formula(self) -> str:
-        return f"{self.out} = sum_{{1<=j<=layer}} softmax(logits)_j"
+        shares = "1<=j<=layer" if self.law == "skip_first" else "0<=j<layer"
+        return f"{self.out} = sum_{{{shares}}} softmax(logits)_j"
 
 
 @dataclass(frozen=True)
 class BoundedDecay(Part):
-    """A forget gate above its bound, and what it lets in: a = g + (1 - g) sigmoid(z); log_a and keep = 1 - a."""
+    """A forget gate above its bound, and what it lets in: a = g + (1 - g) sigmoid(z); log_a and keep = 1 - a.
+
+    bound None is a bound of 0.
+    """
 
     source: str = "z"
-    bound: str = "bound"
+    bound: str | None = "bound"
     out: str = "log_a"
     keep: str = "k"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        found = axes.same(self.source, self.bound)
+        found = axes.same(self.source, self.bound or self.source)
         return {self.out: found, self.keep: found}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        log_a, keep = lower_bounded_decay(flow[self.source], flow[self.bound])
-        return flow.set(**{self.out: log_a, self.keep: keep.to(flow[self.source].dtype)}), None
+        z = flow[self.source]
+        log_a, keep = lower_bounded_decay(z, z.new_zeros(()) if self.bound is None else flow[self.bound])
+        return flow.set(**{self.out: log_a, self.keep: keep.to(z.dtype)}), None
 
     def formula(self) -> str:
         g, z = self.bound, self.source
-        return f"a = {g} + (1 - {g}) sigmoid({z}), {self.out} = log a, {self.keep} = 1 - a"
+        floor = f"{g} + (1 - {g}) " if g else ""
+        return f"a = {floor}sigmoid({z}), {self.out} = log a, {self.keep} = 1 - a"
 
 
 @dataclass(frozen=True)
@@ -117,6 +139,61 @@ class FixedDecay(Part):
         return f"{self.out} = log(1 - 2^(-5-h)), {self.eps_out} = {self.eps:g} sum_{{s<=t}} a^(t-s)"
 
 
+def pairs(axes: Axes, name: str) -> Spec:
+    """The axes of a tensor of pairs, without their own. Raises: RecipeError if the last one is not 2."""
+    found = axes[name]
+    if not found or found[-1] != "2":
+        raise RecipeError(f"{axes.reader} reads pairs: {name} must end in an axis of 2, got [{' '.join(found)}]")
+    return found[:-1]
+
+
+@dataclass(frozen=True)
+class RetentionScale(Part):
+    """What RetNet's parallel or, with `chunk`, chunkwise form divides y by before its head norm, as that norm's eps.
+
+    Dividing by n before a norm of eps is that norm with eps n^2; no gradient flows through n. It needs all scores, so
+    it does not stream, although no token sees a later one.
+
+    Args: chunk: tokens in a chunk; eps: of the norm; q, k [H K], v [H V], decay [H] constant in time.
+    """
+
+    chunk: int | None = None
+    eps: float = 1e-6
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    decay: str = "log_a"
+    out: str = "eps"
+
+    @property
+    def honest(self) -> bool:
+        return False
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        H, _ = axes.same(self.q, self.k)
+        return {self.out: (H,)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        log_a = flow[self.decay][0, 0]
+        q, k, v = (flow[name].to(log_a.dtype) for name in (self.q, self.k, self.v))
+        if self.chunk is None:
+            scale = parallel_scale(q, k, log_a, cu_seqlens=flow.cu_seqlens)
+        else:
+            T = q.shape[1]
+            borders = pairwise([0, T] if flow.cu_seqlens is None else flow.cu_seqlens.tolist())
+            pieces = ((x[:, slice(*border)] for x in (q, k, v)) for border in borders)
+            scale = torch.cat([chunkwise_scale(q, k, v, log_a, chunk=self.chunk) for q, k, v in pieces], 1)
+        return flow.set(**{self.out: self.eps * scale**2}), None
+
+    def formula(self) -> str:
+        form = "all scores" if self.chunk is None else f"the scores of chunks of {self.chunk}"
+        return f"{self.out} = {self.eps:g} n^2, n from {form}"
+
+
 @dataclass(frozen=True)
 class ComplexGate(Part):
     """Complex log decay from pairs c [... 2].
@@ -133,12 +210,7 @@ class ComplexGate(Part):
             raise RecipeError(f'ComplexGate: law must be "polar" or "amplitude_phase", got {self.law!r}')
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        found = axes[self.source]
-        if not found or found[-1] != "2":
-            raise RecipeError(
-                f"{axes.reader} reads pairs: {self.source} must end in an axis of 2, got [{' '.join(found)}]"
-            )
-        return {self.out: found[:-1]}
+        return {self.out: pairs(axes, self.source)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         law = polar_gate if self.law == "polar" else complex_gate
@@ -148,6 +220,67 @@ class ComplexGate(Part):
         c = self.source
         a = f"sigmoid(|{c}|) {c}/|{c}|" if self.law == "polar" else f"sigmoid({c}_0) exp(i {c}_1)"
         return f"a = {a}, {self.out} = log a"
+
+
+@dataclass(frozen=True)
+class Phase(Part):
+    """Turn a decay by a learned angle per channel, the same at every token: log_a = log_f + i theta.
+
+    theta starts as base^(-2j/n) over the n channels.
+    """
+
+    source: str = "log_f"
+    base: float = 10000.0
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.rank(self.source, 1)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        (n,) = site.of(self.source)
+        angles = self.base ** (-2 / n * torch.arange(n, dtype=torch.float64))
+        return {"theta": Param((n,), lambda weight: weight.copy_(angles), decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        log_f = flow[self.source]
+        return flow.set(**{self.out: torch.complex(log_f, weights.theta.to(log_f.dtype).expand_as(log_f))}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = {self.source} + i theta"
+
+
+@dataclass(frozen=True)
+class Complex(Part):
+    """Pairs [... 2] as complex numbers [...], in float32 or wider."""
+
+    source: str
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.source: pairs(axes, self.source)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        c = flow[self.source]
+        return flow.set(**{self.source: torch.complex(*c.to(accumulation_dtype(c)).unbind(-1))}), None
+
+    def formula(self) -> str:
+        return f"{self.source} <- {self.source}_0 + i {self.source}_1"
+
+
+@dataclass(frozen=True)
+class RealImag(Part):
+    """Complex numbers [*] as their real parts above their imaginary parts [2 *], in the dtype of x."""
+
+    source: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.source: ("2", *axes[self.source])}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        y = flow[self.source]
+        return flow.set(**{self.source: torch.stack([y.real, y.imag], 2).to(flow["x"].dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.source} <- [Re {self.source}, Im {self.source}]"
 
 
 @dataclass(frozen=True)
@@ -170,3 +303,66 @@ class OutputGate(Part):
     def formula(self) -> str:
         gate = self.gate if self.act == "identity" else f"{self.act}({self.gate})"
         return f"{self.out} <- {self.out} * {gate}"
+
+
+@dataclass(frozen=True)
+class StepDecay(Part):
+    """A positive step of each token and the decay it brings: delta = softplus(dt + b), log_a = -exp(A) delta.
+
+    dt, b [H] or [H K]; A [H].
+
+    Args: limit: the least and the greatest delta; rates: exp(A) starts uniform between these. softplus(b) starts
+        spread over 0.001 to 0.1.
+    """
+
+    source: str = "dt"
+    limit: tuple[float, float] | None = None
+    rates: tuple[float, float] = (1.0, 16.0)
+    step: str = "delta"
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found = axes.rank(self.source, 1, 2)
+        return {self.step: found, self.out: found}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        shape = site.of(self.source)
+        return {
+            "A_log": Param(shape[:1], lambda weight: weight.uniform_(*self.rates).log_(), decay=False, float32=True),
+            "dt_bias": Param(shape, spread_time_constants, decay=False, float32=True),
+        }
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        delta = F.softplus(flow[self.source] + weights.dt_bias)
+        delta = delta if self.limit is None else delta.clamp(*self.limit)
+        rate = weights.A_log.exp().unflatten(0, (-1,) + (1,) * (weights.dt_bias.ndim - 1))
+        return flow.set(**{self.step: delta, self.out: -rate * delta}), None
+
+    def formula(self) -> str:
+        step = f"softplus({self.source} + b)"
+        step = step if self.limit is None else f"clamp({step}, {self.limit[0]:g}, {self.limit[1]:g})"
+        return f"{self.step} = {step}, {self.out} = -exp(A) {self.step}"
+
+
+@dataclass(frozen=True)
+class Learned(Part):
+    """A learned tensor that is the same at every token: out [*].
+
+    init: its first values, an expression over the index i along the last axis, the axes, `layer` and `depth`.
+    """
+
+    out: str
+    axes: str
+    init: str = "0"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: spec(self.axes)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"value": Param(site.size(self.axes), by_index(self.init, site), decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.out: weights.value[None, None]}), None
+
+    def formula(self) -> str:
+        return f"{self.out} learned, at first {self.init}"

@@ -19,7 +19,7 @@ from recur.blocks.sampling import sample_token
 from recur.primitives.forms import check_packing
 from recur.recipe import Flow, Recipe, State
 from recur.shapes import bind
-from recur.weights import Param, Weights, declared, normal
+from recur.weights import Init, Param, Weights, declared, normal
 
 
 class Block(nn.Module):
@@ -105,6 +105,17 @@ def stream_norm(norm: Norm | str | None) -> Norm | None:
     return Norm("x", kind=norm, to="y") if isinstance(norm, str) else norm
 
 
+def embedding_init(std: float, padding: int | None) -> Init:
+    """N(0, std^2), and 0 for the token that pads, if there is one."""
+
+    def fill(weight: Tensor) -> None:
+        weight.normal_(0, std)
+        if padding is not None:
+            weight[padding] = 0
+
+    return fill
+
+
 class LanguageModel(nn.Module):
     """Token ids [B T] to logits [B T vocab_size].
 
@@ -113,7 +124,7 @@ class LanguageModel(nn.Module):
         vocab_size: number of tokens.
         dim:        D, width of the residual stream.
         depth:      number of layers.
-        ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", or any recipe.
+        ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", "channel_mix", or any recipe.
         block:      "pre" or "post": which side of the residual sum is normalised.
         norm:       "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by themselves.
         final_norm: the norm before the head; by default `norm` for "pre" and none for "post".
@@ -122,6 +133,9 @@ class LanguageModel(nn.Module):
         dropout:    of the embedding and of every branch.
         checkpoint: recompute each layer in the backward pass instead of keeping its activations.
         embed_std:  standard deviation of the embedding's first values.
+        head_std:   the same of a head of its own; 1/sqrt(D) when omitted.
+        embed_scale: factor on embedded tokens.
+        padding:    a token that embeds as zero at first, and learns nothing by being read.
     """
 
     def __init__(
@@ -140,6 +154,9 @@ class LanguageModel(nn.Module):
         dropout: float = 0.0,
         checkpoint: bool = False,
         embed_std: float = 0.02,
+        head_std: float | None = None,
+        embed_scale: float = 1.0,
+        padding: int | None = None,
     ) -> None:
         super().__init__()
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
@@ -153,8 +170,10 @@ class LanguageModel(nn.Module):
             dropout,
             checkpoint,
         )
-        table = Param((vocab_size, dim), normal(embed_std))
-        self.embedding = Weights({"weight": table})
+        if padding is not None and not 0 <= padding < vocab_size:
+            raise ValueError(f"LanguageModel: padding must be an id in 0 .. {vocab_size - 1}, got {padding}")
+        self.embed_scale, self.padding = embed_scale, padding
+        self.embedding = Weights({"weight": Param((vocab_size, dim), embedding_init(embed_std, padding))})
         if not (positions is None or positions == "sinusoidal" or isinstance(positions, int)):
             raise ValueError(f'LanguageModel: positions must be None, "sinusoidal" or a number, got {positions!r}')
         self.sinusoidal = positions == "sinusoidal"
@@ -169,7 +188,8 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(recipes[i % len(recipes)], dim, layer=i, **common) for i in layers)
         last = (between if block == "pre" else None) if final_norm == "same" else stream_norm(final_norm)
         self.final_norm = StreamNorm(last, dim)
-        self.head = None if tie else Weights({"weight": Param((vocab_size, dim), normal(dim**-0.5))})
+        head_init = normal(dim**-0.5 if head_std is None else head_std)
+        self.head = None if tie else Weights({"weight": Param((vocab_size, dim), head_init)})
 
     @property
     def causal(self) -> bool:
@@ -198,18 +218,30 @@ class LanguageModel(nn.Module):
     def _hidden(self, ids: Tensor, state: State, *, cu_seqlens: Tensor | None, form: str) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
         self._check_ids(ids)
-        B, T = ids.shape
+        x = F.embedding(ids, self.embedding.weight, self.padding) * self.embed_scale
+        return self.hidden(x, state, cu_seqlens=cu_seqlens, form=form)
+
+    def hidden(
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+        form: str = "auto",
+    ) -> tuple[Tensor, State]:
+        """The stack without its doors: embedded tokens [B T D] to the normalised stream [B T D], and the state."""
+        B, T, _ = x.shape
         check_packing("LanguageModel", cu_seqlens, B, T)
         rows = B if cu_seqlens is None else len(cu_seqlens) - 1
-        position = torch.zeros(rows, dtype=torch.long, device=ids.device) if state is None else state["position"]
-        x = F.embedding(ids, self.embedding.weight)
+        position = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state["position"]
         x = self._add_positions(x, position, cu_seqlens)
         x = F.dropout(x, self.dropout, self.training)
         past: tuple[Mapping[str, Tensor], ...] = ()
         layers = []
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
-            options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "form": form, "past": past}
+            options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form, "past": past}
             if self.checkpoint and torch.is_grad_enabled():
                 x, after, published = checkpoint(block, x, before, use_reentrant=False, **options)
             else:

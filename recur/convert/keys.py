@@ -44,6 +44,11 @@ def merged(name: str, first: int = 0) -> Place:
     return lambda part, weight: {name: weight.flatten(first)}
 
 
+def shaped(name: str, *sizes: int) -> Place:
+    """The same numbers under other axes."""
+    return lambda part, weight: {name: weight.view(sizes)}
+
+
 def under(ours: str, theirs: str, keys: Keys) -> dict[str, str | Place]:
     """The same map one level down in both modules."""
 

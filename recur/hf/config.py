@@ -10,6 +10,15 @@ from transformers import PretrainedConfig
 from recur import LanguageModel, Recipe, presets
 from recur.blocks import Norm
 
+SHARED = (
+    "vocab_size",
+    "dim",
+    "depth",
+    "dropout",
+    "embed_scale",
+    "padding",
+)  # which a LanguageModel keeps by these names
+
 
 class RecurConfig(PretrainedConfig):
     """What `LanguageModel` is built from.
@@ -17,8 +26,8 @@ class RecurConfig(PretrainedConfig):
     Args:
         recipe: the mixer: a preset's name, {"preset": name, option: value, ...}, a Recipe or its dict; or a list of
             these, cycled over the depth. Kept as dicts, so that a checkpoint outlives a change of a preset.
-        vocab_size, dim, depth, ffn, block, norm, final_norm, positions, dropout, embed_std: as for `LanguageModel`; a
-            feed-forward may be given like a recipe.
+        vocab_size, dim, depth, ffn, block, norm, final_norm, positions, dropout, embed_std, head_std, embed_scale,
+            padding: as for `LanguageModel`; a feed-forward may be given like a recipe.
         tie_word_embeddings: whether the head is the embedding.
 
     Recipes with parts of one's own load once these are listed: RecurConfig.parts = (MyPart,).
@@ -43,6 +52,9 @@ class RecurConfig(PretrainedConfig):
         positions: str | int | None = None,
         dropout: float = 0.0,
         embed_std: float = 0.02,
+        head_std: float | None = None,
+        embed_scale: float = 1.0,
+        padding: int | None = None,
         tie_word_embeddings: bool = True,
         **others: Any,
     ) -> None:
@@ -51,7 +63,8 @@ class RecurConfig(PretrainedConfig):
         self.ffn = ffn if ffn is None or isinstance(ffn, str) else self._plain(ffn)
         self.norm, self.final_norm = _norm(norm), _norm(final_norm)
         self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
-        self.block, self.positions, self.dropout, self.embed_std = block, positions, dropout, embed_std
+        self.block, self.positions, self.dropout = block, positions, dropout
+        self.embed_std, self.head_std, self.embed_scale, self.padding = embed_std, head_std, embed_scale, padding
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
     def build(self) -> LanguageModel:
@@ -65,17 +78,11 @@ class RecurConfig(PretrainedConfig):
         )
         return LanguageModel(
             recipe,
-            vocab_size=self.vocab_size,
-            dim=self.dim,
-            depth=self.depth,
             ffn=self._recipe(self.ffn) if isinstance(self.ffn, dict) else self.ffn,
-            block=self.block,
             norm=self._norm(self.norm),
             final_norm=self._norm(self.final_norm),
             tie=self.tie_word_embeddings,
-            positions=self.positions,
-            dropout=self.dropout,
-            embed_std=self.embed_std,
+            **{name: getattr(self, name) for name in (*SHARED, "block", "positions", "embed_std", "head_std")},
         )
 
     @classmethod
@@ -95,7 +102,7 @@ class RecurConfig(PretrainedConfig):
             if model.positions is None
             else len(model.positions.weight),
             tie_word_embeddings=model.head is None,
-            **{name: getattr(model, name) for name in ("vocab_size", "dim", "depth", "dropout")},
+            **{name: getattr(model, name) for name in SHARED},
         )
 
     def _plain(self, given: Any) -> Any:

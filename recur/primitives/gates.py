@@ -20,10 +20,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "elu": F.elu,
     "1+elu": lambda x: 1 + F.elu(x),
+    "2+elu": lambda x: 2 + F.elu(x),
+    "leak": F.leaky_relu,
     "tanh": torch.tanh,
     "exp": torch.exp,
+    "-exp": lambda x: -x.exp(),
     "softplus": F.softplus,
 }
+
+
+BOUND_LAWS = ("skip_first", "skip_last")
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -66,15 +72,21 @@ def lower_bounded_decay(z: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     return log_a, (1 - bound) * torch.sigmoid(-z)
 
 
-def lower_bounds(logits: Tensor) -> Tensor:
-    """Bounds that rise with depth: g_l = sum_{1 <= j <= l} P_j with P = softmax(logits) over the layers; g_0 = 0.
+def lower_bounds(logits: Tensor, *, law: str = "skip_first") -> Tensor:
+    """Bounds that rise with depth from g_0 = 0, made of shares P = softmax(logits) over the layers.
+
+    "skip_first": g_l = sum_{1 <= j <= l} P_j.   "skip_last": g_l = sum_{0 <= j < l} P_j.   They differ once trained.
 
     Args: logits: [L *] one row a layer.
-    Returns: [L *] bounds in [0, 1).   Cost: O(size).   Source: Qin et al. 2024, arXiv:2404.07904.
+    Returns: [L *] bounds in [0, 1).   Raises: ValueError for another law.   Cost: O(size).
+    Source: Qin et al. 2024, arXiv:2404.07904 (skip_first); Qin et al. 2023, arXiv:2311.04823 (skip_last).
     """
     check_float("lower_bounds", logits=logits)
+    if law not in BOUND_LAWS:
+        raise ValueError(f"lower_bounds: law must be one of {', '.join(BOUND_LAWS)}, got {law!r}")
     share = logits.to(accumulation_dtype(logits)).softmax(0)
-    return torch.cat([torch.zeros_like(share[:1]), share[1:].cumsum(0)])
+    share = share[1:] if law == "skip_first" else share[:-1]
+    return torch.cat([torch.zeros_like(logits[:1], dtype=share.dtype), share.cumsum(0)])
 
 
 def complex_gate(magnitude: Tensor, phase: Tensor) -> Tensor:
