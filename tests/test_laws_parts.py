@@ -18,7 +18,9 @@ from recur.blocks import (
     Count,
     Decay,
     DeltaScan,
+    DenseCarry,
     DenseFusion,
+    DenseRead,
     Dropout,
     FixedDecay,
     FixedScan,
@@ -207,12 +209,28 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
         recipe(Project("x", q="H K", k="G K", v="G V"), Rotary("q k"), Attention()),
         USUAL,
     ),
+    "DenseRead": (
+        recipe(QKV, Project("x", g="H V", z="H"), Decay("z"), DenseRead(OuterScan(), gate="g")), USUAL - {"steps"}
+    ),
+    "DenseRead, tied keys": (
+        recipe(QKV, Project("x", g="H V", z="H K"), Decay("z"), DenseRead(OuterScan(k=None), gate="g", layers=1)),
+        USUAL - {"steps"},
+    ),
+    "DenseCarry": (
+        recipe(Project("x", dt="D", B="N", C="N", g="D"), DenseCarry(SelectiveScan("u"), gate="g")), USUAL - {"steps"}
+    ),
     "DenseFusion": (
         recipe(QKV, Project("x", g="H K"), DenseFusion("k", gate="g", layers=2), OuterScan(decay=None)),
         USUAL - {"steps"},
     ),
 }  # fmt: skip
-OPTIONS: dict[str, dict[str, Any]] = {"DenseFusion": {"depth": 3}, "LowerBounds and BoundedDecay": {"depth": 3}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "DenseCarry": {"depth": 3},
+    "DenseRead": {"depth": 3},
+    "DenseRead, tied keys": {"depth": 2},
+    "DenseFusion": {"depth": 3},
+    "LowerBounds and BoundedDecay": {"depth": 3},
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,7 @@
 """Published architectures as recipes, one file a paper: functions that return a Recipe. `names()` lists them."""
 
 from recur.presets.delta_net import delta_net, gated_delta_net, kda
+from recur.presets.dense import dense_mamba
 from recur.presets.dense_retnet import dense_retnet
 from recur.presets.gated_rnn import gated_linear_rnn, gated_rnn
 from recur.presets.gateloop import gateloop, gateloop_attention, simple_gateloop
@@ -21,10 +22,10 @@ from recur.presets.rwkv import rwkv
 from recur.presets.s4d import s4d
 
 PRESETS = (
-    delta_net, dense_retnet, dss, gated_delta_net, gated_linear_rnn, gated_rnn, gated_smoothing, gated_tap_conv,
-    gateloop, gateloop_attention, gla, gss, hgrn, hgrn2, hgrn_complex, kda, linear_attention, llama, longhorn,
-    longhorn_bidirectional, mamba, mamba2, mamba2_mlp, min_gru, mlstm, retnet, rg_lru, rwkv, s4d, simple_gateloop,
-    smoothing, tap_conv,
+    delta_net, dense_mamba, dense_retnet, dss, gated_delta_net, gated_linear_rnn, gated_rnn, gated_smoothing,
+    gated_tap_conv, gateloop, gateloop_attention, gla, gss, hgrn, hgrn2, hgrn_complex, kda, linear_attention, llama,
+    longhorn, longhorn_bidirectional, mamba, mamba2, mamba2_mlp, min_gru, mlstm, retnet, rg_lru, rwkv, s4d,
+    simple_gateloop, smoothing, tap_conv,
 )  # fmt: skip
 
 __all__ = ["names", *(preset.__name__ for preset in PRESETS)]
