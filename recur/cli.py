@@ -1,4 +1,4 @@
-"""The command line: `recur list | show | check`, and the commands of training; each with examples under --help."""
+"""The command line: `recur list | show | check | convert`, and the commands of training; each with examples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import recur
+from recur.convert import files
 from recur.train import commands as commands_of_training
 from recur.train.config import InputError, count, unknown
 
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "Run every law that applies to a preset.", "recur check longhorn")
     check.add_argument("preset", metavar="NAME", type=_preset)
 
+    files.add(command)
     commands_of_training.add(command, lambda parser: _maker(parser, "TASK"))
     return parser
 

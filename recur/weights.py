@@ -96,6 +96,12 @@ def uniform(bound: float) -> Init:
     return lambda weight: weight.uniform_(-bound, bound)
 
 
+def cut_normal(std: float) -> Init:
+    """A normal law without what lies beyond two of its deviations, of standard deviation `std` after the cut."""
+    whole = std / 0.87962566103423978  # the deviation of N(0, 1) between -2 and 2
+    return lambda weight: nn.init.trunc_normal_(weight, 0.0, whole, -2 * whole, 2 * whole)
+
+
 def zeros(weight: Tensor) -> None:
     weight.zero_()
 
@@ -124,11 +130,15 @@ def spread_time_constants(bias: Tensor, low: float = 1e-3, high: float = 1e-1, f
 def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
     """The laws a projection can name.
 
-    "linear":   U(-b, b), b = 1/sqrt(fan_in), as torch's Linear.
-    "residual": the same divided by sqrt(depth), for what adds to the residual stream.
+    "linear":   U(-b, b), b = 1/sqrt(fan_in), as torch's Linear, biases too.
+    "residual": the same divided by sqrt(depth), for what adds to the residual stream; biases are 0, as of all others.
+    "linear_zero": "linear" with biases of 0.
     "normal":   N(0, 0.02^2).
     "normal_residual": N(0, 0.02^2 / (2 depth)), for what adds to the residual stream twice a layer.
     "xavier":   uniform Xavier with gain 2^-2.5.
+    "glorot":   uniform Xavier.
+    "lecun":    N(0, 1/fan_in) cut off at two deviations, as Flax's Dense.
+    "unscaled": N(0, 1).
     "zeros":    0.
 
     Raises: ValueError for another name.
@@ -136,9 +146,13 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
     laws = {
         "linear": uniform(fan_in**-0.5),
         "residual": uniform((fan_in * depth) ** -0.5),
+        "linear_zero": uniform(fan_in**-0.5),
         "normal": normal(0.02),
         "normal_residual": normal(0.02 * (2 * depth) ** -0.5),
         "xavier": uniform(2**-2.5 * math.sqrt(6 / (fan_in + fan_out))),
+        "glorot": uniform(math.sqrt(6 / (fan_in + fan_out))),
+        "lecun": cut_normal(fan_in**-0.5),
+        "unscaled": normal(),
         "zeros": zeros,
     }
     if law not in laws:
@@ -148,5 +162,5 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
 
 def bias_init(law: str, fan_in: int) -> Init:
     """The law of the bias beside a matrix of such a law: as torch's Linear, N(0, 1) or 0."""
-    laws = {"linear": uniform(fan_in**-0.5), "residual": uniform(fan_in**-0.5), "unscaled": normal()}
+    laws = {"linear": uniform(fan_in**-0.5), "unscaled": normal()}
     return laws.get(law, zeros)

@@ -15,24 +15,35 @@ from recur.blocks import (
     BoundedDecay,
     Complex,
     ComplexGate,
+    Count,
     Decay,
     DeltaScan,
+    DenseCarry,
     DenseFusion,
+    DenseRead,
     Dropout,
     FixedDecay,
     FixedScan,
+    GatedAttention,
     GatedScan,
     Learned,
+    Loop,
     LowerBounds,
     LowRank,
     Map,
     Norm,
+    Normalise,
     OnlineScan,
     OuterScan,
     OutputGate,
     Phase,
+    PoleScan,
+    PositionTaps,
+    PowerDecay,
     Project,
     RealImag,
+    RelPos,
+    Reshape,
     RetentionScale,
     Reverse,
     Rotary,
@@ -41,9 +52,13 @@ from recur.blocks import (
     SelectiveScan,
     ShortConv,
     Skip,
+    Smoothing,
+    Stabilise,
     StepDecay,
     Sum,
+    TapConv,
     TokenShift,
+    Unbind,
     Weigh,
 )
 from recur.recipe import Chain, Part, Recipe
@@ -65,6 +80,7 @@ def recipe(*parts: Part, out: str = "y") -> Recipe:
 
 QKV = Project("x", q="H K", k="H K", v="H V")
 GROUPED = Project("x", q="G K", k="G K", v="H V")
+PAIRS = (Project("x", c="H K//2 2"), ComplexGate("c"))
 UNIT_KEYS = (Norm("k", kind="l2", over="K", affine="none"), Scale("k", "1/sqrt(K)"))
 RETAINED = (OuterScan(), Norm("y", over="V", eps="eps"))
 WHOLE = ANY | {"serialisation", "one_way"}  # its scale has no gradient, and its norm no second one
@@ -89,6 +105,19 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     ),
     "ScaleGrad": (recipe(ScaleGrad("u", 0.5), out="u"), USUAL - SMOOTH),
     "Skip": (recipe(Project("u", y="D"), Skip("u")), USUAL),
+    "Reshape": (recipe(QKV, Reshape("v", "H*V", to="y")), USUAL),
+    "Unbind": (recipe(Project("x", w="H 3 K"), Unbind("w", "a b y")), USUAL),
+    "PositionTaps": (recipe(PositionTaps("H", length=999), TapConv("u")), USUAL),
+    "TapConv": (recipe(Project("x", tap="H"), TapConv("u")), USUAL),
+    "Smoothing": (recipe(Smoothing("u"), GatedScan("b")), USUAL),
+    "Loop": (
+        recipe(Loop((Project("last", r="D"), Sum("u r", out="h"), ShortConv("h", act="tanh")), "h", "D"), out="h"),
+        USUAL,
+    ),
+    "Loop, scan inside": (
+        recipe(Loop((Project("last", z="D"), Decay("z"), GatedScan("u")), feed="y", axes="D")),
+        USUAL,
+    ),
     "Skip, heads": (recipe(QKV, Project("u", y="H V"), Skip("v", over="H")), USUAL),
     "Weigh": (recipe(QKV, Project("x", b="H"), Weigh("v", by="b", to="y")), USUAL),
     "Sum": (recipe(Project("x", w="D"), Sum("u w")), USUAL),
@@ -134,9 +163,23 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
         ),
         USUAL,
     ),
+    "Count and Normalise": (
+        recipe(QKV, Act("q k", "1+elu"), Count("v"), OuterScan(decay=None), Normalise()), USUAL),
+    "Stabilise": (
+        recipe(
+            QKV, Project("x", i="H", z="H"), Decay("z"), Stabilise(), Count(), OuterScan(), Normalise("floor")
+        ),
+        USUAL,
+    ),
+    "PowerDecay": (recipe(Project("x", r="D"), PowerDecay(), OutputGate("k", out="u"), GatedScan("u")), USUAL),
+    "PoleScan": (recipe(PoleScan("u")), USUAL),
     "ComplexGate": (recipe(QKV, Project("x", c="H K 2"), ComplexGate("c"), OuterScan(rotates=True)), USUAL),
     "ComplexGate, amplitude and phase": (
         recipe(QKV, Project("x", c="H 2"), ComplexGate("c", law="amplitude_phase"), OuterScan(rotates=True)),
+        USUAL,
+    ),
+    "ComplexGate, signed, halves": (
+        recipe(QKV, Project("x", c="2 H"), ComplexGate("c", law="signed"), OuterScan(rotates=True)),
         USUAL,
     ),
     "OutputGate": (recipe(Project("x", z="D"), OutputGate("z", out="u"), out="u"), USUAL),
@@ -156,17 +199,38 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     "FixedScan, linear": (recipe(FixedScan("u", frequency="linear")), USUAL),
     "Rotary": (recipe(QKV, Rotary("q k"), OuterScan(decay=None)), USUAL),
     "Rotary, half": (recipe(QKV, Rotary("q k", layout="half", inclusive=True), OuterScan(decay=None)), USUAL),
+    "Rotary, stored": (recipe(QKV, Rotary("q k", stored=True), OuterScan(decay=None)), USUAL),
+    "RelPos": (recipe(QKV, *PAIRS, RelPos(), OuterScan(rotates=True)), USUAL),
+    "RelPos, literal": (recipe(QKV, *PAIRS, RelPos(law="literal"), OuterScan(decay=None)), USUAL),
+    "GatedAttention": (recipe(QKV, *PAIRS, RelPos(), GatedAttention()), USUAL),
+    "Attention, all scores": (recipe(QKV, Attention(fused=False)), USUAL),
     "Attention": (recipe(QKV, Attention()), USUAL),
     "Attention, groups": (
         recipe(Project("x", q="H K", k="G K", v="G V"), Rotary("q k"), Attention()),
         USUAL,
+    ),
+    "DenseRead": (
+        recipe(QKV, Project("x", g="H V", z="H"), Decay("z"), DenseRead(OuterScan(), gate="g")), USUAL - {"steps"}
+    ),
+    "DenseRead, tied keys": (
+        recipe(QKV, Project("x", g="H V", z="H K"), Decay("z"), DenseRead(OuterScan(k=None), gate="g", layers=1)),
+        USUAL - {"steps"},
+    ),
+    "DenseCarry": (
+        recipe(Project("x", dt="D", B="N", C="N", g="D"), DenseCarry(SelectiveScan("u"), gate="g")), USUAL - {"steps"}
     ),
     "DenseFusion": (
         recipe(QKV, Project("x", g="H K"), DenseFusion("k", gate="g", layers=2), OuterScan(decay=None)),
         USUAL - {"steps"},
     ),
 }  # fmt: skip
-OPTIONS: dict[str, dict[str, Any]] = {"DenseFusion": {"depth": 3}, "LowerBounds and BoundedDecay": {"depth": 3}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "DenseCarry": {"depth": 3},
+    "DenseRead": {"depth": 3},
+    "DenseRead, tied keys": {"depth": 2},
+    "DenseFusion": {"depth": 3},
+    "LowerBounds and BoundedDecay": {"depth": 3},
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -59,8 +59,8 @@ def test_mqar_asks_for_what_was_said(filler: str) -> None:
 
 
 def test_mqar_gaps_follow_their_law() -> None:
-    """The place of the first key's query, drawn first: p_g proportional to power (g + 1)^(power - 1)."""
-    task = opened("mqar", vocabulary=64, pairs=1, length=22, power=0.3)
+    """The place of the first key's query, drawn first: p_g proportional to (g + 1)^(gap_power - 1)."""
+    task = opened("mqar", vocabulary=64, pairs=1, length=22, gap_power=0.3)
     batch = task.batch("train", 0, 20_000)
     gaps = ((batch["labels"] != -100).float().argmax(1) - 2) // 2
     law = (np.arange(10) + 1.0) ** (0.3 - 1)

@@ -19,12 +19,14 @@ from recur.primitives.gates import (
     lower_bounds,
     output_gate,
     polar_gate,
+    power_decay,
     sigmoid_decay,
+    signed_gate,
 )
-from recur.primitives.retention import chunkwise_scale, parallel_scale
+from recur.primitives.retention import chunkwise_scale, parallel_scale, retention_decay
 from recur.recipe import Axes, Flow, Part, Site, State
 from recur.shapes import accumulation_dtype
-from recur.weights import Param, by_index, constant, spread_time_constants
+from recur.weights import Param, by_index, constant, normal, spread_time_constants
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,7 @@ class FixedDecay(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         position = flow.positions()
-        head = torch.arange(weights.heads, device=position.device, dtype=torch.float64)
-        log_a = torch.log1p(-(2.0 ** (-5 - head)))  # [H]
+        log_a = retention_decay(weights.heads, position.device)
         grown = torch.expm1(log_a * (position[..., None] + 1)) / torch.expm1(log_a)  # [B T H]
         wide = torch.float64 if flow["x"].dtype == torch.float64 else torch.float32
         return flow.set(**{self.out: log_a.to(wide)[None, None], self.eps_out: (self.eps * grown).to(wide)}), None
@@ -139,12 +140,11 @@ class FixedDecay(Part):
         return f"{self.out} = log(1 - 2^(-5-h)), {self.eps_out} = {self.eps:g} sum_{{s<=t}} a^(t-s)"
 
 
-def pairs(axes: Axes, name: str) -> Spec:
-    """The axes of a tensor of pairs, without their own. Raises: RecipeError if the last one is not 2."""
-    found = axes[name]
-    if not found or found[-1] != "2":
-        raise RecipeError(f"{axes.reader} reads pairs: {name} must end in an axis of 2, got [{' '.join(found)}]")
-    return found[:-1]
+GATES = {  # law -> the primitive, its formula
+    "polar": (polar_gate, "sigmoid(|c|) c/|c|"),
+    "amplitude_phase": (complex_gate, "sigmoid(c_0) exp(i c_1)"),
+    "signed": (signed_gate, "sigmoid(|c_0|) sign(c_0)"),
+}
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,10 @@ class RetentionScale(Part):
 
 @dataclass(frozen=True)
 class ComplexGate(Part):
-    """Complex log decay from pairs c [... 2].
+    """Complex log decay from pairs c [... 2] or [2 ...].
 
-    law: "polar", a = sigmoid(|c|) c/|c|, or "amplitude_phase", a = sigmoid(c_0) e^{i c_1}.
+    law: "polar", a = sigmoid(|c|) c/|c|; "amplitude_phase", a = sigmoid(c_0) e^{i c_1}; or "signed", the polar law of
+        the real part alone, a = sigmoid(|c_0|) sign(c_0).
     """
 
     source: str = "c"
@@ -206,20 +207,60 @@ class ComplexGate(Part):
     out: str = "log_a"
 
     def __post_init__(self) -> None:
-        if self.law not in ("polar", "amplitude_phase"):
-            raise RecipeError(f'ComplexGate: law must be "polar" or "amplitude_phase", got {self.law!r}')
+        if self.law not in GATES:
+            raise RecipeError(f"ComplexGate: law must be one of {', '.join(GATES)}, got {self.law!r}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return {self.out: pairs(axes, self.source)}
+        found = axes[self.source]
+        if "2" not in found[:1] + found[-1:]:
+            raise RecipeError(
+                f"{axes.reader} reads pairs: {self.source} must begin or end with an axis of 2, got [{' '.join(found)}]"
+            )
+        return {self.out: found[:-1] if found[-1] == "2" else found[1:]}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"pairs": -1 if site.axes[self.source][-1] == "2" else 2}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        law = polar_gate if self.law == "polar" else complex_gate
-        return flow.set(**{self.out: law(*flow[self.source].unbind(-1))}), None
+        return flow.set(**{self.out: GATES[self.law][0](*flow[self.source].unbind(weights.pairs))}), None
 
     def formula(self) -> str:
-        c = self.source
-        a = f"sigmoid(|{c}|) {c}/|{c}|" if self.law == "polar" else f"sigmoid({c}_0) exp(i {c}_1)"
-        return f"a = {a}, {self.out} = log a"
+        return f"c = {self.source}, a = {GATES[self.law][1]}, {self.out} = log a"
+
+
+@dataclass(frozen=True)
+class Smoothing(Part):
+    """Dampened exponential smoothing, constant per head: log_a = log((1 - alpha) damp), b = alpha u; u [V].
+
+    Heads are equal stretches of channels; alpha and damp are sigmoids of what is learned.
+    """
+
+    source: str
+    heads: str = "H"
+    to: str = "b"
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found = axes.rank(self.source, 1)
+        return {self.to: found, self.out: found}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        share = Param(site.size(self.heads), normal(), decay=False, float32=True)
+        return {"alpha": share, "damp": share}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        (H,), (V,) = site.size(self.heads), site.of(self.source)
+        if V % H:
+            raise RecipeError(f"Smoothing: heads must divide the channels of {self.source}, got H={H} and V={V}")
+        return {"width": V // H}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        alpha, damp = (raw.repeat_interleave(weights.width) for raw in (weights.alpha, weights.damp))
+        u, log_a = flow[self.source], F.logsigmoid(-alpha) + F.logsigmoid(damp)
+        return flow.set(**{self.to: (alpha.sigmoid() * u).to(u.dtype), self.out: log_a[None, None]}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = log((1 - alpha) damp), {self.to} = alpha {self.source}"
 
 
 @dataclass(frozen=True)
@@ -256,7 +297,12 @@ class Complex(Part):
     source: str
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return {self.source: pairs(axes, self.source)}
+        found = axes[self.source]
+        if found[-1:] != ("2",):
+            raise RecipeError(
+                f"{axes.reader} reads pairs: {self.source} must end in an axis of 2, got [{' '.join(found)}]"
+            )
+        return {self.source: found[:-1]}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         c = flow[self.source]
@@ -281,6 +327,38 @@ class RealImag(Part):
 
     def formula(self) -> str:
         return f"{self.source} <- [Re {self.source}, Im {self.source}]"
+
+
+@dataclass(frozen=True)
+class PowerDecay(Part):
+    """A power of a learned constant: log_a = -power softplus(Lambda) sigmoid(r), and keep = sqrt(1 - a^2).
+
+    Lambda starts so that the gate, fully open, is uniform between `low` and `high`.
+    """
+
+    source: str = "r"
+    power: float = 8.0
+    low: float = 0.9
+    high: float = 0.999
+    out: str = "log_a"
+    keep: str = "k"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes[self.source], self.keep: axes[self.source]}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        def spread(weight: torch.Tensor) -> None:
+            weight.copy_(torch.expm1(-weight.uniform_(self.low, self.high).log() / self.power).log())
+
+        return {"Lambda": Param(site.of(self.source), spread, decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        r = flow[self.source]
+        log_a, keep = power_decay(r, F.softplus(weights.Lambda), power=self.power)
+        return flow.set(**{self.out: log_a, self.keep: keep.to(r.dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = -{self.power:g} softplus(Lambda) sigmoid({self.source}), {self.keep} = sqrt(1 - a^2)"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur.axes import Spec, spec
+from recur.blocks.cache import extend, row_of
 from recur.primitives.conv import causal_conv, token_shift
+from recur.primitives.fixed import tap_conv
 from recur.primitives.gates import activation, scale_gradient
 from recur.primitives.norms import KINDS, normalise
 from recur.recipe import Axes, Chain, Flow, Part, Recipe, RecipeError, Site, State
@@ -174,6 +176,71 @@ class ShortConv(Part):
 
 
 @dataclass(frozen=True)
+class PositionTaps(Part):
+    """Taps learned for every position, in the place of taps that tokens bring: tap_t = table[length - 1 - t]."""
+
+    axes: str
+    length: int
+    out: str = "tap"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: spec(self.axes)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"table": Param((self.length, *site.size(self.axes)), normal())}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        at = flow.positions()
+        if (
+            at.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and at.numel()
+            and int(at.max()) >= self.length
+        ):
+            raise ValueError(f"PositionTaps: length={self.length} is too short for {int(at.max()) + 1} tokens")
+        return flow.set(**{self.out: weights.table[self.length - 1 - at].to(flow["x"].dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.out}_t = table[{self.length} - 1 - t]"
+
+
+@dataclass(frozen=True)
+class TapConv(Part):
+    """Causal convolution whose taps the tokens bring: y_t = sum_{s<=t} tap_s u_{t-s}; u [V], tap [H].
+
+    The weight of lag s is read from token s, so nothing of fixed size remembers the past: the state is a cache of u
+    and taps, and a step costs as much as a text is long. Heads are equal stretches of channels.
+    """
+
+    source: str
+    tap: str = "tap"
+    out: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        axes.rank(self.tap, 1)
+        return {self.out: axes.rank(self.source, 1)}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        (V,), (H,) = site.of(self.source), site.of(self.tap)
+        if V % H:
+            raise RecipeError(f"TapConv: taps must divide the channels of {self.source}, got H={H} and V={V}")
+        return {"width": V // H}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        room = (batch, max_len or 0)
+        u, tap = site.zeros(*room, *site.of(self.source)), site.zeros(*room, *site.of(self.tap))
+        return {"u": u, "tap": tap, "grows": max_len is None}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        new = extend("TapConv", flow, state, u=flow[self.source], tap=flow[self.tap])
+        y = tap_conv(new["u"], new["tap"].repeat_interleave(weights.width, -1))
+        return flow.set(**{self.out: y[row_of(flow), flow.positions()]}), new
+
+    def formula(self) -> str:
+        return f"{self.out}_t = sum_{{s<=t}} {self.tap}_s {self.source}_{{t-s}}"
+
+
+@dataclass(frozen=True)
 class TokenShift(Part):
     """Mix every token with the one before it, a share per channel: to = x_t + mu (x_{t-1} - x_t).
 
@@ -185,6 +252,12 @@ class TokenShift(Part):
     source: str
     to: str
     init: tuple[str, ...] = ("0.5",)
+
+    def __post_init__(self) -> None:
+        if len(self.init) not in (1, len(self.to.split())):
+            raise RecipeError(
+                f"TokenShift: init must have one expression, or one for each of {self.to}, got {len(self.init)}"
+            )
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return dict.fromkeys(self.to.split(), axes.rank(self.source, 1))
@@ -261,7 +334,10 @@ class Norm(Part):
         return weight | bias
 
     def facts(self, site: Site) -> Mapping[str, Any]:
-        return {"rank": len(self._axes(site.axes)), "groups": int(site.number(self.groups))}
+        over, groups = self._axes(site.axes), int(site.number(self.groups))
+        if groups < 1 or _product(site.size(over)) % groups:
+            raise RecipeError(f"Norm: groups must divide the {_product(site.size(over))} entries, got {groups}")
+        return {"rank": len(over), "groups": groups}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         eps = flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
@@ -425,6 +501,56 @@ class Sum(Part):
 
 
 @dataclass(frozen=True)
+class Reshape(Part):
+    """The same channels under other axes, as many: Reshape("y", "D") puts heads side by side."""
+
+    source: str
+    axes: str
+    to: str | None = None
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        axes[self.source]
+        return {self.to or self.source: spec(self.axes)}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        old, new = site.of(self.source), site.size(self.axes)
+        if _product(old) != _product(new):
+            raise RecipeError(f"Reshape: {self.source} {list(old)} must have as many channels as {list(new)}")
+        return {"shape": new}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.to or self.source: flow[self.source].flatten(2).unflatten(-1, weights.shape)}), None
+
+    def formula(self) -> str:
+        return f"{self.to or self.source} = {self.source} as [{self.axes}]"
+
+
+@dataclass(frozen=True)
+class Unbind(Part):
+    """Take a tensor apart along the axis that has one entry a name: Unbind("qkv", "q k v"), qkv [H 3 K], q [H K]."""
+
+    source: str
+    names: str
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found, count = axes[self.source], str(len(self.names.split()))
+        if count not in found:
+            raise RecipeError(f"{axes.reader} needs an axis of {count} in {self.source}, got [{' '.join(found)}]")
+        at = found.index(count)
+        return dict.fromkeys(self.names.split(), found[:at] + found[at + 1 :])
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"axis": 2 + site.axes[self.source].index(str(len(self.names.split())))}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        pieces = flow[self.source].unbind(weights.axis)
+        return flow.set(**dict(zip(self.names.split(), pieces, strict=True))), None
+
+    def formula(self) -> str:
+        return f"{', '.join(self.names.split())} = {self.source}"
+
+
+@dataclass(frozen=True)
 class Map(Part):
     """Any function of tensors of the flow, token by token: Map(fn, reads="q k", out="s", axes="H"); not for JSON."""
 
@@ -572,7 +698,7 @@ def in_series(recipe: Recipe) -> Recipe:
     shared = tuple(part for part in recipe.parts if part.scope == "model")
     body = tuple(part for part in recipe.parts if part.scope == "layer")
     lines = Along(0, body, name="body"), Along(1, body, reads="y", name="body")
-    return Recipe(*shared, *lines, axes=recipe.axes, inputs=recipe.inputs, source=recipe.source)
+    return Recipe(*shared, *lines, axes=recipe.axes, inputs=recipe.inputs, source=recipe.source, out=recipe.out)
 
 
 def _there_and_back(scan: Any, back: Any, there: str, home: str) -> tuple[Part, Part]:

@@ -166,7 +166,6 @@ def hub_model(
     norm_eps: float = 1e-6,
     pad_token_id: int | None = None,
     tie_word_embeddings: bool = False,
-    initializer_range: float = 0.02,
 ) -> LanguageModel:
     recipe = recipe_of(hidden_size, num_heads, expand_ratio, elementwise_affine, norm_eps)
     recipe = convolved(recipe, conv_size, False) if use_short_conv else recipe
@@ -179,8 +178,7 @@ def hub_model(
         ffn=gated(hidden=width, init="normal"),
         norm=Norm("x", eps=norm_eps, to="y"),
         tie=tie_word_embeddings,
-        embed_std=initializer_range,
-        head_std=initializer_range,
+        head_init="normal",
         padding=pad_token_id,
     )
 

@@ -77,7 +77,6 @@ def model(
     norm_type: str = "simplermsnorm",
     no_scale_embedding: bool = True,
     tie_word_embeddings: bool = True,
-    init_std: float = 0.02,
     pad_token_id: int | None = 1,
 ) -> LanguageModel:
     acts: dict[str, Any] = {"value_act": activation_of(in_act), "read_act": activation_of(out_act)}
@@ -89,8 +88,7 @@ def model(
         ffn=gated(hidden=str(glu_dim), bias=bias, act=activation_of(glu_act), init="normal"),
         norm=_norm(norm_type, "x"),
         tie=tie_word_embeddings,
-        embed_std=init_std,
-        head_std=init_std,
+        head_init="normal",
         embed_scale=1.0 if no_scale_embedding else decoder_embed_dim**0.5,
         padding=pad_token_id,
     )
@@ -115,6 +113,6 @@ UNITS = {
     "hgru2_2d_parallel": _unit(partial(hgrn2, scan=in_grid)),
     "hgru2_2d_series": _unit(series, "parts.body."),
 }
-TOKENS = ("bos_token_id", "eos_token_id", "add_bos_token", "use_cache", "causal")
+TOKENS = ("bos_token_id", "eos_token_id", "add_bos_token", "use_cache", "causal", "init_std")
 MODEL = Official(model, KEYS, inert=TOKENS)
 HUB = hub(hub_hgrn2, 128, "i", "q", "f")

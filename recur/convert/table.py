@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from recur.convert import (
     dense_retnet,
+    gated_rnn,
     gateloop,
     gla,
     gss,
@@ -19,10 +20,24 @@ from recur.convert.official import Official
 
 OFFICIAL: dict[str, Official] = {
     "dense_gau_retnet": dense_retnet.MODEL,
+    "densessm_layer": dense_retnet.LAYER,
+    "densessm_projection": dense_retnet.PROJECTION,
     "densessm_retention": dense_retnet.MIXER,
+    "ds_conv": gss.DSCONV,
     "dss": gss.DSS,
+    "exponential_smoothing": gss.MHESA,
+    "gated_ds_conv": gss.GATED_DSCONV,
+    "gated_ds_conv_lm": gss.DSCONV_MODEL,
+    "gated_exponential_smoothing": gss.GATED_MHESA,
+    "gated_exponential_smoothing_lm": gss.MHESA_MODEL,
     "gated_state_space_lm": gss.MODEL,
+    "gated_linear_rnn": gated_rnn.MIXER,
+    "gated_linear_rnn_lm": gated_rnn.MODEL,
     "gateloop_attention": gateloop.MIXER,
+    "gateloop_author_transformer": gated_rnn.TRANSFORMER,
+    "gateloop_full_attention": gateloop.ATTENTION,
+    "gateloop_jax": gateloop.JAX_LAYER,
+    "gateloop_jax_transformer": gateloop.JAX_MODEL,
     "gateloop_transformer": gateloop.MODEL,
     "gla": gla.MODEL,
     "gla_mixer": gla.MIXER,
@@ -47,8 +62,8 @@ OFFICIAL: dict[str, Official] = {
     "mamba_lm": mamba.MODEL,
     "retnet": retnet.MODEL,
     "retnet_retention": retnet.MIXER,
+    "simple_gate_loop": gateloop.SIMPLE_LAYER,
     "rwkv": rwkv.MODEL,
     "rwkv_channel_mix": rwkv.CHANNEL_MIX,
     "rwkv_time_mix": rwkv.TIME_MIX,
-    "simple_gate_loop": gateloop.SIMPLE,
 }

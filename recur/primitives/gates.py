@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -89,6 +90,23 @@ def lower_bounds(logits: Tensor, *, law: str = "skip_first") -> Tensor:
     return torch.cat([torch.zeros_like(logits[:1], dtype=share.dtype), share.cumsum(0)])
 
 
+def power_decay(r: Tensor, rate: Tensor, *, power: float = 8.0) -> tuple[Tensor, Tensor]:
+    """A gate that is a power of a constant, and what it lets in: log a = -power rate sigmoid(r), sqrt(1 - a^2).
+
+    Args:
+        r:     [*] recurrence gate logits.
+        rate:  broadcastable to r, at least 0: -log of the constant.
+        power: how many times faster an open gate forgets.
+
+    Returns: log a and sqrt(1 - a^2), each [*], float32 or wider; the second has no gradient where a is 1.
+    Cost: O(size).   Source: De et al. 2024, arXiv:2402.19427.
+    """
+    check_float("power_decay", r=r, rate=rate)
+    dtype = accumulation_dtype(r, rate)
+    log_a = -power * rate.to(dtype) * torch.sigmoid(r.to(dtype))
+    return log_a, (-torch.expm1(2 * log_a)).clamp(min=torch.finfo(dtype).tiny).sqrt()
+
+
 def complex_gate(magnitude: Tensor, phase: Tensor) -> Tensor:
     """Complex log decay from a magnitude logit and an angle: log a = log(sigmoid(m)) + i phi.
 
@@ -118,6 +136,16 @@ def polar_gate(real: Tensor, imag: Tensor) -> Tensor:
     dtype = accumulation_dtype(real, imag)
     c = torch.complex(real.to(dtype), imag.to(dtype))
     return complex_gate(c.abs(), c.angle())
+
+
+def signed_gate(real: Tensor, imag: Tensor) -> Tensor:
+    """The polar gate of the real part alone: a = sign(c_0) sigmoid(|c_0|), in (-1, -0.5] or [0.5, 1).
+
+    Args: real, imag: [*] the two parts of c; the second is not read.
+    Returns: [*] complex log decay, its phase 0 or pi.   Source: the ablation of the released PyTorch GateLoop.
+    """
+    bind("signed_gate", real=(real, "*"), imag=(imag, "*"))
+    return complex_gate(real.abs(), torch.where(real < 0, math.pi, torch.zeros_like(real)))
 
 
 def output_gate(y: Tensor, z: Tensor, *, act: str = "silu") -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 import recur
 
 Result = tuple[Tensor, dict[str, Tensor]]
+FLAGS = ("ablate_complex", "ablate_state_transition", "frozen_shared_embedding", "to_logits_layernorm_patch")
 
 
 class Vectors:
@@ -52,8 +53,10 @@ class Vectors:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of the recorded module's constructor."""
-        return self.config.get("kwargs") or self.config.get("model_config") or {}
+        """Of the recorded module's constructor, and options of the call or made after construction."""
+        flags = {flag: self.config[flag] for flag in FLAGS if flag in self.config}
+        constructor = self.config.get("kwargs") or self.config.get("model_config") or {}
+        return {**constructor, **flags, **self.config.get("call_kwargs", {})}
 
     @property
     def results(self) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import recur
+from recur.blocks import Block
 from recur.primitives.rotary import rotary_frequencies, rotate
 from replay import Case, Module, Run, Vectors, gradients
 from replay.longhorn import Parts, matrix, retention
@@ -82,25 +84,70 @@ class Image(Unit):
         return Run({"output": self.output(vectors, y)}, lambda: gradients(self.name, module))
 
 
+def mode_of(vectors: Vectors) -> str:
+    """The form of DenseRetNet that a file was recorded in; only its normaliser differs."""
+    return "recurrent" if "recurrent" in vectors.config.get("mode", vectors.config["source"]) else "parallel"
+
+
 class Dense(Module):
-    """Recorded with what the layers below published, oldest first."""
+    """Recorded with what the layers below published, oldest first, however many the configuration says."""
+
+    def arguments(self, vectors: Vectors) -> dict[str, Any]:
+        layers = sum(key.startswith("k_feature.") for key in vectors.section("input"))
+        return {**vectors.arguments, "dense_block_layers": max(layers, 1), "mode": mode_of(vectors)}
+
+    def streams_in(self, vectors: Vectors) -> bool:
+        return mode_of(vectors) == "recurrent"
 
     def inputs(self, vectors: Vectors, module: Any) -> tuple[Tensor, dict[str, Tensor], tuple[dict[str, Tensor], ...]]:
-        given, heads, past = vectors.inputs, module.recipe.axes["H"], []
+        given, heads, past = vectors.inputs, vectors.arguments["num_attention_heads"], []
         while f"k_feature.{len(past)}" in given:
             past.append({name: given[f"{name}_feature.{len(past)}"].unflatten(-1, (heads, -1)) for name in "kv"})
         return given["x"], {}, tuple(past)
+
+    def run(self, module: Any, x: Tensor, state: Any, form: str, extra: Any, past: Any) -> tuple[Tensor, Any, Any]:
+        if isinstance(module, Block):
+            y, state, published = module(x, state, form=form, past=past)
+            return y, state["mixer"], published
+        return super().run(module, x, state, form, extra, past)
 
     def further(self, vectors: Vectors, y: Tensor, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {f"{name}_current": published[name].flatten(2) for name in "kv"}
 
 
+class DenseModel(Module):
+    """Recorded with the logits of the other form too; states are of the recurrent one."""
+
+    def arguments(self, vectors: Vectors) -> dict[str, Any]:
+        return {**vectors.arguments, "mode": mode_of(vectors)}
+
+    def whole(self, vectors: Vectors, form: str) -> Run:
+        run, ids = super().whole(vectors, form), vectors.inputs["input_ids"]
+        results = dict(run.results)
+        for mode in ("parallel", "recurrent"):
+            y, state = self.in_mode(vectors, mode)(ids, return_state=True, form=form)
+            results |= {f"output_{mode}": y, **self.all_states(vectors, state, ids.shape[1])}
+        return Run(results, run.gradients)
+
+    def stepped(self, vectors: Vectors) -> Run:
+        ids, module = vectors.inputs["input_ids"], self.in_mode(vectors, "recurrent")
+        state = module.init_state(len(ids))
+        y = torch.stack([module.step(token, state) for token in ids.unbind(1)], 1)
+        name = "output" if mode_of(vectors) == "recurrent" else "output_recurrent"
+        return Run({name: y, **self.all_states(vectors, state, ids.shape[1])})
+
+    def in_mode(self, vectors: Vectors, mode: str) -> Any:
+        arguments = {**self.arguments(vectors), "mode": mode}
+        return recur.convert.from_official(self.name, vectors.section("param"), arguments)
+
+
 TABLES = ("rel_pos.angle", "rel_pos.log_decay")  # ours come from the position
-OTHER_MODE = ("output_parallel",)  # logits of the form that is not this file's
 
 CASES: dict[str, Case] = {
-    "densessm_lm_recurrent": Module("dense_gau_retnet", late_retention, unread=OTHER_MODE),
-    "densessm_retention_recurrent": Dense("densessm_retention", late_retention, unread=TABLES),
+    "densessm_hidden_projection": Module("densessm_projection"),
+    "densessm_layer": Dense("densessm_layer"),
+    "densessm_lm": DenseModel("dense_gau_retnet", late_retention),
+    "densessm_retention": Dense("densessm_retention", late_retention, unread=TABLES),
     "hgrn2_2d_parallel": Image("hgru2_2d_parallel", streams=False),
     "hgrn2_2d_series": Image("hgru2_2d_series", streams=False),
     "hgrn2_bihgru2_1d": TimeFirst("bihgru2_1d", both_matrices, streams=False),

@@ -26,12 +26,12 @@ class MQAR(Task):
     """Multi-query associative recall: pairs k1 v1 k2 v2 ..., then queries k among filler, each to be answered by its v.
 
     Keys are tokens 1 .. V/2 - 1, values V/2 .. V - 1. Queries stand at 2n + 2g, gaps g drawn without replacement with
-    p_g ~ power (g + 1)^(power - 1), so that a small power asks soon. Labels at the queries alone.
+    p_g ~ (g + 1)^(gap_power - 1), so that a small one asks soon. Labels at the queries alone.
     """
 
     vocabulary: int = option(256, count, "tokens, half of them keys and half values")
     pairs: int = option(8, count, "pairs to remember; four tokens of --length each")
-    power: float = option(0.01, positive, "of the law of the gaps: 1 is uniform, less asks sooner")
+    gap_power: float = option(0.01, positive, "of the law of the gaps: 1 is uniform, less asks sooner")
     filler: str = option("zeros", one_of("zeros", "random"), "what stands between queries")
 
     name: ClassVar[str] = "mqar"
@@ -68,7 +68,7 @@ def recall(task: MQAR, length: int, rows: int, draw: np.random.Generator) -> dic
     keys = _distinct(draw, rows, half - 1, n) + 1
     values = _distinct(draw, rows, half, n) + half
     gap = np.arange((length - 2 * n) // 2)
-    law = task.power * (gap + 1.0) ** (task.power - 1)
+    law = (gap + 1.0) ** (task.gap_power - 1)
     gaps = _distinct(draw, rows, len(gap), n, law)
     ids, labels = np.zeros((rows, length), np.int64), np.full((rows, length), -100)
     ids[:, 0 : 2 * n : 2], ids[:, 1 : 2 * n : 2] = keys, values
