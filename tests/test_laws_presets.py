@@ -10,9 +10,12 @@ from hypothesis import settings
 import recur
 from recur import presets
 from recur.blocks import (
+    ComplexGate,
     GatedAttention,
     Norm,
+    OuterScan,
     OutputGate,
+    Reshape,
     RetentionScale,
     Rotary,
     both_ways,
@@ -72,6 +75,21 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "gateloop": (presets.gateloop(), {}, {"steps"}),  # trains its gate slower, so its gradients are no derivatives
     "gateloop, plain gradients": (presets.gateloop(heads=4, gate_gradient=1.0), {}, SMOOTH | {"steps"}),
     "gateloop, amplitude and phase": (presets.gateloop(heads=4, law="amplitude_phase"), {}, {"steps"}),
+    "gateloop, normed before the gate": (
+        presets.gateloop(heads=2, inner=6, gate_gradient=1.0).insert_before("gate", Norm("y", kind="layer")),
+        {},
+        SMOOTH | {"steps"},
+    ),
+    "gateloop, no gate and no transition": (
+        presets.gateloop(heads=4)
+        .remove(OutputGate)
+        .remove("gate")
+        .replace("out", Reshape("y", "D"))
+        .replace(OuterScan, OuterScan(decay=None))
+        .remove(ComplexGate),
+        {},
+        {"steps"},
+    ),
     "gateloop, signed": (presets.gateloop(heads=2, law="signed"), {}, {"steps"}),
     "gla": (presets.gla(heads=2, rank=4), {}, SMOOTH | {"steps"}),
     "gss": (presets.gss(state=6), {}, SMOOTH | {"steps"}),

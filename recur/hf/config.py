@@ -15,8 +15,12 @@ SHARED = (
     "dim",
     "depth",
     "dropout",
+    "drop",
     "embed_scale",
     "padding",
+    "outputs",
+    "head_bias",
+    "frozen",
 )  # which a LanguageModel keeps by these names
 
 
@@ -26,8 +30,8 @@ class RecurConfig(PretrainedConfig):
     Args:
         recipe: the mixer: a preset's name, {"preset": name, option: value, ...}, a Recipe or its dict; or a list of
             these, cycled over the depth. Kept as dicts, so that a checkpoint outlives a change of a preset.
-        vocab_size, dim, depth, ffn, block, norm, final_norm, positions, dropout, embed_std, head_std, embed_scale,
-            padding: as for `LanguageModel`; a feed-forward may be given like a recipe.
+        vocab_size, dim, depth, ffn, block, norm, final_norm, positions, dropout, drop, embed_std, embed_scale, padding,
+            outputs, head_init, head_bias, frozen: as for `LanguageModel`; a feed-forward may be given like a recipe.
         tie_word_embeddings: whether the head is the embedding.
 
     Recipes with parts of one's own load once these are listed: RecurConfig.parts = (MyPart,).
@@ -50,11 +54,15 @@ class RecurConfig(PretrainedConfig):
         norm: Any = "rms",
         final_norm: Any = "same",
         positions: str | int | None = None,
-        dropout: float = 0.0,
+        dropout: float | tuple[float, float, float] = 0.0,
+        drop: str = "branch",
         embed_std: float = 0.02,
-        head_std: float | None = None,
         embed_scale: float = 1.0,
         padding: int | None = None,
+        outputs: int | None = None,
+        head_init: str = "lecun",
+        head_bias: bool = False,
+        frozen: bool = False,
         tie_word_embeddings: bool = True,
         **others: Any,
     ) -> None:
@@ -63,8 +71,9 @@ class RecurConfig(PretrainedConfig):
         self.ffn = ffn if ffn is None or isinstance(ffn, str) else self._plain(ffn)
         self.norm, self.final_norm = _norm(norm), _norm(final_norm)
         self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
-        self.block, self.positions, self.dropout = block, positions, dropout
-        self.embed_std, self.head_std, self.embed_scale, self.padding = embed_std, head_std, embed_scale, padding
+        self.block, self.positions, self.dropout, self.drop = block, positions, dropout, drop
+        self.embed_std, self.embed_scale, self.padding, self.outputs = embed_std, embed_scale, padding, outputs
+        self.head_init, self.head_bias, self.frozen = head_init, head_bias, frozen
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
 
     def build(self) -> LanguageModel:
@@ -82,7 +91,7 @@ class RecurConfig(PretrainedConfig):
             norm=self._norm(self.norm),
             final_norm=self._norm(self.final_norm),
             tie=self.tie_word_embeddings,
-            **{name: getattr(self, name) for name in (*SHARED, "block", "positions", "embed_std", "head_std")},
+            **{name: getattr(self, name) for name in (*SHARED, "block", "positions", "embed_std", "head_init")},
         )
 
     @classmethod

@@ -155,6 +155,10 @@ class Module(Case):
         """The state before the first token."""
         return module.init_state(batch)
 
+    def given(self, vectors: Vectors, module: Any) -> Any:
+        """The recorded state that a whole run starts from."""
+        return None
+
     def run(self, module: Any, x: Tensor, state: Any, form: str, extra: Any, past: Any) -> tuple[Tensor, Any, Any]:
         """The output, the state, and what the layer published."""
         if isinstance(module, recur.LanguageModel):
@@ -178,7 +182,7 @@ class Module(Case):
     def whole(self, vectors: Vectors, form: str) -> Run:
         module = self.make(vectors)
         x, extra, past = self.inputs(vectors, module)
-        y, state, published = self.run(module, x, None, form, extra, past)
+        y, state, published = self.run(module, x, self.given(vectors, module), form, extra, past)
         states = self.all_states(vectors, state, x.shape[1])
         results = {"output": self.output(vectors, y), **states, **self.further(vectors, y, published)}
         return Run(results, lambda: gradients(self.name, module))
