@@ -47,7 +47,6 @@ from recur.kernels.tiles import (
     order,
     place_of,
     reaches,
-    reaches_of_one,
     store_tile,
     strand_of,
     strict,
@@ -61,6 +60,12 @@ def _square(ptr, chunk, h, H, C: tl.constexpr):
     """Pointers [C C] to the square that belongs to a chunk of a head."""
     offs = tl.arange(0, C)
     return ptr + (chunk * H + h) * (C * C) + offs[:, None] * C + offs[None, :]
+
+
+@triton.jit
+def _rates(rates_ptr, square, C: tl.constexpr, which: tl.constexpr):
+    """One of the rows [C]: 0 rise, 1 since, 2 fall, 3 what a token's bonus adds to its own read."""
+    return tl.load(rates_ptr + square * (4 * C) + which * C + tl.arange(0, C))
 
 
 @triton.jit
@@ -82,65 +87,124 @@ def _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
 
 
 @triton.jit(do_not_specialize=["T", "documents"])
+def pace(
+    gate_ptr, rates_ptr, whole_ptr,  # [B T H], [chunks H 4 C], [chunks H]
+    cu_ptr, T, documents, gate_sb, gate_sh,
+    H: tl.constexpr, gate_st: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """rise, since (rise with the token's own gate) and fall of one gate a head, for all heads of a chunk."""
+    chunk = tl.program_id(0).to(tl.int64)
+    first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
+    if start >= stop:
+        return
+    offs, h = tl.arange(0, BLOCK_C), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    ptr, stride_t, stride_h = _gates_of(gate_ptr, first, T, 0, gate_sb, gate_sh, gate_st, gate_sh, cu_ptr)
+    gates, within = (ptr, stride_t, stride_h), tl.minimum(stop - start, BLOCK_C)
+    since = tl.cumsum(load_gates(gates, start, offs, offs < within, h, H, "key").to(tl.float32), 0, reverse=FLIP)
+    # the same of the tokens beside it: a sum without the token's own gate is no difference of sums
+    shift = -1 if FLIP else 1
+    beside = (offs + shift >= 0) & (offs + shift < within)
+    fall = load_gates(gates, start + shift, offs, beside, h, H, "key").to(tl.float32)
+    fall = tl.cumsum(fall, 0, reverse=not FLIP)
+    rise = since
+    if BEFORE:
+        beside = (offs - shift >= 0) & (offs - shift < within)
+        rise = load_gates(gates, start - shift, offs, beside, h, H, "key").to(tl.float32)
+        rise = tl.cumsum(rise, 0, reverse=FLIP)
+    at = rates_ptr + ((chunk * H + h) * (4 * BLOCK_C))[None, :] + offs[:, None]
+    real = (h < H)[None, :] & (offs >= 0)[:, None]
+    tl.store(at, rise * LOG2E, mask=real)
+    tl.store(at + BLOCK_C, since * LOG2E, mask=real)
+    tl.store(at + 2 * BLOCK_C, fall * LOG2E, mask=real)
+    last = offs[:, None] == (0 if FLIP else BLOCK_C - 1)
+    tl.store(whole_ptr + chunk * H + h, tl.sum(tl.where(last, since, 0.0), 0) * LOG2E, mask=h < H)
+
+
+@triton.jit(do_not_specialize=["T", "documents"])
 def prepare(
-    q_ptr, k_ptr, gate_ptr, beta_ptr,  # tensors [B T heads *]
-    calm_ptr, scores_ptr, overlap_ptr,  # [chunks H], P [chunks H C C], and β M in float32 if DELTA
+    q_ptr, k_ptr, gate_ptr, beta_ptr, bonus_ptr,  # tensors [B T heads *], bonus [H K]
+    told_ptr, write_ptr, reach_ptr, near_ptr, far_ptr, calm_ptr, scores_ptr,  # if the gates are a key's
+    rates_ptr, overlap_ptr,  # from `pace` if a head has one gate; M [chunks H C C] if DELTA
     cu_ptr, T, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    DECAY: tl.constexpr, FLIP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Whether a chunk is calm, what its keys have in common if DELTA, and its scores if it is not calm."""
+    """All that a chunk needs to know of its gates, keys and queries alone, PART keys at a time."""
     pid = tl.program_id(0).to(tl.int64)
     chunk, h = pid // H, pid % H
     first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
         return
     DELTA: tl.constexpr = beta_ptr is not None
+    BEFORE: tl.constexpr = bonus_ptr is not None
     TIED: tl.constexpr = k_ptr is None
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)
     row, inside = first + start, offs < length
     seen = order(BLOCK_C, FLIP)
     k, q = (k_ptr, GROUPS, h * GROUPS // H, K), (q_ptr, GROUPS, h * GROUPS // H, K)
+    told, write = (told_ptr, H, h, K), (write_ptr, H, h, K)
     calm = 1
     if DECAY != "none":
         gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
-        log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
     if DECAY == "key":
-        total = tl.sum(log_a.to(tl.float32), 0) * LOG2E
+        total = tl.sum(load_gates(gates, start, offs, inside, offs_k, K, DECAY).to(tl.float32), 0) * LOG2E
         calm = tl.where(tl.max(tl.abs(total), 0) <= 2 * LIMIT, 1, 0)
-        tl.store(calm_ptr + chunk * H + h, calm)
-    if DELTA:
-        reach = load_tile(k, row, offs, inside, offs_k)
-        key = reach
-        if DECAY == "key":
-            rise, fall, whole = reaches(log_a, FLIP, False, DOT)
-            middle = _middle(whole, calm)[None, :]
-            reach, key = reach * tl.exp2(rise - middle), key * tl.exp2(fall - middle)
-        M = tl.dot(reach.to(DOT), tl.trans(key.to(DOT)), input_precision=PRECISION)
-        if DECAY == "one":
-            M = M * between(log_a, FLIP, False, False, DOT)
-        beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-        M = tl.where(strict(seen), M, 0.0) * beta[:, None]
-        tl.store(_square(overlap_ptr, chunk, h, H, BLOCK_C), M, mask=(inside & (calm != 0))[:, None])
+        tl.store(calm_ptr + pid, calm)
+    if DECAY == "key" or DELTA or BEFORE:
+        M = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+        now = tl.zeros([BLOCK_C], tl.float32)
+        for part in tl.range(0, BLOCK_K, PART, num_stages=1):
+            offs_p = part + tl.arange(0, PART)
+            if DECAY == "key":
+                log_p = load_gates(gates, start, offs, inside, offs_p, K, DECAY)
+            key = tied(log_p) if TIED else load_tile(k, row, offs, inside, offs_p)
+            reach = key
+            if DECAY == "key" or BEFORE:
+                query = load_tile(q, row, offs, inside, offs_p) * scale
+            if BEFORE:
+                bonus = tl.load(bonus_ptr + h * K + offs_p, mask=offs_p < K, other=0.0)
+                now += tl.sum(query * key * bonus[None, :], 1)
+            if DECAY == "key":
+                rise, fall, whole = reaches(log_p, FLIP, BEFORE, DOT)
+                middle = _middle(whole, calm)
+                rise = tl.exp2(rise - middle[None, :])
+                store_tile(told, row, offs, inside, offs_p, query * rise)
+                reach, key = key * rise, key * tl.exp2(fall - middle[None, :])
+                store_tile(write, row, offs, inside, offs_p, key)
+                tl.store(near_ptr + pid * K + offs_p, tl.exp2(middle), mask=offs_p < K)
+                tl.store(far_ptr + pid * K + offs_p, tl.exp2(whole - middle), mask=offs_p < K)
+                if DELTA:
+                    store_tile((reach_ptr, H, h, K), row, offs, inside, offs_p, reach)
+            if DELTA:
+                M = tl.dot(reach.to(DOT), tl.trans(key.to(DOT)), M, input_precision=PRECISION)
+        if BEFORE:
+            tl.store(rates_ptr + pid * (4 * BLOCK_C) + 3 * BLOCK_C + offs, now)
+        if DELTA:
+            if DECAY == "one":
+                log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
+                rise, since = _rates(rates_ptr, pid, BLOCK_C, 0), _rates(rates_ptr, pid, BLOCK_C, 1)
+                M = M * between(log_a, rise, since, FLIP, False, False, DOT)
+            M = tl.where(strict(seen), M, 0.0)
+            tl.store(_square(overlap_ptr, chunk, h, H, BLOCK_C), M, mask=(inside & (calm != 0))[:, None])
     if DECAY == "key":
         if calm == 0:
             # E [s K]: the key of token s times the gates after it, up to the token that reads
             E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-            at = (chunk * H + h) * (BLOCK_C * BLOCK_C) + offs
+            at = pid * (BLOCK_C * BLOCK_C) + offs
             for i in tl.range(0, length, num_stages=1):
                 t = length - 1 - i if FLIP else i
                 log_t, a = _gate_row(gates, start + t, offs_k, K)
                 query = load_row(q, row + t, offs_k)
-                write = tied(log_t) if TIED else load_row(k, row + t, offs_k)
+                key = tied(log_t) if TIED else load_row(k, row + t, offs_k)
                 if BEFORE:
                     scores = tl.sum(E * query[None, :], 1)
                 E = E * a[None, :]
                 if DELTA:
-                    weight = tl.load(beta_ptr + (row + t) * H + h).to(tl.float32)
-                    tl.store(overlap_ptr + at + t * BLOCK_C, tl.sum(E * write[None, :], 1) * weight)
-                E = tl.where((offs == t)[:, None], write[None, :], E)
+                    tl.store(overlap_ptr + at + t * BLOCK_C, tl.sum(E * key[None, :], 1))
+                E = tl.where((offs == t)[:, None], key[None, :], E)
                 if not BEFORE:
                     scores = tl.sum(E * query[None, :], 1)
                 tl.store(scores_ptr + at + t * BLOCK_C, (scores * scale).to(scores_ptr.dtype.element_ty))
@@ -156,43 +220,59 @@ def _gate_row(gates, t, offs_k, K):
 
 @triton.jit(do_not_specialize=["T", "documents"])
 def solve(
-    overlap_ptr, solve_ptr, cu_ptr, T, documents,
+    overlap_ptr, beta_ptr, solve_ptr, cu_ptr, T, documents,
     H: tl.constexpr, FLIP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """T = (1 + β M)⁻¹ by substitution, row by row in the order of time."""
+    """T = (1 + β M)⁻¹, in the order of time: 16 rows at once by a product, then one by one among themselves."""
     pid = tl.program_id(0).to(tl.int64)
     chunk, h = pid // H, pid % H
     first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
         return
+    N: tl.constexpr = BLOCK_C // 16
+    block, few, cols = tl.arange(0, N), tl.arange(0, 16), tl.arange(0, BLOCK_C)
     length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)
-    offs = tl.arange(0, BLOCK_C)
-    X = tl.where(offs[:, None] == offs[None, :], 1.0, 0.0)
-    at = overlap_ptr + (chunk * H + h) * (BLOCK_C * BLOCK_C)
-    first_row = length - 1 if FLIP else 0
-    ahead = tl.load(at + first_row * BLOCK_C + offs, mask=offs < length, other=0.0)
-    for i in tl.range(0, length, num_stages=1):
-        t = length - 1 - i if FLIP else i
-        weights = ahead
-        t_next = tl.maximum(t - 1, 0) if FLIP else tl.minimum(t + 1, length - 1)
-        ahead = tl.load(at + t_next * BLOCK_C + offs, mask=offs < length, other=0.0)
-        found = tl.sum(X * weights[:, None], 0)
-        X = tl.where((offs == t)[:, None], X - found[None, :], X)
-    tl.store(_square(solve_ptr, chunk, h, H, BLOCK_C), X.to(solve_ptr.dtype.element_ty))
+    beta = beta_ptr + (first + start) * H + h
+    M = overlap_ptr + pid * (BLOCK_C * BLOCK_C)
+    # each 16 rows by themselves, all blocks at once: [N 16 16]
+    D = tl.where(few[:, None] == few[None, :], 1.0, 0.0)[None, :, :] + tl.zeros([N, 16, 16], tl.float32)
+    for r in tl.range(0, 16, num_stages=1):
+        t = 15 - r if FLIP else r
+        rows = block * 16 + t
+        weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
+        ptrs = M + (rows * BLOCK_C + block * 16)[:, None] + few[None, :]
+        told = tl.load(ptrs, mask=(rows < length)[:, None], other=0.0) * weight[:, None]
+        found = tl.sum(D * told[:, :, None], 1)
+        D = tl.where((few == t)[None, :, None], D - found[:, None, :], D)
+    # rows of block n: D_n (1 − Σ_m β M_nm X_m) over the blocks m before it
+    done = ()
+    for i in tl.static_range(N):
+        n = N - 1 - i if FLIP else i
+        rows = n * 16 + few
+        weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
+        X = tl.where(rows[:, None] == cols[None, :], 1.0, 0.0)
+        for j in tl.static_range(i):
+            m = (N - 1 - j if FLIP else j) * 16
+            met = tl.load(M + rows[:, None] * BLOCK_C + m + few[None, :], mask=(rows < length)[:, None], other=0.0)
+            X -= tl.dot(met * weight[:, None], done[j], input_precision="tf32x3")
+        own = tl.sum(tl.where((block == n)[:, None, None], D, 0.0), 0)
+        X = tl.dot(own, X, input_precision="tf32x3")
+        tl.store(solve_ptr + pid * (BLOCK_C * BLOCK_C) + rows[:, None] * BLOCK_C + cols[None, :], X)
+        done = done + (X,)
 
 
 # ----------------------------------------------------------------------------------------------------------- forward
 
 
-@triton.jit(do_not_specialize=["B", "T", "tiles", "segments", "span"])  # not worth a compilation each
+@triton.jit(do_not_specialize=["T", "tiles", "segments", "span"])  # not worth a compilation each
 def forward(
-    q_ptr, k_ptr, v_ptr, gate_ptr, beta_ptr, bonus_ptr,  # tensors [B T heads *], bonus [H K]
-    y_ptr, u_ptr, keep_ptr,  # [B T H V]; states before every chunk [chunks H K V]
+    told_ptr, write_ptr, reach_ptr, v_ptr, gate_ptr, beta_ptr,  # [B T heads *]; q and k as the gates leave them
+    near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, overlap_ptr, solve_ptr,  # from `prepare`, `solve`
+    y_ptr, e_ptr, keep_ptr,  # [B T H V]; states before every chunk [chunks H K V]
     enter_ptr, leave_ptr, share_ptr,  # [B H segments K V] states, [B H segments K] product of the gates
-    calm_ptr, scores_ptr, solve_ptr,  # from `prepare` and `solve`
-    cu_ptr, B, T, tiles, segments, span, gate_sb, gate_sh, scale,
+    cu_ptr, T, tiles, segments, span, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    DECAY: tl.constexpr, FLIP: tl.constexpr, BACK: tl.constexpr, EMIT: tl.constexpr,
+    DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, BACK: tl.constexpr, EMIT: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -203,24 +283,20 @@ def forward(
     b, h, segment, first, begin, stop, chunk = strand_of(strand, cu_ptr, H, T, segments, span, BLOCK_C)
     LEFT: tl.constexpr = FLIP != BACK
     DELTA: tl.constexpr = beta_ptr is not None
-    TIED: tl.constexpr = k_ptr is None
-    BEFORE: tl.constexpr = bonus_ptr is not None
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
     in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
     cell = offs_k[:, None].to(tl.int64) * V + offs_v[None, :]
-    q, k, v = (q_ptr, GROUPS, h * GROUPS // H, K), (k_ptr, GROUPS, h * GROUPS // H, K), (v_ptr, H, h, V)
-    seen, later = order(BLOCK_C, FLIP), order(BLOCK_C, not FLIP)  # [t s], [s t]
-    read, unread = seen, later
-    if BEFORE:
-        read, unread = strict(seen), strict(later)
-        bonus = tl.load(bonus_ptr + h * K + offs_k, mask=offs_k < K, other=0.0)
-    if DECAY != "none":
+    group = h * GROUPS // H
+    told, keys, reaching = (told_ptr, GROUPS, group, K), (write_ptr, GROUPS, group, K), (reach_ptr, GROUPS, group, K)
+    values = (v_ptr, H, h, V)
+    read = strict(order(BLOCK_C, FLIP)) if BEFORE else order(BLOCK_C, FLIP)
+    if DECAY == "one":
         gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
     S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if enter_ptr is not None:
         S = tl.load(enter_ptr + strand * (K * V) + cell, mask=in_state, other=0.0)
-    passed = tl.zeros([BLOCK_K], tl.float32)  # log2 of the gates of the segment
+    share = tl.full([BLOCK_K], 1.0, tl.float32)
 
     chunks = tl.cdiv(stop - begin, BLOCK_C)
     for i in tl.range(0, chunks, num_stages=STAGES):
@@ -230,74 +306,61 @@ def forward(
         square = (chunk + n) * H + h
         if keep_ptr is not None:
             tl.store(keep_ptr + square * (K * V) + cell, S.to(keep_ptr.dtype.element_ty), mask=in_state)
-        calm = 1
-        if DECAY != "none":
-            log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
+        write = load_tile(keys, row, offs, inside, offs_k)
+        u = load_tile(values, row, offs, inside, offs_v)
+        state = S
         if DECAY == "key":
-            calm = tl.load(calm_ptr + square)
-        write = tied(log_a) if TIED else load_tile(k, row, offs, inside, offs_k)
-        u = load_tile(v, row, offs, inside, offs_v)
-        reach = write
-        query = write
-        if EMIT:
-            query = load_tile(q, row, offs, inside, offs_k)
-            told = query * scale
-            if BEFORE:
-                now = tl.sum(told * write * bonus[None, :], 1)
-        # what meets what: factors of the tokens, of the state as it is read, of the state as it is left
-        if DECAY == "key":
-            rise, fall, whole = reaches(log_a, FLIP, BEFORE, DOT)
-            middle = _middle(whole, calm)
-            enter, leave = tl.exp2(middle), tl.exp2(whole - middle)
-            rise = tl.exp2(rise - middle[None, :])
-            write = write * (rise * scale if BACK else tl.exp2(fall - middle[None, :]))
-            reach = reach * rise
-            if EMIT:
-                query = told * rise
-            read_state, S = S * enter[:, None], S * leave[:, None]
-        else:
-            read_state = S
-            if DECAY == "one":
-                rise, fall, whole = reaches_of_one(log_a, FLIP, BEFORE)
-                rise = tl.exp2(rise)
-                write = write * (rise * scale if BACK else tl.exp2(fall))[:, None]
-                S = S * tl.exp2(whole)
-            elif BACK:
-                write = write * scale
-        if share_ptr is not None and DECAY != "none":
-            passed += whole
+            near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
+            far = tl.load(far_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
+            state, S = S * near[:, None], S * far[:, None]
+            if share_ptr is not None:
+                share *= near * far
+        if DECAY == "one":
+            rise, whole = _rates(rates_ptr, square, BLOCK_C, 0), tl.exp2(tl.load(whole_ptr + square))
+            S = S * whole
+            if share_ptr is not None:
+                share *= whole
+        if EMIT or DELTA:
+            state = state.to(DOT)
         if DELTA:
-            seen_state = tl.dot(reach.to(DOT), read_state.to(DOT), input_precision=PRECISION)
+            reach = load_tile(reaching, row, offs, inside, offs_k)
+            found = tl.dot(reach.to(DOT), state, input_precision=PRECISION)
             if DECAY == "one":
-                seen_state = seen_state * rise[:, None]
+                found = found * tl.exp2(rise)[:, None]
             beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
             X = tl.load(_square(solve_ptr, chunk + n, h, H, BLOCK_C))
-            u = tl.dot(X, ((u - seen_state) * beta[:, None]).to(DOT), input_precision=PRECISION)
-            if u_ptr is not None:
-                store_tile((u_ptr, H, h, V), row, offs, inside, offs_v, u)
-        u = u.to(DOT)
+            error = u - found
+            u = tl.dot(X, (error * beta[:, None]).to(DOT), input_precision=PRECISION)
+            if e_ptr is not None:  # what u would be with beta 1
+                M = tl.load(_square(overlap_ptr, chunk + n, h, H, BLOCK_C), mask=inside[:, None], other=0.0)
+                error -= tl.dot(M.to(DOT), u.to(DOT), input_precision=PRECISION)
+                store_tile((e_ptr, H, h, V), row, offs, inside, offs_v, error)
         if EMIT:
-            query = query.to(DOT)
-            y = tl.dot(query, read_state.to(DOT), input_precision=PRECISION)
+            query = load_tile(told, row, offs, inside, offs_k).to(DOT)
+            y = tl.dot(query, state, input_precision=PRECISION)
+            scores = tl.dot(query, tl.trans(write.to(DOT)), input_precision=PRECISION)
             if DECAY == "one":
-                weight = between(log_a, FLIP, BEFORE, False, DOT) * scale
-                scores = tl.dot(query, tl.trans(reach.to(DOT)), input_precision=PRECISION) * weight
-                y = y * (rise * scale)[:, None]
+                log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
+                since = _rates(rates_ptr, square, BLOCK_C, 1)
+                scores = scores * (between(log_a, rise, since, FLIP, BEFORE, False, DOT) * scale)
+                y = y * (tl.exp2(rise) * scale)[:, None]
             elif DECAY == "key":
-                scores = tl.dot(query, tl.trans(write.to(DOT)), input_precision=PRECISION)
-                scores = tl.where(read, scores, 0.0)
-                other = tl.load(_square(scores_ptr, chunk + n, h, H, BLOCK_C), mask=(inside & (calm == 0))[:, None], other=0.0)
-                scores = tl.where(calm != 0, scores, other.to(tl.float32))
+                calm = tl.load(calm_ptr + square) != 0
+                exact = tl.load(_square(scores_ptr, chunk + n, h, H, BLOCK_C), mask=inside[:, None] & ~calm, other=0.0)
+                scores = tl.where(calm, tl.where(read, scores, 0.0), exact.to(tl.float32))
             else:
-                scores = tl.where(read, tl.dot(query, tl.trans(reach.to(DOT)), input_precision=PRECISION), 0.0) * scale
-                y = y * scale
-            y = tl.dot(scores.to(DOT), u, y, input_precision=PRECISION)
+                scores, y = tl.where(read, scores, 0.0) * scale, y * scale
+            y = tl.dot(scores.to(DOT), u.to(DOT), y, input_precision=PRECISION)
             if BEFORE:
-                y += now[:, None] * u.to(tl.float32)
+                y += _rates(rates_ptr, square, BLOCK_C, 3)[:, None] * u.to(tl.float32)
             store_tile((y_ptr, H, h, V), row, offs, inside, offs_v, y)
-        S = tl.dot(tl.trans(write.to(DOT)), u, S, input_precision=PRECISION)
+        if DECAY == "one":
+            u = u * (tl.exp2(rise) * scale if BACK else tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2)))[:, None]
+        elif DECAY == "none" and BACK:
+            u = u * scale
+        S = tl.dot(tl.trans(write.to(DOT)), u.to(DOT), S, input_precision=PRECISION)
         if DECAY == "key":
-            S = S * enter[:, None]
+            S = S * near[:, None]
 
     if leave_ptr is not None:
         if EMIT:  # only the segment that ends the scan
@@ -305,7 +368,7 @@ def forward(
             strand = b * H + h
         tl.store(leave_ptr + strand * (K * V) + cell, S, mask=in_state)
     if share_ptr is not None:
-        tl.store(share_ptr + strand * K + offs_k, tl.exp2(passed), mask=(offs_k < K) & (tile == 0))
+        tl.store(share_ptr + strand * K + offs_k, share, mask=(offs_k < K) & (tile == 0))
 
 
 @triton.jit
@@ -336,12 +399,13 @@ def combine(
 
 @triton.jit(do_not_specialize=["B", "T", "tiles", "segments", "span"])
 def adjoint(
-    q_ptr, k_ptr, dy_ptr, gate_ptr, beta_ptr, bonus_ptr,  # tensors [B T heads *], bonus [H K]
-    du_ptr, keep_ptr,  # du, or r if DELTA [B T H V]; gradients of the state after every chunk [chunks H K V]
-    enter_ptr, leave_ptr, calm_ptr, scores_ptr, solve_ptr,  # as in `forward`
+    told_ptr, write_ptr, reach_ptr, dy_ptr, gate_ptr, beta_ptr, e_ptr,
+    near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, solve_ptr,
+    dv_ptr, dbeta_ptr, keep_ptr,  # [B T H V], [tiles B T H], gradients of the state after every chunk [chunks H K V]
+    enter_ptr, leave_ptr,
     cu_ptr, B, T, tiles, segments, span, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    DECAY: tl.constexpr, FLIP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns columns [BLOCK_V] of the gradient of the state of one strand, against the scan's direction."""
@@ -349,19 +413,14 @@ def adjoint(
     tile, strand = pid % tiles, pid // tiles
     b, h, segment, first, begin, stop, chunk = strand_of(strand, cu_ptr, H, T, segments, span, BLOCK_C)
     DELTA: tl.constexpr = beta_ptr is not None
-    TIED: tl.constexpr = k_ptr is None
-    BEFORE: tl.constexpr = bonus_ptr is not None
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
     in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
     cell = offs_k[:, None].to(tl.int64) * V + offs_v[None, :]
-    q, k, dy = (q_ptr, GROUPS, h * GROUPS // H, K), (k_ptr, GROUPS, h * GROUPS // H, K), (dy_ptr, H, h, V)
-    seen, later = order(BLOCK_C, FLIP), order(BLOCK_C, not FLIP)  # [t s], [s t]
-    read, unread = seen, later
-    if BEFORE:
-        read, unread = strict(seen), strict(later)
-        bonus = tl.load(bonus_ptr + h * K + offs_k, mask=offs_k < K, other=0.0)
-    if DECAY != "none":
+    group = h * GROUPS // H
+    told, keys, reaching = (told_ptr, GROUPS, group, K), (write_ptr, GROUPS, group, K), (reach_ptr, GROUPS, group, K)
+    unread = strict(order(BLOCK_C, not FLIP)) if BEFORE else order(BLOCK_C, not FLIP)  # [s t]
+    if DECAY == "one":
         gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
     G = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if enter_ptr is not None:
@@ -374,58 +433,50 @@ def adjoint(
         row, inside = first + start, offs < stop - start
         square = (chunk + n) * H + h
         tl.store(keep_ptr + square * (K * V) + cell, G.to(keep_ptr.dtype.element_ty), mask=in_state)
-        calm = 1
-        if DECAY != "none":
+        query = load_tile(told, row, offs, inside, offs_k).to(DOT)
+        key = load_tile(keys, row, offs, inside, offs_k).to(DOT)
+        given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+        state = G
+        if DECAY == "key":
+            near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
+            far = tl.load(far_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
+            state, G = G * near[:, None], G * far[:, None]
+        du = tl.dot(key, state.to(DOT), input_precision=PRECISION)
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [s t]
+        if DECAY == "one":
             log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
-        if DECAY == "key":
-            calm = tl.load(calm_ptr + square)
-        query = load_tile(q, row, offs, inside, offs_k)
-        key = tied(log_a) if TIED else load_tile(k, row, offs, inside, offs_k)
-        given = load_tile(dy, row, offs, inside, offs_v).to(DOT)
-        reach = key
-        if BEFORE:
-            now = tl.sum(query * scale * key * bonus[None, :], 1)
-        if DECAY == "key":
-            rise, fall, whole = reaches(log_a, FLIP, BEFORE, DOT)
-            middle = _middle(whole, calm)
-            enter, leave = tl.exp2(middle), tl.exp2(whole - middle)
-            rise = tl.exp2(rise - middle[None, :])
-            query, reach = query * (rise * scale), reach * rise
-            key = key * tl.exp2(fall - middle[None, :])
-            left, G = G * enter[:, None], G * leave[:, None]
-            query, key = query.to(DOT), key.to(DOT)
-            scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [s t]
-            scores = tl.where(unread, scores, 0.0)
+            rise, since = _rates(rates_ptr, square, BLOCK_C, 0), _rates(rates_ptr, square, BLOCK_C, 1)
+            scores = scores * (between(log_a, rise, since, FLIP, BEFORE, True, DOT) * scale)
+            du = du * tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2))[:, None]
+            moved = given * (tl.exp2(rise) * scale)[:, None]
+            G = G * tl.exp2(tl.load(whole_ptr + square))
+        elif DECAY == "key":
+            calm = tl.load(calm_ptr + square) != 0
             turned = scores_ptr + square * (BLOCK_C * BLOCK_C) + offs[None, :] * BLOCK_C + offs[:, None]
-            other = tl.load(turned, mask=(inside & (calm == 0))[None, :], other=0.0)
-            scores = tl.where(calm != 0, scores, other.to(tl.float32))
-            du = tl.dot(key, left.to(DOT), input_precision=PRECISION)
+            exact = tl.load(turned, mask=inside[None, :] & ~calm, other=0.0)
+            scores = tl.where(calm, tl.where(unread, scores, 0.0), exact.to(tl.float32))
+            moved = given
         else:
-            scores = tl.dot(key.to(DOT), tl.trans(query.to(DOT)), input_precision=PRECISION)
-            du = tl.dot(key.to(DOT), G.to(DOT), input_precision=PRECISION)
-            if DECAY == "one":
-                rise, fall, whole = reaches_of_one(log_a, FLIP, BEFORE)
-                rise = tl.exp2(rise)
-                scores = scores * between(log_a, FLIP, BEFORE, True, DOT) * scale
-                du = du * tl.exp2(fall)[:, None]
-                query, reach = query * (rise * scale)[:, None], reach * rise[:, None]
-                G = G * tl.exp2(whole)
-            else:
-                scores = tl.where(unread, scores, 0.0) * scale
-                query = query * scale
-            query = query.to(DOT)
+            scores = tl.where(unread, scores, 0.0) * scale
+            moved = given * scale
         du = tl.dot(scores.to(DOT), given, du, input_precision=PRECISION)
         if BEFORE:
-            du += now[:, None] * given.to(tl.float32)
-        G = tl.dot(tl.trans(query), given, G, input_precision=PRECISION)
+            du += _rates(rates_ptr, square, BLOCK_C, 3)[:, None] * given.to(tl.float32)
+        G = tl.dot(tl.trans(query), moved.to(DOT), G, input_precision=PRECISION)
         if DELTA:
             X = tl.load(solve_ptr + square * (BLOCK_C * BLOCK_C) + offs[None, :] * BLOCK_C + offs[:, None])  # Tᵀ
             du = tl.dot(X, du.to(DOT), input_precision=PRECISION)
             beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-            G = tl.dot(tl.trans(reach.to(DOT)), (du * -beta[:, None]).to(DOT), G, input_precision=PRECISION)
+            reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
+            e = load_tile((e_ptr, H, h, V), row, offs, inside, offs_v)
+            at = tile * B * T * H + (row + offs) * H + h
+            tl.store(dbeta_ptr + at, tl.sum(du * e, 1), mask=inside)
+            du = du * beta[:, None]
+            erased = du * (tl.exp2(rise) * -1.0)[:, None] if DECAY == "one" else du * -1.0
+            G = tl.dot(tl.trans(reach), erased.to(DOT), G, input_precision=PRECISION)
         if DECAY == "key":
-            G = G * enter[:, None]
-        store_tile((du_ptr, H, h, V), row, offs, inside, offs_v, du)
+            G = G * near[:, None]
+        store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
 
     if leave_ptr is not None:  # only the segment in which the scan begins
         in_state = in_state & (segment == (segments - 1 if FLIP else 0))
@@ -437,15 +488,17 @@ def adjoint(
 
 @triton.jit(do_not_specialize=["B", "T", "tiles", "documents"])
 def gradient(
-    q_ptr, k_ptr, v_ptr, dy_ptr, gate_ptr, beta_ptr, bonus_ptr,  # tensors [B T heads *], bonus [H K]
-    u_ptr, du_ptr, S_ptr, G_ptr, calm_ptr,  # u and r of the delta rule; from `forward` and `adjoint`
-    dq_ptr, dk_ptr, dv_ptr, dgate_ptr, dbeta_ptr, dbonus_ptr,  # dv of DELTA only; dgate one a head and dbeta a tile
+    q_ptr, k_ptr, told_ptr, write_ptr, reach_ptr, u_ptr, dy_ptr, dv_ptr, gate_ptr, beta_ptr, bonus_ptr,
+    S_ptr, G_ptr, near_ptr, calm_ptr, rates_ptr, whole_ptr,  # u_ptr is v, or what u would be with beta 1
+    dq_ptr, dk_ptr, dgate_ptr, dbonus_ptr,  # dgate, if a head has one gate, for every tile apart
     cu_ptr, B, T, tiles, documents, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    DECAY: tl.constexpr, FLIP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PLAIN: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, TIED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program owns rows [BLOCK_K] of the state around one chunk."""
+    """One program owns rows [BLOCK_K] of the state around one chunk. Loads stand where they are needed: registers are
+    what is short here."""
     pid = tl.program_id(0).to(tl.int64)
     tile, square = pid % tiles, pid // tiles
     chunk, h = square // H, square % H
@@ -453,128 +506,124 @@ def gradient(
     if start >= stop:
         return
     DELTA: tl.constexpr = beta_ptr is not None
-    TIED: tl.constexpr = k_ptr is None
     BEFORE: tl.constexpr = bonus_ptr is not None
     offs, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_V)
     offs_k = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
     row, inside = first + start, offs < stop - start
-    seen, later = order(BLOCK_C, FLIP), order(BLOCK_C, not FLIP)  # [t s], [s t]
-    read, unread = seen, later
-    if BEFORE:
-        read, unread = strict(seen), strict(later)
-    k, values = (k_ptr, GROUPS, h * GROUPS // H, K), (v_ptr, H, h, V)
+    read = strict(order(BLOCK_C, FLIP)) if BEFORE else order(BLOCK_C, FLIP)  # [t s]
+    unread = strict(order(BLOCK_C, not FLIP)) if BEFORE else order(BLOCK_C, not FLIP)  # [s t]
+    group = h * GROUPS // H
+    told, keys, reaching = (told_ptr, GROUPS, group, K), (write_ptr, GROUPS, group, K), (reach_ptr, GROUPS, group, K)
     cell = square * (K * V) + offs_k[:, None] * V + offs_v[None, :]
     in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
-
-    calm = 1
+    calm = True
     if DECAY != "none":
         gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
         log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
     if DECAY == "key":
-        calm = tl.load(calm_ptr + square)
-    query = load_tile((q_ptr, GROUPS, h * GROUPS // H, K), row, offs, inside, offs_k)
-    key = tied(log_a) if TIED else load_tile(k, row, offs, inside, offs_k)
-    given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
-    u = load_tile((u_ptr, H, h, V) if DELTA else values, row, offs, inside, offs_v).to(DOT)
-    S = tl.load(S_ptr + cell, mask=in_state, other=0.0)
-    G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
-    plain_query, plain_key = query, key
+        calm = tl.load(calm_ptr + square) != 0
+        near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)[None, :]
+    if DECAY == "one":
+        rise, since = _rates(rates_ptr, square, BLOCK_C, 0), _rates(rates_ptr, square, BLOCK_C, 1)
 
-    # [t s] and [s t]: what the scores owe. A chunk that is not calm leaves them to `repair`.
-    dP, dPt = tl.dot(given, tl.trans(u), input_precision=PRECISION), tl.dot(u, tl.trans(given), input_precision=PRECISION)
-    dq, dk = tl.dot(given, tl.trans(S), input_precision=PRECISION), tl.dot(u, tl.trans(G), input_precision=PRECISION)
+    S, G = tl.load(S_ptr + cell, mask=in_state, other=0.0), tl.load(G_ptr + cell, mask=in_state, other=0.0)
+    write, query = load_tile(keys, row, offs, inside, offs_k).to(DOT), load_tile(told, row, offs, inside, offs_k).to(DOT)
+    given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+    u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
+    if DELTA:
+        beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+        erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+        u = u * beta[:, None]
+        ahead, behind = strict(order(BLOCK_C, FLIP)) & calm, strict(order(BLOCK_C, not FLIP)) & calm
+    u = u.to(DOT)
+    if DECAY != "none":
+        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
+
+    # what readers owe: to the state that enters, and to the scores; `repair` has those of a chunk that is not calm
+    dP = tl.dot(given, tl.trans(u), input_precision=PRECISION)  # [t s]
+    dq = tl.dot(given, tl.trans(S), input_precision=PRECISION)
+    if DECAY == "key":
+        dP, dq = tl.where(read & calm, dP, 0.0), dq * near
+    elif DECAY == "one":
+        dP = dP * (between(log_a, rise, since, FLIP, BEFORE, False, DOT) * scale)
+        dq = dq * (tl.exp2(rise) * scale)[:, None]
+    else:
+        dP, dq = tl.where(read, dP, 0.0) * scale, dq * scale
+    dq = tl.dot(dP.to(DOT), write, dq, input_precision=PRECISION)
+    if DECAY != "none":
+        sums = query * dq
+        own = sums
+    if DELTA:
+        dM = tl.where(ahead, -tl.dot(erase, tl.trans(u), input_precision=PRECISION), 0.0)
+        dreach = -tl.dot(erase, tl.trans(S), input_precision=PRECISION)
+        if DECAY == "key":
+            dreach = dreach * near
+        elif DECAY == "one":
+            dM = dM * between(log_a, rise, since, FLIP, False, False, DOT)
+            dreach = dreach * tl.exp2(rise)[:, None]
+        dreach = tl.dot(dM.to(DOT), write, dreach, input_precision=PRECISION)
+        reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
+        if DECAY != "none":
+            sums += reach * dreach
     if DECAY == "key":
         rise, fall, whole = reaches(log_a, FLIP, BEFORE, DOT)
         middle = _middle(whole, calm)
-        enter = tl.exp2(middle)[None, :]
         rise, fall = tl.exp2(rise - middle[None, :]), tl.exp2(fall - middle[None, :])
-        told, reach, write = (query * (rise * scale)).to(DOT), (key * rise).to(DOT), (key * fall).to(DOT)
-        dP, dPt = tl.where(read & (calm != 0), dP, 0.0), tl.where(unread & (calm != 0), dPt, 0.0)
-        dq, dk = dq * enter, dk * enter
-        cross = dk
-        dq = tl.dot(dP.to(DOT), write, dq, input_precision=PRECISION)
-        dk = tl.dot(dPt.to(DOT), told, dk, input_precision=PRECISION)
-        sums = told * dq
-    else:
-        told, reach, write = query.to(DOT), key.to(DOT), key.to(DOT)
-        if DECAY == "one":
-            rise, fall, whole = reaches_of_one(log_a, FLIP, BEFORE)
-            rise, fall = tl.exp2(rise), tl.exp2(fall)
-            weight, turned = between(log_a, FLIP, BEFORE, False, DOT), between(log_a, FLIP, BEFORE, True, DOT)
-            dP, dPt = dP * weight * scale, dPt * turned * scale
-            dq, dk = dq * (rise * scale)[:, None], dk * fall[:, None]
+        dq = dq * (rise * scale)
+        if DELTA:
+            dreach = dreach * rise
+    if BEFORE:
+        plain_q = load_tile((q_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
+        if TIED:
+            plain_k = tied(log_a)
         else:
-            dP, dPt = tl.where(read, dP, 0.0) * scale, tl.where(unread, dPt, 0.0) * scale
-            dq = dq * scale
-        cross = dk
-        dq = tl.dot(dP.to(DOT), write, dq, input_precision=PRECISION)
-        dk = tl.dot(dPt.to(DOT), told, dk, input_precision=PRECISION)
-        sums = told * dq
+            plain_k = load_tile((k_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
+        bonus = tl.load(bonus_ptr + h * K + offs_k, mask=offs_k < K, other=0.0)
+        now = tl.sum(given.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
+        dq += now * plain_k * bonus[None, :]
+        tl.store(dbonus_ptr + square * K + offs_k, tl.sum(now * plain_q * plain_k, 0), mask=offs_k < K)
+    store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
 
+    # what writers owe: to the state that leaves, and to the scores
+    dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
+    dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
+    if DECAY == "key":
+        dPt, dk = tl.where(unread & calm, dPt, 0.0), dk * near
+    elif DECAY == "one":
+        dPt = dPt * (between(log_a, rise, since, FLIP, BEFORE, True, DOT) * scale)
+        dk = dk * tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2))[:, None]
+    else:
+        dPt = tl.where(unread, dPt, 0.0) * scale
+    if DECAY == "key":
+        passed = passed * tl.exp2(whole) + tl.sum(write * dk, 0)
+    elif DECAY == "one":
+        passed = tl.sum(passed) * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
+    dk = tl.dot(dPt.to(DOT), query, dk, input_precision=PRECISION)
     if DELTA:
-        beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-        r = load_tile((du_ptr, H, h, V), row, offs, inside, offs_v)
-        dv = r * beta[:, None]
-        if tile == 0:
-            store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, dv)
-        erase = (dv * -1.0).to(DOT)
-        M = tl.dot(reach, tl.trans(write), input_precision=PRECISION)
-        dM, dMt = tl.dot(erase, tl.trans(u), input_precision=PRECISION), tl.dot(u, tl.trans(erase), input_precision=PRECISION)
-        dreach, told_by_state = tl.dot(erase, tl.trans(S), input_precision=PRECISION), S
-        before, ahead = strict(seen), strict(later)
-        if DECAY == "key":
-            dM, dMt = tl.where(before & (calm != 0), dM, 0.0), tl.where(ahead & (calm != 0), dMt, 0.0)
-            M = tl.where(before & (calm != 0), M, 0.0)
-            dreach, told_by_state = dreach * enter, S * tl.exp2(middle)[:, None]
-        elif DECAY == "one":
-            dM, dMt = tl.where(before, dM * weight, 0.0), tl.where(ahead, dMt * turned, 0.0)
-            M = tl.where(before, M * weight, 0.0)
-            dreach = dreach * rise[:, None]
-        else:
-            dM, dMt, M = tl.where(before, dM, 0.0), tl.where(ahead, dMt, 0.0), tl.where(before, M, 0.0)
-        dreach = tl.dot(dM.to(DOT), write, dreach, input_precision=PRECISION)
-        dk = tl.dot(dMt.to(DOT), reach, dk, input_precision=PRECISION)
-        sums += reach * dreach
-        seen_state = tl.dot(reach, told_by_state.to(DOT), input_precision=PRECISION)
+        dMt = tl.where(behind, -tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
         if DECAY == "one":
-            seen_state = seen_state * rise[:, None]
-        said = tl.dot(M.to(DOT), u, seen_state, input_precision=PRECISION)
-        value = load_tile(values, row, offs, inside, offs_v).to(tl.float32)
-        error = tl.where(tile == 0, value, 0.0) - said
-        at = tile * B * T * H + (row + offs) * H + h
-        tl.store(dbeta_ptr + at, tl.sum(r * error, 1), mask=inside)
+            dMt = dMt * between(log_a, rise, since, FLIP, False, True, DOT)
+        dk = tl.dot(dMt.to(DOT), reach, dk, input_precision=PRECISION)
 
     # d log a_t: reads from t on that reach back before t, writes before t that leave, and what passes all of the chunk
     if DECAY == "key":
         sums -= write * dk
-        through = write * cross
-        passed = tl.sum(through, 0) + tl.sum(S.to(tl.float32) * G.to(tl.float32), 1) * tl.exp2(whole)
-        dgate = sums_along(later, sums, DOT) + passed[None, :]
+        dgate = sums_along(order(BLOCK_C, not FLIP), sums, DOT) + passed[None, :]
         if BEFORE:
-            dgate -= told * dq
-        dq, dk = dq * (rise * scale), dk * fall
-        if DELTA:
-            dk += dreach * rise
+            dgate -= own
         dgate = tl.where(log_a <= RESET, 0.0, dgate)
+        dk = dk * fall
     elif DECAY == "one":
         sums = tl.sum(sums - write * dk, 1)
-        passed = tl.sum(write * cross) + tl.sum(S.to(tl.float32) * G.to(tl.float32)) * tl.exp2(whole)
-        dgate = tl.sum(tl.where(later, sums[None, :], 0.0), 1) + passed
+        dgate = tl.sum(tl.where(order(BLOCK_C, not FLIP), sums[None, :], 0.0), 1) + passed
         if BEFORE:
-            dgate -= tl.sum(told * dq, 1)
-        if DELTA:
-            dk += dreach
+            dgate -= tl.sum(own, 1)
         at = tile * B * T * H + (row + offs) * H + h
         tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
-    elif DELTA:
+    if DELTA:
         dk += dreach
     if BEFORE:
-        bonus = tl.load(bonus_ptr + h * K + offs_k, mask=offs_k < K, other=0.0)
-        now = tl.sum(given.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
-        dq += now * plain_key * bonus[None, :]
-        dk += now * plain_query * bonus[None, :]
-        tl.store(dbonus_ptr + square * K + offs_k, tl.sum(now * plain_query * plain_key, 0), mask=offs_k < K)
-    store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
+        dk += now * plain_q * bonus[None, :]
     if TIED:
         dgate -= tl.exp2(log_a.to(tl.float32) * LOG2E) * dk
     else:
@@ -588,9 +637,9 @@ def gradient(
 
 @triton.jit(do_not_specialize=["T", "documents"])
 def repair(
-    q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, du_ptr,  # tensors [B T heads *]
+    q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr,  # tensors [B T heads *]
     calm_ptr, dP_ptr, dM_ptr,  # [chunks H C C] float32, room for what the scores owe
-    dq_ptr, dk_ptr, dgate_ptr, dbeta_ptr,  # added to
+    dq_ptr, dk_ptr, dgate_ptr,  # added to
     cu_ptr, T, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
     FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -613,13 +662,16 @@ def repair(
     q, k = (q_ptr, GROUPS, h * GROUPS // H, K), (k_ptr, GROUPS, h * GROUPS // H, K)
     dq, dk, dgate = (dq_ptr, H, h, K), (dk_ptr, H, h, K), (dgate_ptr, H, h, K)
     gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
-    u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+    u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
+    if DELTA:
+        u = u * tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
+    u = u.to(DOT)
     given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
     dP = tl.dot(given, tl.trans(u), input_precision=PRECISION) * scale
     tl.store(_square(dP_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen) if BEFORE else seen, dP, 0.0))
     if DELTA:
-        r = load_tile((du_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
-        dM = tl.dot(r, tl.trans(u), input_precision=PRECISION) * -1.0  # without beta
+        erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+        dM = -tl.dot(erase, tl.trans(u), input_precision=PRECISION)
         tl.store(_square(dM_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen), dM, 0.0))
     tl.debug_barrier()
     at = square * (BLOCK_C * BLOCK_C)
@@ -636,9 +688,6 @@ def repair(
             E = E * a[None, :]
         if DELTA:
             dreach = tl.sum(E * tl.load(dM_ptr + at + t * BLOCK_C + offs)[:, None], 0)
-            place = (row + t) * H + h
-            tl.store(dbeta_ptr + place, tl.load(dbeta_ptr + place) + tl.sum(dreach * write, 0))
-            dreach *= tl.load(beta_ptr + place).to(tl.float32)
         if not BEFORE:
             E = tl.where((offs == t)[:, None], write[None, :], E)
         dquery = tl.sum(E * tl.load(dP_ptr + at + t * BLOCK_C + offs)[:, None], 0)
@@ -666,8 +715,7 @@ def repair(
         owed = tl.sum(E * tl.load(dP_ptr + at + offs * BLOCK_C + t)[:, None], 0)
         if DELTA:
             owed += tl.sum(R * tl.load(dM_ptr + at + offs * BLOCK_C + t)[:, None], 0)
-            weight = tl.load(beta_ptr + (row + t) * H + h).to(tl.float32)
-            R = tl.where((offs == t)[:, None], (weight * write)[None, :], R) * a[None, :]
+            R = tl.where((offs == t)[:, None], write[None, :], R) * a[None, :]
         E = E * a[None, :]
         if BEFORE:
             E = tl.where((offs == t)[:, None], query[None, :], E)

@@ -93,7 +93,7 @@ class Inputs(NamedTuple):
 
 
 class _Scan:
-    """One scan laid out: allocates and launches."""
+    """One scan laid out and prepared: allocates and launches."""
 
     def __init__(self, x: Inputs, scale: float, flip: bool) -> None:
         B, T, H, V = x.v.shape
@@ -105,20 +105,22 @@ class _Scan:
             self.plan = self.plan._replace(segments=1, span=T)
         self.x, self.scale, self.flip, self.sizes = x, scale, flip, (B, T, H, K, V)
         self.documents = len(x.cu_seqlens) - 1 if x.cu_seqlens is not None else B
-        per_row = triton.cdiv(T, self.plan.chunk)
-        self.chunks = T // self.plan.chunk + self.documents if packed else B * per_row
+        self.chunks = T // self.plan.chunk + self.documents if packed else B * triton.cdiv(T, self.plan.chunk)
         self.decay, strides = "none", [0, 0, 0, 0]
         if x.log_decay is not None:
             width = x.log_decay.shape[-1]
-            self.decay, strides = "one" if width == 1 else "key", list(x.log_decay.expand(B, T, H, width).stride())
-        dot, precision, self.limit = _numbers(x.v.dtype)
-        self.kept = torch.bfloat16 if dot == tl.bfloat16 else torch.float32  # dtype of what matmuls read again
-        self.shared = {
-            "cu_ptr": x.cu_seqlens, "T": T, "gate_sb": strides[0], "gate_sh": strides[2], "scale": scale,
-            "H": H, "GROUPS": groups, "K": K, "gate_st": strides[1], "gate_sd": strides[3], "DECAY": self.decay,
-            "FLIP": flip, "DOT": dot, "PRECISION": precision, "BLOCK_C": self.plan.chunk,
+            self.decay = "one" if width == 1 and x.k is not None else "key"
+            strides = list(x.log_decay.expand(B, T, H, width).stride())
+        dot, self.precision, self.limit = _numbers(x.v.dtype)
+        self.dot, self.kept = dot, torch.bfloat16 if dot == tl.bfloat16 else torch.float32
+        self.gates = {"gate_sb": strides[0], "gate_sh": strides[2], "gate_st": strides[1], "gate_sd": strides[3]}
+        self.common = {
+            **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "scale": scale, "H": H, "K": K, "FLIP": flip, "DOT": dot,
+            "PRECISION": self.precision, "BLOCK_C": self.plan.chunk,
         }  # fmt: skip
-        self.calm = self.scores = self.solved = self.overlap = None
+        self.groups = H if self.decay == "key" else groups
+        self.told, self.write, self.reach = x.q, x.k, x.k
+        self.near = self.far = self.calm = self.scores = self.rates = self.whole = self.overlap = self.solved = None
         self._prepare()
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -134,49 +136,93 @@ class _Scan:
         return self.new(self.chunks, H, K, V, dtype=self.kept)
 
     def _prepare(self) -> None:
-        x, H, delta = self.x, self.sizes[2], self.x.beta is not None
-        if self.decay != "key" and not delta:
-            return
+        """Run `kernels.prepare`, and `kernels.solve` for the delta rule."""
+        x, (B, T, H, K, _) = self.x, self.sizes
+        delta, before = x.beta is not None, x.bonus is not None
         if self.decay == "key":
+            self.told, self.write = (self.new(B, T, H, K, dtype=self.kept) for _ in range(2))
+            self.reach = torch.empty_like(self.told) if delta else None
+            self.near, self.far = self.new(self.chunks, H, K), self.new(self.chunks, H, K)
             self.calm, self.scores = self.new(self.chunks, H, dtype=torch.int32), self.squares(self.kept)
+        if self.decay == "one" or before:
+            self.rates = self.new(self.chunks, H, 4, self.plan.chunk)
+        if self.decay == "one":
+            self.whole, block_h = self.new(self.chunks, H), min(16, triton.next_power_of_2(H))
+            kernels.pace[(self.chunks, triton.cdiv(H, block_h))](
+                x.log_decay, self.rates, self.whole, x.cu_seqlens, T, self.documents,
+                self.gates["gate_sb"], self.gates["gate_sh"],
+                H=H, gate_st=self.gates["gate_st"], FLIP=self.flip, BEFORE=before,
+                BLOCK_C=self.plan.chunk, BLOCK_H=block_h, num_warps=1,
+            )  # fmt: skip
         if delta:
             self.overlap, self.solved = self.squares(torch.float32), self.squares(self.kept)
+        if self.decay != "key" and not delta and not before:
+            return
+        hats = (self.told, self.write, self.reach) if self.decay == "key" else (None, None, None)
         kernels.prepare[(self.chunks * H,)](
-            x.q, x.k, x.log_decay, x.beta, self.calm, self.scores, self.overlap,
-            documents=self.documents, BEFORE=x.bonus is not None, LIMIT=self.limit, BLOCK_K=self.plan.block_k,
-            num_warps=8 if self.plan.block_k > 128 else 4, **self.shared,
+            x.q, x.k, x.log_decay, x.beta, x.bonus,
+            *hats, self.near, self.far, self.calm, self.scores, self.rates, self.overlap,
+            documents=self.documents, GROUPS=x.q.shape[2], DECAY=self.decay, LIMIT=self.limit,
+            BLOCK_K=self.plan.block_k, PART=64, num_warps=4, **self.common,
         )  # fmt: skip
         if delta:
             kernels.solve[(self.chunks * H,)](
-                self.overlap, self.solved, x.cu_seqlens, self.sizes[1], self.documents,
+                self.overlap, x.beta, self.solved, x.cu_seqlens, T, self.documents,
                 H=H, FLIP=self.flip, BLOCK_C=self.plan.chunk, num_warps=1,
             )  # fmt: skip
 
+    def _walk(self, tiles: Tiles) -> dict[str, Any]:
+        return {
+            **self.common, "GROUPS": self.groups, "V": self.sizes[4], "DECAY": self.decay,
+            "BEFORE": self.x.bonus is not None, "tiles": tiles.parts, "segments": self.plan.segments,
+            "span": self.plan.span, "BLOCK_K": self.plan.block_k, "BLOCK_V": tiles.block, "STAGES": tiles.stages,
+            "num_warps": tiles.warps,
+        }  # fmt: skip
+
     def forward(
-        self, *, y: Tensor | None = None, u: Tensor | None = None, keep: Tensor | None = None,
+        self, *, y: Tensor | None = None, e: Tensor | None = None, keep: Tensor | None = None,
         enter: Tensor | None = None, leave: Tensor | None = None, share: Tensor | None = None,
         back: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Launch `kernels.forward`; `back` is dy, if it shall walk back."""
-        x, tiles, (B, _, H, _, V) = self.x, self.plan.forward, self.sizes
-        kernels.forward[(tiles.parts * self.documents * H * self.plan.segments,)](
-            x.q, x.k if back is None else x.q, x.v if back is None else back, x.log_decay, x.beta, x.bonus,
-            y, u, keep, enter, leave, share, self.calm, self.scores, self.solved,
-            B=B, tiles=tiles.parts, segments=self.plan.segments, span=self.plan.span, V=V,
-            BACK=back is not None, EMIT=y is not None, BLOCK_K=self.plan.block_k, BLOCK_V=tiles.block,
-            STAGES=tiles.stages, num_warps=tiles.warps, **self.shared,
+        x, tiles = self.x, self.plan.forward
+        kernels.forward[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
+            self.told, self.write if back is None else self.told, self.reach, x.v if back is None else back,
+            x.log_decay, x.beta, self.near, self.far, self.calm, self.scores, self.rates, self.whole, self.overlap,
+            self.solved, y, e, keep, enter, leave, share, BACK=back is not None, EMIT=y is not None, **self._walk(tiles),
         )  # fmt: skip
 
     def adjoint(
-        self, dy: Tensor, du: Tensor, keep: Tensor, *, enter: Tensor | None = None, leave: Tensor | None = None
-    ) -> None:
+        self, dy: Tensor, dv: Tensor, keep: Tensor, *, e: Tensor | None = None, dbeta: Tensor | None = None,
+        enter: Tensor | None = None, leave: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Launch `kernels.adjoint`."""
-        x, tiles, (B, _, H, _, V) = self.x, self.plan.adjoint, self.sizes
-        kernels.adjoint[(tiles.parts * self.documents * H * self.plan.segments,)](
-            x.q, x.k, dy, x.log_decay, x.beta, x.bonus, du, keep, enter, leave, self.calm, self.scores, self.solved,
-            B=B, tiles=tiles.parts, segments=self.plan.segments, span=self.plan.span, V=V,
-            BLOCK_K=self.plan.block_k, BLOCK_V=tiles.block, STAGES=tiles.stages, num_warps=tiles.warps, **self.shared,
+        x, tiles = self.x, self.plan.adjoint
+        kernels.adjoint[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
+            self.told, self.write, self.reach, dy, x.log_decay, x.beta, e, self.near, self.far, self.calm, self.scores,
+            self.rates, self.whole, self.solved, dv, dbeta, keep, enter, leave, B=self.sizes[0], **self._walk(tiles),
         )  # fmt: skip
+
+    def gradient(
+        self, u: Tensor, dy: Tensor, dv: Tensor, S: Tensor, G: Tensor, dq: Tensor, dk: Tensor | None,
+        dgate: Tensor | None, dbonus: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Launch `kernels.gradient`, and `kernels.repair` where a chunk may not be calm."""
+        x, tiles, (B, _, H, _, V) = self.x, self.plan.gradient, self.sizes
+        kernels.gradient[(self.chunks * H * tiles.parts,)](
+            x.q, x.k, self.told, self.write, self.reach, u, dy, dv, x.log_decay, x.beta, x.bonus,
+            S, G, self.near, self.calm, self.rates, self.whole, dq, dk, dgate, dbonus,
+            B=B, tiles=tiles.parts, documents=self.documents, GROUPS=self.groups, GROUPS_PLAIN=x.q.shape[2], V=V,
+            DECAY=self.decay, TIED=x.k is None, BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v,
+            num_warps=tiles.warps, **self.common,
+        )  # fmt: skip
+        if self.decay == "key":
+            kernels.repair[(self.chunks * H,)](
+                x.q, x.k, x.log_decay, x.beta, dy, u, dv, self.calm, self.squares(torch.float32),
+                self.squares(torch.float32) if x.beta is not None else None, dq, dk, dgate,
+                documents=self.documents, GROUPS=x.q.shape[2], V=V, BEFORE=x.bonus is not None,
+                BLOCK_K=self.plan.block_k, BLOCK_V=self.plan.block_v, num_warps=8, **self.common,
+            )  # fmt: skip
 
     def entering(self, initial: Tensor | None, back: Tensor | None = None) -> Tensor | None:
         """[B H segments K V], the state that enters each segment, or its gradient that enters from the end."""
@@ -254,40 +300,23 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay, beta, bonus and initial; empty for what is None. Has no derivative itself."""
     run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip)
-    (B, T, H, K, V), x, plan = run.sizes, run.x, run.plan
-    delta = beta is not None
-    S, G, u = run.states(), run.states(), torch.empty_like(v) if delta else None
-    run.forward(keep=S, u=u, enter=run.entering(initial))
-    dv, r = torch.empty_like(v), torch.empty_like(v) if delta else None
-    dinitial = None if initial is None else torch.empty_like(initial)
-    run.adjoint(dy, r if r is not None else dv, G, enter=run.entering(dstate, back=dy), leave=dinitial)
+    B, T, H, K, _ = run.sizes
+    S, G, delta, parts = run.states(), run.states(), beta is not None, run.plan.gradient.parts
+    dv, dinitial = torch.empty_like(v), None if initial is None else torch.empty_like(initial)
+    e, dbeta = (torch.empty_like(v), run.new(run.plan.adjoint.parts, B, T, H)) if delta else (None, None)
+    run.forward(keep=S, e=e, enter=run.entering(initial))
+    run.adjoint(dy, dv, G, e=e, dbeta=dbeta, enter=run.entering(dstate, back=dy), leave=dinitial)
 
-    tiles, wide = plan.gradient, q.shape[2] != H
-    dq = run.new(B, T, H, K, dtype=torch.float32 if wide else q.dtype)
+    dq = run.new(B, T, H, K, dtype=q.dtype if q.shape[2] == H else torch.float32)
     dk = None if k is None else torch.empty_like(dq)
-    dgate = dbeta = dbonus = None
-    if log_decay is not None:
-        whole = run.decay == "key" and log_decay.shape == (B, T, H, K)
-        dgate = run.new(*((B, T, H, K) if run.decay == "key" else (tiles.parts, B, T, H)),
-                        dtype=log_decay.dtype if whole else torch.float32)  # fmt: skip
-    if delta:
-        dbeta = run.new(tiles.parts, B, T, H)
+    dgate = dbonus = None
+    if run.decay == "one":
+        dgate = run.new(parts, B, T, H)
+    if run.decay == "key" and log_decay is not None:
+        dgate = run.new(B, T, H, K, dtype=log_decay.dtype if log_decay.shape == (B, T, H, K) else torch.float32)
     if bonus is not None:
-        dbonus = run.new(run.chunks, H, K)
-        dbonus.zero_()  # documents leave some chunks unused
-    kernels.gradient[(run.chunks * H * tiles.parts,)](
-        q, k, v, dy, log_decay, beta, bonus, u, r, S, G, run.calm, dq, dk, dv, dgate, dbeta, dbonus,
-        B=B, tiles=tiles.parts, documents=run.documents, V=V,
-        BLOCK_K=tiles.block, BLOCK_V=plan.block_v, num_warps=tiles.warps, **run.shared,
-    )  # fmt: skip
-    if run.decay == "key":
-        shared = {name: value for name, value in run.shared.items() if name != "DECAY"}
-        kernels.repair[(run.chunks * H,)](
-            q, k, log_decay, beta, dy, u if delta else v, r, run.calm, run.squares(torch.float32),
-            run.squares(torch.float32) if delta else None, dq, dk, dgate, dbeta,
-            documents=run.documents, V=V, BEFORE=bonus is not None, BLOCK_K=plan.block_k, BLOCK_V=plan.block_v,
-            num_warps=8, **shared,
-        )  # fmt: skip
+        dbonus = run.new(run.chunks, H, K).zero_()  # documents leave some chunks unused
+    run.gradient(v if e is None else e, dy, dv, S, G, dq, dk, dgate, dbonus)
 
     if dgate is not None and log_decay is not None:
         dgate = dgate.sum(0).unsqueeze(-1) if run.decay == "one" else dgate

@@ -218,6 +218,10 @@ class Chain(Part):
     def build(self, site: Site, shared: nn.ModuleDict | None = None) -> nn.ModuleDict:
         modules, named = nn.ModuleDict(), dict(site.named)
         for key, part, place in self.sites(site):
+            if hasattr(nn.ModuleDict, key):
+                raise RecipeError(
+                    f"{place.axes.reader} is called {key!r}, as is a method of torch; give it another name="
+                )
             home = shared if part.scope == "model" and shared is not None else modules
             if key not in home:
                 known = part.name is not None and key in named
@@ -289,6 +293,13 @@ class Recipe:
                     f"{found.reader} is called {key!r}, as is a {owners[key]}; weights cannot be shared across classes"
                 )
             written |= wrote
+            for inner in _inside(part):
+                kind = type(inner).__name__
+                if inner.name is not None and owners.setdefault(inner.name, kind) != kind:
+                    raise RecipeError(
+                        f"{found.reader} has a {kind} called {inner.name!r}, as is a {owners[inner.name]}; "
+                        "weights cannot be shared across classes"
+                    )
         if written.get("y") != spec(out):
             got = f"y [{' '.join(written['y'])}]" if "y" in written else "no y"
             raise RecipeError(f"Recipe: the last parts must write y [{out}], got {got}; written: {', '.join(written)}")
@@ -407,6 +418,13 @@ class Recipe:
         axes = ", ".join(f"{letter} = {value}" for letter, value in self.axes.items())
         head = "  ".join(text for text in (self.source, axes) if text)
         return "\n".join(([head] if head else []) + lines)
+
+
+def _inside(part: Part) -> Iterable[Part]:
+    """All parts inside a combinator."""
+    for inner in getattr(part, "parts", ()):
+        yield inner
+        yield from _inside(inner)
 
 
 def _plain(value: Any) -> Any:

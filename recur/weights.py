@@ -41,7 +41,9 @@ class Weights(nn.Module):
         self.__dict__.update(facts or {})
         self.declared = dict(params)
         for name, param in self.declared.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(param.shape), requires_grad=param.trainable))
+            kind = torch.promote_types(torch.get_default_dtype(), torch.float32) if param.float32 else None
+            weight = torch.empty(param.shape, dtype=kind)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=param.trainable))
         self.reset_parameters()
 
     def __getattr__(self, name: str) -> Any:  # parameters are looked up by name: let a type checker know
@@ -128,8 +130,9 @@ def spread_time_constants(bias: Tensor, low: float = 1e-3, high: float = 1e-1, f
 def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
     """The laws a projection can name.
 
-    "linear":   U(-b, b), b = 1/sqrt(fan_in), as torch's Linear.
-    "residual": the same divided by sqrt(depth), for what adds to the residual stream.
+    "linear":   U(-b, b), b = 1/sqrt(fan_in), as torch's Linear, biases too.
+    "residual": the same divided by sqrt(depth), for what adds to the residual stream; biases are 0, as of all others.
+    "linear_zero": "linear" with biases of 0.
     "normal":   N(0, 0.02^2).
     "normal_residual": N(0, 0.02^2 / (2 depth)), for what adds to the residual stream twice a layer.
     "xavier":   uniform Xavier with gain 2^-2.5.
@@ -143,6 +146,7 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
     laws = {
         "linear": uniform(fan_in**-0.5),
         "residual": uniform((fan_in * depth) ** -0.5),
+        "linear_zero": uniform(fan_in**-0.5),
         "normal": normal(0.02),
         "normal_residual": normal(0.02 * (2 * depth) ** -0.5),
         "xavier": uniform(2**-2.5 * math.sqrt(6 / (fan_in + fan_out))),
@@ -158,5 +162,5 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
 
 def bias_init(law: str, fan_in: int) -> Init:
     """The law of the bias beside a matrix of such a law: as torch's Linear, N(0, 1) or 0."""
-    laws = {"linear": uniform(fan_in**-0.5), "residual": uniform(fan_in**-0.5), "unscaled": normal()}
+    laws = {"linear": uniform(fan_in**-0.5), "unscaled": normal()}
     return laws.get(law, zeros)

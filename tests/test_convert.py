@@ -123,9 +123,60 @@ def test_arguments_are_checked_before_anything_is_built() -> None:
         convert.from_official("mamba", {}, {"d_stat": 4, "n_heads": 2})
     with pytest.raises(NotImplementedError, match="gate_activation must be 'sigmoid' so far, got 'relu'"):
         convert.from_official("gated_linear_rnn", {}, {"d_in": 4, "d_model": 4, "d_h": 4, "gate_activation": "relu"})
+    with pytest.raises(ValueError, match="mode must be one of recurrent, parallel, chunk, got 'fast'"):
+        convert.build("retnet_retention", {"decoder_embed_dim": 8, "mode": "fast"})
+    with pytest.raises(NotImplementedError, match="layer must be 'Mamba1' or 'Mamba2' so far, got 'Mamba3'"):
+        convert.build("mamba_lm", {"ssm_cfg": {"layer": "Mamba3"}})
     sizes = {"hidden_size": 64, "query_key_dim": 16, "num_attention_heads": 2, "dense_block_layers": 1}
     with pytest.raises(ValueError, match=r"query_key_dim must be hidden_size / 2 = 32, got 16"):
         convert.from_official("densessm_retention", {}, sizes)
+
+
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_a_mamba_with_a_feed_forward(layer: str) -> None:
+    """Its width is rounded up to 128, and its second half is the gate."""
+    config = {"d_model": 8, "n_layer": 1, "vocab_size": 8, "d_intermediate": 20}
+    options = {"layer": layer, "headdim": 4} if layer == "Mamba2" else {"layer": layer}
+    model = convert.build("mamba_lm", {**config, "ssm_cfg": options})
+    state = convert.to_official("mamba_lm", model)
+    fc1, fc2 = (state[f"backbone.layers.0.mlp.fc{i}.weight"] for i in (1, 2))
+    assert (fc1.shape, fc2.shape) == ((256, 8), (8, 128))
+    x = torch.randn(1, 3, 8)
+    h, gate = (x @ fc1.T).chunk(2, -1)
+    torch.testing.assert_close(model.blocks[0].ffn(x).y, (h * torch.nn.functional.silu(gate)) @ fc2.T)
+
+
+def test_what_goes_around_the_scan_of_mamba2_is_a_gated_unit() -> None:
+    """[z0, x0, z, x, ...] = in_proj h; out = out_proj [silu(z0) x0, y]."""
+    both = convert.to_official("mamba2", convert.build("mamba2", {"d_model": 8, "d_ssm": 8, "headdim": 4}))
+    alone = {key: tensor for key, tensor in both.items() if "_proj" not in key}
+    alone |= {"in_proj.weight": both["in_proj.weight"][16:], "out_proj.weight": both["out_proj.weight"][:, 8:]}
+    x = torch.randn(2, 5, 8)
+    z0, x0 = (x @ both["in_proj.weight"][:16].T).chunk(2, -1)
+    around = (torch.nn.functional.silu(z0) * x0) @ both["out_proj.weight"][:, :8].T
+    scanned = convert.from_official("mamba2", alone, {"d_model": 8, "expand": 1, "headdim": 4})(x).y
+    whole = convert.from_official("mamba2", both, {"d_model": 8, "d_ssm": 8, "headdim": 4})(x).y
+    torch.testing.assert_close(whole, around + scanned)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"d_ssm": 8, "headdim": 2},  # 8 channels of the inner 16 go around the scan
+        {"headdim": 4, "D_has_hdim": True, "bias": True},
+        {"headdim": 4, "rmsnorm": False, "conv_bias": False},
+        {"headdim": 4, "ngroups": 2, "norm_before_gate": True, "dt_limit": [0.01, 0.1], "chunk_size": 64},
+    ],
+)
+def test_options_of_mamba2_come_out_as_they_went_in(options: dict[str, object]) -> None:
+    config = {"d_model": 8, "d_state": 3, **options}
+    state = convert.to_official("mamba2", convert.build("mamba2", config))
+    inner, groups = options.get("d_ssm", 16), options.get("ngroups", 1)
+    assert len(state["in_proj.weight"]) == 2 * 16 + 2 * groups * 3 + inner // options["headdim"]
+    assert state["out_proj.weight"].shape == (8, 16)
+    assert len(state["D"]) == (inner if "D_has_hdim" in options else inner // options["headdim"])
+    back = convert.to_official("mamba2", convert.from_official("mamba2", state, config))
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
 
 
 def test_a_foreign_module_has_no_official_form() -> None:

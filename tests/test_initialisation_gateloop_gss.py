@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from recur import convert
-from recur.convert.table import OFFICIAL
 
 Law = Callable[[Tensor], bool]
 
@@ -114,7 +113,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Law]]] = {
 def test_every_tensor_starts_by_its_law(case: str) -> None:
     name, config, laws = CASES[case]
     torch.manual_seed(0)
-    state = convert.to_official(name, OFFICIAL[name].make(name, config))
+    state = convert.to_official(name, convert.build(name, config))
     families: dict[str, list[Tensor]] = {}
     for key, tensor in state.items():  # the same tensor of all layers together
         pattern = next(pattern for pattern in laws if re.fullmatch(pattern, key))

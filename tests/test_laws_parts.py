@@ -38,6 +38,7 @@ from recur.blocks import (
     OutputGate,
     Phase,
     PoleScan,
+    PositionTaps,
     PowerDecay,
     Project,
     RealImag,
@@ -106,6 +107,7 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     "Skip": (recipe(Project("u", y="D"), Skip("u")), USUAL),
     "Reshape": (recipe(QKV, Reshape("v", "H*V", to="y")), USUAL),
     "Unbind": (recipe(Project("x", w="H 3 K"), Unbind("w", "a b y")), USUAL),
+    "PositionTaps": (recipe(PositionTaps("H", length=999), TapConv("u")), USUAL),
     "TapConv": (recipe(Project("x", tap="H"), TapConv("u")), USUAL),
     "Smoothing": (recipe(Smoothing("u"), GatedScan("b")), USUAL),
     "Loop": (

@@ -24,6 +24,7 @@ from recur.blocks.glue import (
     LowRank,
     Map,
     Norm,
+    PositionTaps,
     Project,
     Reshape,
     Reverse,
@@ -53,8 +54,8 @@ from recur.recipe import Chain
 PARTS = (
     Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, Decay, DeltaScan, DenseCarry, DenseFusion,
     DenseRead, Dropout, FixedDecay, FixedScan, GatedAttention, GatedScan, Learned, Loop, LowerBounds, LowRank, Map,
-    Norm, Normalise, OnlineScan, OuterScan, OutputGate, Phase, PoleScan, PowerDecay, Project, RealImag, RelPos,
-    Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing, Stabilise,
+    Norm, Normalise, OnlineScan, OuterScan, OutputGate, Phase, PoleScan, PositionTaps, PowerDecay, Project, RealImag,
+    RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing, Stabilise,
     StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
 )  # fmt: skip
 

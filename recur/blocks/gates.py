@@ -23,7 +23,7 @@ from recur.primitives.gates import (
     sigmoid_decay,
     signed_gate,
 )
-from recur.primitives.retention import chunkwise_scale, parallel_scale
+from recur.primitives.retention import chunkwise_scale, parallel_scale, retention_decay
 from recur.recipe import Axes, Flow, Part, Site, State
 from recur.shapes import accumulation_dtype
 from recur.weights import Param, by_index, constant, normal, spread_time_constants
@@ -131,8 +131,7 @@ class FixedDecay(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         position = flow.positions()
-        head = torch.arange(weights.heads, device=position.device, dtype=torch.float64)
-        log_a = torch.log1p(-(2.0 ** (-5 - head)))  # [H]
+        log_a = retention_decay(weights.heads, position.device)
         grown = torch.expm1(log_a * (position[..., None] + 1)) / torch.expm1(log_a)  # [B T H]
         wide = torch.float64 if flow["x"].dtype == torch.float64 else torch.float32
         return flow.set(**{self.out: log_a.to(wide)[None, None], self.eps_out: (self.eps * grown).to(wide)}), None

@@ -19,7 +19,7 @@ from recur.primitives.fixed import tap_conv
 from recur.primitives.gates import activation, scale_gradient
 from recur.primitives.norms import KINDS, normalise
 from recur.recipe import Axes, Chain, Flow, Part, Recipe, RecipeError, Site, State
-from recur.weights import Init, Param, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
+from recur.weights import Init, Param, Weights, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,20 @@ class LowRank:
     bias: bool = False
     act: str = "identity"
     init: str = "linear"
+
+
+class Projection(Weights):
+    """The matrices of a Project: x [B T F] to all its outputs. It is called, as adapters of weights (LoRA) want it."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        pieces = F.linear(x, self.weight, getattr(self, "bias", None)).split(self.splits, dim=-1)
+        made = {}
+        for (name, out), piece, shape in zip(self.outs, pieces, self.shapes, strict=True):
+            if isinstance(out, LowRank):
+                bias = getattr(self, f"{name}_bias", None)
+                piece = F.linear(activation(out.act)(piece), getattr(self, f"{name}_up"), bias)
+            made[name] = piece.unflatten(-1, shape)
+        return made
 
 
 @dataclass(frozen=True, init=False)
@@ -98,22 +112,15 @@ class Project(Part):
 
         return fill
 
-    def facts(self, site: Site) -> Mapping[str, Any]:
-        return {
+    def build(self, site: Site) -> Projection:
+        sizes = {
             "splits": [_product(site.size(first)) for first in self._first()],
             "shapes": [site.size(out.axes if isinstance(out, LowRank) else out) for _, out in self.outs],
         }
+        return Projection(self.params(site), {"outs": self.outs, **sizes})
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        x = torch.cat([flow[name].flatten(2) for name in self.source.split()], -1)
-        pieces = F.linear(x, weights.weight, weights.bias if self.bias else None).split(weights.splits, dim=-1)
-        made = {}
-        for (name, out), piece, shape in zip(self.outs, pieces, weights.shapes, strict=True):
-            if isinstance(out, LowRank):
-                bias = getattr(weights, f"{name}_bias") if out.bias else None
-                piece = F.linear(activation(out.act)(piece), getattr(weights, f"{name}_up"), bias)
-            made[name] = piece.unflatten(-1, shape)
-        return flow.set(**made), None
+        return flow.set(**weights(torch.cat([flow[name].flatten(2) for name in self.source.split()], -1))), None
 
     def formula(self) -> str:
         bias, names = " + b" if self.bias else "", self.source.split()
@@ -169,6 +176,35 @@ class ShortConv(Part):
 
 
 @dataclass(frozen=True)
+class PositionTaps(Part):
+    """Taps learned for every position, in the place of taps that tokens bring: tap_t = table[length - 1 - t]."""
+
+    axes: str
+    length: int
+    out: str = "tap"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: spec(self.axes)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"table": Param((self.length, *site.size(self.axes)), normal())}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        at = flow.positions()
+        if (
+            at.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and at.numel()
+            and int(at.max()) >= self.length
+        ):
+            raise ValueError(f"PositionTaps: length={self.length} is too short for {int(at.max()) + 1} tokens")
+        return flow.set(**{self.out: weights.table[self.length - 1 - at].to(flow["x"].dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.out}_t = table[{self.length} - 1 - t]"
+
+
+@dataclass(frozen=True)
 class TapConv(Part):
     """Causal convolution whose taps the tokens bring: y_t = sum_{s<=t} tap_s u_{t-s}; u [V], tap [H].
 
@@ -216,6 +252,12 @@ class TokenShift(Part):
     source: str
     to: str
     init: tuple[str, ...] = ("0.5",)
+
+    def __post_init__(self) -> None:
+        if len(self.init) not in (1, len(self.to.split())):
+            raise RecipeError(
+                f"TokenShift: init must have one expression, or one for each of {self.to}, got {len(self.init)}"
+            )
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return dict.fromkeys(self.to.split(), axes.rank(self.source, 1))
@@ -292,7 +334,10 @@ class Norm(Part):
         return weight | bias
 
     def facts(self, site: Site) -> Mapping[str, Any]:
-        return {"rank": len(self._axes(site.axes)), "groups": int(site.number(self.groups))}
+        over, groups = self._axes(site.axes), int(site.number(self.groups))
+        if groups < 1 or _product(site.size(over)) % groups:
+            raise RecipeError(f"Norm: groups must divide the {_product(site.size(over))} entries, got {groups}")
+        return {"rank": len(over), "groups": groups}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         eps = flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps

@@ -15,6 +15,8 @@ from recur.presets.gated_rnn import gated_linear_rnn, gated_rnn
 from recur.presets.gateloop import gateloop_attention
 from recur.recipe import Recipe
 
+FLAX = {"gelu": "gelu_tanh", "swish": "silu"}  # activations of other names here
+
 
 def dense(ours: str, theirs: str) -> Keys:
     """Flax keeps [in, out] under another name."""
@@ -46,8 +48,8 @@ def model_keys(mixer: Keys) -> Keys:
 
 def _recipe(d_h: int, width: int | str, input_act: str, hidden_act: str, recurrent: bool, tied: bool) -> Recipe:
     preset = gated_rnn if recurrent else gated_linear_rnn
-    forget = "tied" if tied else "own"
-    return preset(inner=d_h, width=width, forget=forget, input_act=input_act, hidden_act=hidden_act)
+    acts = {"input_act": FLAX.get(input_act, input_act), "hidden_act": FLAX.get(hidden_act, hidden_act)}
+    return preset(inner=d_h, width=width, forget="tied" if tied else "own", **acts)
 
 
 def seen(official: Mapping[str, Tensor]) -> dict[str, int]:

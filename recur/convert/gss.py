@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-from recur.blocks import LanguageModel, Mixer, Sum
+from recur.blocks import LanguageModel, Mixer, PositionTaps, Sum
 from recur.convert.keys import Keys, rows, under
 from recur.convert.official import Official
 from recur.presets.gss import dss, gated_smoothing, gated_tap_conv, gss, smoothing, tap_conv
@@ -14,7 +14,7 @@ from recur.recipe import Recipe
 CORES: dict[str, Keys] = {  # module of the core -> what it holds, beside its norm
     "dss": {"fixed_scan.rho": "Lambda_real", "fixed_scan.eta": "Lambda_imag", "fixed_scan.C_*": "C_*"},
     "mhesa": {"smoothing.alpha": "alphas", "smoothing.damp": "dampen_factors"},
-    "dsconv": {"taps.weight": "to_weight.weight"},
+    "dsconv": {"taps.weight": "to_weight.weight", "taps.table": "weight"},
 }
 
 
@@ -56,6 +56,15 @@ def patched(official: Collection[str]) -> dict[str, Any]:
     return {"to_logits_layernorm_patch": any(name.endswith("to_logits.1.weight") for name in official)}
 
 
+def tapped(official: Collection[str]) -> dict[str, Any]:
+    """Whether taps are learned a position, as they were before the tokens brought them."""
+    return {"learned_taps": any(name == "weight" or name.endswith("dsconv.weight") for name in official)}
+
+
+def _taps(recipe: Recipe, learned: bool, length: int) -> Recipe:
+    return recipe.replace("taps", PositionTaps("H", length, name="taps")) if learned else recipe
+
+
 def _order(recipe: Recipe, reverse_seq: bool) -> Recipe:
     return recipe.reverse() if reverse_seq else recipe
 
@@ -85,8 +94,8 @@ def mhesa_alone(dim: int, heads: int, reverse_seq: bool = False) -> Mixer:
     return Mixer(_order(smoothing(heads=heads), reverse_seq), dim)
 
 
-def dsconv_alone(dim: int, heads: int) -> Mixer:
-    return Mixer(tap_conv(heads=heads), dim)
+def dsconv_alone(dim: int, heads: int, max_seq_len: int = 2048, learned_taps: bool = False) -> Mixer:
+    return Mixer(_taps(tap_conv(heads=heads), learned_taps, max_seq_len), dim)
 
 
 def _gss(F: float, N: int, H: int, exponential: bool) -> Recipe:
@@ -139,10 +148,16 @@ def mhesa_model(
 
 
 def gated_dsconv(
-    dim: int, heads: int = 8, dim_dsconv: int = 512, dim_expansion_factor: float = 4, reverse_seq: bool = False
+    dim: int,
+    heads: int = 8,
+    dim_dsconv: int = 512,
+    dim_expansion_factor: float = 4,
+    reverse_seq: bool = False,
+    max_seq_len: int = 2048,
+    learned_taps: bool = False,
 ) -> Mixer:
     recipe = gated_tap_conv(heads=heads, width=dim_dsconv, expand=dim_expansion_factor)
-    return _block(recipe, dim, reverse_seq)
+    return _block(_taps(recipe, learned_taps, max_seq_len), dim, reverse_seq)
 
 
 def dsconv_model(
@@ -152,23 +167,22 @@ def dsconv_model(
     heads: int = 8,
     dim_dsconv: int = 512,
     dim_expansion_factor: float = 4,
+    max_seq_len: int = 2048,
+    learned_taps: bool = False,
     to_logits_layernorm_patch: bool = False,
     frozen_shared_embedding: bool = False,
 ) -> LanguageModel:
     recipe = gated_tap_conv(heads=heads, width=dim_dsconv, expand=dim_expansion_factor)
+    recipe = _taps(recipe, learned_taps, max_seq_len)
     return _model(recipe, num_tokens, dim, depth, to_logits_layernorm_patch, frozen_shared_embedding)
-
-
-def _official(build: Callable[..., Any], core: str, **options: Any) -> Official:
-    return Official(build, model_keys(core), prefix="net.", infer=patched, **options)
 
 
 DSS = Official(dss_alone, core_keys("dss"))
 MHESA = Official(mhesa_alone, core_keys("mhesa"))
-DSCONV = Official(dsconv_alone, core_keys("dsconv"))
+DSCONV = Official(dsconv_alone, core_keys("dsconv"), infer=tapped)
 BLOCK = Official(gss_block, either_way(block_keys("dss")))
 GATED_MHESA = Official(gated_mhesa, either_way(block_keys("mhesa")))
-GATED_DSCONV = Official(gated_dsconv, either_way(block_keys("dsconv")))
-MODEL = _official(gss_model, "dss")
-MHESA_MODEL = _official(mhesa_model, "mhesa")
-DSCONV_MODEL = _official(dsconv_model, "dsconv", inert=("max_seq_len",))
+GATED_DSCONV = Official(gated_dsconv, either_way(block_keys("dsconv")), infer=tapped)
+MODEL = Official(gss_model, model_keys("dss"), prefix="net.", infer=patched)
+MHESA_MODEL = Official(mhesa_model, model_keys("mhesa"), prefix="net.", infer=patched)
+DSCONV_MODEL = Official(dsconv_model, model_keys("dsconv"), prefix="net.", infer=lambda s: {**patched(s), **tapped(s)})

@@ -19,6 +19,14 @@ def names() -> list[str]:
     return sorted(OFFICIAL)
 
 
+def build(name: str, config: Mapping[str, Any]) -> Any:
+    """Our module for the arguments of the original's constructor, with its first values.
+
+    Raises: ValueError for an unknown name or argument, NotImplementedError for options not there yet.
+    """
+    return _official(name).make(name, config)
+
+
 def from_official(name: str, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
     """Our module with the weights of an official one: a LanguageModel, or a Mixer in our layout [B T D].
 

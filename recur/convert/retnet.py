@@ -71,7 +71,12 @@ def model(
     )
 
 
-FORMS = ("max_target_positions", "chunkwise_recurrent")
-OF_MODEL = ("vocab_size", "decoder_layers", "decoder_ffn_embed_dim")
-MIXER = Official(mixer, MIXER_KEYS, inert=(*FORMS, *OF_MODEL))
-MODEL = Official(model, KEYS, derived=("retnet_rel_pos.angle", "retnet_rel_pos.decay"), inert=FORMS)
+IDLE = ("max_target_positions", "chunkwise_recurrent")
+ONLY: dict[str, tuple[object, ...]] = {  # what the constructor has besides
+    "activation_fn": ("gelu",),
+    **dict.fromkeys(("dropout", "activation_dropout", "drop_path_rate"), (0.0,)),
+    **dict.fromkeys(("decoder_normalize_before", "no_scale_embedding", "subln"), (True,)),
+    **dict.fromkeys(("deepnorm", "layernorm_embedding", "no_output_layer"), (False,)),
+}
+MIXER = Official(mixer, MIXER_KEYS, inert=(*IDLE, "vocab_size", "decoder_layers", "decoder_ffn_embed_dim"), only=ONLY)
+MODEL = Official(model, KEYS, derived=("retnet_rel_pos.angle", "retnet_rel_pos.decay"), inert=IDLE, only=ONLY)

@@ -25,7 +25,7 @@ def longhorn(
     Source: Liu et al. 2024, arXiv:2407.14207.
     """
     return Recipe(
-        Project("x", u="E", z="E", bias=bias),
+        Project("x", u="E", z="E", bias=bias, init="linear_zero"),
         ShortConv("u", width=conv, bias=conv_bias),
         Project("u", rate=LowRank("E", rank="R"), k="N", q="N"),
         OnlineScan("u", diagonal=diagonal),
@@ -53,7 +53,7 @@ def longhorn_bidirectional(
     Source: the released kernels of Liu et al. 2024, arXiv:2407.14207.
     """
     return Recipe(
-        Project("x", u="E", z="E", bias=bias),
+        Project("x", u="E", z="E", bias=bias, init="linear_zero"),
         ShortConv("u", width=conv, bias=conv_bias),
         Project("u", rate=LowRank("E", rank="R"), k="N", q="N"),
         OnlineScan("u", out="ahead", name="online_scan"),

@@ -34,7 +34,7 @@ def mamba2(
     Source: Dao & Gu 2024, arXiv:2405.21060.
     """
     return Recipe(
-        Project("x", z="H P", u="H P", B="G N", C="G N", dt="H", bias=bias, name="enter"),
+        Project("x", z="H P", u="H P", B="G N", C="G N", dt="H", bias=bias, init="linear_zero", name="enter"),
         ShortConv("u B C", width=conv, bias=conv_bias),
         StepDecay(limit=limit, rates=rates),
         Weigh("u", by="delta", to="v"),
@@ -54,7 +54,9 @@ def mamba2_mlp(*, mlp: int | str = "D", bias: bool = False, **options: Any) -> R
     Source: the released code of Dao & Gu 2024, arXiv:2405.21060.
     """
     alone = mamba2(bias=bias, **options)
-    enter = Project("x", g="M", m="M", z="H P", u="H P", B="G N", C="G N", dt="H", bias=bias, name="enter")
+    enter = Project(
+        "x", g="M", m="M", z="H P", u="H P", B="G N", C="G N", dt="H", bias=bias, init="linear_zero", name="enter"
+    )
     leave = Project("m y", y="D", bias=bias, init="residual", name="leave")
     parts = (enter, *alone.parts[1:-1], OutputGate("g", out="m"), leave)
     return Recipe(*parts, axes={**alone.axes, "M": mlp}, source=alone.source)

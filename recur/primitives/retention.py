@@ -1,4 +1,4 @@
-"""By what RetNet's parallel and chunkwise forms divide before the head norm."""
+"""RetNet's constant decays, and by what its parallel and chunkwise forms divide before the head norm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from torch import Tensor
 
 from recur.primitives.forms import document_of
 from recur.shapes import bind
+
+
+def retention_decay(heads: int, device: torch.device | None = None) -> Tensor:
+    """[H] float64 log(1 - 2^(-5-h)), as float32 has it (which published code stores) while that is not 0.
+
+    Source: Sun et al. 2023, arXiv:2307.08621.
+    """
+    gap = 2.0 ** (-5 - torch.arange(heads, dtype=torch.float64, device=device))
+    stored = torch.log(1 - gap.float()).double()
+    return torch.where(stored < 0, stored, torch.log1p(-gap))
 
 
 @torch.no_grad()

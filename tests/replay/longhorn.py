@@ -11,19 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import recur
+from recur.primitives.retention import retention_decay
 from replay import Case, Module, Operator, Result, Run, Vectors, gradients
 
 # ---------------------------------------------------------------------- operators
 
 
 def longhorn_op(form: str, u: Tensor, dt: Tensor, k: Tensor, q: Tensor, **extra: Tensor) -> Result:
-    rate = torch.sigmoid(dt + extra["t_bias"][:, None] if extra else dt)
-    y, state = recur.online_scan(u.mT, rate.mT, k.mT, q.mT, form=form)
+    rate = torch.sigmoid(dt + extra["t_bias"][:, None] if "t_bias" in extra else dt)
+    k, q = (weight.movedim(-1, 1) for weight in (k, q))
+    y, state = recur.online_scan(u.mT, rate.mT, k, q, form=form)
     return skip_and_gate(y.mT, u, **extra), {"state.last": state}
 
 
 def longhorn_exact_op(form: str, u: Tensor, dt: Tensor, k: Tensor, q: Tensor) -> Result:
-    return recur.online_scan(u.mT, torch.sigmoid(dt).mT, k.mT, q.mT, diagonal=False, form=form).y.mT, {}
+    y, state = recur.online_scan(u.mT, torch.sigmoid(dt).mT, k.mT, q.mT, diagonal=False, form=form)
+    return y.mT, {"state.last": state}
 
 
 def mamba_op(
@@ -42,9 +45,9 @@ def skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None = None, z: Tensor | Non
     return y if z is None else y * F.silu(z)
 
 
-def gla_op(form: str, q: Tensor, k: Tensor, v: Tensor, gk: Tensor) -> Result:
+def gla_op(form: str, q: Tensor, k: Tensor, v: Tensor, gk: Tensor, initial_state: Tensor | None = None) -> Result:
     time_first = (tensor.transpose(1, 2) for tensor in (q, k, v, gk))
-    y, state = recur.scan(*time_first, scale=q.shape[-1] ** -0.5, form=form)
+    y, state = recur.scan(*time_first, initial_state=initial_state, scale=q.shape[-1] ** -0.5, form=form)
     return y.transpose(1, 2), {"state.final": state}
 
 
@@ -80,8 +83,8 @@ def rwkv(parts: Parts, _: int) -> dict[str, Tensor]:
 def retention(parts: Parts, length: int) -> dict[str, Tensor]:
     """Recorded value first, and divided by the square root of how much a plain sum would have grown."""
     state = parts["outer_scan"].transpose(-1, -2)
-    decay = 1 - 2.0 ** (-5 - torch.arange(state.shape[1], dtype=state.dtype))
-    grown = (1 - decay**length) / (1 - decay)
+    log_a = retention_decay(state.shape[1])
+    grown = (torch.expm1(length * log_a) / torch.expm1(log_a)).to(state.dtype)
     return {"kv": state / grown.sqrt()[:, None, None], "scale": grown}
 
 
@@ -128,7 +131,10 @@ class Fused(Module):
         state = {theirs: weights[ours].detach() for ours, theirs in FUSED.items() if ours in weights}
         d, E = state["out_proj.weight"].shape
         state["in_proj.weight"] = xz.new_zeros(2 * E, d)
-        sizes = {key: config[key] for key in ("d_model", "d_state", "d_conv", "dt_rank")} | {"expand": E // d}
+        sizes = {key: config[key] for key in ("d_model", "d_state", "d_conv", "dt_rank")} | {
+            "expand": E // d,
+            "conv_bias": "conv1d_bias" in weights,
+        }
         mixer = recur.convert.from_official(self.name, state, sizes)
         recipe, chain = mixer.recipe, mixer.recipe.body
         parts = [replace(part, name=key) for key, part in zip(chain.keys(), chain.parts, strict=True)][1:]
