@@ -41,10 +41,10 @@ IN_GRID = ("hgrn_complex, down and right", "hgrn2, in a grid", "hgrn2, in series
 # recipe, options of check, laws beyond the common ones
 CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "delta_net": (presets.delta_net(heads=2), {}, SMOOTH | {"steps"}),
-    "dense_mamba": (presets.dense_mamba(state=3), {"depth": 3}, SMOOTH),
+    "dense_mamba": (presets.dense_mamba(state=3), {"depth": 2}, SMOOTH),
     "dense_mamba, carried on": (presets.dense_mamba(state=3, carry=True), {"depth": 3}, SMOOTH),
     "dense_mamba, one layer": (presets.dense_mamba(state=2), {}, SMOOTH | {"steps"}),
-    "dense_retnet": (presets.dense_retnet(heads=2), {"depth": 3}, SMOOTH),
+    "dense_retnet": (presets.dense_retnet(heads=2), {"depth": 2}, SMOOTH),
     "dense_retnet, two below": (presets.dense_retnet(heads=2, layers=2), {"depth": 3}, SMOOTH),
     "dense_retnet, three below": (presets.dense_retnet(heads=2, layers=3), {"depth": 4}, SMOOTH),
     "dense_retnet, one layer": (presets.dense_retnet(heads=2), {}, SMOOTH | {"steps"}),

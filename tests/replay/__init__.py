@@ -139,7 +139,8 @@ class Module(Case):
         return vectors.arguments
 
     def make(self, vectors: Vectors) -> Any:
-        return recur.convert.from_official(self.name, vectors.section("param"), self.arguments(vectors))
+        module = recur.convert.from_official(self.name, vectors.section("param"), self.arguments(vectors))
+        return module.eval()  # recorded without dropout
 
     def inputs(self, vectors: Vectors, module: Any) -> tuple[Tensor, dict[str, Tensor], tuple[dict[str, Tensor], ...]]:
         """x or ids, batch first; further inputs; what shallower layers published."""
