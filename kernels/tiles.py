@@ -56,3 +56,10 @@ def sums_along(weights, x, DOT: tl.constexpr):
     else:
         sums = tl.dot(weights, x.to(tl.float32), input_precision="tf32x3")
     return sums
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 − exp(x), by its series near 0 where the difference would cancel."""
+    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(x > -0.25, series, 1 - tl.exp(x))

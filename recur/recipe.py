@@ -23,6 +23,7 @@ class Flow:
 
     tensors:    "x" is the input and stays; "y" is the result at the end.
     position:   [B] tokens each sequence has seen before these ([n] if packed).
+    form:       of the scans; "step" when this is the one token of a step, whose states are overwritten.
     past:       what each shallower layer published, oldest first; `publish` collects what this layer hands down.
     """
 

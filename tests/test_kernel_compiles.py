@@ -6,17 +6,11 @@ The launcher runs on CPU tensors with its kernels replaced by a recorder, and wh
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import tempfile
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-
-SHARED = {80: 166_912, 90: 232_448}  # bytes one program may have
+from compiling import SHARED, Recorder, compile_launch, resources
 
 
 class Case(NamedTuple):
@@ -56,13 +50,6 @@ WHOLE = [
 ]
 
 
-class Recorder(list):
-    """Stands for a kernel: keeps what it is launched with."""
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.append((args, kwargs))
-
-
 def launches(case: Case) -> list[tuple[tuple, dict]]:
     """Arguments of every walk of one forward and backward."""
     from recur.kernels import chunk_scan as kernels
@@ -88,34 +75,6 @@ def launches(case: Case) -> list[tuple[tuple, dict]]:
     return list(recorder)
 
 
-def compile_walk(args: tuple, kwargs: dict, capability: int) -> Any:
-    import triton
-    from recur.kernels import chunk_scan as kernels
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-    names = kernels._walk.arg_names
-    values = dict(zip(names, args, strict=False))
-    options = {"num_warps": kwargs["num_warps"]}
-    values.update({name: value for name, value in kwargs.items() if name in names})
-    signature, constants, hints = {}, {}, {}
-    for i, param in enumerate(kernels._walk.params):
-        value = values[param.name]
-        if param.is_constexpr or value is None:
-            signature[param.name], constants[param.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name], hints[(i,)] = types[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
-        else:
-            signature[param.name] = "i32"
-            if value % 16 == 0 and not param.do_not_specialize:
-                hints[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernels._walk, signature, constants, hints)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
 @pytest.mark.parametrize(
     ("capability", "case"), QUICK, ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else f"sm{x}"
 )
@@ -127,24 +86,13 @@ def test_walks_compile_and_fit(capability: int, case: Case) -> None:
         pytest.skip("Triton was loaded as an interpreter")
     recorded = launches(case)
     for walk in case.walks:
-        shared = compile_walk(*recorded[walk], capability).metadata.shared
+        shared = compile_launch(kernels._walk, *recorded[walk], capability).metadata.shared
         assert shared <= SHARED[capability], f"walk {walk} of {case} needs {shared} bytes of shared memory"
 
 
-def resources(kernel: Any) -> str:
-    """Registers and stack (spilled bytes) as the assembler reports them."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
-        file.write(kernel.asm["cubin"])
-    report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    os.unlink(file.name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
-    return f"{registers} registers, {stack} bytes spilled, {kernel.metadata.shared} bytes shared"
-
-
 if __name__ == "__main__":
+    from recur.kernels import chunk_scan as kernels
+
     for capability, case in QUICK + WHOLE:
         recorded = launches(case)
         for walk in case.walks:
@@ -152,6 +100,6 @@ if __name__ == "__main__":
                 f"sm_{capability}",
                 *case[:4],
                 f"walk {walk}:",
-                resources(compile_walk(*recorded[walk], capability)),
+                resources(compile_launch(kernels._walk, *recorded[walk], capability)),
                 flush=True,
             )

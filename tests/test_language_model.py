@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import recur
 from recur import LanguageModel, Recipe, RecipeError, presets
@@ -54,6 +55,17 @@ def test_whole_equals_pieces_equals_steps_equals_packed(name):
     packed, states = lm(ids.reshape(1, -1), cu_seqlens=torch.tensor([0, 12, 12, 24]), return_state=True)
     torch.testing.assert_close(packed.reshape(whole.shape), whole)
     assert states["position"].tolist() == [12, 0, 12]
+
+
+@pytest.mark.parametrize("name", ["plain", "hybrid", "own norm"])
+def test_a_step_writes_into_the_memory_it_is_given(name):
+    lm = model(**VARIANTS[name])
+    state = lm.init_state(2, 12)
+    places = [leaf.data_ptr() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    for token in torch.randint(0, 11, (3, 2)):
+        lm.step(token, state)
+    assert places == [leaf.data_ptr() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    assert state["position"].tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -153,6 +165,8 @@ IDS = torch.ones(1, 2, dtype=torch.long)
         (lambda lm: lm(torch.tensor([1])), recur.ShapeError, r"ids must be \[B T\], got shape \(1,\)"),
         (lambda lm: lm(torch.tensor([[3, 11]])), ValueError, r"ids must lie in 0 .. 10, got 11"),
         (lambda lm: lm(torch.tensor([[-1, 3]])), ValueError, r"ids must lie in 0 .. 10, got -1"),
+        (lambda lm: lm(IDS, form="step"), ValueError, "LanguageModel: form must be one of auto, .*, got 'step'"),
+        (lambda lm: lm.blocks[0].mixer(torch.ones(1, 1, 16), form="step"), ValueError, "Mixer: form must be one of"),
         (lambda lm: lm.generate(torch.empty(1, 0, dtype=torch.long), 3), ValueError, "needs a prompt"),
         (lambda lm: lm.generate(IDS, -1), ValueError, "needs a prompt"),
         (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,8 @@ class Attention(Part):
         if flow.cu_seqlens is not None:
             new, keys, values, mask = _packed(flow, k, v, state)
         else:
-            new, mask = _append(seen, k, v, state)
+            in_place = flow.form == "step" and not state["grows"]
+            new, mask = _append(seen, k, v, state, Tensor.scatter_ if in_place else Tensor.scatter)
             keys, values = new["k"], new["v"]
         return flow.set(**{self.out: _attend(q, keys, values, mask)}), new
 
@@ -103,7 +104,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return y.transpose(1, 2)
 
 
-def _append(seen: Tensor, k: Tensor, v: Tensor, state: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+def _append(
+    seen: Tensor, k: Tensor, v: Tensor, state: dict[str, Any], scatter: Callable[..., Tensor]
+) -> tuple[dict[str, Any], Tensor]:
     """The cache with the new tokens at their positions, and which slot each query may see [B T L]."""
     T = k.shape[1]
     room = state["k"].shape[1] + (T if state["grows"] else 0)
@@ -112,10 +115,11 @@ def _append(seen: Tensor, k: Tensor, v: Tensor, state: dict[str, Any]) -> tuple[
         raise ValueError(f"Attention: init_state(max_len={room}) is too short for {int(slots.max()) + 1} tokens")
     new: dict[str, Any] = {"grows": state["grows"]}
     for name, tensor in (("k", k), ("v", v)):
-        cache = state[name].to(tensor.dtype)
-        cache = F.pad(cache, (0, 0, 0, 0, 0, room - cache.shape[1]))
+        cache = state[name]
+        if room > cache.shape[1]:
+            cache = F.pad(cache.to(tensor.dtype), (0, 0, 0, 0, 0, room - cache.shape[1]))
         index = slots[..., None, None].expand(-1, -1, *tensor.shape[2:])
-        new[name] = cache.scatter(1, index, tensor)
+        new[name] = scatter(cache, 1, index, tensor.to(cache.dtype))
     return new, torch.arange(room, device=seen.device) <= slots[..., None]
 
 

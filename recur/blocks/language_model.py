@@ -16,7 +16,7 @@ from recur.blocks.feedforward import feedforward
 from recur.blocks.glue import Norm
 from recur.blocks.mixer import Mixer, detach, overwrite
 from recur.blocks.sampling import sample_token
-from recur.primitives.forms import check_packing
+from recur.primitives.forms import check_form, check_packing
 from recur.recipe import Flow, Recipe, State
 from recur.shapes import bind
 from recur.weights import Param, Weights, declared, normal
@@ -191,6 +191,7 @@ class LanguageModel(nn.Module):
 
         Raises: ShapeError, TypeError if ids are no [B T] integers, ValueError for an id out of vocabulary (on a CPU).
         """
+        check_form("LanguageModel", form)
         x, state = self._hidden(ids, state, cu_seqlens=cu_seqlens, form=form)
         logits = self._logits(x)
         return (logits, state) if return_state else logits
@@ -259,11 +260,11 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def step(self, ids: Tensor, state: State) -> Tensor:
         """One token a sequence: ids [B] to logits [B vocab_size]; `state` is overwritten, no gradient."""
-        logits, new = self(ids[:, None], state, return_state=True)
+        x, new = self._hidden(ids[:, None], state, cu_seqlens=None, form="step")
         for old, after in zip(state["layers"], new["layers"], strict=True):
             overwrite(old, after)
         state["position"].copy_(new["position"])
-        return logits[:, 0]
+        return self._logits(x[:, 0])
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, State]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recur.axes import RecipeError
-from recur.primitives.forms import check_packing
+from recur.primitives.forms import check_form, check_packing
 from recur.recipe import Flow, Recipe, State
 from recur.shapes import bind, expect
 
@@ -63,6 +63,7 @@ class Mixer(nn.Module):
         form: str = "auto",
         **inputs: Tensor,
     ) -> MixerOut:
+        check_form("Mixer", form)
         flow, state = self.run(x, state, inputs, cu_seqlens=cu_seqlens, grid=grid, form=form)
         return MixerOut(flow["y"], state)
 
@@ -77,7 +78,10 @@ class Mixer(nn.Module):
         form: str = "auto",
         past: tuple[Mapping[str, Tensor], ...] = (),
     ) -> tuple[Flow, State]:
-        """The whole flow after the last part, for what wants more than "y" (layers that publish, tests)."""
+        """The whole flow after the last part, for what wants more than "y" (layers that publish, tests).
+
+        With form "step", x is one token [B 1 D] and parts may overwrite the state they are given.
+        """
         bind("Mixer", x=(x, "B T D"))
         B, T, _ = x.shape
         expect("Mixer", "x", x, "B T D", (B, T, self.dim))
@@ -124,9 +128,9 @@ class Mixer(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, state: State, **inputs: Tensor) -> Tensor:
         """One token [B D] -> [B D]; `state` is overwritten, no gradient."""
-        y, new = self(x[:, None], state, **{name: tensor[:, None] for name, tensor in inputs.items()})
+        flow, new = self.run(x[:, None], state, {name: t[:, None] for name, t in inputs.items()}, form="step")
         overwrite(state, new)
-        return y[:, 0]
+        return flow["y"][:, 0]
 
     def __repr__(self) -> str:
         """Every stage with its sizes, parameters and bytes of state a sequence (a growing attention cache counts 0)."""
@@ -162,7 +166,8 @@ def overwrite(state: dict[str, Any], new: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(old, dict):
             overwrite(old, value)
         elif isinstance(value, Tensor) and isinstance(old, Tensor) and old.shape == value.shape:
-            old.copy_(value)
+            if value is not old:
+                old.copy_(value)
         else:
             state[key] = value
 

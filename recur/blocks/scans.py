@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur.axes import RecipeError, Spec
-from recur.primitives.diagonal import gated_scan
-from recur.primitives.elementwise import online_scan, selective_scan
-from recur.primitives.fixed import fixed_scan
+from recur.primitives.diagonal import gated_scan, gated_step
+from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
+from recur.primitives.fixed import fixed_scan, fixed_step
 from recur.primitives.poles import poles, zero_order_hold
-from recur.primitives.scan import scan
+from recur.primitives.scan import scan, step
 from recur.recipe import Axes, Flow, Part, Site, State
 from recur.weights import Param, constant, normal
 
 
-def _options(flow: Flow, state: State) -> dict[str, Any]:
-    return {"initial_state": state, "cu_seqlens": flow.cu_seqlens, "form": flow.form}
+def _run(
+    flow: Flow,
+    state: State,
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    step: Callable[..., Tensor],
+    tokens: Mapping[str, Tensor | None],
+    **always: Any,
+) -> tuple[Tensor, State]:
+    """The scan over tokens [B T ...]; in a step its one-token twin, which overwrites the state.
+
+    always: what else both take, the same for every token.
+    """
+    if flow.form != "step":
+        options = {"initial_state": state, "cu_seqlens": flow.cu_seqlens, "form": flow.form}
+        return scan(**tokens, **always, **options)
+    token = {name: None if tensor is None else tensor.squeeze(1) for name, tensor in tokens.items()}
+    return step(**token, **always, state=state).unsqueeze(1), state
 
 
 def _decay(flow: Flow, name: str) -> Tensor:
-    """The log decay; without its B and T axes if it is constant (both of length 1)."""
+    """The log decay, in a step one for every row, else without its B and T axes if it is constant (both length 1)."""
     log_a = flow[name]
+    if flow.form == "step":
+        return log_a.expand(len(flow["x"]), *log_a.shape[1:])
     constant_in_time = log_a.shape[:2] == (1, 1) and flow["x"].shape[:2] != (1, 1)
     return log_a[0, 0] if constant_in_time else log_a
 
@@ -47,7 +64,8 @@ class GatedScan(Part):
         return site.memory(batch, *site.of(self.source))
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        y, state = gated_scan(flow[self.source], _decay(flow, self.decay), **_options(flow, state))
+        tokens = {"x": flow[self.source], "log_decay": _decay(flow, self.decay)}
+        y, state = _run(flow, state, gated_scan, gated_step, tokens)
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
@@ -94,14 +112,13 @@ class OuterScan(Part):
         return real.to(complex_of[real.dtype]) if self.rotates else real
 
     def write(self, flow: Flow) -> dict[str, Tensor]:
-        """Further arguments of the scan that say how it writes."""
+        """Further tokens of the scan that say how it writes."""
         return {}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        k = None if self.k is None else flow[self.k]
-        options = {**_options(flow, state), **self.write(flow)}
-        log_a = None if self.decay is None else _decay(flow, self.decay)
-        y, state = scan(flow[self.q], k, flow[self.v], log_a, scale=weights.scale, **options)
+        tokens = {"q": flow[self.q], "k": None if self.k is None else flow[self.k], "v": flow[self.v]}
+        tokens |= {"log_decay": None if self.decay is None else _decay(flow, self.decay), **self.write(flow)}
+        y, state = _run(flow, state, scan, step, tokens, scale=weights.scale)
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
@@ -166,8 +183,8 @@ class OnlineScan(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         rate = torch.sigmoid(flow[self.rate] + weights.rate_bias)
-        u, k, q = flow[self.source], flow[self.k], flow[self.q]
-        y, state = online_scan(u, rate, k, q, diagonal=self.diagonal, **_options(flow, state))
+        tokens = {"x": flow[self.source], "rate": rate, "k": flow[self.k], "q": flow[self.q]}
+        y, state = _run(flow, state, online_scan, online_step, tokens, diagonal=self.diagonal)
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
@@ -210,8 +227,8 @@ class SelectiveScan(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         delta = F.softplus(flow[self.dt] + weights.dt_bias)
-        u, B, C = flow[self.source], flow[self.B], flow[self.C]
-        y, state = selective_scan(u, delta, -weights.A_log.exp(), B, C, **_options(flow, state))
+        tokens = {"x": flow[self.source], "delta": delta, "B": flow[self.B], "C": flow[self.C]}
+        y, state = _run(flow, state, selective_scan, selective_step, tokens, A=-weights.A_log.exp())
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
@@ -262,7 +279,8 @@ class FixedScan(Part):
         omega = weights.eta.exp() if self.frequency == "exp" else weights.eta
         log_decay = poles(weights.rho, omega)
         readout = torch.complex(weights.C_real, weights.C_imag) * zero_order_hold(log_decay)
-        y, state = fixed_scan(flow[self.source], log_decay, readout, **_options(flow, state))
+        constant = {"log_decay": log_decay, "readout": readout}
+        y, state = _run(flow, state, fixed_scan, fixed_step, {"x": flow[self.source]}, **constant)
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
