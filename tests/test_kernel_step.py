@@ -23,7 +23,7 @@ import recur
 from recur import kernel
 
 EXACT = 2e-6  # float32 sums of a few hundred terms
-HARD = torch.tensor([0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf])
+HARD = (0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf)
 
 LAWS: dict[str, Callable[[], None]] = {}
 
@@ -52,7 +52,7 @@ def compare(step: Callable[..., Tensor], state: Tensor, *inputs: Tensor | None, 
 def decays(*shape: int, kind: str = "mild") -> Tensor:
     if kind == "complex":
         return torch.complex(-torch.rand(shape), 3 * torch.randn(shape))
-    return HARD[torch.randint(len(HARD), shape)] if kind == "hard" else -torch.rand(shape)
+    return torch.tensor(HARD)[torch.randint(len(HARD), shape)] if kind == "hard" else -torch.rand(shape)
 
 
 def outer(
