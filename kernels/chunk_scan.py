@@ -1,298 +1,347 @@
-"""The separable scan, S_t = a_t S_{t-1} + k_t v_tᵀ and y_t = S_tᵀ q_t, forward and backward in one program.
+"""The separable scan in chunks: S_t = a_t S_{t-1} + k_t u_tᵀ, y_t = S_tᵀ q_t, forward and backward.
 
 Legend
     B T H G     batch, time, heads, groups of heads that share a tensor; K, V rows and columns of the state S
-    C, R        tokens a chunk; tokens a tile, C or SUB
-    q, k, v     roles, not names: q reads the state, k and v write it. The backward of the scan is the scan:
-                    y   left to right   q k v  = q  k  v       gates on the rows of S
-                    dq  left to right   q k v  = do v  k       gates on the columns (the state is Sᵀ)
-                    dv  right to left   q k v  = k  q  do      gates on the rows
-                    dk  right to left   q k v  = v  do q       gates on the columns
-                A pair of tokens s, t is weighed by the gates after the earlier one up to the later one in all four.
-    log_a       natural log of the gates
-    x, half     log2 of the gates summed since the middle of the chunk's total decay; that half. Counted from there the
-                reader's factor 2^x and the writer's 2^-x both stay small, and 2^half meets the state twice.
-    span        tokens a segment; segments lie side by side in the grid, chunks of a segment one after the other
+    C           tokens of a chunk; chunks lie at fixed places of a row, so every kernel finds the same ones
+    q k v u     u is v, or with beta the error u_t = β_t (v_t − (a_t S_{t-1})ᵀ k_t) of the delta rule
+    P           [C C] scores of the chunk, q_t·k_s weighed by the gates between; of the delta rule also M, k_t·k_s
+    S, G        state that enters a chunk; gradient of the state that leaves it
+    strand      one segment of one head, walked by one program with the state on chip
+    FLIP        the scan itself runs from right to left
+    rise, fall  see `tiles`
 
-A chunk whose gates span too much for two factors is walked in tiles of SUB tokens, and a tile which still does, or
-forgets everything, token by token (a tile with one token inside): no logs are subtracted there, so resets are exact.
-The choice is made at run time.
+With R = rise(q), R' = rise(k), F = fall(k) and A all gates of a chunk, its whole action is
+
+    y = R S + P u      S <- A S + Fᵀ u      u = v, or u = T β (v − R' S) with T = (1 + β M)⁻¹
+
+which is linear in S, so its derivative has the same shape from right to left:
+
+    du = Pᵀ dy + F G   G <- A G + Rᵀ dy     dv = du, or dv = β r, r = Tᵀ du, and G <- G − R'ᵀ dv
+    dR = dy Sᵀ         dF = u Gᵀ            dA = rowsum(G S)       dP = dy uᵀ       dM = −dv uᵀ     dR' = −dv Sᵀ
+
+Kernels
+    prepare     every chunk by itself: is it calm? if not, P and M token by token; T
+    forward     left to right: y; or what a segment leaves by itself; S before every chunk
+    adjoint     right to left: du, r; G after every chunk
+    gradient    every chunk by itself: dq, dk, d log a, dβ
+    repair      every chunk that is not calm: what dP and dM owe to q, k and log a, token by token
+
+One gate a head: P is weighed pair by pair. A gate a key: q and k are weighed before they meet, from the middle of the
+chunk, q by 2^(rise − half) and k by 2^(fall − half), which overflows where a chunk forgets too much. Such a chunk is
+not calm, its factors are counted from its ends instead, where none exceeds 1, and P is made by products of gates.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from recur.kernels.tiles import load_tile, store_tile, sums_along, sums_of
-from torch import Tensor
-
-LOG2E = tl.constexpr(1.4426950408889634)
-RESET = tl.constexpr(-103.9)  # the log of what is 0 in float32
-SUB = tl.constexpr(16)  # tokens of the smallest tile that a matmul takes
+from recur.kernels.tiles import (
+    LOG2E,
+    RESET,
+    between,
+    load_gates,
+    load_row,
+    load_tile,
+    order,
+    place_of,
+    reaches,
+    reaches_of_one,
+    store_tile,
+    strand_of,
+    strict,
+    sums_along,
+    tied,
+)
 
 
 @triton.jit
-def _gates(gates, start, offs, inside, cols, size, DECAY: tl.constexpr):
-    """Logs of the gates of R tokens: [R] if one serves the whole state, else [R D]. Outside nothing decays."""
+def _square(ptr, chunk, h, H, C: tl.constexpr):
+    """Pointers [C C] to the square that belongs to a chunk of a head."""
+    offs = tl.arange(0, C)
+    return ptr + (chunk * H + h) * (C * C) + offs[:, None] * C + offs[None, :]
+
+
+@triton.jit
+def _middle(whole, calm):
+    """[K] log2 of what the factors of a chunk are counted from."""
+    return tl.where(calm != 0, 0.5 * whole, 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- prepare
+
+
+@triton.jit
+def _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr):
+    """The gates of one row and head: pointer and strides."""
+    row = first * 0
+    if cu_ptr is None:
+        row = first // tl.maximum(T, 1)
+    return gate_ptr + row * gate_sb + h * gate_sh, gate_st, gate_sd
+
+
+@triton.jit(do_not_specialize=["T", "documents"])
+def prepare(
+    q_ptr, k_ptr, gate_ptr, beta_ptr, bonus_ptr,  # tensors [B T heads *], bonus [H K]
+    told_ptr, write_ptr, reach_ptr, near_ptr, far_ptr, calm_ptr, scores_ptr,  # if the gates are a key's
+    rates_ptr, whole_ptr, overlap_ptr,  # if a head has one; if DELTA
+    cu_ptr, T, documents, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
+    DECAY: tl.constexpr, FLIP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """All that a chunk needs to know of its gates, keys and queries alone, PART keys at a time."""
+    pid = tl.program_id(0).to(tl.int64)
+    chunk, h = pid // H, pid % H
+    first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
+    if start >= stop:
+        return
+    DELTA: tl.constexpr = beta_ptr is not None
+    BEFORE: tl.constexpr = bonus_ptr is not None
+    TIED: tl.constexpr = k_ptr is None
+    offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)
+    row, inside = first + start, offs < length
+    seen = order(BLOCK_C, FLIP)
+    k, q = (k_ptr, GROUPS, h * GROUPS // H, K), (q_ptr, GROUPS, h * GROUPS // H, K)
+    told, write = (told_ptr, H, h, K), (write_ptr, H, h, K)
+    if rates_ptr is not None:
+        rates = rates_ptr + pid * (4 * BLOCK_C) + offs
+    calm = 1
+    if DECAY != "none":
+        gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+    if DECAY == "key":
+        total = tl.sum(load_gates(gates, start, offs, inside, offs_k, K, DECAY).to(tl.float32), 0) * LOG2E
+        calm = tl.where(tl.max(tl.abs(total), 0) <= 2 * LIMIT, 1, 0)
+        tl.store(calm_ptr + pid, calm)
+    if DECAY == "one":
+        log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
+        rise, since, fall, whole = reaches_of_one(log_a, FLIP, BEFORE)
+        tl.store(rates, rise)
+        tl.store(rates + BLOCK_C, since)
+        tl.store(rates + 2 * BLOCK_C, fall)
+        tl.store(whole_ptr + pid, whole)
+    if DECAY == "key" or DELTA or BEFORE:
+        M = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+        now = tl.zeros([BLOCK_C], tl.float32)
+        for part in tl.range(0, BLOCK_K, PART, num_stages=1):
+            offs_p = part + tl.arange(0, PART)
+            if DECAY == "key":
+                log_p = load_gates(gates, start, offs, inside, offs_p, K, DECAY)
+            key = tied(log_p) if TIED else load_tile(k, row, offs, inside, offs_p)
+            reach = key
+            if DECAY == "key" or BEFORE:
+                query = load_tile(q, row, offs, inside, offs_p) * scale
+            if BEFORE:
+                bonus = tl.load(bonus_ptr + h * K + offs_p, mask=offs_p < K, other=0.0)
+                now += tl.sum(query * key * bonus[None, :], 1)
+            if DECAY == "key":
+                rise, fall, whole = reaches(log_p, FLIP, BEFORE, DOT)
+                middle = _middle(whole, calm)
+                rise = tl.exp2(rise - middle[None, :])
+                store_tile(told, row, offs, inside, offs_p, query * rise)
+                reach, key = key * rise, key * tl.exp2(fall - middle[None, :])
+                store_tile(write, row, offs, inside, offs_p, key)
+                tl.store(near_ptr + pid * K + offs_p, tl.exp2(middle), mask=offs_p < K)
+                tl.store(far_ptr + pid * K + offs_p, tl.exp2(whole - middle), mask=offs_p < K)
+                if DELTA:
+                    store_tile((reach_ptr, H, h, K), row, offs, inside, offs_p, reach)
+            if DELTA:
+                M = tl.dot(reach.to(DOT), tl.trans(key.to(DOT)), M, input_precision=PRECISION)
+        if BEFORE:
+            tl.store(rates + 3 * BLOCK_C, now)
+        if DELTA:
+            if DECAY == "one":
+                M = M * between(log_a, rise, since, FLIP, False, False, DOT)
+            M = tl.where(strict(seen), M, 0.0)
+            tl.store(_square(overlap_ptr, chunk, h, H, BLOCK_C), M, mask=(inside & (calm != 0))[:, None])
+    if DECAY == "key":
+        if calm == 0:
+            # E [s K]: the key of token s times the gates after it, up to the token that reads
+            E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+            at = pid * (BLOCK_C * BLOCK_C) + offs
+            for i in tl.range(0, length, num_stages=1):
+                t = length - 1 - i if FLIP else i
+                log_t, a = _gate_row(gates, start + t, offs_k, K)
+                query = load_row(q, row + t, offs_k)
+                key = tied(log_t) if TIED else load_row(k, row + t, offs_k)
+                if BEFORE:
+                    scores = tl.sum(E * query[None, :], 1)
+                E = E * a[None, :]
+                if DELTA:
+                    tl.store(overlap_ptr + at + t * BLOCK_C, tl.sum(E * key[None, :], 1))
+                E = tl.where((offs == t)[:, None], key[None, :], E)
+                if not BEFORE:
+                    scores = tl.sum(E * query[None, :], 1)
+                tl.store(scores_ptr + at + t * BLOCK_C, (scores * scale).to(scores_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _gate_row(gates, t, offs_k, K):
+    """Log of the gates of one token [K] and the gates."""
     ptr, stride_t, stride_d = gates
-    if DECAY == "none":
-        log_a = tl.zeros([offs.shape[0]], tl.float32)
-    elif DECAY == "scalar":
-        log_a = tl.load(ptr + start * stride_t + offs * stride_t, mask=inside, other=0.0).to(tl.float32)
-    else:
-        ptrs = ptr + start * stride_t + offs[:, None] * stride_t + cols[None, :] * stride_d
-        log_a = tl.load(ptrs, mask=inside[:, None] & (cols[None, :] < size), other=0.0)
-    return log_a
+    log_a = tl.load(ptr + t * stride_t + offs_k * stride_d, mask=offs_k < K, other=0.0).to(tl.float32)
+    return log_a, tl.where(log_a <= RESET, 0.0, tl.exp2(log_a * LOG2E))
 
 
-@triton.jit
-def _tied(log_a):
-    """1 − exp(log_a), by its series near 0 where the difference would cancel."""
-    x = log_a.to(tl.float32)
-    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
-    return tl.where(x > -0.25, series, 1 - tl.exp2(x * LOG2E))
-
-
-@triton.jit
-def _finish(
-    y, edge, log_a, row, offs, inside, cols, scale, out, mate, dots_ptr, sums_ptr,
-    ALONE: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, TIED: tl.constexpr, GRAD: tl.constexpr,
-    DOT: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "documents"])
+def solve(
+    overlap_ptr, beta_ptr, solve_ptr, cu_ptr, T, documents,
+    H: tl.constexpr, FLIP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Store y [R V]. Of the gate's gradient, Σ_{s≥t} (q_s ⊙ dq_s − k_s ⊙ dk_s), "dots" leaves the first product and
-    "sums" makes the rest, `edge` being what the tokens to the right add up to. Returns the edge further left."""
-    if not REVERSE:
-        y = y * scale
-    if TIED != "mate":
-        store_tile(out, row, offs, inside, cols, y)
-    if GRAD != "none":
-        product = y * (_tied(log_a) if TIED == "mate" else load_tile(mate, row, offs, inside, cols).to(tl.float32))
-        if DECAY == "scalar":
-            product = tl.sum(product, 1)
-            at = (row + offs) * out[1] + out[2]
-            if GRAD == "dots":
-                tl.store(dots_ptr + at, product, mask=inside)
-            else:
-                product = tl.load(dots_ptr + at, mask=inside, other=0.0) - product
-                sums = sums_of(offs[:, None] <= offs[None, :], product) + edge
-                edge += tl.sum(product, 0)
-                if ALONE:
-                    edge = tl.where(tl.sum(log_a, 0) <= RESET, 0.0, edge)
-                tl.store(sums_ptr + at, tl.where(log_a <= RESET, 0.0, sums), mask=inside)
-        else:
-            dots, into = (dots_ptr, out[1], out[2], out[3]), (sums_ptr, out[1], out[2], out[3])
-            if GRAD == "dots":
-                store_tile(dots, row, offs, inside, cols, product)
-            else:
-                product = load_tile(dots, row, offs, inside, cols) - product
-                later = tl.where(offs[:, None] <= offs[None, :], 1.0, 0.0)
-                sums = sums_along(later, product, DOT) + edge[None, :]
-                edge += tl.sum(product, 0)
-                if ALONE:  # what lies left of a reset owes nothing to what lies right of it
-                    edge = tl.where(tl.sum(log_a.to(tl.float32), 0) <= RESET, 0.0, edge)
-                sums = tl.where(log_a <= RESET, 0.0, sums)  # nothing depends on the log of 0
-                if TIED == "mate":
-                    sums -= tl.exp2(log_a.to(tl.float32) * LOG2E) * y
-                store_tile(into, row, offs, inside, cols, sums)
-    return edge
+    """T = (1 + β M)⁻¹, in the order of time: 16 rows at once by a product, then one by one among themselves."""
+    pid = tl.program_id(0).to(tl.int64)
+    chunk, h = pid // H, pid % H
+    first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
+    if start >= stop:
+        return
+    N: tl.constexpr = BLOCK_C // 16
+    offs, few, cols = tl.arange(0, 16), tl.arange(0, 16), tl.arange(0, BLOCK_C)
+    beta = beta_ptr + (first + start) * H + h
+    M = overlap_ptr + pid * (BLOCK_C * BLOCK_C)
+    done = ()
+    for i in tl.static_range(N):
+        n = (N - 1 - i if FLIP else i) * 16
+        rows = n + offs
+        inside = rows < stop - start
+        weight = tl.load(beta + rows * H, mask=inside, other=0.0).to(tl.float32)
+        X = tl.where(rows[:, None] == cols[None, :], 1.0, 0.0)
+        for j in tl.static_range(i):
+            m = (N - 1 - j if FLIP else j) * 16
+            block = tl.load(M + rows[:, None] * BLOCK_C + m + few[None, :], mask=inside[:, None], other=0.0)
+            X -= tl.dot(block * weight[:, None], done[j], input_precision="tf32x3")
+        for r in tl.range(0, 16, num_stages=1):
+            t = 15 - r if FLIP else r
+            known = n + t < stop - start
+            told = tl.load(M + (n + t) * BLOCK_C + n + offs, mask=known & (offs < 16), other=0.0)
+            found = tl.sum(X * told[:, None], 0) * tl.load(beta + (n + t) * H, mask=known, other=0.0).to(tl.float32)
+            X = tl.where((offs == t)[:, None], X - found[None, :], X)
+        tl.store(solve_ptr + pid * (BLOCK_C * BLOCK_C) + rows[:, None] * BLOCK_C + cols[None, :], X)
+        done = done + (X,)
+
+
+# ----------------------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
-def _running(log_a, half, DECAY: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr):
-    """x [R D] or [R], log2 of the gates up to and with token t less half of all. Right to left it is negated."""
-    sign: tl.constexpr = -1.0 if REVERSE else 1.0
-    offs = tl.arange(0, log_a.shape[0])
-    if DECAY == "scalar":
-        x = sign * (sums_of(offs[:, None] >= offs[None, :], log_a) * LOG2E - half)
-    else:
-        weights = tl.where(offs[:, None] >= offs[None, :], sign * 0.5, sign * -0.5)
-        x = sums_along(weights, log_a, DOT) * LOG2E
-    return x
+def _rates(rates_ptr, square, C: tl.constexpr, which: tl.constexpr):
+    """One of the rows of `prepare` [C]: 0 rise, 1 since, 2 fall, 3 what a token's bonus adds to its own read."""
+    return tl.load(rates_ptr + square * (4 * C) + which * C + tl.arange(0, C))
 
 
-@triton.jit
-def _tile(
-    S, q, k, v, x, half, write,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, EMIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """R tokens by matmuls: q, k [R K], v [R V], x and half of `_running`. Returns y [R V] and S."""
-    R: tl.constexpr = k.shape[0]
-    offs = tl.arange(0, R)
-    seen = offs[:, None] <= offs[None, :] if REVERSE else offs[:, None] >= offs[None, :]  # [t s]
-    y = v
-    if DECAY == "rows" or DECAY == "columns":
-        rise, fall, middle = tl.exp2(x), tl.exp2(-x) * write, tl.exp2(half)
-        if DECAY == "rows":
-            q, k, v, middle = (q * rise).to(DOT), (k * fall).to(DOT), v.to(DOT), middle[:, None]
-        else:
-            q, k, v, middle = q.to(DOT), k.to(DOT), (v * fall).to(DOT), middle[None, :]
-        S = S * middle
-        if EMIT:
-            scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision=PRECISION), 0.0)
-            y = tl.dot(q, S.to(DOT), input_precision=PRECISION)
-            y = tl.dot(scores.to(DOT), v, y, input_precision=PRECISION)
-            if DECAY == "columns":
-                y = y * rise
-        S = tl.dot(tl.trans(k), v, S, input_precision=PRECISION) * middle
-    else:
-        q, k, v = q.to(DOT), k.to(DOT), v.to(DOT)
-        if EMIT:
-            y = tl.dot(q, S.to(DOT), input_precision=PRECISION)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if DECAY == "scalar":
-                y = y * tl.exp2(half + x)[:, None]
-                # mask before exp: pairs not seen have a positive difference, which could overflow
-                scores = scores * tl.exp2(tl.where(seen, x[:, None] - x[None, :], float("-inf")))
-            else:
-                scores = tl.where(seen, scores, 0.0)
-            y = tl.dot((scores * write).to(DOT), v, y, input_precision=PRECISION)
-        if DECAY == "scalar":
-            k = (k * (tl.exp2(half - x) * write)[:, None]).to(DOT)
-            S = S * tl.exp2(2 * half)
-        else:
-            k = (k * write).to(DOT)
-        S = tl.dot(tl.trans(k), v, S, input_precision=PRECISION)
-    return y, S
-
-
-@triton.jit
-def _step(
-    S, edge, share, start, stop, first, scale, q, k, v, gates, offs_k, offs_v, out, mate, dots_ptr, sums_ptr,
-    R: tl.constexpr, ALONE: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, TIED: tl.constexpr,
-    GRAD: tl.constexpr, EMIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    """Tokens start to start + R - 1 that lie before stop, or token start ALONE. Returns what is beyond them."""
-    offs = tl.arange(0, R)
-    row, inside = first + start, offs < (tl.minimum(stop - start, 1) if ALONE else stop - start)
-    if DECAY == "columns":
-        log_a = _gates(gates, start, offs, inside, offs_v, v[3], DECAY)
-    else:
-        log_a = _gates(gates, start, offs, inside, offs_k, k[3], DECAY)
-    key = _tied(log_a) if TIED == "key" else load_tile(k, row, offs, inside, offs_k)  # [R K]
-    value = _tied(log_a) if TIED == "value" else load_tile(v, row, offs, inside, offs_v)  # [R V]
-    query = key
-    if EMIT:
-        query = _tied(log_a) if TIED == "query" else load_tile(q, row, offs, inside, offs_k)  # [R K]
-    write = scale if REVERSE else 1.0  # right to left q is part of what is written
-
-    x, half = log_a, tl.sum(log_a.to(tl.float32), 0) * (0.5 * LOG2E)
-    calm = True
-    if DECAY != "none" and not ALONE:
-        x = _running(log_a, half, DECAY, REVERSE, DOT)
-        calm = tl.max(tl.where(tl.abs(x) <= LIMIT, 0, 1)) == 0  # NaN, from −inf, is not calm
-    if calm:
-        if ALONE:
-            a = tl.exp2(2 * half)
-            if DECAY == "rows":
-                a = a[:, None]
-            if DECAY == "columns":
-                a = a[None, :]
-            if not REVERSE:
-                S = S * a
-            y, S = _tile(S, query, key, value, x, half, write, "none", REVERSE, EMIT, DOT, PRECISION)
-            if REVERSE:
-                S = S * a
-        else:
-            y, S = _tile(S, query, key, value, x, half, write, DECAY, REVERSE, EMIT, DOT, PRECISION)
-        if EMIT:
-            edge = _finish(
-                y, edge, log_a, row, offs, inside, offs_v, scale, out, mate, dots_ptr, sums_ptr,
-                ALONE, DECAY, REVERSE, TIED, GRAD, DOT,
-            )  # fmt: skip
-        else:
-            share *= tl.exp2(2 * half)
-    elif DECAY != "none" and not ALONE:
-        size: tl.constexpr = 1 if R == SUB else SUB
-        for i in tl.range(0, R, size, num_stages=1):
-            at = start + (R - size - i if REVERSE else i)
-            S, edge, share = _step(
-                S, edge, share, at, stop, first, scale, q, k, v, gates, offs_k, offs_v, out, mate, dots_ptr, sums_ptr,
-                SUB, R == SUB, DECAY, REVERSE, TIED, GRAD, EMIT, DOT, PRECISION, LIMIT,
-            )  # fmt: skip
-    return S, edge, share
-
-
-@triton.jit(do_not_specialize=["B", "T", "tiles", "segments", "span"])  # not worth a compilation each
-def _walk(
-    q_ptr, k_ptr, v_ptr, log_a_ptr, y_ptr,  # [B T heads *], in their roles
+@triton.jit(do_not_specialize=["T", "tiles", "segments", "span"])  # not worth a compilation each
+def forward(
+    told_ptr, write_ptr, reach_ptr, v_ptr, gate_ptr, beta_ptr,  # [B T heads *]; q and k as the gates leave them
+    near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, overlap_ptr, solve_ptr,  # from `prepare`, `solve`
+    y_ptr, e_ptr, keep_ptr,  # [B T H V]; states before every chunk [chunks H K V]
     enter_ptr, leave_ptr, share_ptr,  # [B H segments K V] states, [B H segments K] product of the gates
-    mate_ptr, dots_ptr, sums_ptr, edge_ptr,  # for the gate's gradient
-    cu_ptr,  # borders of packed documents, each of which is one segment of the only row
-    B, T, tiles, segments, span, stride_ab, stride_ah, scale,
-    H: tl.constexpr, GQ: tl.constexpr, GK: tl.constexpr, GV: tl.constexpr, GM: tl.constexpr,  # heads of each tensor
-    K: tl.constexpr, V: tl.constexpr, stride_at: tl.constexpr, stride_ad: tl.constexpr,  # the model's own sizes: with
-    stride_sk: tl.constexpr, stride_sv: tl.constexpr,  # them known, addresses inside a tile cost no registers
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, TIED: tl.constexpr, GRAD: tl.constexpr, EMIT: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    cu_ptr, T, tiles, segments, span, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
+    DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, BACK: tl.constexpr, EMIT: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program owns columns [BLOCK_V] of the state of one segment of one head, and walks its tokens."""
+    """One program owns columns [BLOCK_V] of the state of one strand. BACK: the adjoint's state, with q for k and dy for
+    v, from the scan's end; only what a segment leaves."""
     pid = tl.program_id(0).to(tl.int64)
-    tile, strand = pid % tiles, pid // tiles  # strand counts (b, h, segment)
-    segment, bh = strand % segments, strand // segments
-    b, h = bh // H, bh % H
-    offs_k = tl.arange(0, BLOCK_K)
+    tile, strand = pid % tiles, pid // tiles
+    b, h, segment, first, begin, stop, chunk = strand_of(strand, cu_ptr, H, T, segments, span, BLOCK_C)
+    LEFT: tl.constexpr = FLIP != BACK
+    DELTA: tl.constexpr = beta_ptr is not None
+    offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
-    inside = (offs_k < K)[:, None] & (offs_v < V)[None, :]
-    cell = offs_k[:, None].to(tl.int64) * stride_sk + offs_v[None, :] * stride_sv  # [K V] inside one state
-    q, k, v = (q_ptr, GQ, h * GQ // H, K), (k_ptr, GK, h * GK // H, K), (v_ptr, GV, h * GV // H, V)
-    out, mate = (y_ptr, H, h, V), (mate_ptr, GM, h * GM // H, V)
-    gates = (log_a_ptr, stride_at, stride_ad)
-    if DECAY != "none":
-        row = b if cu_ptr is None else b * 0
-        gates = (log_a_ptr + row * stride_ab + h * stride_ah, stride_at, stride_ad)
-
+    in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
+    cell = offs_k[:, None].to(tl.int64) * V + offs_v[None, :]
+    group = h * GROUPS // H
+    told, keys, reaching = (told_ptr, GROUPS, group, K), (write_ptr, GROUPS, group, K), (reach_ptr, GROUPS, group, K)
+    values = (v_ptr, H, h, V)
+    read = strict(order(BLOCK_C, FLIP)) if BEFORE else order(BLOCK_C, FLIP)
+    if DECAY == "one":
+        gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
     S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if enter_ptr is not None:
-        S = tl.load(enter_ptr + strand * K * V + cell, mask=inside, other=0.0)
-    edge = tl.zeros([BLOCK_V], tl.float32)
-    if edge_ptr is not None:
-        edge = tl.load(edge_ptr + strand * V + offs_v, mask=offs_v < V, other=0.0)
+        S = tl.load(enter_ptr + strand * (K * V) + cell, mask=in_state, other=0.0)
     share = tl.full([BLOCK_K], 1.0, tl.float32)
-    if DECAY != "columns":
-        edge = tl.sum(edge, 0)
-    if DECAY != "rows":
-        share = 1.0
-    if GRAD != "none" and DECAY == "scalar":
-        dots_ptr += tile * B * T * H
-        if GRAD == "sums":
-            sums_ptr += tile * B * T * H
-    first = b * T
-    begin = segment * span
-    stop = tl.minimum(begin + span, T)
-    if cu_ptr is not None:
-        first, begin, stop = 0, tl.load(cu_ptr + b).to(tl.int64), tl.load(cu_ptr + b + 1).to(tl.int64)
+
     chunks = tl.cdiv(stop - begin, BLOCK_C)
     for i in tl.range(0, chunks, num_stages=STAGES):
-        S, edge, share = _step(
-            S, edge, share, begin + (chunks - 1 - i if REVERSE else i) * BLOCK_C, stop, first, scale,
-            q, k, v, gates, offs_k, offs_v, out, mate, dots_ptr, sums_ptr,
-            BLOCK_C, False, DECAY, REVERSE, TIED, GRAD, EMIT, DOT, PRECISION, LIMIT,
-        )  # fmt: skip
+        n = chunks - 1 - i if LEFT else i
+        start = begin + n * BLOCK_C
+        row, inside = first + start, offs < stop - start
+        square = (chunk + n) * H + h
+        if keep_ptr is not None:
+            tl.store(keep_ptr + square * (K * V) + cell, S.to(keep_ptr.dtype.element_ty), mask=in_state)
+        write = load_tile(keys, row, offs, inside, offs_k)
+        u = load_tile(values, row, offs, inside, offs_v)
+        state = S
+        if DECAY == "key":
+            near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
+            far = tl.load(far_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
+            state, S = S * near[:, None], S * far[:, None]
+            if share_ptr is not None:
+                share *= near * far
+        if DECAY == "one":
+            rise, whole = _rates(rates_ptr, square, BLOCK_C, 0), tl.exp2(tl.load(whole_ptr + square))
+            S = S * whole
+            if share_ptr is not None:
+                share *= whole
+        if EMIT or DELTA:
+            state = state.to(DOT)
+        if DELTA:
+            reach = load_tile(reaching, row, offs, inside, offs_k)
+            found = tl.dot(reach.to(DOT), state, input_precision=PRECISION)
+            if DECAY == "one":
+                found = found * tl.exp2(rise)[:, None]
+            beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+            X = tl.load(_square(solve_ptr, chunk + n, h, H, BLOCK_C))
+            error = u - found
+            u = tl.dot(X, (error * beta[:, None]).to(DOT), input_precision=PRECISION)
+            if e_ptr is not None:  # what u would be with beta 1
+                M = tl.load(_square(overlap_ptr, chunk + n, h, H, BLOCK_C), mask=inside[:, None], other=0.0)
+                error -= tl.dot(M.to(DOT), u.to(DOT), input_precision=PRECISION)
+                store_tile((e_ptr, H, h, V), row, offs, inside, offs_v, error)
+        if EMIT:
+            query = load_tile(told, row, offs, inside, offs_k).to(DOT)
+            y = tl.dot(query, state, input_precision=PRECISION)
+            scores = tl.dot(query, tl.trans(write.to(DOT)), input_precision=PRECISION)
+            if DECAY == "one":
+                log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
+                since = _rates(rates_ptr, square, BLOCK_C, 1)
+                scores = scores * (between(log_a, rise, since, FLIP, BEFORE, False, DOT) * scale)
+                y = y * (tl.exp2(rise) * scale)[:, None]
+            elif DECAY == "key":
+                calm = tl.load(calm_ptr + square) != 0
+                exact = tl.load(_square(scores_ptr, chunk + n, h, H, BLOCK_C), mask=inside[:, None] & ~calm, other=0.0)
+                scores = tl.where(calm, tl.where(read, scores, 0.0), exact.to(tl.float32))
+            else:
+                scores, y = tl.where(read, scores, 0.0) * scale, y * scale
+            y = tl.dot(scores.to(DOT), u.to(DOT), y, input_precision=PRECISION)
+            if BEFORE:
+                y += _rates(rates_ptr, square, BLOCK_C, 3)[:, None] * u.to(tl.float32)
+            store_tile((y_ptr, H, h, V), row, offs, inside, offs_v, y)
+        if DECAY == "one":
+            u = u * (tl.exp2(rise) * scale if BACK else tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2)))[:, None]
+        elif DECAY == "none" and BACK:
+            u = u * scale
+        S = tl.dot(tl.trans(write.to(DOT)), u.to(DOT), S, input_precision=PRECISION)
+        if DECAY == "key":
+            S = S * near[:, None]
+
     if leave_ptr is not None:
-        if EMIT:  # only the segment that ends the sequence
-            inside = inside & (segment == (0 if REVERSE else segments - 1))
-            strand = bh
-        tl.store(leave_ptr + strand * K * V + cell, S, mask=inside)
+        if EMIT:  # only the segment that ends the scan
+            in_state = in_state & (segment == (0 if LEFT else segments - 1))
+            strand = b * H + h
+        tl.store(leave_ptr + strand * (K * V) + cell, S, mask=in_state)
     if share_ptr is not None:
-        share = share + tl.zeros([BLOCK_K], tl.float32)
         tl.store(share_ptr + strand * K + offs_k, share, mask=(offs_k < K) & (tile == 0))
 
 
-INTERPRETED = not isinstance(_walk, triton.JITFunction)  # Triton's interpreter was asked for: tensors lie on a CPU
-
-
 @triton.jit
-def _combine(
+def combine(
     state_ptr, share_ptr, enter_ptr,  # [B H segments K V] left by each segment alone, [B H segments K], [B H K V]
     K, V, segments,
-    REVERSE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    LEFT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Overwrite what each segment leaves by the state that enters it: S <- share S + left, from end to end."""
     bh = tl.program_id(0).to(tl.int64)
@@ -304,288 +353,359 @@ def _combine(
     if enter_ptr is not None:
         S = tl.load(enter_ptr + bh * K * V + cell, mask=inside, other=0.0)
     for i in range(0, segments):
-        strand = bh * segments + (segments - 1 - i if REVERSE else i)
+        strand = bh * segments + (segments - 1 - i if LEFT else i)
         left = tl.load(state_ptr + strand * K * V + cell, mask=inside, other=0.0)
         share = tl.load(share_ptr + strand * K + offs_k, mask=offs_k < K, other=0.0)
         tl.store(state_ptr + strand * K * V + cell, S, mask=inside)
         S = S * share[:, None] + left
 
 
-class Tiles(NamedTuple):
-    """Tiles of one walk: BLOCK_C tokens, BLOCK_K rows and BLOCK_V columns of the state, whose columns make `parts`."""
-
-    block_c: int
-    block_k: int
-    block_v: int
-    parts: int
-    warps: int
-    stages: int
+# ----------------------------------------------------------------------------------------------------------- adjoint
 
 
-class Plan(NamedTuple):
-    """How a scan is laid on the machine: `segments` of `span` tokens; tiles for states [K V], and for states [V K]."""
+@triton.jit(do_not_specialize=["T", "tiles", "segments", "span"])
+def adjoint(
+    told_ptr, write_ptr, reach_ptr, dy_ptr, gate_ptr, beta_ptr,
+    near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, solve_ptr,
+    du_ptr, keep_ptr,  # du, or r if DELTA [B T H V]; gradients of the state after every chunk [chunks H K V]
+    enter_ptr, leave_ptr,
+    cu_ptr, T, tiles, segments, span, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
+    DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program owns columns [BLOCK_V] of the gradient of the state of one strand, against the scan's direction."""
+    pid = tl.program_id(0).to(tl.int64)
+    tile, strand = pid % tiles, pid // tiles
+    b, h, segment, first, begin, stop, chunk = strand_of(strand, cu_ptr, H, T, segments, span, BLOCK_C)
+    DELTA: tl.constexpr = beta_ptr is not None
+    offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
+    in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
+    cell = offs_k[:, None].to(tl.int64) * V + offs_v[None, :]
+    group = h * GROUPS // H
+    told, keys, reaching = (told_ptr, GROUPS, group, K), (write_ptr, GROUPS, group, K), (reach_ptr, GROUPS, group, K)
+    unread = strict(order(BLOCK_C, not FLIP)) if BEFORE else order(BLOCK_C, not FLIP)  # [s t]
+    if DECAY == "one":
+        gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+    G = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+    if enter_ptr is not None:
+        G = tl.load(enter_ptr + strand * (K * V) + cell, mask=in_state, other=0.0)
 
-    segments: int
-    span: int
-    straight: Tiles
-    turned: Tiles
-
-
-def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, processors: int = 132) -> Plan:
-    """The plan for `heads` states [K V] (batch times heads) over T tokens.
-
-    One segment if it gives every processor two programs; otherwise as many as that takes, none below 256 tokens.
-    """
-    straight, turned = _tiles(K, V, dtype), _tiles(V, K, dtype)
-    wanted = max(1, 2 * processors // max(1, heads * straight.parts))
-    span = 64 * triton.cdiv(max(T, 1), 64 * min(wanted, max(1, T // 256)))
-    return Plan(max(1, triton.cdiv(T, span)), span, straight, turned)
-
-
-# BLOCK_C, widest BLOCK_V, warps, stages for states of at most 64, 128, 256 rows; by trial on an H200
-_BFLOAT16 = {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 8, 1)}
-_FLOAT32 = {64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 8, 1)}
-
-
-def _tiles(rows: int, columns: int, dtype: torch.dtype) -> Tiles:
-    """Small states are padded to these tiles: with smaller ones Triton 3.6 computes wrong numbers on Hopper."""
-    block_k = max(64, triton.next_power_of_2(rows))
-    block_c, block_v, warps, stages = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[block_k]
-    return Tiles(block_c, block_k, block_v, triton.cdiv(columns, block_v), warps, stages)
-
-
-class _Scan(NamedTuple):
-    """What the walks of one scan share: gates [B|1 T|1 H 1|K] or None, sizes, the operands' dtype."""
-
-    gates: Tensor | None
-    sizes: tuple[int, int, int]
-    cu_seqlens: Tensor | None
-    dtype: torch.dtype
-    scale: float
-    plan: Plan
-
-    @property
-    def rows(self) -> int:
-        """How many states a head has: one a batch row, or one a document."""
-        return self.sizes[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
-
-    def walk(
-        self,
-        q: Tensor | None,
-        k: Tensor | None,
-        v: Tensor | None,
-        y: Tensor | None,
-        *,
-        widths: tuple[int, int],
-        reverse: bool = False,
-        turned: bool = False,
-        tied: str = "",
-        enter: Tensor | None = None,
-        leave: Tensor | None = None,
-        share: Tensor | None = None,
-        grad: str = "none",
-        mate: Tensor | None = None,
-        dots: Tensor | None = None,
-        sums: Tensor | None = None,
-        edge: Tensor | None = None,
-    ) -> None:
-        """Launch one walk. widths are the rows and columns of its state, which is stored transposed if `turned`."""
-        (B, T, H), (K, V) = self.sizes, widths
-        tiles = self.plan.turned if turned else self.plan.straight
-        decay, strides = "none", [0, 0, 0, 0]
-        if self.gates is not None:
-            width = self.gates.shape[-1]
-            decay = "scalar" if width == 1 else "columns" if turned else "rows"
-            strides = list(self.gates.expand(B, T, H, width).stride())
-        dot, precision, limit = _numbers(self.dtype, decay)
-        # a gate a key leaves no shared memory for a second stage of 128 rows: two programs a processor gain more
-        stages = 1 if decay in ("rows", "columns") and tiles.block_k > 64 else tiles.stages
-        groups = [H if x is None else x.shape[2] for x in (q, k, v, mate)]
-        _walk[(tiles.parts * self.rows * H * self.plan.segments,)](
-            q, k, v, self.gates, y, enter, leave, share, mate, dots, sums, edge, self.cu_seqlens,
-            B, T, tiles.parts, self.plan.segments, self.plan.span, strides[0], strides[2], self.scale,
-            H, *groups, K, V, strides[1], strides[3], *((1, K) if turned else (V, 1)),
-            DECAY=decay, REVERSE=reverse, TIED=tied, GRAD=grad, EMIT=y is not None,
-            DOT=dot, PRECISION=precision, LIMIT=limit,
-            BLOCK_C=tiles.block_c, BLOCK_K=tiles.block_k, BLOCK_V=tiles.block_v, STAGES=stages,
-            num_warps=tiles.warps,
-        )  # fmt: skip
-
-    def entering(
-        self, k: Tensor | None, v: Tensor, initial: Tensor | None, *, K: int, reverse: bool, tied: str = ""
-    ) -> Tensor | None:
-        """[B H segments K V], the state that enters each segment; from the right if reverse."""
-        segments = self.plan.segments
-        if segments == 1:
-            return initial
-        (B, _, H), V = self.sizes, v.shape[-1]
-        states = torch.empty(B, H, segments, K, V, dtype=torch.float32, device=v.device)
-        share = torch.empty(B, H, segments, K, dtype=torch.float32, device=v.device)
-        self.walk(None, k, v, None, widths=(K, V), reverse=reverse, tied=tied, leave=states, share=share)
-        block_k, block_v = min(16, triton.next_power_of_2(K)), min(64, triton.next_power_of_2(V))
-        _combine[(B * H, triton.cdiv(K, block_k), triton.cdiv(V, block_v))](
-            states, share, initial, K, V, segments, REVERSE=reverse, BLOCK_K=block_k, BLOCK_V=block_v
-        )
-        return states
-
-
-def _numbers(dtype: torch.dtype, decay: str) -> tuple[tl.dtype, str, float]:
-    """What matmuls are fed with, their precision, and how far |x| may go.
-
-    float16 is computed in tf32, which has its digits and the range that states need. Where one gate serves the whole
-    state no factor exceeds 1, and only the digits of x are at stake.
-    """
-    if dtype == torch.float32:
-        return tl.float32, "tf32x3", 10.0
-    dot, precision = (tl.bfloat16, "ieee") if dtype == torch.bfloat16 else (tl.float32, "tf32")
-    return dot, precision, 1000.0 if decay == "scalar" else 60.0
-
-
-def _describe(q: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float) -> _Scan:
-    (B, T, H, V), K = v.shape, q.shape[-1]
-    processors = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else 1
-    whole = plan(heads=B * H, T=T, K=K, V=V, dtype=v.dtype, processors=processors)
-    if cu_seqlens is not None:
-        whole = whole._replace(segments=1, span=T)
-    return _Scan(log_decay, (B, T, H), cu_seqlens, v.dtype, scale, whole)
-
-
-@torch.library.custom_op(
-    "recur::chunk_scan",
-    mutates_args=(),
-    schema="(Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? cu_seqlens, float scale)"
-    " -> (Tensor, Tensor)",
-)
-def chunk_scan(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """S_t = exp(log_decay_t) S_{t-1} + k_t v_tᵀ, y_t = scale S_tᵀ q_t.
-
-    Args: q, k [B T G K] (k None: 1 − exp(log_decay)); v [B T H V], all contiguous and of one dtype; log_decay
-        [B|1 T|1 H K|1]; initial [B H K V] float32, [n H K V] for the n documents of cu_seqlens [n+1].
-    Returns: y [B T H V]; state like initial.
-    """
-    (_, _, H, V), K, tied = v.shape, q.shape[-1], "key" if k is None else ""
-    scan = _describe(q, v, log_decay, cu_seqlens, scale)
-    y, state = torch.empty_like(v), torch.empty(scan.rows, H, K, V, dtype=torch.float32, device=v.device)
-    enter = scan.entering(k, v, initial, K=K, reverse=False, tied=tied)
-    scan.walk(q, k, v, y, widths=(K, V), tied=tied, enter=enter, leave=state)
-    return y, state
-
-
-@chunk_scan.register_fake
-def _(q, k, v, log_decay, initial, cu_seqlens, scale):
-    rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.empty_like(v), v.new_empty(rows, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
-
-
-@torch.library.custom_op(
-    "recur::chunk_scan_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? dstate, Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? initial, "
-    "Tensor? cu_seqlens, Tensor state, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def chunk_scan_backward(
-    dy: Tensor,
-    dstate: Tensor | None,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and initial; empty for what is None. Has no derivative itself.
-
-    Source: the backward of the scan is the scan, with the roles of the legend.
-    """
-    (B, T, H, V), K = v.shape, q.shape[-1]
-    scan = _describe(q, v, log_decay, cu_seqlens, scale)
-    tied = k is None
-    entered = scan.entering(k, v, initial, K=K, reverse=False, tied="key" if tied else "")
-    returned = scan.entering(q, dy, dstate, K=K, reverse=True)
-    new = partial(torch.empty, dtype=torch.float32, device=v.device)
-    dots = sums = edge = None
-    if log_decay is not None:
-        if log_decay.shape[-1] == 1:
-            dots = sums = new(scan.plan.turned.parts, B, T, H)  # one part of the sum over K for every tile
+    chunks = tl.cdiv(stop - begin, BLOCK_C)
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        n = i if FLIP else chunks - 1 - i
+        start = begin + n * BLOCK_C
+        row, inside = first + start, offs < stop - start
+        square = (chunk + n) * H + h
+        tl.store(keep_ptr + square * (K * V) + cell, G.to(keep_ptr.dtype.element_ty), mask=in_state)
+        query = load_tile(told, row, offs, inside, offs_k).to(DOT)
+        key = load_tile(keys, row, offs, inside, offs_k).to(DOT)
+        given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+        state = G
+        if DECAY == "key":
+            near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
+            far = tl.load(far_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
+            state, G = G * near[:, None], G * far[:, None]
+        du = tl.dot(key, state.to(DOT), input_precision=PRECISION)
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [s t]
+        if DECAY == "one":
+            log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
+            rise, since = _rates(rates_ptr, square, BLOCK_C, 0), _rates(rates_ptr, square, BLOCK_C, 1)
+            scores = scores * (between(log_a, rise, since, FLIP, BEFORE, True, DOT) * scale)
+            du = du * tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2))[:, None]
+            moved = given * (tl.exp2(rise) * scale)[:, None]
+            G = G * tl.exp2(tl.load(whole_ptr + square))
+        elif DECAY == "key":
+            calm = tl.load(calm_ptr + square) != 0
+            turned = scores_ptr + square * (BLOCK_C * BLOCK_C) + offs[None, :] * BLOCK_C + offs[:, None]
+            exact = tl.load(turned, mask=inside[None, :] & ~calm, other=0.0)
+            scores = tl.where(calm, tl.where(unread, scores, 0.0), exact.to(tl.float32))
+            moved = given
         else:
-            dots = new(B, T, H, K)
-            sums = torch.empty_like(log_decay) if log_decay.shape == dots.shape else dots
-        edge = _edges(entered, returned, state, dstate, scan.plan.segments)
+            scores = tl.where(unread, scores, 0.0) * scale
+            moved = given * scale
+        du = tl.dot(scores.to(DOT), given, du, input_precision=PRECISION)
+        if BEFORE:
+            du += _rates(rates_ptr, square, BLOCK_C, 3)[:, None] * given.to(tl.float32)
+        G = tl.dot(tl.trans(query), moved.to(DOT), G, input_precision=PRECISION)
+        if DELTA:
+            X = tl.load(solve_ptr + square * (BLOCK_C * BLOCK_C) + offs[None, :] * BLOCK_C + offs[:, None])  # Tᵀ
+            du = tl.dot(X, du.to(DOT), input_precision=PRECISION)
+            beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+            reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
+            erased = du * -(beta * tl.exp2(rise) if DECAY == "one" else beta)[:, None]
+            G = tl.dot(tl.trans(reach), erased.to(DOT), G, input_precision=PRECISION)
+        if DECAY == "key":
+            G = G * near[:, None]
+        store_tile((du_ptr, H, h, V), row, offs, inside, offs_v, du)
 
-    dq = torch.empty_like(q) if q.shape[2] == H else new(B, T, H, K)
-    scan.walk(
-        dy, v, k, dq, widths=(V, K), turned=True, tied="value" if tied else "", enter=entered,
-        grad="none" if dots is None else "dots", mate=q, dots=dots,
-    )  # fmt: skip
-    dv, dinitial = torch.empty_like(v), None if initial is None else torch.empty_like(initial)
-    scan.walk(
-        k, q, dy, dv, widths=(K, V), reverse=True, tied="query" if tied else "", enter=returned, leave=dinitial
-    )  # fmt: skip
-    dk = sums if k is None else torch.empty_like(k) if k.shape[2] == H else new(B, T, H, K)  # tied: nothing is stored
-    scan.walk(
-        v, dy, q, dk, widths=(V, K), reverse=True, turned=True, tied="mate" if tied else "", enter=returned,
-        grad="none" if dots is None else "sums", mate=k, dots=dots, sums=sums, edge=edge,
-    )  # fmt: skip
-    dlog = None if log_decay is None or sums is None else _sum_repeats(sums, log_decay)
-    gradients = (_sum_groups(dq, q), None if k is None or dk is None else _sum_groups(dk, k), dv, dlog, dinitial)
-    return tuple(v.new_empty(0) if x is None else x for x in gradients)  # type: ignore[return-value]
-
-
-def _sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
-    """[B T H K] -> [B T G K], what the heads of a group owe to the tensor they share."""
-    if gradient.shape == like.shape:
-        return gradient
-    return gradient.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
+    if leave_ptr is not None:  # only the segment in which the scan begins
+        in_state = in_state & (segment == (segments - 1 if FLIP else 0))
+        tl.store(leave_ptr + (b * H + h) * (K * V) + cell, G, mask=in_state)
 
 
-def _sum_repeats(sums: Tensor, like: Tensor) -> Tensor:
-    """[B T H K] or [tiles B T H] -> [B|1 T|1 H K|1]: a gate that is not repeated in memory gets the sum."""
-    every = sums if like.shape[-1] > 1 else sums.sum(0).unsqueeze(-1)
-    return every.sum_to_size(like.shape).to(like.dtype)
+# ---------------------------------------------------------------------------------------------------------- gradient
 
 
-def _edges(
-    entered: Tensor | None, returned: Tensor | None, state: Tensor, dstate: Tensor | None, segments: int
-) -> Tensor | None:
-    """[B H segments K], rowsum(dS ⊙ S) where each segment ends: what the gates of a segment owe to all later tokens."""
-    last = None if dstate is None else (state * dstate).sum(-1)[:, :, None]
-    if segments == 1:
-        return last
-    if last is None:
-        last = torch.zeros_like(state[:, :, None, :, 0])
-    assert entered is not None
-    assert returned is not None
-    return torch.cat([(entered[:, :, 1:] * returned[:, :, :-1]).sum(-1), last], 2)
+@triton.jit(do_not_specialize=["B", "T", "tiles", "documents"])
+def gradient(
+    q_ptr, k_ptr, told_ptr, write_ptr, reach_ptr, u_ptr, dy_ptr, du_ptr, gate_ptr, beta_ptr, bonus_ptr,
+    S_ptr, G_ptr, near_ptr, calm_ptr, rates_ptr, whole_ptr,  # u_ptr is v, or what u would be with beta 1
+    dq_ptr, dk_ptr, dv_ptr, dgate_ptr, dbeta_ptr, dbonus_ptr,  # dv of DELTA only; dgate one a head and tile
+    cu_ptr, B, T, tiles, documents, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PLAIN: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, TIED: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program owns rows [BLOCK_K] of the state around one chunk. Loads stand where they are needed: registers are
+    what is short here."""
+    pid = tl.program_id(0).to(tl.int64)
+    tile, square = pid % tiles, pid // tiles
+    chunk, h = square // H, square % H
+    first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
+    if start >= stop:
+        return
+    DELTA: tl.constexpr = beta_ptr is not None
+    BEFORE: tl.constexpr = bonus_ptr is not None
+    offs, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_V)
+    offs_k = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
+    row, inside = first + start, offs < stop - start
+    read = strict(order(BLOCK_C, FLIP)) if BEFORE else order(BLOCK_C, FLIP)  # [t s]
+    unread = strict(order(BLOCK_C, not FLIP)) if BEFORE else order(BLOCK_C, not FLIP)  # [s t]
+    group = h * GROUPS // H
+    told, keys, reaching = (told_ptr, GROUPS, group, K), (write_ptr, GROUPS, group, K), (reach_ptr, GROUPS, group, K)
+    cell = square * (K * V) + offs_k[:, None] * V + offs_v[None, :]
+    in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
+    calm = True
+    if DECAY != "none":
+        gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+        log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
+    if DECAY == "key":
+        calm = tl.load(calm_ptr + square) != 0
+        near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)[None, :]
+    if DECAY == "one":
+        rise, since = _rates(rates_ptr, square, BLOCK_C, 0), _rates(rates_ptr, square, BLOCK_C, 1)
+
+    given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+    u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
+    if DELTA:
+        beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+        r = load_tile((du_ptr, H, h, V), row, offs, inside, offs_v).to(tl.float32)
+        if tile == 0:
+            tl.store(dbeta_ptr + (row + offs) * H + h, tl.sum(r * u, 1), mask=inside)
+            store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, r * beta[:, None])
+        erase = (r * -beta[:, None]).to(DOT)
+        u = u * beta[:, None]
+        ahead, behind = strict(order(BLOCK_C, FLIP)) & calm, strict(order(BLOCK_C, not FLIP)) & calm
+    u = u.to(DOT)
+
+    # what readers owe: to the state that enters, and to the scores; `repair` has those of a chunk that is not calm
+    S = tl.load(S_ptr + cell, mask=in_state, other=0.0)
+    write = load_tile(keys, row, offs, inside, offs_k).to(DOT)
+    dP = tl.dot(given, tl.trans(u), input_precision=PRECISION)  # [t s]
+    dq = tl.dot(given, tl.trans(S), input_precision=PRECISION)
+    if DECAY == "key":
+        dP, dq = tl.where(read & calm, dP, 0.0), dq * near
+    elif DECAY == "one":
+        dP = dP * (between(log_a, rise, since, FLIP, BEFORE, False, DOT) * scale)
+        dq = dq * (tl.exp2(rise) * scale)[:, None]
+    else:
+        dP, dq = tl.where(read, dP, 0.0) * scale, dq * scale
+    dq = tl.dot(dP.to(DOT), write, dq, input_precision=PRECISION)
+    query = load_tile(told, row, offs, inside, offs_k).to(DOT)
+    if DECAY != "none":
+        sums = query * dq
+        own = sums
+    if DELTA:
+        dM = tl.where(ahead, tl.dot(erase, tl.trans(u), input_precision=PRECISION), 0.0)
+        dreach = tl.dot(erase, tl.trans(S), input_precision=PRECISION)
+        if DECAY == "key":
+            dreach = dreach * near
+        elif DECAY == "one":
+            dM = dM * between(log_a, rise, since, FLIP, False, False, DOT)
+            dreach = dreach * tl.exp2(rise)[:, None]
+        dreach = tl.dot(dM.to(DOT), write, dreach, input_precision=PRECISION)
+        reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
+        if DECAY != "none":
+            sums += reach * dreach
+    if DECAY == "key":
+        rise, fall, whole = reaches(log_a, FLIP, BEFORE, DOT)
+        middle = _middle(whole, calm)
+        rise, fall = tl.exp2(rise - middle[None, :]), tl.exp2(fall - middle[None, :])
+        dq = dq * (rise * scale)
+        if DELTA:
+            dreach = dreach * rise
+    if BEFORE:
+        plain_q = load_tile((q_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
+        if TIED:
+            plain_k = tied(log_a)
+        else:
+            plain_k = load_tile((k_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
+        bonus = tl.load(bonus_ptr + h * K + offs_k, mask=offs_k < K, other=0.0)
+        now = tl.sum(given.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
+        dq += now * plain_k * bonus[None, :]
+        tl.store(dbonus_ptr + square * K + offs_k, tl.sum(now * plain_q * plain_k, 0), mask=offs_k < K)
+    store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
+
+    # what writers owe: to the state that leaves, and to the scores
+    G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
+    if DECAY != "none":
+        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
+    dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
+    dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
+    if DECAY == "key":
+        dPt, dk = tl.where(unread & calm, dPt, 0.0), dk * near
+    elif DECAY == "one":
+        dPt = dPt * (between(log_a, rise, since, FLIP, BEFORE, True, DOT) * scale)
+        dk = dk * tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2))[:, None]
+    else:
+        dPt = tl.where(unread, dPt, 0.0) * scale
+    if DECAY == "key":
+        passed = passed * tl.exp2(whole) + tl.sum(write * dk, 0)
+    elif DECAY == "one":
+        passed = tl.sum(passed) * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
+    dk = tl.dot(dPt.to(DOT), query, dk, input_precision=PRECISION)
+    if DELTA:
+        dMt = tl.where(behind, tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
+        if DECAY == "one":
+            dMt = dMt * between(log_a, rise, since, FLIP, False, True, DOT)
+        dk = tl.dot(dMt.to(DOT), reach, dk, input_precision=PRECISION)
+
+    # d log a_t: reads from t on that reach back before t, writes before t that leave, and what passes all of the chunk
+    if DECAY == "key":
+        sums -= write * dk
+        dgate = sums_along(order(BLOCK_C, not FLIP), sums, DOT) + passed[None, :]
+        if BEFORE:
+            dgate -= own
+        dgate = tl.where(log_a <= RESET, 0.0, dgate)
+        dk = dk * fall
+    elif DECAY == "one":
+        sums = tl.sum(sums - write * dk, 1)
+        dgate = tl.sum(tl.where(order(BLOCK_C, not FLIP), sums[None, :], 0.0), 1) + passed
+        if BEFORE:
+            dgate -= tl.sum(own, 1)
+        at = tile * B * T * H + (row + offs) * H + h
+        tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
+    if DELTA:
+        dk += dreach
+    if BEFORE:
+        dk += now * plain_q * bonus[None, :]
+    if TIED:
+        dgate -= tl.exp2(log_a.to(tl.float32) * LOG2E) * dk
+    else:
+        store_tile((dk_ptr, H, h, K), row, offs, inside, offs_k, dk)
+    if DECAY == "key":
+        store_tile((dgate_ptr, H, h, K), row, offs, inside, offs_k, dgate)
 
 
-@chunk_scan_backward.register_fake
-def _(dy, dstate, q, k, v, log_decay, initial, cu_seqlens, state, scale):
-    return tuple(v.new_empty(0) if x is None else torch.empty_like(x) for x in (q, k, v, log_decay, initial))
+# ------------------------------------------------------------------------------------------------------------ repair
 
 
-def _remember(ctx, inputs, output) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
+@triton.jit(do_not_specialize=["T", "documents"])
+def repair(
+    q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, du_ptr,  # tensors [B T heads *]
+    calm_ptr, dP_ptr, dM_ptr,  # [chunks H C C] float32, room for what the scores owe
+    dq_ptr, dk_ptr, dgate_ptr,  # added to
+    cu_ptr, T, documents, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
+    FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """What the scores of a chunk that is not calm owe to q, k and log a, with products of gates."""
+    square = tl.program_id(0).to(tl.int64)
+    chunk, h = square // H, square % H
+    first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
+    if start >= stop:
+        return
+    if tl.load(calm_ptr + square) != 0:
+        return
+    DELTA: tl.constexpr = beta_ptr is not None
+    TIED: tl.constexpr = k_ptr is None
+    offs, offs_k, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)
+    row, inside = first + start, offs < length
+    seen, later = order(BLOCK_C, FLIP), order(BLOCK_C, not FLIP)
+    q, k = (q_ptr, GROUPS, h * GROUPS // H, K), (k_ptr, GROUPS, h * GROUPS // H, K)
+    dq, dk, dgate = (dq_ptr, H, h, K), (dk_ptr, H, h, K), (dgate_ptr, H, h, K)
+    gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+    u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
+    if DELTA:
+        u = u * tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
+    u = u.to(DOT)
+    given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+    dP = tl.dot(given, tl.trans(u), input_precision=PRECISION) * scale
+    tl.store(_square(dP_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen) if BEFORE else seen, dP, 0.0))
+    if DELTA:
+        r = load_tile((du_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+        dM = tl.dot(r, tl.trans(u), input_precision=PRECISION) * -1.0  # without beta
+        tl.store(_square(dM_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen), dM, 0.0))
+    tl.debug_barrier()
+    at = square * (BLOCK_C * BLOCK_C)
+
+    # forwards, E [s K] as in `prepare`; what each gate lies between is kept in D [t K]
+    E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+    D = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+    for i in tl.range(0, length, num_stages=1):
+        t = length - 1 - i if FLIP else i
+        log_t, a = _gate_row(gates, start + t, offs_k, K)
+        write = tied(log_t) if TIED else load_row(k, row + t, offs_k)
+        query = load_row(q, row + t, offs_k)
+        if not BEFORE:
+            E = E * a[None, :]
+        if DELTA:
+            dreach = tl.sum(E * tl.load(dM_ptr + at + t * BLOCK_C + offs)[:, None], 0)
+            dreach *= tl.load(beta_ptr + (row + t) * H + h).to(tl.float32)
+        if not BEFORE:
+            E = tl.where((offs == t)[:, None], write[None, :], E)
+        dquery = tl.sum(E * tl.load(dP_ptr + at + t * BLOCK_C + offs)[:, None], 0)
+        if BEFORE:
+            E = tl.where((offs == t)[:, None], write[None, :], E * a[None, :])
+        product = dquery * query
+        if DELTA:
+            product += dreach * write
+            _add_row(dk, row + t, offs_k, dreach)
+        _add_row(dq, row + t, offs_k, dquery)
+        D = tl.where((offs == t)[:, None], product[None, :], D)
+    read = D
+
+    # backwards, E [t K]: the query of token t times the gates before it, down to the token that writes
+    tl.debug_barrier()
+    E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+    R = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+    for i in tl.range(0, length, num_stages=1):
+        t = i if FLIP else length - 1 - i
+        log_t, a = _gate_row(gates, start + t, offs_k, K)
+        write = tied(log_t) if TIED else load_row(k, row + t, offs_k)
+        query = load_row(q, row + t, offs_k)
+        if not BEFORE:
+            E = tl.where((offs == t)[:, None], query[None, :], E)
+        owed = tl.sum(E * tl.load(dP_ptr + at + offs * BLOCK_C + t)[:, None], 0)
+        if DELTA:
+            owed += tl.sum(R * tl.load(dM_ptr + at + offs * BLOCK_C + t)[:, None], 0)
+            weight = tl.load(beta_ptr + (row + t) * H + h).to(tl.float32)
+            R = tl.where((offs == t)[:, None], (weight * write)[None, :], R) * a[None, :]
+        E = E * a[None, :]
+        if BEFORE:
+            E = tl.where((offs == t)[:, None], query[None, :], E)
+        D = tl.where((offs == t)[:, None], D - (owed * write)[None, :], D)
+        if TIED:
+            _add_row(dgate, row + t, offs_k, owed * -tl.where(log_t <= RESET, 0.0, tl.exp2(log_t * LOG2E)))
+        else:
+            _add_row(dk, row + t, offs_k, owed)
+    tl.debug_barrier()
+    log_a = load_gates(gates, start, offs, inside, offs_k, K, "key")
+    sums = sums_along(later, D, tl.float32)
+    if BEFORE:
+        sums -= read
+    old = load_tile(dgate, row, offs, inside, offs_k).to(tl.float32)
+    store_tile(dgate, row, offs, inside, offs_k, tl.where(log_a <= RESET, old, old + sums))
 
 
-def _differentiate(ctx, dy: Tensor | None, dstate: Tensor | None):
-    q, k, v, log_decay, initial, cu_seqlens, state = ctx.saved_tensors
-    dy = torch.zeros_like(v) if dy is None else dy.contiguous()
-    dstate = None if dstate is None else dstate.contiguous()
-    gradients = chunk_scan_backward(dy, dstate, q, k, v, log_decay, initial, cu_seqlens, state, ctx.scale)
-    given = (q, k, v, log_decay, initial)
-    return *(None if x is None else g for x, g in zip(given, gradients, strict=True)), None, None
-
-
-chunk_scan.register_autograd(_differentiate, setup_context=_remember)
+@triton.jit
+def _add_row(tensor, row, cols, more):
+    """Add [D] to one row in memory."""
+    ptr, heads, head, size = tensor
+    ptrs, mask = ptr + (row * heads + head) * size + cols, cols < size
+    tl.store(ptrs, (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32) + more).to(ptr.dtype.element_ty), mask=mask)

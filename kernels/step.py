@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from recur.kernels.tiles import one_minus_exp
+from recur.kernels.tiles import tied
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -114,7 +114,7 @@ def _step(
                 kept, kept_im = a * S, a * S_im
     k, k_im = v, v
     if TIED:
-        k = one_minus_exp(log_a)
+        k = tied(log_a)
     elif k_ptr is not None:
         k, k_im = _load(k_ptr + b * k_b + g * k_h, rows, cols, K, V, k_k, k_v)
 

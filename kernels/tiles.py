@@ -1,4 +1,15 @@
-"""Tiles: rows of a tensor [rows D] in memory, and sums along them. Pointer arithmetic is written here, once."""
+"""Tiles: rows of a tensor [rows D] in memory, where a chunk lies, and what its gates amount to. Written here, once.
+
+Of a chunk of C tokens the walks need, in units of log 2 and with every sum over gates only, never a difference of logs
+that could cancel:
+
+    rise   [C K] or [C]   gates from where the chunk is entered up to and with token t: what a reader sees
+    fall   [C K] or [C]   gates after token s up to where the chunk is left: what a writer leaves
+    whole  [K] or one     all of them
+
+A gate whose exp is 0 in float32 is a reset: it counts as 2^-160, which is 0 as well, so every factor that spans it is
+exactly 0. No factor exceeds 1.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 
@@ -6,6 +17,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+RESET = tl.constexpr(-103.9)  # the log of what is 0 in float32
+FLOOR = tl.constexpr(-111.0)  # a reset in sums: exact in bfloat16, and 0 as soon as it is the exponent of e
 
 
 @triton.jit
@@ -33,33 +48,149 @@ def store_tile(tensor, row, offs, inside, cols, tile):
 
 
 @triton.jit
-def sums_of(chosen, x):
-    """[R] sums of the entries of x [R] that each row of chosen [R R] names.
-
-    Not tl.cumsum, which Triton 3.6 gets wrong on Hopper inside a pipelined loop.
-    """
-    return tl.sum(tl.where(chosen, x[None, :], 0.0), 1)
+def load_row(tensor, row, cols):
+    """[D] in float32, zeros outside."""
+    ptr, heads, head, size = tensor
+    return tl.load(ptr + (row * heads + head) * size + cols, mask=cols < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def sums_along(weights, x, DOT: tl.constexpr):
-    """weights [R R] times x [R D] in float32, by a matmul: cheaper than a scan along the rows.
+def place_of(chunk, cu_ptr, T, documents, C: tl.constexpr):
+    """Where chunk number `chunk` of all rows, or of all documents of the only row, begins and must stop: the row's
+    first token, then tokens of that row. Document n owns the numbers from cu[n] // C + n on, some of them unused."""
+    if cu_ptr is None:
+        chunks = tl.cdiv(T, C)
+        first, begin, stop = chunk // chunks * T, chunk % chunks * C, T
+    else:
+        low, high = 0, documents - 1
+        while low < high:  # the last document whose numbers begin at or before this one
+            middle = (low + high + 1) // 2
+            if tl.load(cu_ptr + middle) // C + middle <= chunk:
+                low = middle
+            else:
+                high = middle - 1
+        cu = tl.load(cu_ptr + low).to(tl.int64)
+        first, begin, stop = chunk * 0, cu + (chunk - cu // C - low) * C, tl.load(cu_ptr + low + 1).to(tl.int64)
+    return first, begin, stop
 
-    The weights are exact in bfloat16, and x is if it is bfloat16. Wider x keeps 17 bits (a high and a low part) where
-    matmuls are fed with bfloat16, 22 otherwise.
+
+@triton.jit
+def strand_of(strand, cu_ptr, H, T, segments, span, C: tl.constexpr):
+    """The stretch that one program walks: (row or document, head, segment), and as `place_of` its place, with the
+    number of its first chunk."""
+    segment, bh = strand % segments, strand // segments
+    b, h = bh // H, bh % H
+    if cu_ptr is None:
+        first, begin = b * T, segment * span
+        stop = tl.minimum(begin + span, T)
+        chunk = b * tl.cdiv(T, C) + begin // C
+    else:
+        first, begin, stop = b * 0, tl.load(cu_ptr + b).to(tl.int64), tl.load(cu_ptr + b + 1).to(tl.int64)
+        chunk = begin // C + b
+    return b, h, segment, first, begin, stop, chunk
+
+
+@triton.jit
+def order(C: tl.constexpr, FLIP: tl.constexpr):
+    """[t s], whether token s comes no later than t; from right to left if FLIP."""
+    offs = tl.arange(0, C)
+    return offs[:, None] <= offs[None, :] if FLIP else offs[:, None] >= offs[None, :]
+
+
+@triton.jit
+def strict(seen):
+    """Without the diagonal."""
+    offs = tl.arange(0, seen.shape[0])
+    return seen & (offs[:, None] != offs[None, :])
+
+
+@triton.jit
+def load_gates(gates, start, offs, inside, cols, size, DECAY: tl.constexpr):
+    """Logs of the gates [R D] or [R], resets at FLOOR; outside nothing decays."""
+    ptr, stride_t, stride_d = gates
+    if DECAY == "key":
+        ptrs = ptr + start * stride_t + offs[:, None] * stride_t + cols[None, :] * stride_d
+        log_a = tl.load(ptrs, mask=inside[:, None] & (cols[None, :] < size), other=0.0)
+    else:
+        log_a = tl.load(ptr + start * stride_t + offs * stride_t, mask=inside, other=0.0)
+    return tl.maximum(log_a.to(tl.float32), FLOOR).to(log_a.dtype)
+
+
+@triton.jit
+def tied(log_a):
+    """1 − exp(log_a), by its series near 0 where the difference would cancel."""
+    x = log_a.to(tl.float32)
+    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
+    return tl.where(x > -0.25, series, 1 - tl.exp2(x * LOG2E))
+
+
+@triton.jit
+def sums_along(chosen, x, DOT: tl.constexpr):
+    """Sums over the rows of x [R D] that each row of chosen [R R] names, by a matmul: cheaper than a scan.
+
+    Sums are exact in bfloat16 where x is. Wider x keeps 17 bits (a high and a low part) where matmuls are fed with
+    bfloat16, 22 otherwise.
     """
     if tl.bfloat16 == DOT:
-        high = x.to(tl.bfloat16)
-        sums = tl.dot(weights.to(tl.bfloat16), high)
+        weights, high = chosen.to(tl.bfloat16), x.to(tl.bfloat16)
+        sums = tl.dot(weights, high)
         if x.dtype != tl.bfloat16:
-            sums = tl.dot(weights.to(tl.bfloat16), (x - high.to(tl.float32)).to(tl.bfloat16), sums)
+            sums = tl.dot(weights, (x - high.to(tl.float32)).to(tl.bfloat16), sums)
     else:
-        sums = tl.dot(weights, x.to(tl.float32), input_precision="tf32x3")
+        sums = tl.dot(chosen.to(tl.float32), x.to(tl.float32), input_precision="tf32x3")
     return sums
 
 
 @triton.jit
-def one_minus_exp(x):
-    """1 − exp(x), by its series near 0 where the difference would cancel."""
-    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
-    return tl.where(x > -0.25, series, 1 - tl.exp(x))
+def reaches(log_a, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr):
+    """rise and fall of gates a key [C K], and the whole [K]; BEFORE: a reader comes before its own gate."""
+    seen, after = order(log_a.shape[0], FLIP), strict(order(log_a.shape[0], not FLIP))
+    if BEFORE:
+        rise = sums_along(strict(seen), log_a, DOT)
+        since = rise + log_a.to(tl.float32)
+    else:
+        rise = sums_along(seen, log_a, DOT)
+        since = rise
+    wide = log_a.to(tl.float32)
+    if tl.bfloat16 == DOT:
+        if log_a.dtype != tl.bfloat16:  # the digits that `since` is made of, so that their difference is one of sums
+            high = wide.to(tl.bfloat16).to(tl.float32)
+            wide = high + (wide - high).to(tl.bfloat16).to(tl.float32)
+        whole = tl.sum(wide, 0)
+        fall = tl.minimum(whole[None, :] - since, 0.0)
+    else:
+        whole = tl.sum(wide, 0)
+        fall = sums_along(after, log_a, DOT)
+    return rise * LOG2E, fall * LOG2E, whole * LOG2E
+
+
+@triton.jit
+def reaches_of_one(log_a, FLIP: tl.constexpr, BEFORE: tl.constexpr):
+    """The same for one gate a token [C]: rise, since, fall and the whole; since is rise with the token's own gate."""
+    seen, after = order(log_a.shape[0], FLIP), strict(order(log_a.shape[0], not FLIP))
+    log_a = log_a.to(tl.float32) * LOG2E
+    since = tl.sum(tl.where(seen, log_a[None, :], 0.0), 1)
+    rise = tl.sum(tl.where(strict(seen), log_a[None, :], 0.0), 1) if BEFORE else since
+    fall = tl.sum(tl.where(after, log_a[None, :], 0.0), 1)
+    return rise, since, fall, tl.sum(log_a, 0)
+
+
+@triton.jit
+def between(log_a, rise, since, FLIP: tl.constexpr, BEFORE: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr):
+    """Gates after token s up to and with token t, what weighs their pair, [t s] or [s t] if TURN; 0 if not seen."""
+    C: tl.constexpr = log_a.shape[0]
+    seen, after = order(C, FLIP), strict(order(C, not FLIP))
+    read = strict(seen) if BEFORE else seen
+    if tl.bfloat16 == DOT:
+        logs = rise[None, :] - since[:, None] if TURN else rise[:, None] - since[None, :]
+    else:  # sums of gates alone
+        passed = tl.where(read, log_a.to(tl.float32)[None, :] * LOG2E + tl.zeros([C, C], tl.float32), 0.0)  # [t r]
+        beyond = tl.where(after, 1.0, 0.0)  # [s r], whether token r comes after s
+        if TURN:
+            logs = tl.dot(beyond, tl.trans(passed), input_precision="tf32x3")
+        else:
+            logs = tl.dot(passed, tl.trans(beyond), input_precision="tf32x3")
+    # mask before exp: pairs that are not seen have a positive difference, which could overflow
+    if TURN:
+        read = strict(order(C, not FLIP)) if BEFORE else order(C, not FLIP)
+    return tl.exp2(tl.where(read, logs, float("-inf")))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -28,8 +30,6 @@ def refusal(
     rows = q.shape[-1] * (2 if log_decay is not None and log_decay.is_complex() else 1)
     rules = (
         (any(x.dtype in (torch.float64, torch.complex128) for x in given), "float64"),
-        (beta is not None, "beta"),
-        (bonus is not None, "bonus"),
         (rows > WIDEST, f"K={q.shape[-1]}, {rows} real rows of state, more than {WIDEST}"),
         (v.shape[-1] > WIDEST, f"V={v.shape[-1]}, more than {WIDEST}"),
     )
@@ -54,7 +54,7 @@ def _first(rules: tuple[tuple[bool, str], ...], device: torch.device) -> str | N
         if broken:
             return f"form='triton' does not cover {what}; form='chunked' does"
     if device.type != "cuda":
-        from recur.kernels.chunk_scan import INTERPRETED
+        from recur.kernels.scan import INTERPRETED
 
         if not INTERPRETED:
             return f"form='triton' needs a GPU, got tensors on {device.type}; form='chunked' runs anywhere"
@@ -110,74 +110,91 @@ def scan(
 
     Operands are read in their own dtype, the widest of q, k and v; states and gates are float32.
     """
-    from recur.primitives.diagonal import right_to_left
+    from recur.primitives.outer import to_heads
 
     dtype = v.dtype
     for x in (q, k):
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
-    tokens = {"q": q.to(dtype), "v": v.to(dtype)}
-    if k is not None:
-        tokens["k"] = k.to(dtype)
     if log_decay is not None:
         if log_decay.ndim <= 2:
             log_decay = log_decay[None, None]
-        tokens["log_decay"] = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
-
-    def run(initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
-        return _turned(initial, cu_seqlens, scale, **tokens)
-
-    y, state = (right_to_left(run) if reverse else run)(initial_state, cu_seqlens, **tokens)
-    return ScanOut(y.to(v.dtype), state)
+        log_decay = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
+        if k is None and beta is not None:
+            k = -torch.expm1(log_decay.float()).expand(*v.shape[:3], -1)
+            q = to_heads(q, v.shape[2])
+    if bonus is not None:
+        bonus = bonus.float().reshape(v.shape[2], -1).expand(-1, q.shape[-1]).contiguous()
+    q, k, w = q.to(dtype), None if k is None else k.to(dtype), v.to(dtype)
+    run = partial(_run, cu_seqlens, scale, reverse, v=w, beta=beta)
+    if log_decay is not None and log_decay.is_complex() and k is not None:
+        out = _turned(run, initial_state, cu_seqlens, scale, reverse, q, k, w, log_decay, bonus)
+    else:
+        out = run(initial_state, q=q, k=k, log_decay=log_decay, bonus=bonus)
+    return ScanOut(out.y.to(v.dtype), out.state)
 
 
 def _turned(
+    run: Callable[..., ScanOut],
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
-    *,
+    reverse: bool,
     q: Tensor,
+    k: Tensor,
     v: Tensor,
-    k: Tensor | None = None,
-    log_decay: Tensor | None = None,
+    log_decay: Tensor,
+    bonus: Tensor | None,
 ) -> ScanOut:
     """A complex gate is a real one on states twice as wide whose keys and queries are rotated by the phases so far."""
-    from recur.primitives.outer import joined, stacked, to_heads
+    from recur.primitives.outer import to_heads
+    from recur.primitives.within import joined, stacked
 
-    if k is None or log_decay is None or not log_decay.is_complex():
-        return _run(initial, cu_seqlens, scale, q=q, k=k, v=v, log_decay=log_decay)
     real, phase = log_decay.real, log_decay.imag
     # what is forgotten need not be turned, and owes the phase no gradient
     phase = phase.masked_fill(real.exp() == 0, 0).expand(-1, v.shape[1], -1, -1)
     # float64: the sum of many turns is known to their fraction only
-    since = F.pad(phase.double().cumsum(1), (0, 0, 0, 0, 1, 0))
+    phase = phase.double()
+    if reverse:
+        since = F.pad(phase.flip(1).cumsum(1).flip(1), (0, 0, 0, 0, 0, 1))
+    else:
+        since = F.pad(phase.cumsum(1), (0, 0, 0, 0, 1, 0))
     since = (since - (since / (2 * torch.pi)).round().detach() * (2 * torch.pi)).float()
     cos, sin = since.cos(), since.sin()
+    before, after = (slice(1, None), slice(None, -1)) if reverse else (slice(None, -1), slice(1, None))
     q, k = (to_heads(x, v.shape[2]).float() for x in (q, k))
-    q, k = (torch.cat([x * cos[:, 1:], -x * sin[:, 1:]], -1).to(v.dtype) for x in (q, k))
+    now = None if bonus is None else (q * k * bonus).sum(-1, keepdim=True) * scale * v
+    read = after if bonus is None else before
+    q, k = (torch.cat([x * cos[:, at], -x * sin[:, at]], -1).to(v.dtype) for x, at in ((q, read), (k, after)))
     wide = real if real.shape[-1] == 1 else torch.cat([real, real], -1)
     turn = torch.complex(cos, sin).unsqueeze(-1)
     if cu_seqlens is None:
         first, last = turn[:, 0], turn[:, -1]
     else:
         first, last = turn[0].index_select(0, cu_seqlens[:-1]), turn[0].index_select(0, cu_seqlens[1:])
+    if reverse:
+        first, last = last, first
     initial = None if initial is None else stacked(initial * first.conj())
-    y, state = _run(initial, cu_seqlens, scale, q=q, k=k, v=v, log_decay=wide)
-    return ScanOut(y, joined(state) * last)
+    none = None if bonus is None else torch.zeros_like(bonus).repeat(1, 2)
+    y, state = run(initial, q=q, k=k, log_decay=wide, bonus=none)
+    return ScanOut(y if now is None else y + now, joined(state) * last)
 
 
 def _run(
-    initial: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    reverse: bool,
+    initial: Tensor | None,
     *,
     q: Tensor,
     k: Tensor | None,
     v: Tensor,
     log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
 ) -> ScanOut:
-    from recur.kernels.chunk_scan import chunk_scan
+    from recur.kernels.scan import scan_forward
 
-    k = None if k is None else k.contiguous()
+    k, log_decay, beta = (None if x is None else x.contiguous() for x in (k, log_decay, beta))
     initial = None if initial is None else initial.float().contiguous()
-    log_decay = None if log_decay is None else log_decay.contiguous()
-    return ScanOut(*chunk_scan(q.contiguous(), k, v.contiguous(), log_decay, initial, cu_seqlens, scale))
+    out = scan_forward(q.contiguous(), k, v.contiguous(), log_decay, beta, bonus, initial, cu_seqlens, scale, reverse)
+    return ScanOut(*out)

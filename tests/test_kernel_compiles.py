@@ -6,53 +6,78 @@ The launcher runs on CPU tensors with its kernels replaced by a recorder, and wh
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from compiling import SHARED, Recorder, compile_launch, resources
+
+SHARED = {80: 166_912, 90: 232_448}  # bytes one program may have
 
 
 class Case(NamedTuple):
-    """A scan whose walks are compiled: walk 0 is y, 1 dq, 2 dv, 3 dk; with segments summaries come before 0 and 1."""
+    """A scan, forward and backward, and which of its launches are compiled."""
 
     dtype: torch.dtype
     decay: str | None
     K: int
     V: int
-    walks: tuple[int, ...] = (0, 1, 2, 3)
+    launches: tuple[str, ...] = ("prepare", "solve", "forward", "adjoint", "gradient", "repair")
+    beta: bool = False
+    bonus: bool = False
     tied: bool = False
     T: int = 64
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QUICK = [
-    (90, Case(BF16, "B T H K", 64, 64)),
-    (90, Case(BF16, "B T H", 64, 64, (0, 3))),
-    (80, Case(BF16, None, 64, 64, (0, 2))),
+    (90, Case(BF16, "B T H K", 64, 64, ("prepare", "forward", "adjoint", "gradient"))),
+    (90, Case(BF16, "B T H", 64, 64, ("forward", "gradient"))),
+    (80, Case(BF16, None, 64, 64, ("forward", "adjoint"))),
 ]
 WHOLE = [
     (90, Case(BF16, "B T H K", 128, 128)),
     (90, Case(BF16, "B T H", 128, 128)),
-    (90, Case(BF16, "H", 128, 64, (0, 1))),
-    (90, Case(BF16, None, 128, 128, (0, 2))),
+    (90, Case(BF16, None, 128, 128)),
+    (90, Case(BF16, None, 128, 128, beta=True)),
+    (90, Case(BF16, "B T H", 128, 128, beta=True)),
+    (90, Case(BF16, "B T H K", 128, 128, beta=True)),
+    (90, Case(BF16, "B T H K", 64, 64, bonus=True)),
     (90, Case(BF16, "B T H K", 64, 128, tied=True)),
-    (90, Case(BF16, "B T H K", 256, 256, (0, 3))),
-    (90, Case(BF16, "B T H K", 128, 128, (0, 3), T=4096)),
-    (90, Case(FP16, "B T H K", 64, 64, (0, 1))),
-    (90, Case(FP16, "B T H", 256, 64, (0, 3))),
-    (90, Case(FP32, "B T H K", 32, 64, (0, 3))),
-    (90, Case(FP32, "H K", 256, 256, (0,))),
-    (80, Case(BF16, "B T H K", 128, 128, (0, 3))),
-    (80, Case(BF16, "B T H", 128, 128, (1, 2))),
-    (80, Case(FP32, "B T H", 64, 32, (0, 1))),
-    (80, Case(BF16, "B T H K", 256, 256, (0,))),
+    (90, Case(BF16, "B T H K", 256, 256)),
+    (90, Case(BF16, "B T H", 256, 256, beta=True)),
+    (90, Case(BF16, "B T H K", 128, 128, ("forward", "combine"), T=4096)),
+    (90, Case(FP16, "B T H K", 64, 64)),
+    (90, Case(FP16, "B T H", 256, 64)),
+    (90, Case(FP32, "B T H K", 32, 64)),
+    (90, Case(FP32, "H K", 256, 256)),
+    (90, Case(FP32, "B T H", 128, 128, beta=True)),
+    (80, Case(BF16, "B T H K", 128, 128)),
+    (80, Case(BF16, "B T H", 128, 128, beta=True)),
+    (80, Case(FP32, "B T H", 64, 32)),
+    (80, Case(BF16, "B T H K", 256, 256)),
 ]
+NAMES = ("prepare", "solve", "forward", "combine", "adjoint", "gradient", "repair")
 
 
-def launches(case: Case) -> list[tuple[tuple, dict]]:
-    """Arguments of every walk of one forward and backward."""
+class Recorder:
+    """Stands for a kernel: keeps what it is launched with."""
+
+    def __init__(self, name: str, kernel: Any, log: list) -> None:
+        self.name, self.kernel, self.log = name, kernel, log
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: self.log.append((self.name, self.kernel, args, kwargs))
+
+
+def launches(case: Case) -> list[tuple[str, Any, tuple, dict]]:
+    """Every launch of one forward and backward: name, kernel, arguments."""
     from recur.kernels import chunk_scan as kernels
+    from recur.kernels import scan
 
     sizes = {"B": 1, "T": case.T, "H": 16, "K": case.K}
     q, v = torch.empty(1, case.T, 16, case.K, dtype=case.dtype), torch.empty(1, case.T, 16, case.V, dtype=case.dtype)
@@ -62,44 +87,91 @@ def launches(case: Case) -> list[tuple[tuple, dict]]:
         a = torch.empty(*(sizes[axis] for axis in case.decay.split()), dtype=gate)
         a = a if a.ndim > 2 else a[None, None]
         a = a if a.ndim == 4 else a.unsqueeze(-1)
-    k = None if case.tied else q
-    recorder, originals, describe = Recorder(), (kernels._walk, kernels._combine), kernels.plan
-    kernels._walk, kernels._combine = recorder, Recorder()
-    kernels.plan = lambda **sizes: describe(**{**sizes, "processors": 132})
+    beta = torch.empty(1, case.T, 16) if case.beta else None
+    bonus = torch.empty(16, case.K) if case.bonus else None
+    log: list = []
+    originals, describe = {name: getattr(kernels, name) for name in NAMES}, scan.plan
+    for name, kernel in originals.items():
+        setattr(kernels, name, Recorder(name, kernel, log))
+    scan.plan = lambda **sizes: describe(**{**sizes, "processors": 132})
     try:
-        state = torch.zeros(1, 16, case.K, case.V)
-        y, final = kernels.chunk_scan(q, k, v, a, state, None, 0.5)
-        kernels.chunk_scan_backward(torch.empty_like(y), torch.zeros_like(final), q, k, v, a, state, None, final, 0.5)
+        inputs = (q, None if case.tied else q, v, a, beta, bonus, torch.zeros(1, 16, case.K, case.V), None, 0.5, False)
+        y, final = scan.scan_forward._init_fn(*inputs)
+        scan.scan_backward._init_fn(torch.empty_like(y), torch.zeros_like(final), *inputs)
     finally:
-        (kernels._walk, kernels._combine), kernels.plan = originals, describe
-    return list(recorder)
+        for name, kernel in originals.items():
+            setattr(kernels, name, kernel)
+        scan.plan = describe
+    return log
+
+
+def compile_launch(kernel: Any, args: tuple, kwargs: dict, capability: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+    types[torch.int64] = "*i64"
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    options = {"num_warps": kwargs.get("num_warps", 4)}
+    values.update({name: value for name, value in kwargs.items() if name in kernel.arg_names})
+    signature, constants, hints = {}, {}, {}
+    for i, param in enumerate(kernel.params):
+        value = values[param.name]
+        one = isinstance(value, int) and value == 1 and not param.do_not_specialize
+        if param.is_constexpr or value is None or one:
+            signature[param.name], constants[param.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name], hints[(i,)] = types[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32"
+            if value % 16 == 0 and not param.do_not_specialize:
+                hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.mark.parametrize(
     ("capability", "case"), QUICK, ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else f"sm{x}"
 )
-def test_walks_compile_and_fit(capability: int, case: Case) -> None:
-    triton = pytest.importorskip("triton")
-    from recur.kernels import chunk_scan as kernels
+def test_launches_compile_and_fit(capability: int, case: Case) -> None:
+    pytest.importorskip("triton")
+    from recur.kernels import scan
 
-    if not isinstance(kernels._walk, triton.JITFunction):
+    if scan.INTERPRETED:
         pytest.skip("Triton was loaded as an interpreter")
-    recorded = launches(case)
-    for walk in case.walks:
-        shared = compile_launch(kernels._walk, *recorded[walk], capability).metadata.shared
-        assert shared <= SHARED[capability], f"walk {walk} of {case} needs {shared} bytes of shared memory"
+    for name, *launch in launches(case):
+        if name in case.launches:
+            shared = compile_launch(*launch, capability).metadata.shared
+            assert shared <= SHARED[capability], f"{name} of {case} needs {shared} bytes of shared memory"
+
+
+def resources(kernel: Any) -> str:
+    """Registers and stack (spilled bytes) as the assembler reports them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
+        file.write(kernel.asm["cubin"])
+    report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    os.unlink(file.name)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
+    return f"{registers} registers, {stack} bytes spilled, {kernel.metadata.shared} bytes shared"
+
+
+def report(capability: int, case: Case) -> None:
+    """Print what every launch needs."""
+    for name, *launch in launches(case):
+        if name in case.launches:
+            try:
+                told = resources(compile_launch(*launch, capability))
+            except Exception as error:
+                told = f"FAILED {error!r}"[:200]
+            print(f"sm_{capability}", *case[:4], "beta" * case.beta, "bonus" * case.bonus, f"{name}:", told, flush=True)
 
 
 if __name__ == "__main__":
-    from recur.kernels import chunk_scan as kernels
-
-    for capability, case in QUICK + WHOLE:
-        recorded = launches(case)
-        for walk in case.walks:
-            print(
-                f"sm_{capability}",
-                *case[:4],
-                f"walk {walk}:",
-                resources(compile_launch(kernels._walk, *recorded[walk], capability)),
-                flush=True,
-            )
+    for row in QUICK + WHOLE:
+        report(*row)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import SHARED, Recorder, compile_launch, resources
+from test_kernel_compiles import SHARED, Recorder, compile_launch, resources
 from torch import Tensor
 
 import recur
@@ -229,24 +229,22 @@ def channels(rule: str, V: int, N: int) -> dict[str, Any]:
     return {"state": torch.empty(64, 1, V, N).mT, **operands, "rule": rule}
 
 
-def launched(case: dict[str, Any]) -> tuple[tuple, dict]:
-    """What the kernel would have been launched with."""
+def launched(case: dict[str, Any]) -> tuple[Any, tuple, dict]:
+    """The kernel and what it would have been launched with."""
     from recur.kernels import step as kernels
 
     nothing = dict.fromkeys(("q", "k", "log_decay", "rate", "bonus"))
-    original, recorder = kernels._step, Recorder()
-    kernels._step = recorder
+    original, log = kernels._step, []
+    kernels._step = Recorder("step", original, log)
     try:
         kernels.step(**{**nothing, "scale": 1.0, "rule": "outer", "tied": False, **case})
-        return next(iter(recorder))
     finally:
         kernels._step = original
+    return log[0][1:]
 
 
 def compiled(name: str, capability: int) -> Any:
-    from recur.kernels import step as kernels
-
-    return compile_launch(kernels._step, *launched(CASES[name]()), capability)
+    return compile_launch(*launched(CASES[name]()), capability)
 
 
 @pytest.mark.parametrize("name", ["key-wise", "gated delta", "selective"])

@@ -1,6 +1,6 @@
 """The separable kernel against the float64 token loop, in Triton's interpreter, chosen before Triton is loaded.
 
-Laws run in a process of their own: `TRITON_INTERPRET=1 python tests/test_kernel_chunk_scan.py LAW...`.
+Laws run in a process of their own: `TRITON_INTERPRET=1 python tests/test_kernel_scan.py LAW...`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def compare(
     reverse: bool = False,
     dtype: torch.dtype = torch.float32,
     borders: tuple[int, ...] | None = None,
+    beta: bool = False,
+    bonus: str | None = None,
 ) -> None:
     """y, state and all gradients, both outputs weighed by noise; resets must owe exactly nothing."""
     from recur import scan
@@ -73,6 +75,8 @@ def compare(
         v.to(dtype),
         a,
         torch.randn(B if borders is None else len(borders) - 1, H, K, V, dtype=number) if initial else None,
+        torch.rand(B, T, H).round(decimals=1) if beta else None,
+        torch.randn([sizes[axis] for axis in bonus.split()]) if bonus else None,
     ]
 
     cu = None if borders is None else torch.tensor(borders)
@@ -85,18 +89,17 @@ def compare(
         loss = (y * weights[0].to(dtype)).sum() + (state * weights[1]).real.sum()
         return [y, state, *torch.autograd.grad(loss, [t for t in leaves if t is not None])]
 
-    got = gradients(
-        lambda x: scan(*x[:4], initial_state=x[4], cu_seqlens=cu, scale=0.7, reverse=reverse, form="triton"), False
-    )
-    want = gradients(
-        lambda x: scan(*x[:4], initial_state=x[4], cu_seqlens=cu, scale=0.7, reverse=reverse, form="recurrent"), True
-    )
+    def run(x: list[Tensor], form: str) -> tuple[Tensor, Tensor]:
+        options = {"initial_state": x[4], "beta": x[5], "bonus": x[6], "cu_seqlens": cu, "reverse": reverse}
+        return scan(*x[:4], **options, scale=0.7, form=form)
+
+    got, want = gradients(lambda x: run(x, "triton"), False), gradients(lambda x: run(x, "recurrent"), True)
     names = [
         "y",
         "state",
-        *(f"d{n}" for n, x in zip(("q", "k", "v", "a", "initial"), inputs, strict=True) if x is not None),
+        *(f"d{n}" for n, x in zip(("q", "k", "v", "a", "initial", "beta", "bonus"), inputs, strict=True) if x is not None),
     ]
-    case = f"{(B, T, H, G, K, V)} decay [{axes}] {kind}"
+    case = f"{(B, T, H, G, K, V)} decay [{axes}] {kind}{' beta' * beta} bonus {bonus} reverse {reverse} {borders}"
     for name, g, w in zip(names, got, want, strict=True):
         assert g.isfinite().all(), f"{case}: {name} is not finite"
         error = (g.to(w.dtype) - w).norm() / max(w.norm(), 1.0)  # a gradient may be exactly 0

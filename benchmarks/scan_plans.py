@@ -1,0 +1,108 @@
+"""Which tiles suit each kernel of the matrix-state scan: every launch timed by itself under several settings.
+
+    python benchmarks/scan_plans.py --out results                     # every family and setting
+    python benchmarks/scan_plans.py --families key --seconds 60
+
+Medians of triton's do_bench with the L2 flushed, in ms. Settings are compiled first, side by side. Writes
+scan_plans.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SHAPES = [(8, 2048, 16, 128, 128), (4, 8192, 32, 64, 64)]
+SETTINGS = list(itertools.product((64, 128), (4, 8), (1, 2, 3)))  # block, warps, stages
+FAMILIES = ("none", "one", "key", "delta", "gated_delta", "kda")
+
+
+def inputs(family: str, B: int, T: int, H: int, K: int, V: int) -> list[Tensor | None]:
+    """q, k, v, log_decay [B T H K|1], beta."""
+    q, k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16) for D in (K, K, V))
+    a = beta = None
+    if family in ("one", "gated_delta"):
+        a = F.logsigmoid(torch.randn(B, T, H, 1, device="cuda") + 2)
+    if family in ("key", "kda"):
+        a = (F.logsigmoid(torch.randn(B, T, H, K, device="cuda")) / 16).bfloat16()
+    if family in ("delta", "gated_delta", "kda"):
+        k, beta = F.normalize(k.float(), dim=-1).bfloat16(), torch.rand(B, T, H, device="cuda")
+    return [q, k, v, a, beta]
+
+
+def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> dict:
+    """Every launch of a forward and backward as a function, under one setting of all kernels."""
+    from recur.kernels import scan
+
+    B, T, H, K, V = shape
+    size = max(64, K, V)
+    scan._BFLOAT16[size] = (64, setting, setting, setting)
+    q, k, v, a, beta = inputs(family, *shape)
+    x = scan.Inputs(q, k, v, a, beta, None, None, None)
+    run = scan._Scan(x, K**-0.5, False)
+    y, S, G = torch.empty_like(v), run.states(), run.states()
+    u, dy = torch.empty_like(v), torch.randn_like(v)
+    calls = {
+        "forward": lambda: run.forward(y=y),
+        "keep": lambda: run.forward(keep=S, u=u if beta is not None else None),
+        "prepare": run._prepare,
+        "backward": lambda: scan.scan_backward._init_fn(dy, None, *x, K**-0.5, False),
+        "adjoint": lambda: run.adjoint(dy, torch.empty_like(v), G),
+    }
+    return calls
+
+
+def compile_one(case: tuple) -> None:
+    family, shape, setting = case
+    try:
+        for call in lay(family, (1, 128, *shape[2:]), setting).values():
+            call()
+        torch.cuda.synchronize()
+    except Exception as error:
+        print("compile", case, repr(error)[:120], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES))
+    parser.add_argument("--settings", nargs="+", help="block,warps,stages ...")
+    parser.add_argument("--shapes", nargs="+")
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    from triton.testing import do_bench
+
+    settings = [tuple(map(int, s.split(","))) for s in options.settings] if options.settings else SETTINGS
+    shapes = [tuple(map(int, s.split(","))) for s in options.shapes] if options.shapes else SHAPES
+    begin = time.time()
+    cases = [(f, s, c) for s in shapes for f in options.families for c in settings if c[0] <= max(64, s[3])]
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        pool.map(compile_one, cases, chunksize=1)
+    print(f"compiled {len(cases)} in {time.time() - begin:.0f} s", flush=True)
+    records = []
+    for family, shape, setting in cases:
+        if time.time() - begin > options.seconds:
+            break
+        record = {"family": family, "shape": shape, "setting": setting}
+        try:
+            for name, call in lay(family, shape, setting).items():
+                record[name] = round(do_bench(call, warmup=4, rep=20, return_mode="median"), 4)
+        except Exception as error:
+            record["failed"] = repr(error)[:100]
+        records.append(record)
+        print(json.dumps(record), flush=True)
+        torch.cuda.empty_cache()
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "scan_plans.json").write_text("\n".join(json.dumps(record) for record in records))
+
+
+if __name__ == "__main__":
+    main()

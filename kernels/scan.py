@@ -1,0 +1,354 @@
+"""The scan with a matrix state on a GPU: plan, launches, operators. What is launched is described in `chunk_scan`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from recur.kernels import chunk_scan as kernels
+from torch import Tensor
+
+INTERPRETED = not isinstance(kernels.forward, triton.JITFunction)  # Triton's interpreter was asked for, on a CPU
+
+
+class Tiles(NamedTuple):
+    """A kernel's tile of the state, how many make the state, warps of a program, stages of its loop."""
+
+    block: int
+    parts: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """How a scan is laid on the machine: chunks of `chunk` tokens in `segments` of `span` tokens, for states padded to
+    `block_k` rows and `block_v` columns; tiles of columns for the two walks, of rows for the gradient of a chunk."""
+
+    chunk: int
+    segments: int
+    span: int
+    block_k: int
+    block_v: int
+    forward: Tiles
+    adjoint: Tiles
+    gradient: Tiles
+
+
+# chunk, then (block, warps, stages) of forward, adjoint, gradient for states of at most 64, 128, 256 rows or columns
+_BFLOAT16 = {
+    64: (64, (64, 4, 2), (64, 4, 2), (64, 4, 1)),
+    128: (64, (64, 4, 2), (64, 4, 2), (64, 4, 1)),
+    256: (64, (64, 8, 1), (64, 8, 1), (64, 8, 1)),
+}
+_FLOAT32 = {
+    64: (32, (32, 4, 1), (32, 4, 1), (64, 4, 1)),
+    128: (32, (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+    256: (32, (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+}
+
+
+def plan(
+    *, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, processors: int = 132
+) -> Plan:
+    """The plan for `heads` states [K V] (batch times heads) over T tokens.
+
+    One segment if it gives every processor two programs; otherwise as many as that takes, none below 512 tokens. The
+    delta rule has one: what a stretch of it does to a state is a matrix [K K].
+    """
+    block_k, block_v = (max(64, triton.next_power_of_2(size)) for size in (K, V))
+    chunk, *walks = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[max(block_k, block_v)]
+    forward, adjoint, gradient = (
+        Tiles(block, triton.cdiv(size, block), warps, stages)
+        for (block, warps, stages), size in zip(walks, (V, V, K), strict=True)
+    )
+    wanted = 1 if delta else max(1, 2 * processors // max(1, heads * forward.parts))
+    span = chunk * triton.cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
+    return Plan(chunk, max(1, triton.cdiv(T, span)), span, block_k, block_v, forward, adjoint, gradient)
+
+
+def _numbers(dtype: torch.dtype) -> tuple[Any, str, float]:
+    """What matmuls are fed with, their precision, and log2 of how far factors of a calm chunk may reach.
+
+    float16 is computed in tf32, which has its digits and the range that states need.
+    """
+    if dtype == torch.float32:
+        return tl.float32, "tf32x3", 10.0
+    return (tl.bfloat16, "ieee", 60.0) if dtype == torch.bfloat16 else (tl.float32, "tf32", 60.0)
+
+
+class Inputs(NamedTuple):
+    """A scan's tensors as its operators take them; see `scan_forward`."""
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor
+    log_decay: Tensor | None
+    beta: Tensor | None
+    bonus: Tensor | None
+    initial: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+class _Scan:
+    """One scan laid out and prepared: allocates and launches."""
+
+    def __init__(self, x: Inputs, scale: float, flip: bool) -> None:
+        B, T, H, V = x.v.shape
+        groups, K = x.q.shape[2:]
+        processors = torch.cuda.get_device_properties(x.v.device).multi_processor_count if x.v.is_cuda else 1
+        delta, packed = x.beta is not None, x.cu_seqlens is not None
+        self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=x.v.dtype, delta=delta, processors=processors)
+        if packed:
+            self.plan = self.plan._replace(segments=1, span=T)
+        self.x, self.scale, self.flip, self.sizes = x, scale, flip, (B, T, H, K, V)
+        self.documents = len(x.cu_seqlens) - 1 if x.cu_seqlens is not None else B
+        self.chunks = T // self.plan.chunk + self.documents if packed else B * triton.cdiv(T, self.plan.chunk)
+        self.decay, strides = "none", [0, 0, 0, 0]
+        if x.log_decay is not None:
+            width = x.log_decay.shape[-1]
+            self.decay = "one" if width == 1 and x.k is not None else "key"
+            strides = list(x.log_decay.expand(B, T, H, width).stride())
+        dot, self.precision, self.limit = _numbers(x.v.dtype)
+        self.dot, self.kept = dot, torch.bfloat16 if dot == tl.bfloat16 else torch.float32
+        self.gates = {"gate_sb": strides[0], "gate_sh": strides[2], "gate_st": strides[1], "gate_sd": strides[3]}
+        self.common = {
+            **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "scale": scale, "H": H, "K": K, "FLIP": flip, "DOT": dot,
+            "PRECISION": self.precision, "BLOCK_C": self.plan.chunk,
+        }  # fmt: skip
+        self.groups = H if self.decay == "key" else groups
+        self.told, self.write, self.reach = x.q, x.k, x.k
+        self.near = self.far = self.calm = self.scores = self.rates = self.whole = self.overlap = self.solved = None
+        self._prepare()
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.x.v.device)
+
+    def squares(self, dtype: torch.dtype) -> Tensor:
+        """[chunks H C C]"""
+        return self.new(self.chunks, self.sizes[2], self.plan.chunk, self.plan.chunk, dtype=dtype)
+
+    def states(self) -> Tensor:
+        """[chunks H K V]"""
+        _, _, H, K, V = self.sizes
+        return self.new(self.chunks, H, K, V, dtype=self.kept)
+
+    def _prepare(self) -> None:
+        """Run `kernels.prepare`, and `kernels.solve` for the delta rule."""
+        x, (B, T, H, K, _) = self.x, self.sizes
+        delta, before = x.beta is not None, x.bonus is not None
+        if self.decay == "none" and not delta and not before:
+            return
+        if self.decay == "key":
+            self.told, self.write = (self.new(B, T, H, K, dtype=self.kept) for _ in range(2))
+            self.reach = torch.empty_like(self.told) if delta else None
+            self.near, self.far = self.new(self.chunks, H, K), self.new(self.chunks, H, K)
+            self.calm, self.scores = self.new(self.chunks, H, dtype=torch.int32), self.squares(self.kept)
+        if self.decay == "one" or before:
+            self.rates = self.new(self.chunks, H, 4, self.plan.chunk)
+        if self.decay == "one":
+            self.whole = self.new(self.chunks, H)
+        if delta:
+            self.overlap, self.solved = self.squares(torch.float32), self.squares(self.kept)
+        hats = (self.told, self.write, self.reach) if self.decay == "key" else (None, None, None)
+        kernels.prepare[(self.chunks * H,)](
+            x.q, x.k, x.log_decay, x.beta, x.bonus,
+            *hats, self.near, self.far, self.calm, self.scores, self.rates, self.whole, self.overlap,
+            documents=self.documents, GROUPS=x.q.shape[2], DECAY=self.decay, LIMIT=self.limit,
+            BLOCK_K=self.plan.block_k, PART=64, num_warps=4, **self.common,
+        )  # fmt: skip
+        if delta:
+            kernels.solve[(self.chunks * H,)](
+                self.overlap, x.beta, self.solved, x.cu_seqlens, T, self.documents,
+                H=H, FLIP=self.flip, BLOCK_C=self.plan.chunk, num_warps=1,
+            )  # fmt: skip
+
+    def _walk(self, tiles: Tiles) -> dict[str, Any]:
+        return {
+            **self.common, "GROUPS": self.groups, "V": self.sizes[4], "DECAY": self.decay,
+            "BEFORE": self.x.bonus is not None, "tiles": tiles.parts, "segments": self.plan.segments,
+            "span": self.plan.span, "BLOCK_K": self.plan.block_k, "BLOCK_V": tiles.block, "STAGES": tiles.stages,
+            "num_warps": tiles.warps,
+        }  # fmt: skip
+
+    def forward(
+        self, *, y: Tensor | None = None, e: Tensor | None = None, keep: Tensor | None = None,
+        enter: Tensor | None = None, leave: Tensor | None = None, share: Tensor | None = None,
+        back: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Launch `kernels.forward`; `back` is dy, if it shall walk back."""
+        x, tiles = self.x, self.plan.forward
+        kernels.forward[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
+            self.told, self.write if back is None else self.told, self.reach, x.v if back is None else back,
+            x.log_decay, x.beta, self.near, self.far, self.calm, self.scores, self.rates, self.whole, self.overlap,
+            self.solved, y, e, keep, enter, leave, share, BACK=back is not None, EMIT=y is not None, **self._walk(tiles),
+        )  # fmt: skip
+
+    def adjoint(
+        self, dy: Tensor, du: Tensor, keep: Tensor, *, enter: Tensor | None = None, leave: Tensor | None = None
+    ) -> None:
+        """Launch `kernels.adjoint`."""
+        x, tiles = self.x, self.plan.adjoint
+        kernels.adjoint[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
+            self.told, self.write, self.reach, dy, x.log_decay, x.beta, self.near, self.far, self.calm, self.scores,
+            self.rates, self.whole, self.solved, du, keep, enter, leave, **self._walk(tiles),
+        )  # fmt: skip
+
+    def gradient(
+        self, u: Tensor, dy: Tensor, du: Tensor, S: Tensor, G: Tensor, dq: Tensor, dk: Tensor | None,
+        dv: Tensor | None, dgate: Tensor | None, dbeta: Tensor | None, dbonus: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Launch `kernels.gradient`, and `kernels.repair` where a chunk may not be calm."""
+        x, tiles, (B, _, H, _, V) = self.x, self.plan.gradient, self.sizes
+        kernels.gradient[(self.chunks * H * tiles.parts,)](
+            x.q, x.k, self.told, self.write, self.reach, u, dy, du, x.log_decay, x.beta, x.bonus,
+            S, G, self.near, self.calm, self.rates, self.whole, dq, dk, dv, dgate, dbeta, dbonus,
+            B=B, tiles=tiles.parts, documents=self.documents, GROUPS=self.groups, GROUPS_PLAIN=x.q.shape[2], V=V,
+            DECAY=self.decay, TIED=x.k is None, BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v,
+            num_warps=tiles.warps, **self.common,
+        )  # fmt: skip
+        if self.decay == "key":
+            kernels.repair[(self.chunks * H,)](
+                x.q, x.k, x.log_decay, x.beta, dy, u, du, self.calm, self.squares(torch.float32),
+                self.squares(torch.float32) if x.beta is not None else None, dq, dk, dgate,
+                documents=self.documents, GROUPS=x.q.shape[2], V=V, BEFORE=x.bonus is not None,
+                BLOCK_K=self.plan.block_k, BLOCK_V=self.plan.block_v, num_warps=8, **self.common,
+            )  # fmt: skip
+
+    def entering(self, initial: Tensor | None, back: Tensor | None = None) -> Tensor | None:
+        """[B H segments K V], the state that enters each segment, or its gradient that enters from the end."""
+        segments = self.plan.segments
+        if segments == 1:
+            return initial
+        B, _, H, K, V = self.sizes
+        states, share = self.new(B, H, segments, K, V), self.new(B, H, segments, K)
+        self.forward(leave=states, share=share, back=back)
+        block_k, block_v = min(16, triton.next_power_of_2(K)), min(64, triton.next_power_of_2(V))
+        kernels.combine[(B * H, triton.cdiv(K, block_k), triton.cdiv(V, block_v))](
+            states, share, initial, K, V, segments,
+            LEFT=self.flip != (back is not None), BLOCK_K=block_k, BLOCK_V=block_v,
+        )  # fmt: skip
+        return states
+
+
+_INPUTS = (
+    "Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? bonus, Tensor? initial, "
+    "Tensor? cu_seqlens, float scale, bool flip"
+)
+
+
+@torch.library.custom_op("recur::scan", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+def scan_forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    flip: bool,
+) -> tuple[Tensor, Tensor]:
+    """`recur.scan` without complex gates; T is at least 1.
+
+    Args: q, k [B T G K] (k None: 1 − exp(log_decay), not with beta); v [B T H V], all of one dtype; log_decay
+        [B|1 T|1 H K|1]; beta [B T H]; bonus [H K] float32; initial [B H K V] float32, or [n H K V] for the n documents
+        of cu_seqlens [n+1]; all contiguous. flip: from right to left.
+    Returns: y [B T H V]; state like initial.
+    """
+    run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip)
+    _, _, H, K, V = run.sizes
+    y, state = torch.empty_like(v), run.new(run.documents, H, K, V)
+    run.forward(y=y, enter=run.entering(initial), leave=state)
+    return y, state
+
+
+@scan_forward.register_fake
+def _(q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip):
+    rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty_like(v), v.new_empty(rows, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "recur::scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor? dstate, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def scan_backward(
+    dy: Tensor,
+    dstate: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    flip: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay, beta, bonus and initial; empty for what is None. Has no derivative itself."""
+    run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip)
+    B, T, H, K, _ = run.sizes
+    S, G, delta, parts = run.states(), run.states(), beta is not None, run.plan.gradient.parts
+    dv, dinitial = torch.empty_like(v), None if initial is None else torch.empty_like(initial)
+    e, r = (torch.empty_like(v), torch.empty_like(v)) if delta else (None, None)
+    run.forward(keep=S, e=e, enter=run.entering(initial))
+    run.adjoint(dy, dv if r is None else r, G, enter=run.entering(dstate, back=dy), leave=dinitial)
+
+    dq = run.new(B, T, H, K, dtype=q.dtype if q.shape[2] == H else torch.float32)
+    dk = None if k is None else torch.empty_like(dq)
+    dgate = dbeta = dbonus = None
+    if run.decay == "one":
+        dgate = run.new(parts, B, T, H)
+    if run.decay == "key" and log_decay is not None:
+        dgate = run.new(B, T, H, K, dtype=log_decay.dtype if log_decay.shape == (B, T, H, K) else torch.float32)
+    if delta:
+        dbeta = run.new(B, T, H)
+    if bonus is not None:
+        dbonus = run.new(run.chunks, H, K).zero_()  # documents leave some chunks unused
+    run.gradient(v if e is None else e, dy, dv if r is None else r, S, G, dq, dk, dv, dgate, dbeta, dbonus)
+
+    if dgate is not None and log_decay is not None:
+        dgate = dgate.sum(0).unsqueeze(-1) if run.decay == "one" else dgate
+        dgate = dgate.sum_to_size(log_decay.shape).to(log_decay.dtype)
+    gradients = (
+        _sum_groups(dq, q), None if k is None or dk is None else _sum_groups(dk, k), dv, dgate,
+        None if dbeta is None or beta is None else dbeta.to(beta.dtype),
+        None if dbonus is None else dbonus.sum(0), dinitial,
+    )  # fmt: skip
+    return tuple(v.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
+
+
+def _sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
+    """[B T H K] -> [B T G K], what the heads of a group owe to the tensor they share."""
+    if gradient.shape == like.shape:
+        return gradient
+    return gradient.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
+
+
+@scan_backward.register_fake
+def _(dy, dstate, q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip):
+    inputs = (q, k, v, log_decay, beta, bonus, initial)
+    return tuple(v.new_empty(0) if x is None else torch.empty_like(x) for x in inputs)
+
+
+def _remember(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, ctx.flip = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy: Tensor | None, dstate: Tensor | None):
+    tensors = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[2]) if dy is None else dy.contiguous()
+    dstate = None if dstate is None else dstate.contiguous()
+    gradients = scan_backward(dy, dstate, *tensors, ctx.scale, ctx.flip)
+    return *(None if x is None else g for x, g in zip(tensors[:7], gradients, strict=True)), None, None, None
+
+
+scan_forward.register_autograd(_differentiate, setup_context=_remember)
