@@ -544,7 +544,7 @@ def table(found: dict[str, Any]) -> str:
             cells += [f"{r[name]:.1e}" if name in r else "" for name in ("y_error", "grad_error")]
             cells.append(f"{r['first_call_s']:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
-    if "growth" in found:
+    if found["growth"]:
         lines += ["", "| family | T | forward + backward ms | ns a token | peak MiB |", "|---|--:|--:|--:|--:|"]
         for r in found["growth"]:
             peak = "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"
@@ -610,11 +610,12 @@ def _run(options: argparse.Namespace) -> None:
     begin = time.time()
     if on_gpu():
         fewer_candidates(options.candidates)
-    known = [r for path in options.have for r in json.loads(path.read_text())["records"] if "failed" not in r]
+    before = [json.loads(path.read_text()) for path in options.have]
+    known = [r for run in before for r in run["records"] if "failed" not in r]
     done = {(r["family"], tuple(r["shape"]), r["what"]) for r in known}
     name = torch.cuda.get_device_name() if on_gpu() else "CPU"
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "rates": rates()}
-    found["records"] = known
+    found |= {"records": known, "growth": [r for run in before for r in run["growth"]]}
     if options.growth:
         found["growth"] = growth(options.form, options.longest)
     write(options.out, found)  # what cannot be written or drawn fails now

@@ -36,11 +36,11 @@ class Rotary(Part):
         return {name: axes.rank(name, 2) for name in self.names.split()}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        turned = {}
+        turned, positions = {}, flow.positions()
         options: dict[str, Any] = {"base": self.base, "inclusive": self.inclusive, "device": flow.position.device}
         for name in self.names.split():
             frequencies = rotary_frequencies(flow[name].shape[-1], **options)
-            turned[name] = rotate(flow[name], flow.positions(), frequencies, layout=self.layout)
+            turned[name] = rotate(flow[name], positions, frequencies, layout=self.layout)
         return flow.set(**turned), None
 
     def formula(self) -> str:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from recur.axes import RecipeError
 from recur.blocks.feedforward import feedforward
 from recur.blocks.glue import Norm
-from recur.blocks.mixer import Mixer, detach, overwrite
+from recur.blocks.mixer import Mixer, detach, overwrite, passed
 from recur.blocks.sampling import sample_token
 from recur.primitives.forms import check_form, check_packing
 from recur.recipe import Flow, Recipe, State
@@ -96,7 +96,8 @@ class StreamNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is None:
             return x
-        flow, _ = self.norm(Flow({"x": x}, x.new_zeros(x.shape[0], dtype=torch.long)), self.weights, None)
+        nowhere = x.new_empty(0, dtype=torch.long)  # norms read no positions
+        flow, _ = self.norm(Flow({"x": x}, nowhere), self.weights, None)
         return flow[self.norm.to or "x"]
 
 
@@ -217,8 +218,7 @@ class LanguageModel(nn.Module):
                 x, after, published = block(x, before, **options)
             past += (published,)
             layers.append(after)
-        length = T if cu_seqlens is None else cu_seqlens.diff()
-        return self.final_norm(x), {"position": position + length, "layers": layers}
+        return self.final_norm(x), {"position": passed(position, T, cu_seqlens, form), "layers": layers}
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, (self.embedding if self.head is None else self.head).weight)
@@ -263,7 +263,6 @@ class LanguageModel(nn.Module):
         x, new = self._hidden(ids[:, None], state, cu_seqlens=None, form="step")
         for old, after in zip(state["layers"], new["layers"], strict=True):
             overwrite(old, after)
-        state["position"].copy_(new["position"])
         return self._logits(x[:, 0])
 
     @torch.no_grad()

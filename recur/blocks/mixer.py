@@ -95,8 +95,7 @@ class Mixer(nn.Module):
         expect("Mixer", "state", position, "B" if cu_seqlens is None else "n", (rows,))
         flow = Flow({"x": x, **inputs}, position, form, cu_seqlens, self.layer, grid, past)
         flow, parts = self.recipe.body(flow, self._weights(), (state or {}).get("parts"))
-        length = T if cu_seqlens is None else cu_seqlens.diff()
-        return flow, {"position": position + length, "parts": parts}
+        return flow, {"position": passed(position, T, cu_seqlens, form), "parts": parts}
 
     def _weights(self) -> dict[str, nn.Module]:
         """The module of every part, own and shared."""
@@ -148,6 +147,13 @@ class Mixer(nn.Module):
         wide = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}" for a, b, c, d in rows]
         return f"Mixer at D={self.dim}\n" + "\n".join(lines)
+
+
+def passed(position: Tensor, length: int, cu_seqlens: Tensor | None, form: str) -> Tensor:
+    """The positions after these tokens; a step overwrites them."""
+    if form == "step":
+        return position.add_(length)
+    return position + (length if cu_seqlens is None else cu_seqlens.diff())
 
 
 def nbytes(state: State) -> int:

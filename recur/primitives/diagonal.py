@@ -235,7 +235,8 @@ def gated_scan(
 def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """One token of `gated_scan`: h = exp(log_decay) * h + x, y = h. `state` is overwritten; no gradient.
 
-    Args: x [B *]; log_decay [B *] | [*]; state [B *] float32 (float64 if an input is), complex if x or the gate is.
+    Args: x [B *]; log_decay [B *] | [*]; state [B *] float32 (float64 if an input is) or bfloat16,
+        complex if x or the gate is.
     Returns: y [B *] of x's dtype, or complex if the gate is.   Raises: ShapeError, TypeError.   Cost: O(B *).
     """
     gates = _axes_of_gate(x, log_decay, "B *")

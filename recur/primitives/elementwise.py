@@ -81,9 +81,9 @@ def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     Args:
         x, delta: [B V]; A: [V N].
         B, C: [B N] | [B G N] | [V N]. Two axes are [B N] if the first has the size of the batch, else [V N].
-        state: [B V N] float32 (float64 if an input is).
+        state: [B V N] float32 (float64 if an input is), or bfloat16 (see `step`).
 
-    Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError.   Cost: O(V N) a row.
+    Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError.   Cost: O(V N) a row, one launch on a GPU.
     """
     check_given("selective_step", x=x, delta=delta, A=A, B=B, C=C, state=state)
     bind("selective_step", x=(x, "B V"))
@@ -175,7 +175,8 @@ def online_scan(
 def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *, diagonal: bool = True) -> Tensor:
     """One token of `online_scan`. `state` is overwritten; no gradient.
 
-    Args: x, rate [B V]; k, q [B N] | [B G N]; state [B V N] float32 (float64 if an input is); diagonal as there.
+    Args: x, rate [B V]; k, q [B N] | [B G N]; state [B V N] float32 (float64 if an input is) or bfloat16 (see `step`);
+        diagonal as there.
     Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError, ValueError for rates.   Cost: O(V N) a row.
     """
     keys = "B N | B G N"
