@@ -1,4 +1,4 @@
-"""The command line: `recur list | show | check | train | generate | bench`, each with examples under --help."""
+"""The command line: recur list, show, check, convert, train, generate, bench; each with examples under --help."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 
 import recur
 from recur import train
+from recur.convert import files
 from recur.train import InputError, Settings
 
 EXTRA = {"tqdm": "demo", "matplotlib": "demo", "hypothesis": "test"}  # what brings each optional package
@@ -159,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command("check", _check, "Run every law that applies to a preset.", "recur check longhorn")
     check.add_argument("preset", metavar="NAME", type=_preset)
+
+    files.add(command)
 
     about = "Train a character-level language model on a text."
     fresh, again = (

@@ -56,6 +56,7 @@ ATTENTION = recur.Recipe(
 
 def models() -> dict[str, Any]:
     every = {name: getattr(presets, name)() for name in presets.names()}
+    every = {name: recipe for name, recipe in every.items() if recipe.causal}
     return every | {"hybrid": [presets.retnet(), ATTENTION], "hybrid with longhorn": [presets.longhorn(), ATTENTION]}
 
 

@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recur.axes import Spec
+from recur.axes import RecipeError, Spec
 from recur.primitives.gates import activation
 from recur.primitives.hidden import dense_fusion
 from recur.primitives.norms import normalise
 from recur.recipe import Axes, Flow, Part, Site, State
 from recur.weights import Param, ones
+
+
+def at_least_one(part: str, layers: int) -> None:
+    """Raise RecipeError unless a part looks at one layer or more."""
+    if layers < 1:
+        raise RecipeError(f"{part}: layers must be at least 1, got {layers}")
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,9 @@ class DenseFusion(Part):
     layers: int = 1
     act: str = "silu"
     eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        at_least_one("DenseFusion", self.layers)
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.source: axes.same(self.source, self.gate)}

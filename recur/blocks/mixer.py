@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recur.axes import RecipeError
-from recur.primitives.forms import check_form, check_packing
+from recur.primitives.forms import check_packing
 from recur.recipe import Flow, Recipe, State
 from recur.shapes import bind, expect
 
@@ -63,7 +63,6 @@ class Mixer(nn.Module):
         form: str = "auto",
         **inputs: Tensor,
     ) -> MixerOut:
-        check_form("Mixer", form)
         flow, state = self.run(x, state, inputs, cu_seqlens=cu_seqlens, grid=grid, form=form)
         return MixerOut(flow["y"], state)
 
@@ -77,10 +76,11 @@ class Mixer(nn.Module):
         grid: tuple[int, ...] | None = None,
         form: str = "auto",
         past: tuple[Mapping[str, Tensor], ...] = (),
+        in_place: bool = False,
     ) -> tuple[Flow, State]:
         """The whole flow after the last part, for what wants more than "y" (layers that publish, tests).
 
-        With form "step", x is one token [B 1 D] and parts may overwrite the state they are given.
+        in_place: x is one token [B 1 D], and parts may overwrite the state they are given.
         """
         bind("Mixer", x=(x, "B T D"))
         B, T, _ = x.shape
@@ -93,9 +93,9 @@ class Mixer(nn.Module):
         rows = B if cu_seqlens is None else len(cu_seqlens) - 1
         position = x.new_zeros(rows, dtype=torch.long) if state is None else state["position"]
         expect("Mixer", "state", position, "B" if cu_seqlens is None else "n", (rows,))
-        flow = Flow({"x": x, **inputs}, position, form, cu_seqlens, self.layer, grid, past)
+        flow = Flow({"x": x, **inputs}, position, form, cu_seqlens, self.layer, grid, past, in_place)
         flow, parts = self.recipe.body(flow, self._weights(), (state or {}).get("parts"))
-        return flow, {"position": passed(position, T, cu_seqlens, form), "parts": parts}
+        return flow, {"position": passed(position, T, cu_seqlens, in_place), "parts": parts}
 
     def _weights(self) -> dict[str, nn.Module]:
         """The module of every part, own and shared."""
@@ -127,7 +127,7 @@ class Mixer(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, state: State, **inputs: Tensor) -> Tensor:
         """One token [B D] -> [B D]; `state` is overwritten, no gradient."""
-        flow, new = self.run(x[:, None], state, {name: t[:, None] for name, t in inputs.items()}, form="step")
+        flow, new = self.run(x[:, None], state, {name: t[:, None] for name, t in inputs.items()}, in_place=True)
         overwrite(state, new)
         return flow["y"][:, 0]
 
@@ -149,9 +149,9 @@ class Mixer(nn.Module):
         return f"Mixer at D={self.dim}\n" + "\n".join(lines)
 
 
-def passed(position: Tensor, length: int, cu_seqlens: Tensor | None, form: str) -> Tensor:
-    """The positions after these tokens; a step overwrites them."""
-    if form == "step":
+def passed(position: Tensor, length: int, cu_seqlens: Tensor | None, in_place: bool) -> Tensor:
+    """The positions after these tokens."""
+    if in_place:
         return position.add_(length)
     return position + (length if cu_seqlens is None else cu_seqlens.diff())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from recur.primitives.fixed import fixed_scan, fixed_step
 from recur.primitives.poles import poles, zero_order_hold
 from recur.primitives.scan import scan, step
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, constant, normal
+from recur.weights import Param, constant, normal, spread_time_constants
 
 
 def _run(
@@ -33,7 +32,7 @@ def _run(
 
     always: what else both take, the same for every token.
     """
-    if flow.form != "step":
+    if not flow.in_place:
         options = {"initial_state": state, "cu_seqlens": flow.cu_seqlens, "form": flow.form}
         return scan(**tokens, **always, **options)
     token = {name: None if tensor is None else tensor.squeeze(1) for name, tensor in tokens.items()}
@@ -43,25 +42,35 @@ def _run(
 def _decay(flow: Flow, name: str) -> Tensor:
     """The log decay, in a step one for every row, else without its B and T axes if it is constant (both length 1)."""
     log_a = flow[name]
-    if flow.form == "step":
+    if flow.in_place:
         return log_a.expand(len(flow["x"]), *log_a.shape[1:])
     constant_in_time = log_a.shape[:2] == (1, 1) and flow["x"].shape[:2] != (1, 1)
     return log_a[0, 0] if constant_in_time else log_a
 
 
+def _complex(memory: Tensor) -> Tensor:
+    """A real state of zeros as a complex one."""
+    return torch.complex(memory, torch.zeros_like(memory))
+
+
 @dataclass(frozen=True)
 class GatedScan(Part):
-    """h_t = a_t * h_{t-1} + u_t, each channel by itself; y = h."""
+    """h_t = a_t * h_{t-1} + u_t, each channel by itself; y = h.
+
+    Args: source: u [*]; decay: [*]; rotates: whether u or the decay is complex, which makes y and the state complex.
+    """
 
     source: str
     decay: str = "log_a"
+    rotates: bool = False
     out: str = "y"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.out: axes.same(self.source, self.decay)}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        return site.memory(batch, *site.of(self.source))
+        memory = site.memory(batch, *site.of(self.source))
+        return _complex(memory) if self.rotates else memory
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         tokens = {"x": flow[self.source], "log_decay": _decay(flow, self.decay)}
@@ -82,6 +91,7 @@ class OuterScan(Part):
         decay:  [H] or [H K], real or complex; None keeps everything.
         scale:  a number, or an expression over axes such as "1/sqrt(K)".
         rotates: whether the decay is complex, which makes the state complex.
+        bonus:  [H] or [H K], constant in time: read before the write, the current token weighed by it.
     """
 
     q: str = "q"
@@ -90,16 +100,18 @@ class OuterScan(Part):
     decay: str | None = "log_a"
     scale: float | str = 1.0
     rotates: bool = False
+    bonus: str | None = None
     out: str = "y"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         (_, K), (H, V) = axes.rank(self.q, 2), axes.rank(self.v, 2)
         if self.k is not None:
             axes.same(self.q, self.k)
-        if self.decay is not None and axes[self.decay] not in ((H,), (H, K)):
-            raise RecipeError(
-                f"{axes.reader} needs a decay {self.decay} [{H}] or [{H} {K}], got [{' '.join(axes[self.decay])}]"
-            )
+        for role, name in (("decay", self.decay), ("bonus", self.bonus)):
+            if name is not None and axes[name] not in ((H,), (H, K)):
+                raise RecipeError(
+                    f"{axes.reader} needs a {role} {name} [{H}] or [{H} {K}], got [{' '.join(axes[name])}]"
+                )
         return {self.out: (H, V)}
 
     def facts(self, site: Site) -> Mapping[str, Any]:
@@ -107,9 +119,8 @@ class OuterScan(Part):
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
         (_, K), (H, V) = site.of(self.q), site.of(self.v)
-        complex_of = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-        real = site.memory(batch, H, K, V)
-        return real.to(complex_of[real.dtype]) if self.rotates else real
+        memory = site.memory(batch, H, K, V)
+        return _complex(memory) if self.rotates else memory
 
     def write(self, flow: Flow) -> dict[str, Tensor]:
         """Further tokens of the scan that say how it writes."""
@@ -118,7 +129,8 @@ class OuterScan(Part):
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         tokens = {"q": flow[self.q], "k": None if self.k is None else flow[self.k], "v": flow[self.v]}
         tokens |= {"log_decay": None if self.decay is None else _decay(flow, self.decay), **self.write(flow)}
-        y, state = _run(flow, state, scan, step, tokens, scale=weights.scale)
+        bonus = None if self.bonus is None else flow[self.bonus][0, 0]
+        y, state = _run(flow, state, scan, step, tokens, bonus=bonus, scale=weights.scale)
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
@@ -128,7 +140,8 @@ class OuterScan(Part):
 
     def _read(self) -> str:
         scale = "" if self.scale == 1 else f"{self.scale} "
-        return f"{self.out} = {scale}{'Re ' if self.rotates else ''}S_t^T {self.q}"
+        before = f"(S_{{t-1}} + {self.bonus} {self.k} {self.v}^T)"
+        return f"{self.out} = {scale}{'Re ' if self.rotates else ''}{before if self.bonus else 'S_t'}^T {self.q}"
 
 
 @dataclass(frozen=True)
@@ -238,12 +251,6 @@ class SelectiveScan(Part):
         )
 
 
-def spread_time_constants(bias: Tensor, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
-    """Fill with b so that softplus(b) is log-uniform in [low, high] and at least floor."""
-    delta = torch.empty_like(bias).uniform_(math.log(low), math.log(high)).exp_().clamp_(min=floor)
-    bias.copy_(delta + torch.log(-torch.expm1(-delta)))
-
-
 @dataclass(frozen=True)
 class FixedScan(Part):
     """DSS: constant complex poles shared by all channels, a read-out per channel, discretised by zero-order hold.
@@ -272,8 +279,7 @@ class FixedScan(Part):
         return {"rho": pole, "eta": pole, "C_real": read, "C_imag": read}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        state = site.memory(batch, *site.of(self.source), *site.size(self.N))
-        return torch.complex(state, torch.zeros_like(state))
+        return _complex(site.memory(batch, *site.of(self.source), *site.size(self.N)))
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         omega = weights.eta.exp() if self.frequency == "exp" else weights.eta

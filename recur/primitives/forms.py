@@ -19,13 +19,6 @@ class ScanOut(NamedTuple):
     state: Tensor
 
 
-def check_form(function: str, form: str) -> None:
-    """Raise ValueError unless `form` is the name of one."""
-    names = ("auto", "recurrent", "chunked", "parallel", "triton")
-    if form not in names:
-        raise ValueError(f"{function}: form must be one of {', '.join(names)}, got {form!r}")
-
-
 def choose_form(
     function: str,
     form: str,
@@ -40,7 +33,9 @@ def choose_form(
     Args: available: the forms of this function; refusal: tells why "triton" cannot run this call, None if it can.
     Raises: ValueError for a name that is no form, NotImplementedError for one this function, or this call, lacks.
     """
-    check_form(function, form)
+    names = ("auto", "recurrent", "chunked", "parallel", "triton")
+    if form not in names:
+        raise ValueError(f"{function}: form must be one of {', '.join(names)}, got {form!r}")
     if form == "auto":
         fast = refusal is not None and device is not None and device.type == "cuda" and refusal() is None
         return "triton" if fast else "chunked"
