@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHAPES = [(8, 2048, 16, 128, 128), (4, 8192, 32, 64, 64)]
-SETTINGS = list(itertools.product((64, 128), (4, 8), (1, 2, 3)))  # block, warps, stages
+SETTINGS = list(itertools.product((64,), (4, 8), (1, 2, 3)))  # block, warps, stages
 FAMILIES = ("none", "one", "key", "delta", "gated_delta", "kda")
 
 
@@ -48,16 +48,22 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
     q, k, v, a, beta = inputs(family, *shape)
     x = scan.Inputs(q, k, v, a, beta, None, None, None)
     run = scan._Scan(x, K**-0.5, False)
-    y, S, G = torch.empty_like(v), run.states(), run.states()
-    u, dy = torch.empty_like(v), torch.randn_like(v)
-    calls = {
-        "forward": lambda: run.forward(y=y),
-        "keep": lambda: run.forward(keep=S, u=u if beta is not None else None),
+    new, delta = torch.empty_like, beta is not None
+    y, S, G, dy = new(v), run.states(), run.states(), torch.randn_like(v)
+    e, dv, dq, dk = new(v), new(v), new(q), new(k)
+    options = {"e": e, "dbeta": run.new(2, *v.shape[:3])} if delta else {}
+    run.forward(keep=S, e=options.get("e"))
+    run.adjoint(dy, dv, G, **options)
+    dgate = None if a is None else new(a) if family in ("key", "kda") else run.new(4, *a.shape[:3])
+    return {
         "prepare": run._prepare,
-        "backward": lambda: scan.scan_backward._init_fn(dy, None, *x, K**-0.5, False),
-        "adjoint": lambda: run.adjoint(dy, torch.empty_like(v), G),
+        "forward": lambda: run.forward(y=y),
+        "keep": lambda: run.forward(keep=S, e=options.get("e")),
+        "adjoint": lambda: run.adjoint(dy, dv, G, **options),
+        "gradient": lambda: run.gradient(e if delta else v, dy, dv, S, G, dq, dk, dgate, None),
+        "forward_all": lambda: scan.scan_forward._init_fn(*x, K**-0.5, False),
+        "backward_all": lambda: scan.scan_backward._init_fn(dy, None, *x, K**-0.5, False),
     }
-    return calls
 
 
 def compile_one(case: tuple) -> None:

@@ -47,7 +47,6 @@ from recur.kernels.tiles import (
     order,
     place_of,
     reaches,
-    reaches_of_one,
     store_tile,
     strand_of,
     strict,
@@ -61,6 +60,12 @@ def _square(ptr, chunk, h, H, C: tl.constexpr):
     """Pointers [C C] to the square that belongs to a chunk of a head."""
     offs = tl.arange(0, C)
     return ptr + (chunk * H + h) * (C * C) + offs[:, None] * C + offs[None, :]
+
+
+@triton.jit
+def _rates(rates_ptr, square, C: tl.constexpr, which: tl.constexpr):
+    """One of the rows [C]: 0 rise, 1 since, 2 fall, 3 what a token's bonus adds to its own read."""
+    return tl.load(rates_ptr + square * (4 * C) + which * C + tl.arange(0, C))
 
 
 @triton.jit
@@ -82,10 +87,45 @@ def _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
 
 
 @triton.jit(do_not_specialize=["T", "documents"])
+def pace(
+    gate_ptr, rates_ptr, whole_ptr,  # [B T H], [chunks H 4 C], [chunks H]
+    cu_ptr, T, documents, gate_sb, gate_sh,
+    H: tl.constexpr, gate_st: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """rise, since (rise with the token's own gate) and fall of one gate a head, for all heads of a chunk."""
+    chunk = tl.program_id(0).to(tl.int64)
+    first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
+    if start >= stop:
+        return
+    offs, h = tl.arange(0, BLOCK_C), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    ptr, stride_t, stride_h = _gates_of(gate_ptr, first, T, 0, gate_sb, gate_sh, gate_st, gate_sh, cu_ptr)
+    gates, within = (ptr, stride_t, stride_h), tl.minimum(stop - start, BLOCK_C)
+    since = tl.cumsum(load_gates(gates, start, offs, offs < within, h, H, "key").to(tl.float32), 0, reverse=FLIP)
+    # the same of the tokens beside it: a sum without the token's own gate is no difference of sums
+    shift = -1 if FLIP else 1
+    beside = (offs + shift >= 0) & (offs + shift < within)
+    fall = load_gates(gates, start + shift, offs, beside, h, H, "key").to(tl.float32)
+    fall = tl.cumsum(fall, 0, reverse=not FLIP)
+    rise = since
+    if BEFORE:
+        beside = (offs - shift >= 0) & (offs - shift < within)
+        rise = load_gates(gates, start - shift, offs, beside, h, H, "key").to(tl.float32)
+        rise = tl.cumsum(rise, 0, reverse=FLIP)
+    at = rates_ptr + ((chunk * H + h) * (4 * BLOCK_C))[None, :] + offs[:, None]
+    real = (h < H)[None, :] & (offs >= 0)[:, None]
+    tl.store(at, rise * LOG2E, mask=real)
+    tl.store(at + BLOCK_C, since * LOG2E, mask=real)
+    tl.store(at + 2 * BLOCK_C, fall * LOG2E, mask=real)
+    last = offs[:, None] == (0 if FLIP else BLOCK_C - 1)
+    tl.store(whole_ptr + chunk * H + h, tl.sum(tl.where(last, since, 0.0), 0) * LOG2E, mask=h < H)
+
+
+@triton.jit(do_not_specialize=["T", "documents"])
 def prepare(
     q_ptr, k_ptr, gate_ptr, beta_ptr, bonus_ptr,  # tensors [B T heads *], bonus [H K]
     told_ptr, write_ptr, reach_ptr, near_ptr, far_ptr, calm_ptr, scores_ptr,  # if the gates are a key's
-    rates_ptr, whole_ptr, overlap_ptr,  # if a head has one; if DELTA
+    rates_ptr, overlap_ptr,  # from `pace` if a head has one gate; M [chunks H C C] if DELTA
     cu_ptr, T, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
     DECAY: tl.constexpr, FLIP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
@@ -106,8 +146,6 @@ def prepare(
     seen = order(BLOCK_C, FLIP)
     k, q = (k_ptr, GROUPS, h * GROUPS // H, K), (q_ptr, GROUPS, h * GROUPS // H, K)
     told, write = (told_ptr, H, h, K), (write_ptr, H, h, K)
-    if rates_ptr is not None:
-        rates = rates_ptr + pid * (4 * BLOCK_C) + offs
     calm = 1
     if DECAY != "none":
         gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
@@ -115,13 +153,6 @@ def prepare(
         total = tl.sum(load_gates(gates, start, offs, inside, offs_k, K, DECAY).to(tl.float32), 0) * LOG2E
         calm = tl.where(tl.max(tl.abs(total), 0) <= 2 * LIMIT, 1, 0)
         tl.store(calm_ptr + pid, calm)
-    if DECAY == "one":
-        log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
-        rise, since, fall, whole = reaches_of_one(log_a, FLIP, BEFORE)
-        tl.store(rates, rise)
-        tl.store(rates + BLOCK_C, since)
-        tl.store(rates + 2 * BLOCK_C, fall)
-        tl.store(whole_ptr + pid, whole)
     if DECAY == "key" or DELTA or BEFORE:
         M = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
         now = tl.zeros([BLOCK_C], tl.float32)
@@ -150,9 +181,11 @@ def prepare(
             if DELTA:
                 M = tl.dot(reach.to(DOT), tl.trans(key.to(DOT)), M, input_precision=PRECISION)
         if BEFORE:
-            tl.store(rates + 3 * BLOCK_C, now)
+            tl.store(rates_ptr + pid * (4 * BLOCK_C) + 3 * BLOCK_C + offs, now)
         if DELTA:
             if DECAY == "one":
+                log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
+                rise, since = _rates(rates_ptr, pid, BLOCK_C, 0), _rates(rates_ptr, pid, BLOCK_C, 1)
                 M = M * between(log_a, rise, since, FLIP, False, False, DOT)
             M = tl.where(strict(seen), M, 0.0)
             tl.store(_square(overlap_ptr, chunk, h, H, BLOCK_C), M, mask=(inside & (calm != 0))[:, None])
@@ -197,37 +230,38 @@ def solve(
     if start >= stop:
         return
     N: tl.constexpr = BLOCK_C // 16
-    offs, few, cols = tl.arange(0, 16), tl.arange(0, 16), tl.arange(0, BLOCK_C)
+    block, few, cols = tl.arange(0, N), tl.arange(0, 16), tl.arange(0, BLOCK_C)
+    length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)
     beta = beta_ptr + (first + start) * H + h
     M = overlap_ptr + pid * (BLOCK_C * BLOCK_C)
+    # each 16 rows by themselves, all blocks at once: [N 16 16]
+    D = tl.where(few[:, None] == few[None, :], 1.0, 0.0)[None, :, :] + tl.zeros([N, 16, 16], tl.float32)
+    for r in tl.range(0, 16, num_stages=1):
+        t = 15 - r if FLIP else r
+        rows = block * 16 + t
+        weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
+        ptrs = M + (rows * BLOCK_C + block * 16)[:, None] + few[None, :]
+        told = tl.load(ptrs, mask=(rows < length)[:, None], other=0.0) * weight[:, None]
+        found = tl.sum(D * told[:, :, None], 1)
+        D = tl.where((few == t)[None, :, None], D - found[:, None, :], D)
+    # rows of block n: D_n (1 − Σ_m β M_nm X_m) over the blocks m before it
     done = ()
     for i in tl.static_range(N):
-        n = (N - 1 - i if FLIP else i) * 16
-        rows = n + offs
-        inside = rows < stop - start
-        weight = tl.load(beta + rows * H, mask=inside, other=0.0).to(tl.float32)
+        n = N - 1 - i if FLIP else i
+        rows = n * 16 + few
+        weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
         X = tl.where(rows[:, None] == cols[None, :], 1.0, 0.0)
         for j in tl.static_range(i):
             m = (N - 1 - j if FLIP else j) * 16
-            block = tl.load(M + rows[:, None] * BLOCK_C + m + few[None, :], mask=inside[:, None], other=0.0)
-            X -= tl.dot(block * weight[:, None], done[j], input_precision="tf32x3")
-        for r in tl.range(0, 16, num_stages=1):
-            t = 15 - r if FLIP else r
-            known = n + t < stop - start
-            told = tl.load(M + (n + t) * BLOCK_C + n + offs, mask=known & (offs < 16), other=0.0)
-            found = tl.sum(X * told[:, None], 0) * tl.load(beta + (n + t) * H, mask=known, other=0.0).to(tl.float32)
-            X = tl.where((offs == t)[:, None], X - found[None, :], X)
+            met = tl.load(M + rows[:, None] * BLOCK_C + m + few[None, :], mask=(rows < length)[:, None], other=0.0)
+            X -= tl.dot(met * weight[:, None], done[j], input_precision="tf32x3")
+        own = tl.sum(tl.where((block == n)[:, None, None], D, 0.0), 0)
+        X = tl.dot(own, X, input_precision="tf32x3")
         tl.store(solve_ptr + pid * (BLOCK_C * BLOCK_C) + rows[:, None] * BLOCK_C + cols[None, :], X)
         done = done + (X,)
 
 
 # ----------------------------------------------------------------------------------------------------------- forward
-
-
-@triton.jit
-def _rates(rates_ptr, square, C: tl.constexpr, which: tl.constexpr):
-    """One of the rows of `prepare` [C]: 0 rise, 1 since, 2 fall, 3 what a token's bonus adds to its own read."""
-    return tl.load(rates_ptr + square * (4 * C) + which * C + tl.arange(0, C))
 
 
 @triton.jit(do_not_specialize=["T", "tiles", "segments", "span"])  # not worth a compilation each
@@ -363,13 +397,13 @@ def combine(
 # ----------------------------------------------------------------------------------------------------------- adjoint
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "segments", "span"])
+@triton.jit(do_not_specialize=["B", "T", "tiles", "segments", "span"])
 def adjoint(
-    told_ptr, write_ptr, reach_ptr, dy_ptr, gate_ptr, beta_ptr,
+    told_ptr, write_ptr, reach_ptr, dy_ptr, gate_ptr, beta_ptr, e_ptr,
     near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, solve_ptr,
-    du_ptr, keep_ptr,  # du, or r if DELTA [B T H V]; gradients of the state after every chunk [chunks H K V]
+    dv_ptr, dbeta_ptr, keep_ptr,  # [B T H V], [tiles B T H], gradients of the state after every chunk [chunks H K V]
     enter_ptr, leave_ptr,
-    cu_ptr, T, tiles, segments, span, gate_sb, gate_sh, scale,
+    cu_ptr, B, T, tiles, segments, span, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
     DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
@@ -434,11 +468,15 @@ def adjoint(
             du = tl.dot(X, du.to(DOT), input_precision=PRECISION)
             beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
             reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
-            erased = du * -(beta * tl.exp2(rise) if DECAY == "one" else beta)[:, None]
+            e = load_tile((e_ptr, H, h, V), row, offs, inside, offs_v)
+            at = tile * B * T * H + (row + offs) * H + h
+            tl.store(dbeta_ptr + at, tl.sum(du * e, 1), mask=inside)
+            du = du * beta[:, None]
+            erased = du * (tl.exp2(rise) * -1.0)[:, None] if DECAY == "one" else du * -1.0
             G = tl.dot(tl.trans(reach), erased.to(DOT), G, input_precision=PRECISION)
         if DECAY == "key":
             G = G * near[:, None]
-        store_tile((du_ptr, H, h, V), row, offs, inside, offs_v, du)
+        store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
 
     if leave_ptr is not None:  # only the segment in which the scan begins
         in_state = in_state & (segment == (segments - 1 if FLIP else 0))
@@ -450,9 +488,9 @@ def adjoint(
 
 @triton.jit(do_not_specialize=["B", "T", "tiles", "documents"])
 def gradient(
-    q_ptr, k_ptr, told_ptr, write_ptr, reach_ptr, u_ptr, dy_ptr, du_ptr, gate_ptr, beta_ptr, bonus_ptr,
+    q_ptr, k_ptr, told_ptr, write_ptr, reach_ptr, u_ptr, dy_ptr, dv_ptr, gate_ptr, beta_ptr, bonus_ptr,
     S_ptr, G_ptr, near_ptr, calm_ptr, rates_ptr, whole_ptr,  # u_ptr is v, or what u would be with beta 1
-    dq_ptr, dk_ptr, dv_ptr, dgate_ptr, dbeta_ptr, dbonus_ptr,  # dv of DELTA only; dgate one a head and tile
+    dq_ptr, dk_ptr, dgate_ptr, dbonus_ptr,  # dgate, if a head has one gate, for every tile apart
     cu_ptr, B, T, tiles, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PLAIN: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, TIED: tl.constexpr,
@@ -488,22 +526,20 @@ def gradient(
     if DECAY == "one":
         rise, since = _rates(rates_ptr, square, BLOCK_C, 0), _rates(rates_ptr, square, BLOCK_C, 1)
 
+    S, G = tl.load(S_ptr + cell, mask=in_state, other=0.0), tl.load(G_ptr + cell, mask=in_state, other=0.0)
+    write, query = load_tile(keys, row, offs, inside, offs_k).to(DOT), load_tile(told, row, offs, inside, offs_k).to(DOT)
     given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
     u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
     if DELTA:
         beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-        r = load_tile((du_ptr, H, h, V), row, offs, inside, offs_v).to(tl.float32)
-        if tile == 0:
-            tl.store(dbeta_ptr + (row + offs) * H + h, tl.sum(r * u, 1), mask=inside)
-            store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, r * beta[:, None])
-        erase = (r * -beta[:, None]).to(DOT)
+        erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
         u = u * beta[:, None]
         ahead, behind = strict(order(BLOCK_C, FLIP)) & calm, strict(order(BLOCK_C, not FLIP)) & calm
     u = u.to(DOT)
+    if DECAY != "none":
+        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
 
     # what readers owe: to the state that enters, and to the scores; `repair` has those of a chunk that is not calm
-    S = tl.load(S_ptr + cell, mask=in_state, other=0.0)
-    write = load_tile(keys, row, offs, inside, offs_k).to(DOT)
     dP = tl.dot(given, tl.trans(u), input_precision=PRECISION)  # [t s]
     dq = tl.dot(given, tl.trans(S), input_precision=PRECISION)
     if DECAY == "key":
@@ -514,13 +550,12 @@ def gradient(
     else:
         dP, dq = tl.where(read, dP, 0.0) * scale, dq * scale
     dq = tl.dot(dP.to(DOT), write, dq, input_precision=PRECISION)
-    query = load_tile(told, row, offs, inside, offs_k).to(DOT)
     if DECAY != "none":
         sums = query * dq
         own = sums
     if DELTA:
-        dM = tl.where(ahead, tl.dot(erase, tl.trans(u), input_precision=PRECISION), 0.0)
-        dreach = tl.dot(erase, tl.trans(S), input_precision=PRECISION)
+        dM = tl.where(ahead, -tl.dot(erase, tl.trans(u), input_precision=PRECISION), 0.0)
+        dreach = -tl.dot(erase, tl.trans(S), input_precision=PRECISION)
         if DECAY == "key":
             dreach = dreach * near
         elif DECAY == "one":
@@ -550,9 +585,6 @@ def gradient(
     store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
 
     # what writers owe: to the state that leaves, and to the scores
-    G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
-    if DECAY != "none":
-        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
     dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
     dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
     if DECAY == "key":
@@ -568,7 +600,7 @@ def gradient(
         passed = tl.sum(passed) * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
     dk = tl.dot(dPt.to(DOT), query, dk, input_precision=PRECISION)
     if DELTA:
-        dMt = tl.where(behind, tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
+        dMt = tl.where(behind, -tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
         if DECAY == "one":
             dMt = dMt * between(log_a, rise, since, FLIP, False, True, DOT)
         dk = tl.dot(dMt.to(DOT), reach, dk, input_precision=PRECISION)
@@ -605,7 +637,7 @@ def gradient(
 
 @triton.jit(do_not_specialize=["T", "documents"])
 def repair(
-    q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, du_ptr,  # tensors [B T heads *]
+    q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr,  # tensors [B T heads *]
     calm_ptr, dP_ptr, dM_ptr,  # [chunks H C C] float32, room for what the scores owe
     dq_ptr, dk_ptr, dgate_ptr,  # added to
     cu_ptr, T, documents, gate_sb, gate_sh, scale,
@@ -638,8 +670,8 @@ def repair(
     dP = tl.dot(given, tl.trans(u), input_precision=PRECISION) * scale
     tl.store(_square(dP_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen) if BEFORE else seen, dP, 0.0))
     if DELTA:
-        r = load_tile((du_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
-        dM = tl.dot(r, tl.trans(u), input_precision=PRECISION) * -1.0  # without beta
+        erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+        dM = -tl.dot(erase, tl.trans(u), input_precision=PRECISION)
         tl.store(_square(dM_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen), dM, 0.0))
     tl.debug_barrier()
     at = square * (BLOCK_C * BLOCK_C)
@@ -656,7 +688,6 @@ def repair(
             E = E * a[None, :]
         if DELTA:
             dreach = tl.sum(E * tl.load(dM_ptr + at + t * BLOCK_C + offs)[:, None], 0)
-            dreach *= tl.load(beta_ptr + (row + t) * H + h).to(tl.float32)
         if not BEFORE:
             E = tl.where((offs == t)[:, None], write[None, :], E)
         dquery = tl.sum(E * tl.load(dP_ptr + at + t * BLOCK_C + offs)[:, None], 0)
@@ -684,8 +715,7 @@ def repair(
         owed = tl.sum(E * tl.load(dP_ptr + at + offs * BLOCK_C + t)[:, None], 0)
         if DELTA:
             owed += tl.sum(R * tl.load(dM_ptr + at + offs * BLOCK_C + t)[:, None], 0)
-            weight = tl.load(beta_ptr + (row + t) * H + h).to(tl.float32)
-            R = tl.where((offs == t)[:, None], (weight * write)[None, :], R) * a[None, :]
+            R = tl.where((offs == t)[:, None], write[None, :], R) * a[None, :]
         E = E * a[None, :]
         if BEFORE:
             E = tl.where((offs == t)[:, None], query[None, :], E)

@@ -139,8 +139,6 @@ class _Scan:
         """Run `kernels.prepare`, and `kernels.solve` for the delta rule."""
         x, (B, T, H, K, _) = self.x, self.sizes
         delta, before = x.beta is not None, x.bonus is not None
-        if self.decay == "none" and not delta and not before:
-            return
         if self.decay == "key":
             self.told, self.write = (self.new(B, T, H, K, dtype=self.kept) for _ in range(2))
             self.reach = torch.empty_like(self.told) if delta else None
@@ -149,13 +147,21 @@ class _Scan:
         if self.decay == "one" or before:
             self.rates = self.new(self.chunks, H, 4, self.plan.chunk)
         if self.decay == "one":
-            self.whole = self.new(self.chunks, H)
+            self.whole, block_h = self.new(self.chunks, H), min(16, triton.next_power_of_2(H))
+            kernels.pace[(self.chunks, triton.cdiv(H, block_h))](
+                x.log_decay, self.rates, self.whole, x.cu_seqlens, T, self.documents,
+                self.gates["gate_sb"], self.gates["gate_sh"],
+                H=H, gate_st=self.gates["gate_st"], FLIP=self.flip, BEFORE=before,
+                BLOCK_C=self.plan.chunk, BLOCK_H=block_h, num_warps=1,
+            )  # fmt: skip
         if delta:
             self.overlap, self.solved = self.squares(torch.float32), self.squares(self.kept)
+        if self.decay != "key" and not delta and not before:
+            return
         hats = (self.told, self.write, self.reach) if self.decay == "key" else (None, None, None)
         kernels.prepare[(self.chunks * H,)](
             x.q, x.k, x.log_decay, x.beta, x.bonus,
-            *hats, self.near, self.far, self.calm, self.scores, self.rates, self.whole, self.overlap,
+            *hats, self.near, self.far, self.calm, self.scores, self.rates, self.overlap,
             documents=self.documents, GROUPS=x.q.shape[2], DECAY=self.decay, LIMIT=self.limit,
             BLOCK_K=self.plan.block_k, PART=64, num_warps=4, **self.common,
         )  # fmt: skip
@@ -187,31 +193,32 @@ class _Scan:
         )  # fmt: skip
 
     def adjoint(
-        self, dy: Tensor, du: Tensor, keep: Tensor, *, enter: Tensor | None = None, leave: Tensor | None = None
-    ) -> None:
+        self, dy: Tensor, dv: Tensor, keep: Tensor, *, e: Tensor | None = None, dbeta: Tensor | None = None,
+        enter: Tensor | None = None, leave: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Launch `kernels.adjoint`."""
         x, tiles = self.x, self.plan.adjoint
         kernels.adjoint[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
-            self.told, self.write, self.reach, dy, x.log_decay, x.beta, self.near, self.far, self.calm, self.scores,
-            self.rates, self.whole, self.solved, du, keep, enter, leave, **self._walk(tiles),
+            self.told, self.write, self.reach, dy, x.log_decay, x.beta, e, self.near, self.far, self.calm, self.scores,
+            self.rates, self.whole, self.solved, dv, dbeta, keep, enter, leave, B=self.sizes[0], **self._walk(tiles),
         )  # fmt: skip
 
     def gradient(
-        self, u: Tensor, dy: Tensor, du: Tensor, S: Tensor, G: Tensor, dq: Tensor, dk: Tensor | None,
-        dv: Tensor | None, dgate: Tensor | None, dbeta: Tensor | None, dbonus: Tensor | None,
+        self, u: Tensor, dy: Tensor, dv: Tensor, S: Tensor, G: Tensor, dq: Tensor, dk: Tensor | None,
+        dgate: Tensor | None, dbonus: Tensor | None,
     ) -> None:  # fmt: skip
         """Launch `kernels.gradient`, and `kernels.repair` where a chunk may not be calm."""
         x, tiles, (B, _, H, _, V) = self.x, self.plan.gradient, self.sizes
         kernels.gradient[(self.chunks * H * tiles.parts,)](
-            x.q, x.k, self.told, self.write, self.reach, u, dy, du, x.log_decay, x.beta, x.bonus,
-            S, G, self.near, self.calm, self.rates, self.whole, dq, dk, dv, dgate, dbeta, dbonus,
+            x.q, x.k, self.told, self.write, self.reach, u, dy, dv, x.log_decay, x.beta, x.bonus,
+            S, G, self.near, self.calm, self.rates, self.whole, dq, dk, dgate, dbonus,
             B=B, tiles=tiles.parts, documents=self.documents, GROUPS=self.groups, GROUPS_PLAIN=x.q.shape[2], V=V,
             DECAY=self.decay, TIED=x.k is None, BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v,
             num_warps=tiles.warps, **self.common,
         )  # fmt: skip
         if self.decay == "key":
             kernels.repair[(self.chunks * H,)](
-                x.q, x.k, x.log_decay, x.beta, dy, u, du, self.calm, self.squares(torch.float32),
+                x.q, x.k, x.log_decay, x.beta, dy, u, dv, self.calm, self.squares(torch.float32),
                 self.squares(torch.float32) if x.beta is not None else None, dq, dk, dgate,
                 documents=self.documents, GROUPS=x.q.shape[2], V=V, BEFORE=x.bonus is not None,
                 BLOCK_K=self.plan.block_k, BLOCK_V=self.plan.block_v, num_warps=8, **self.common,
@@ -296,29 +303,27 @@ def scan_backward(
     B, T, H, K, _ = run.sizes
     S, G, delta, parts = run.states(), run.states(), beta is not None, run.plan.gradient.parts
     dv, dinitial = torch.empty_like(v), None if initial is None else torch.empty_like(initial)
-    e, r = (torch.empty_like(v), torch.empty_like(v)) if delta else (None, None)
+    e, dbeta = (torch.empty_like(v), run.new(run.plan.adjoint.parts, B, T, H)) if delta else (None, None)
     run.forward(keep=S, e=e, enter=run.entering(initial))
-    run.adjoint(dy, dv if r is None else r, G, enter=run.entering(dstate, back=dy), leave=dinitial)
+    run.adjoint(dy, dv, G, e=e, dbeta=dbeta, enter=run.entering(dstate, back=dy), leave=dinitial)
 
     dq = run.new(B, T, H, K, dtype=q.dtype if q.shape[2] == H else torch.float32)
     dk = None if k is None else torch.empty_like(dq)
-    dgate = dbeta = dbonus = None
+    dgate = dbonus = None
     if run.decay == "one":
         dgate = run.new(parts, B, T, H)
     if run.decay == "key" and log_decay is not None:
         dgate = run.new(B, T, H, K, dtype=log_decay.dtype if log_decay.shape == (B, T, H, K) else torch.float32)
-    if delta:
-        dbeta = run.new(B, T, H)
     if bonus is not None:
         dbonus = run.new(run.chunks, H, K).zero_()  # documents leave some chunks unused
-    run.gradient(v if e is None else e, dy, dv if r is None else r, S, G, dq, dk, dv, dgate, dbeta, dbonus)
+    run.gradient(v if e is None else e, dy, dv, S, G, dq, dk, dgate, dbonus)
 
     if dgate is not None and log_decay is not None:
         dgate = dgate.sum(0).unsqueeze(-1) if run.decay == "one" else dgate
         dgate = dgate.sum_to_size(log_decay.shape).to(log_decay.dtype)
     gradients = (
         _sum_groups(dq, q), None if k is None or dk is None else _sum_groups(dk, k), dv, dgate,
-        None if dbeta is None or beta is None else dbeta.to(beta.dtype),
+        None if dbeta is None or beta is None else dbeta.sum(0).to(beta.dtype),
         None if dbonus is None else dbonus.sum(0), dinitial,
     )  # fmt: skip
     return tuple(v.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]

@@ -144,35 +144,16 @@ def sums_along(chosen, x, DOT: tl.constexpr):
 @triton.jit
 def reaches(log_a, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr):
     """rise and fall of gates a key [C K], and the whole [K]; BEFORE: a reader comes before its own gate."""
-    seen, after = order(log_a.shape[0], FLIP), strict(order(log_a.shape[0], not FLIP))
+    log_a = log_a.to(tl.float32) * LOG2E
+    since, whole = tl.cumsum(log_a, 0, reverse=FLIP), tl.sum(log_a, 0)
+    rise = since
     if BEFORE:
-        rise = sums_along(strict(seen), log_a, DOT)
-        since = rise + log_a.to(tl.float32)
-    else:
-        rise = sums_along(seen, log_a, DOT)
-        since = rise
-    wide = log_a.to(tl.float32)
+        rise = sums_along(strict(order(log_a.shape[0], FLIP)), log_a, DOT)
     if tl.bfloat16 == DOT:
-        if log_a.dtype != tl.bfloat16:  # the digits that `since` is made of, so that their difference is one of sums
-            high = wide.to(tl.bfloat16).to(tl.float32)
-            wide = high + (wide - high).to(tl.bfloat16).to(tl.float32)
-        whole = tl.sum(wide, 0)
         fall = tl.minimum(whole[None, :] - since, 0.0)
     else:
-        whole = tl.sum(wide, 0)
-        fall = sums_along(after, log_a, DOT)
-    return rise * LOG2E, fall * LOG2E, whole * LOG2E
-
-
-@triton.jit
-def reaches_of_one(log_a, FLIP: tl.constexpr, BEFORE: tl.constexpr):
-    """The same for one gate a token [C]: rise, since, fall and the whole; since is rise with the token's own gate."""
-    seen, after = order(log_a.shape[0], FLIP), strict(order(log_a.shape[0], not FLIP))
-    log_a = log_a.to(tl.float32) * LOG2E
-    since = tl.sum(tl.where(seen, log_a[None, :], 0.0), 1)
-    rise = tl.sum(tl.where(strict(seen), log_a[None, :], 0.0), 1) if BEFORE else since
-    fall = tl.sum(tl.where(after, log_a[None, :], 0.0), 1)
-    return rise, since, fall, tl.sum(log_a, 0)
+        fall = sums_along(strict(order(log_a.shape[0], not FLIP)), log_a, DOT)
+    return rise, fall, whole
 
 
 @triton.jit

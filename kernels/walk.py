@@ -8,23 +8,26 @@ Legend. B batch, T time, G groups of channels, V channels, N slots of the state.
 channels of one group and all their slots as a tile [R N W], whose last axis and part of N lie across the lanes of a
 warp while R lies inside a thread: sums over channels (dk, dq) and over slots (y, dx, drate) then need few shuffles.
 UNROLL tokens are loaded before the first of them is used. A stretch is STRETCH tokens: S is kept at the start of each
-and the backward replays from there, never inverting a step. Stretches form segments, which run side by side once a
-first pass has told what each does to the state: S -> P * S + R.
+and the backward replays from there, never inverting a step. A run is the part of a stretch that lies in one document;
+a document starts from its own state. Stretches form segments, which run side by side once a first pass has told what
+each does to the state: S -> P * S + R, with P = 0 where a document starts.
 
     summary (segments > 1)   rate, k, x          -> P, R [B segments N V]
     combine (segments > 1)   P, R                -> the state entering each segment
-    emit                     x, rate, k, q, S    -> y, final state, S at every stretch
+    emit                     x, rate, k, q, S    -> y, final states, S at every stretch
     adjoint                  the same right to left, with q for k and dy for u; gradients instead of y
 
 Gates are only ever multiplied, so a gate of exactly 0 forgets exactly. Partial sums are added in a fixed order.
+k and q [V N] that do not change in time are tiles like the state, loaded once, and so are their gradients.
 """
 
 # Jitted functions take no annotations but constexpr, and join tuples with +.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +35,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from recur.primitives.diagonal import document_starts
+from recur.primitives.forms import document_of, mirror
+
 STRETCH = 64  # tokens from one kept state to the next
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Were V known to be a multiple of 16, loads of the state would be vectorised along it, and the tile laid out like them.
-RUNTIME = ["B", "T", "first", "step", "segments", "length"]  # not worth a compilation each
+RUNTIME = ["B", "T", "documents", "first", "step", "segments", "length"]  # not worth a compilation each
 walker = triton.jit(do_not_specialize=["V", *RUNTIME])
 
 
@@ -83,85 +89,162 @@ def _online_gradients(G, before, A, x, rate, a, k, norm):
 
 
 @triton.jit
-def _place(V, G, N, T, segments, length, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
-    """This program's tile, row, segment and group; its channels [R W] and slots [N]; its tokens, start to stop."""
-    width = V // G
-    tiles = tl.cdiv(width, R * W)
-    pid = tl.program_id(0).to(tl.int64)
-    tile, group = pid % tiles, pid // tiles % G
-    segment, b = pid // (tiles * G) % segments, pid // (tiles * G * segments)
-    within = tile * (R * W) + tl.arange(0, R)[:, None] * W + tl.arange(0, W)[None, :]
-    slot = tl.arange(0, BLOCK_N)
-    start = (segment * length).to(tl.int32)
-    stop = tl.minimum(start + length, T)
-    return tile, b, segment, group, group * width + within, within < width, slot, slot < N, start, stop
+def _document(cu_ptr, documents, t, b, T):
+    """The document that holds token t of the walk, its first token, and the one after its last; a row is a document."""
+    low, begin, end = b, T * 0, T
+    if cu_ptr is not None:
+        high = low + documents  # low is 0: there is one row
+        while high - low > 1:
+            middle = (low + high) // 2
+            before = tl.load(cu_ptr + middle) <= t
+            low, high = tl.where(before, middle, low), tl.where(before, high, middle)
+        begin, end = tl.load(cu_ptr + low).to(tl.int32), tl.load(cu_ptr + low + 1).to(tl.int32)
+    return low, begin, end
 
 
 @triton.jit
-def _state_ptrs(ptr, row, tile, group, V, G, N, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+def _place(V, G, N, T, segments, length, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+    """This program's row, segment, and tile of the state (see _state_ptrs); its tokens, start to stop."""
+    tiles = tl.cdiv(V // G, R * W)
+    pid = tl.program_id(0).to(tl.int64)
+    tile, group = pid % tiles, pid // tiles % G
+    segment, b = pid // (tiles * G) % segments, pid // (tiles * G * segments)
+    start = (segment * length).to(tl.int32)
+    return b, segment, (tile, group, V, G, N), start, tl.minimum(start + length, T)
+
+
+@triton.jit
+def _state_ptrs(ptr, row, where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
     """Pointers [R*N W] to this program's part of state `row` of a tensor [* N V], and their mask.
 
     Two axes, because compilers spread three over the lanes of a warp in different orders.
     """
+    tile, group, V, G, N = where
     line = tl.arange(0, R * BLOCK_N)
-    slot = line % BLOCK_N
-    within = tile * (R * W) + (line // BLOCK_N * W)[:, None] + tl.arange(0, W)[None, :]
+    slot = line % BLOCK_N % (BLOCK_N // Q) * Q + line % BLOCK_N // (BLOCK_N // Q)
+    within = tile * (R * W) + (line // BLOCK_N)[:, None] + tl.arange(0, W)[None, :] * R
     width = V // G
     return ptr + (row * N + slot[:, None]) * V + group * width + within, (slot < N)[:, None] & (within < width)
 
 
 @triton.jit
-def _load_state(ptr, row, tile, group, V, G, N, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
-    """[R N W]"""
-    ptrs, mask = _state_ptrs(ptr, row, tile, group, V, G, N, R, BLOCK_N, W)
-    return tl.load(ptrs, mask=mask, other=0.0).reshape(R, BLOCK_N, W)
+def _load_state(ptr, row, where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+    """[R N W], zeros where there is no tensor."""
+    S = tl.zeros((R, BLOCK_N, W), tl.float32)
+    if ptr is not None:
+        ptrs, mask = _state_ptrs(ptr, row, where, R, Q, BLOCK_N, W)
+        S = tl.load(ptrs, mask=mask, other=0.0).reshape(R, BLOCK_N, W)
+    return S
 
 
 @triton.jit
-def _store_state(S, ptr, row, tile, group, V, G, N, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
-    ptrs, mask = _state_ptrs(ptr, row, tile, group, V, G, N, R, BLOCK_N, W)
+def _store_state(S, ptr, row, where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+    ptrs, mask = _state_ptrs(ptr, row, where, R, Q, BLOCK_N, W)
     tl.store(ptrs, S.reshape(R * BLOCK_N, W), mask=mask)
 
 
 @triton.jit
-def _channels(ptr, order, t0, stop, columns, UNROLL: tl.constexpr):
-    """UNROLL tokens [R W] of a tensor [B T V]; zeros where there is no token, which then neither decays nor writes."""
-    base, step = order
-    channel, in_v, V = columns
+def _axes(where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+    """Channels of a row [V] and slots of a row [G N], the first of every R or Q: offsets, mask, length of a row."""
+    tile, group, V, G, N = where
+    within, slot = (tile * W + tl.arange(0, W)) * R, tl.arange(0, BLOCK_N // Q) * Q
+    width = V // G
+    return ((group * width + within).to(tl.int32), within < width, V), (
+        (group * N + slot).to(tl.int32), slot < N, G * N,
+    )  # fmt: skip
+
+
+@triton.jit
+def _at(ptr, run, i, axis):
+    """Pointers to token i of a run in a tensor [B T *], and their mask. 64 bits for the run, 32 within it."""
+    origin, step, count = run
+    offs, inside, size = axis
+    return ptr + origin * size + (step * i * size + offs), inside & (i < count)
+
+
+@triton.jit
+def _abreast(numbers, P: tl.constexpr):
+    """P tensors [X] -> [P X], without moving a number to another thread."""
+    x = numbers[0][None]
+    if P == 2:
+        x = tl.permute(tl.join(numbers[0], numbers[1]), 1, 0)
+    if P == 4:
+        x = tl.join(tl.join(numbers[0], numbers[2]), tl.join(numbers[1], numbers[3]))
+        x = tl.permute(x, 1, 2, 0).reshape(4, x.shape[0])
+    return x
+
+
+@triton.jit
+def _read(ptr, run, i, axis, P: tl.constexpr):
+    """P neighbouring numbers at every offset of token i as float32 [P X], read up to 64 bits at a time."""
+    ptrs, mask = _at(ptr, run, i, axis)
+    BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+    AT_ONCE: tl.constexpr = min(P, 64 // BITS)
+    number = tl.int16 if BITS == 16 else tl.int32
+    wide = tl.int64 if BITS * AT_ONCE == 64 else (tl.int32 if BITS * AT_ONCE == 32 else tl.int16)
+    numbers = ()
+    for j in tl.static_range(0, P, AT_ONCE):
+        words = tl.load((ptrs + j).to(tl.pointer_type(wide)), mask=mask, other=0)
+        for h in tl.static_range(AT_ONCE):
+            bits = (words >> (h * BITS)).to(number)
+            numbers = numbers + (bits.to(ptr.dtype.element_ty, bitcast=True).to(tl.float32),)
+    return _abreast(numbers, P)
+
+
+@triton.jit
+def _write(ptr, x, run, i, axis):
+    """x [P X], what token i has to say to P neighbours at every offset."""
+    ptrs, mask = _at(ptr, run, i, axis)
+    P: tl.constexpr = x.shape[0]
+    tl.store(ptrs[None, :] + tl.arange(0, P)[:, None], x, mask=mask[None, :])
+
+
+@triton.jit
+def _tokens(ptr, run, i, axis, P: tl.constexpr, UNROLL: tl.constexpr):
+    """UNROLL tokens [P X] from the i-th of a run; zeros where there is none, which then neither decays nor writes."""
     tokens = ()
     for u in tl.static_range(UNROLL):
-        at = (base + step * (t0 + u)) * V + channel
-        tokens = tokens + (tl.load(ptr + at, mask=in_v & (t0 + u < stop), other=0.0).to(tl.float32),)
+        tokens = tokens + (_read(ptr, run, i + u, axis, P),)
     return tokens
 
 
 @triton.jit
-def _slots(ptr, order, t0, stop, rows, UNROLL: tl.constexpr):
-    """UNROLL tokens [1 N 1] of a tensor [B T G N]."""
-    base, step = order
-    slot, in_n, N, group, G = rows
+def _weights(ptr, run, i, axis, whole, FIXED: tl.constexpr, Q: tl.constexpr, UNROLL: tl.constexpr):
+    """UNROLL tokens [1 N 1] of k or q, or as often the tile that all tokens share."""
     tokens = ()
     for u in tl.static_range(UNROLL):
-        at = ((base + step * (t0 + u)) * G + group) * N + slot
-        token = tl.load(ptr + at, mask=in_n & (t0 + u < stop), other=0.0).to(tl.float32)
-        tokens = tokens + (token[None, :, None],)
+        if FIXED:
+            tokens = tokens + (whole,)
+        else:
+            x = _read(ptr, run, i + u, axis, Q)
+            tokens = tokens + (x.reshape(1, x.shape[0] * x.shape[1], 1),)
     return tokens
 
 
 @triton.jit
-def _norms(others_ptr, norm_ptr, order, t0, stop, rows, KEYED: tl.constexpr, UNROLL: tl.constexpr):
+def _keys(others_ptr, norm_ptr, run, i, slots, group, G, Q: tl.constexpr, UNROLL: tl.constexpr):
     """UNROLL tokens of others [1 N 1] and of norm, where the gate is made of the key."""
     others, norms = (), ()
-    if KEYED:
-        others = _slots(others_ptr, order, t0, stop, rows, UNROLL)
-    base, step = order
-    for u in tl.static_range(UNROLL):
-        if KEYED:
-            at = (base + step * (t0 + u)) * rows[4] + rows[3]  # G, group
-            norms = norms + (tl.load(norm_ptr + at, mask=t0 + u < stop, other=0.0),)
-        else:
+    if others_ptr is None:
+        for _ in tl.static_range(UNROLL):
             others, norms = others + (0.0,), norms + (0.0,)
+    else:
+        others = _weights(others_ptr, run, i, slots, 0.0, False, Q, UNROLL)
+        for u in tl.static_range(UNROLL):
+            at, here = _at(norm_ptr, run, i + u, (group, True, G))
+            norms = norms + (tl.load(at, mask=here, other=0.0),)
     return others, norms
+
+
+@triton.jit
+def _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT: tl.constexpr, STRETCH: tl.constexpr):
+    """The next run of a segment with `todo` tokens to go: document, its first token and the one after its last, edges
+    of the run."""
+    inside = start + todo - 1 if ADJOINT else stop - todo
+    document, begin, end = _document(cu_ptr, documents, inside, b, T)
+    left = inside // STRETCH * STRETCH
+    right = tl.minimum(tl.minimum(left + STRETCH, end), stop)
+    return document, begin, end, tl.maximum(tl.maximum(left, begin), start), right
 
 
 @triton.jit
@@ -203,66 +286,76 @@ def _others(k_ptr, others_ptr, norm_ptr, rows, N, BLOCK_C: tl.constexpr, BLOCK_N
     k = tl.load(k_ptr + row[:, None] * N + slot[None, :], mask=here, other=0.0).to(tl.float32)  # [C N]
     square = k * k
     other = (slot[:, None] != slot[None, :])[None]  # [1 N N]
-    tl.store(
-        others_ptr + row[:, None] * N + slot[None, :], tl.sum(tl.where(other, square[:, None, :], 0.0), 2), mask=here
-    )
+    others = tl.sum(tl.where(other, square[:, None, :], 0.0), 2)
+    tl.store(others_ptr + row[:, None] * N + slot[None, :], others, mask=here)
     tl.store(norm_ptr + row, tl.sum(square, 1), mask=row < rows)
+
+
+@triton.jit
+def _passed(total, P, rate, A, KEYED: tl.constexpr):
+    """The sum of rates and the product of gates, each where it is needed: exponentials are multiplied by adding."""
+    if KEYED:
+        P = P * A
+    else:
+        total += rate
+    return total, P
 
 
 @walker
 def _summary(
-    value_ptr, rate_ptr, a_ptr, write_ptr, others_ptr, norm_ptr, P_ptr, R_ptr,  # tensors
-    T, V, G, N, segments, length, first, step,  # sizes; token t lies at first + step t
-    GATE: tl.constexpr, KEYED: tl.constexpr, ADJOINT: tl.constexpr,  # variants
-    R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, UNROLL: tl.constexpr,  # tile
+    value_ptr, rate_ptr, a_ptr, write_ptr, others_ptr, norm_ptr, cu_ptr, initial_ptr, P_ptr, R_ptr,  # tensors
+    T, V, G, N, documents, segments, length, first, step,  # sizes; token t lies at first + step t
+    GATE: tl.constexpr, FIXED: tl.constexpr, ADJOINT: tl.constexpr,  # variants
+    R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,  # tile
+    UNROLL: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to the state, S -> P * S + R; or, right to left, to the gradient of the state."""
-    tile, b, segment, group, channel, in_v, slot, in_n, start, stop = _place(
-        V, G, N, T, segments, length, R, BLOCK_N, W
-    )
-    order, columns, rows = (b * T + first, step), (channel, in_v, V), (slot, in_n, N, group, G)
-    a = 0.0
-    if not KEYED:
-        a = _load_state(a_ptr, 0, tile, group, V, G, N, R, BLOCK_N, W)
+    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, Q, BLOCK_N, W)
+    channels, slots = _axes(where, R, Q, BLOCK_N, W)
+    a = _load_state(a_ptr, 0, where, R, Q, BLOCK_N, W)
+    write = _load_state(write_ptr if FIXED else None, 0, where, R, Q, BLOCK_N, W)
     S = tl.zeros((R, BLOCK_N, W), tl.float32)
-    P = tl.full((R, BLOCK_N, W), 1.0, tl.float32)
-    blocks = tl.cdiv(stop - start, UNROLL)
-    for i in range(0, blocks):
-        t0 = start + (blocks - 1 - i if ADJOINT else i) * UNROLL
-        values = _channels(value_ptr, order, t0, stop, columns, UNROLL)
-        rates = _channels(rate_ptr, order, t0, stop, columns, UNROLL)
-        writes = _slots(write_ptr, order, t0, stop, rows, UNROLL)
-        others, norms = _norms(others_ptr, norm_ptr, order, t0, stop, rows, KEYED, UNROLL)
-        if ADJOINT:
-            for u in tl.static_range(UNROLL - 1, -1, -1):
-                A, _ = GATE(rates[u], a, others[u], norms[u])
-                S = A * (S + writes[u] * values[u][:, None, :])
-                P = P * A
-        else:
-            for u in tl.static_range(UNROLL):
-                A, scale = GATE(rates[u], a, others[u], norms[u])
-                S = A * S + writes[u] * (scale * values[u])[:, None, :]
-                P = P * A
-    at = b * segments + segment
-    _store_state(P, P_ptr, at, tile, group, V, G, N, R, BLOCK_N, W)
-    _store_state(S, R_ptr, at, tile, group, V, G, N, R, BLOCK_N, W)
+    P = S + 1.0
+    total = tl.zeros((R, W), tl.float32)
+    todo = stop - start
+    while todo > 0:
+        document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT, STRETCH)
+        if (right == end) if ADJOINT else (left == begin):
+            S = _load_state(initial_ptr, document, where, R, Q, BLOCK_N, W)
+            P = tl.zeros((R, BLOCK_N, W), tl.float32)
+        run = (b * T + first + step * left, step, right - left)
+        for block in range(0, right - left, UNROLL):
+            i = (right - left - 1) // UNROLL * UNROLL - block if ADJOINT else block
+            values = _tokens(value_ptr, run, i, channels, R, UNROLL)
+            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
+            writes = _weights(write_ptr, run, i, slots, write, FIXED, Q, UNROLL)
+            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
+            if ADJOINT:
+                for u in tl.static_range(UNROLL - 1, -1, -1):
+                    A, _ = GATE(rates[u], a, others[u], norms[u])
+                    S = A * (S + writes[u] * values[u][:, None, :])
+                    total, P = _passed(total, P, rates[u], A, others_ptr is not None)
+            else:
+                for u in tl.static_range(UNROLL):
+                    A, scale = GATE(rates[u], a, others[u], norms[u])
+                    S = A * S + writes[u] * (scale * values[u])[:, None, :]
+                    total, P = _passed(total, P, rates[u], A, others_ptr is not None)
+        todo -= right - left
+    if others_ptr is None:
+        P = P * GATE(total, a, 0.0, 0.0)[0]
+    _store_state(P, P_ptr, b * segments + segment, where, R, Q, BLOCK_N, W)
+    _store_state(S, R_ptr, b * segments + segment, where, R, Q, BLOCK_N, W)
 
 
 @triton.jit
-def _combine(
-    P_ptr, R_ptr, enter_ptr, size, segments,  # tensors and sizes
-    COMPLEX: tl.constexpr, HAS_STATE: tl.constexpr, ADJOINT: tl.constexpr,  # variants
-    BLOCK: tl.constexpr,  # tile
-):  # fmt: skip
-    """R [B segments size] becomes the state that enters each segment; enter [B size] enters the first one walked."""
+def _combine(P_ptr, R_ptr, size, segments, COMPLEX: tl.constexpr, ADJOINT: tl.constexpr, BLOCK: tl.constexpr):
+    """R [B segments size] becomes the state that enters each segment; where a row starts P is 0."""
     blocks = tl.cdiv(size, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     b, offs = pid // blocks + tl.zeros((1,), tl.int64), pid % blocks * BLOCK + tl.arange(0, BLOCK)
     cols, here = (offs, size), (offs < size)[None, :]
     re = tl.zeros((1, BLOCK // 2 if COMPLEX else BLOCK), tl.float32)
     im = re
-    if HAS_STATE:
-        re, im = _load_planes(enter_ptr, b, cols, here, COMPLEX)
     for i in range(0, segments):
         at = b * segments + (segments - 1 - i if ADJOINT else i)
         Pr, Pi = _load_planes(P_ptr, at, cols, here, COMPLEX)
@@ -274,96 +367,102 @@ def _combine(
 
 @walker
 def _emit(
-    x_ptr, rate_ptr, a_ptr, k_ptr, q_ptr, others_ptr, norm_ptr, enter_ptr, y_ptr, state_ptr, kept_ptr,  # tensors
-    T, V, G, N, segments, length, first, step,  # sizes; token t lies at first + step t
-    GATE: tl.constexpr, KEYED: tl.constexpr, HAS_STATE: tl.constexpr, KEEP: tl.constexpr,  # variants
-    R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, UNROLL: tl.constexpr, STRETCH: tl.constexpr,  # tile
+    x_ptr, rate_ptr, a_ptr, k_ptr, q_ptr, others_ptr, norm_ptr, cu_ptr, initial_ptr, enter_ptr,  # read
+    y_ptr, state_ptr, kept_ptr,  # written
+    T, V, G, N, documents, segments, length, first, step,  # sizes; token t lies at first + step t
+    GATE: tl.constexpr, FIXED_K: tl.constexpr, FIXED_Q: tl.constexpr,  # variants
+    R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,  # tile
+    UNROLL: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
-    """y of one segment, left to right; the state at the start of every stretch; the state after the last token."""
-    tile, b, segment, group, channel, in_v, slot, in_n, start, stop = _place(
-        V, G, N, T, segments, length, R, BLOCK_N, W
-    )
-    order, columns, rows = (b * T + first, step), (channel, in_v, V), (slot, in_n, N, group, G)
-    a = 0.0
-    if not KEYED:
-        a = _load_state(a_ptr, 0, tile, group, V, G, N, R, BLOCK_N, W)
-    S = tl.zeros((R, BLOCK_N, W), tl.float32)
-    if HAS_STATE:
-        S = _load_state(enter_ptr, b * segments + segment, tile, group, V, G, N, R, BLOCK_N, W)
-    for t0 in range(start, stop, UNROLL):
-        if KEEP:  # noqa: SIM102, decided when compiled
-            if t0 % STRETCH == 0:
-                at = b * tl.cdiv(T, STRETCH) + t0 // STRETCH
-                _store_state(S, kept_ptr, at, tile, group, V, G, N, R, BLOCK_N, W)
-        xs = _channels(x_ptr, order, t0, stop, columns, UNROLL)
-        rates = _channels(rate_ptr, order, t0, stop, columns, UNROLL)
-        ks = _slots(k_ptr, order, t0, stop, rows, UNROLL)
-        qs = _slots(q_ptr, order, t0, stop, rows, UNROLL)
-        others, norms = _norms(others_ptr, norm_ptr, order, t0, stop, rows, KEYED, UNROLL)
-        for u in tl.static_range(UNROLL):
-            A, scale = GATE(rates[u], a, others[u], norms[u])
-            S = A * S + ks[u] * (scale * xs[u])[:, None, :]
-            row = b * T + first + step * (t0 + u)
-            tl.store(y_ptr + row * V + channel, tl.sum(qs[u] * S, 1), mask=in_v & (t0 + u < stop))
-    if stop == T:
-        _store_state(S, state_ptr, b, tile, group, V, G, N, R, BLOCK_N, W)
+    """y of one segment, left to right; the state at the start of every stretch; that after every document."""
+    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, Q, BLOCK_N, W)
+    channels, slots = _axes(where, R, Q, BLOCK_N, W)
+    a = _load_state(a_ptr, 0, where, R, Q, BLOCK_N, W)
+    k = _load_state(k_ptr if FIXED_K else None, 0, where, R, Q, BLOCK_N, W)
+    q = _load_state(q_ptr if FIXED_Q else None, 0, where, R, Q, BLOCK_N, W)
+    S = _load_state(enter_ptr, b * segments + segment, where, R, Q, BLOCK_N, W)
+    todo = stop - start
+    while todo > 0:
+        document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, False, STRETCH)
+        if left == begin:
+            S = _load_state(initial_ptr, document, where, R, Q, BLOCK_N, W)
+        if kept_ptr is not None:  # noqa: SIM102, decided when compiled
+            if left % STRETCH == 0:
+                _store_state(S, kept_ptr, b * tl.cdiv(T, STRETCH) + left // STRETCH, where, R, Q, BLOCK_N, W)
+        run = (b * T + first + step * left, step, right - left)
+        for i in range(0, right - left, UNROLL):
+            xs = _tokens(x_ptr, run, i, channels, R, UNROLL)
+            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
+            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, Q, UNROLL)
+            qs = _weights(q_ptr, run, i, slots, q, FIXED_Q, Q, UNROLL)
+            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
+            for u in tl.static_range(UNROLL):
+                A, scale = GATE(rates[u], a, others[u], norms[u])
+                S = A * S + ks[u] * (scale * xs[u])[:, None, :]
+                _write(y_ptr, tl.sum(qs[u] * S, 1), run, i + u, channels)
+        if right == end:
+            _store_state(S, state_ptr, document, where, R, Q, BLOCK_N, W)
+        todo -= right - left
 
 
 @walker
 def _adjoint(
-    x_ptr, rate_ptr, a_ptr, k_ptr, q_ptr, others_ptr, norm_ptr, dy_ptr, kept_ptr, enter_ptr, scratch_ptr,  # read
+    x_ptr, rate_ptr, a_ptr, k_ptr, q_ptr, others_ptr, norm_ptr, cu_ptr, initial_ptr,  # read
+    dy_ptr, dstate_ptr, kept_ptr, enter_ptr, scratch_ptr,
     dx_ptr, drate_ptr, da_ptr, dk_ptr, dq_ptr, dinitial_ptr,  # written
-    B, T, V, G, N, segments, length, first, step,  # sizes; token t lies at first + step t
-    GATE: tl.constexpr, GRADIENTS: tl.constexpr, KEYED: tl.constexpr,  # variants
-    R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, UNROLL: tl.constexpr, STRETCH: tl.constexpr,  # tile
+    B, T, V, G, N, documents, segments, length, first, step,  # sizes; token t lies at first + step t
+    GATE: tl.constexpr, GRADIENTS: tl.constexpr, FIXED_K: tl.constexpr, FIXED_Q: tl.constexpr,  # variants
+    R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,  # tile
+    UNROLL: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one segment, right to left, a stretch at a time.
+    """All gradients of one segment, right to left, a run at a time.
 
-    A stretch is walked three times: left to right, leaving S at every block of UNROLL tokens in scratch; then, block by
+    A run is walked three times: left to right, leaving S at every block of UNROLL tokens in scratch; then, block by
     block from the right, left to right again with every S in registers, and back. H is the gradient of S_t by all that
     comes after y_t, G = H + q dyᵀ that of S_t itself.
     """
-    tile, b, segment, group, channel, in_v, slot, in_n, start, stop = _place(
-        V, G, N, T, segments, length, R, BLOCK_N, W
-    )
-    order, columns, rows = (b * T + first, step), (channel, in_v, V), (slot, in_n, N, group, G)
-    a = 0.0
-    if not KEYED:
-        a = _load_state(a_ptr, 0, tile, group, V, G, N, R, BLOCK_N, W)
+    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, Q, BLOCK_N, W)
+    channels, slots = _axes(where, R, Q, BLOCK_N, W)
+    a = _load_state(a_ptr, 0, where, R, Q, BLOCK_N, W)
+    k = _load_state(k_ptr if FIXED_K else None, 0, where, R, Q, BLOCK_N, W)
+    q = _load_state(q_ptr if FIXED_Q else None, 0, where, R, Q, BLOCK_N, W)
     at = b * segments + segment
-    H = _load_state(enter_ptr, at, tile, group, V, G, N, R, BLOCK_N, W)
+    H = _load_state(enter_ptr, at, where, R, Q, BLOCK_N, W)
     da = tl.zeros((R, BLOCK_N, W), tl.float32)
+    dk_whole, dq_whole = da, da
     scratch = at * (STRETCH // UNROLL)
-    stretches = tl.cdiv(stop - start, STRETCH)
-    for i in range(0, stretches):
-        left = start + (stretches - 1 - i) * STRETCH
-        right = tl.minimum(left + STRETCH, stop)
-        kept = b * tl.cdiv(T, STRETCH) + left // STRETCH
-        S = _load_state(kept_ptr, kept, tile, group, V, G, N, R, BLOCK_N, W)
-        tl.debug_barrier()  # nobody still reads the last stretch's scratch
-        _store_state(S, scratch_ptr, scratch, tile, group, V, G, N, R, BLOCK_N, W)
-        for t0 in range(left, right - UNROLL, UNROLL):
-            xs = _channels(x_ptr, order, t0, right, columns, UNROLL)
-            rates = _channels(rate_ptr, order, t0, right, columns, UNROLL)
-            ks = _slots(k_ptr, order, t0, right, rows, UNROLL)
-            others, norms = _norms(others_ptr, norm_ptr, order, t0, right, rows, KEYED, UNROLL)
+    todo = stop - start
+    while todo > 0:
+        document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, True, STRETCH)
+        if right == end:
+            H = _load_state(dstate_ptr, document, where, R, Q, BLOCK_N, W)
+        if left == begin:
+            S = _load_state(initial_ptr, document, where, R, Q, BLOCK_N, W)
+        else:
+            S = _load_state(kept_ptr, b * tl.cdiv(T, STRETCH) + left // STRETCH, where, R, Q, BLOCK_N, W)
+        run = (b * T + first + step * left, step, right - left)
+        part = (where[0] * B * T + run[0], step, right - left)
+        tl.debug_barrier()  # nobody still reads the last run's scratch
+        _store_state(S, scratch_ptr, scratch, where, R, Q, BLOCK_N, W)
+        for i in range(0, right - left - UNROLL, UNROLL):
+            xs = _tokens(x_ptr, run, i, channels, R, UNROLL)
+            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
+            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, Q, UNROLL)
+            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
             for u in tl.static_range(UNROLL):
                 A, scale = GATE(rates[u], a, others[u], norms[u])
                 S = A * S + ks[u] * (scale * xs[u])[:, None, :]
-            block = scratch + (t0 - left) // UNROLL + 1
-            _store_state(S, scratch_ptr, block, tile, group, V, G, N, R, BLOCK_N, W)
+            _store_state(S, scratch_ptr, scratch + i // UNROLL + 1, where, R, Q, BLOCK_N, W)
         tl.debug_barrier()  # scratch is written by one thread and may be read by another
-        blocks = tl.cdiv(right - left, UNROLL)
-        for j in range(0, blocks):
-            block = blocks - 1 - j
-            t0 = left + block * UNROLL
-            S = _load_state(scratch_ptr, scratch + block, tile, group, V, G, N, R, BLOCK_N, W)
-            xs = _channels(x_ptr, order, t0, right, columns, UNROLL)
-            rates = _channels(rate_ptr, order, t0, right, columns, UNROLL)
-            ks = _slots(k_ptr, order, t0, right, rows, UNROLL)
-            others, norms = _norms(others_ptr, norm_ptr, order, t0, right, rows, KEYED, UNROLL)
-            qs = _slots(q_ptr, order, t0, right, rows, UNROLL)
-            dys = _channels(dy_ptr, order, t0, right, columns, UNROLL)
+        for block in range(0, right - left, UNROLL):
+            i = (right - left - 1) // UNROLL * UNROLL - block
+            S = _load_state(scratch_ptr, scratch + i // UNROLL, where, R, Q, BLOCK_N, W)
+            xs = _tokens(x_ptr, run, i, channels, R, UNROLL)
+            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
+            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, Q, UNROLL)
+            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
+            qs = _weights(q_ptr, run, i, slots, q, FIXED_Q, Q, UNROLL)
+            dys = _tokens(dy_ptr, run, i, channels, R, UNROLL)
             states = (S,)
             for u in tl.static_range(UNROLL):
                 A, scale = GATE(rates[u], a, others[u], norms[u])
@@ -375,18 +474,29 @@ def _adjoint(
                 A, scale = GATE(rates[u], a, others[u], norms[u])
                 dx, drate, dk, da_t = GRADIENTS(H, states[u], A, xs[u], rates[u], a, ks[u], norms[u])
                 H = A * H
-                if not KEYED:
+                _write(dx_ptr, dx, run, i + u, channels)
+                _write(drate_ptr, drate, run, i + u, channels)
+                if a_ptr is not None:
                     da += da_t
-                live, row = t0 + u < right, b * T + first + step * (t0 + u)
-                tl.store(dx_ptr + row * V + channel, dx, mask=in_v & live)
-                tl.store(drate_ptr + row * V + channel, drate, mask=in_v & live)
-                partial = ((tile * B * T + row) * G + group) * N + slot
-                tl.store(dk_ptr + partial, tl.sum(tl.sum(dk, 0), 1), mask=in_n & live)
-                tl.store(dq_ptr + partial, tl.sum(tl.sum(states[u + 1] * dy, 0), 1), mask=in_n & live)
-    if not KEYED:
-        _store_state(da, da_ptr, at, tile, group, V, G, N, R, BLOCK_N, W)
-    if start == 0:
-        _store_state(H, dinitial_ptr, b, tile, group, V, G, N, R, BLOCK_N, W)
+                if FIXED_K:
+                    dk_whole += dk
+                else:
+                    dk = tl.sum(tl.sum(dk, 0), 1).reshape(Q, BLOCK_N // Q)
+                    _write(dk_ptr, dk, part, i + u, slots)
+                if FIXED_Q:
+                    dq_whole += states[u + 1] * dy
+                else:
+                    dq = tl.sum(tl.sum(states[u + 1] * dy, 0), 1).reshape(Q, BLOCK_N // Q)
+                    _write(dq_ptr, dq, part, i + u, slots)
+        if left == begin:
+            _store_state(H, dinitial_ptr, document, where, R, Q, BLOCK_N, W)
+        todo -= right - left
+    if a_ptr is not None:
+        _store_state(da, da_ptr, at, where, R, Q, BLOCK_N, W)
+    if FIXED_K:
+        _store_state(dk_whole, dk_ptr, at, where, R, Q, BLOCK_N, W)
+    if FIXED_Q:
+        _store_state(dq_whole, dq_ptr, at, where, R, Q, BLOCK_N, W)
 
 
 # The diagonal scan: K = 1, so there is nothing to reuse and bytes decide
@@ -399,8 +509,8 @@ def _turn(phase):
     x = phase - quarters * 1.5703125  # pi / 2 in three parts, the first two short enough for exact products
     x = (x - quarters * 4.837512969970703e-4) - quarters * 7.549789948768648e-8
     z = x * x
-    sin = x * (1 - z / 6 * (1 - z / 20 * (1 - z / 42 * (1 - z / 72))))
-    cos = 1 - z / 2 * (1 - z / 12 * (1 - z / 30 * (1 - z / 56 * (1 - z / 90))))
+    sin = x + x * z * (-1.6666667e-1 + z * (8.333334e-3 + z * (-1.9841270e-4 + z * 2.7557319e-6)))
+    cos = 1 + z * (-0.5 + z * (4.1666668e-2 + z * (-1.3888889e-3 + z * (2.4801587e-5 - z * 2.7557319e-7))))
     quarter = quarters.to(tl.int32)
     odd = quarter % 2 != 0
     cos, sin = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
@@ -408,12 +518,12 @@ def _turn(phase):
 
 
 @triton.jit
-def _polar(log_re, log_im, COMPLEX: tl.constexpr, CONJUGATE: tl.constexpr):
+def _polar(log, COMPLEX: tl.constexpr, CONJUGATE: tl.constexpr):
     """exp of a log decay in two planes, an exact 0 for −inf."""
-    re = tl.exp2(log_re * LOG2E)
+    re = tl.exp2(log[0] * LOG2E)
     im = tl.zeros_like(re)
     if COMPLEX:
-        cos, sin = _turn(log_im)
+        cos, sin = _turn(log[1])
         re, im = re * cos, re * (-sin if CONJUGATE else sin)
     return re, im
 
@@ -444,18 +554,35 @@ def _last(tile, ROWS: tl.constexpr):
     return tl.sum(tl.where((tl.arange(0, ROWS) == ROWS - 1)[:, None], tile, 0.0), 0)[None, :]
 
 
-@triton.jit(do_not_specialize=RUNTIME[1:])
+@triton.jit
+def _border(borders_ptr, position, inside):
+    """[ROWS]: the packed document that opens, or closes, at these tokens; −1 if none does."""
+    return tl.load(borders_ptr + position, mask=inside, other=-1)
+
+
+@triton.jit
+def _replaced(re, im, ptr, document, cols, in_d, COMPLEX: tl.constexpr):
+    """Rows that name a document are replaced by its state, zeros where there is no tensor."""
+    here = (document >= 0)[:, None]
+    sr, si = tl.zeros_like(re), tl.zeros_like(im)
+    if ptr is not None:
+        sr, si = _load_planes(ptr, document.to(tl.int64), cols, here & in_d, COMPLEX)
+    return tl.where(here, sr, re), tl.where(here, si, im)
+
+
+@triton.jit(do_not_specialize=["T", "segments", "length", "first", "step"])
 def _diagonal(
-    value_ptr, log_ptr, y_ptr, initial_ptr, enter_ptr, P_ptr, R_ptr, out_ptr, dlog_ptr, state_ptr,  # tensors
+    value_ptr, log_ptr, y_ptr, initial_ptr, open_ptr, close_ptr, start_ptr, enter_ptr,  # read
+    P_ptr, R_ptr, out_ptr, dlog_ptr, state_ptr,  # written
     T, D, segments, length, first, step,  # sizes; D counts both planes; token t lies at first + step t
     COMPLEX: tl.constexpr, ADJOINT: tl.constexpr, EMIT: tl.constexpr,  # variants
-    HAS_ENTER: tl.constexpr, HAS_INITIAL: tl.constexpr,
     ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr,  # tile
 ):  # fmt: skip
     """h_t = a_t h_{t-1} + x_t, or its adjoint H -> conj(a_t) (H + dy_t), walked from the other end.
 
     A tile is ROWS stretches of UNROLL tokens, one a row. Each row is walked by itself, rows are joined by one scan, and
-    the tokens, still in registers, are walked again from the state that enters their row.
+    the tokens, still in registers, are walked again from the state that enters their row. Rows and packed documents
+    open with their state of start [B D] and leave one in state; open and close [T] name the document at its borders.
     """
     tiles = tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0).to(tl.int64)
@@ -463,24 +590,33 @@ def _diagonal(
     channel = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     cols, in_d, base = (channel, D), (channel < D)[None, :], b * T + first
     WIDTH: tl.constexpr = BLOCK_D // 2 if COMPLEX else BLOCK_D
-    at = b * segments + segment + tl.zeros((1,), tl.int64)
+    only = tl.zeros((1,), tl.int64)
+    at = b * segments + segment + only
     start = (segment * length).to(tl.int32)
     stop = tl.minimum(start + length, T)
     one, none = tl.full((ROWS, WIDTH), 1.0, tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
     hr, hi = tl.zeros((1, WIDTH), tl.float32), tl.zeros((1, WIDTH), tl.float32)
     wr, wi = hr + 1.0, hi  # the product of all gates, for the summary
-    if HAS_ENTER:
+    if enter_ptr is not None:
         hr, hi = _load_planes(enter_ptr, at, cols, in_d, COMPLEX)
+    if open_ptr is None:
+        opening = b + only if start == 0 else only - 1
+        hr, hi = _replaced(hr, hi, start_ptr, opening, cols, in_d, COMPLEX)
+        wr = tl.where((opening >= 0)[:, None], 0.0, wr)
     for t0 in range(start, stop, ROWS * UNROLL):
         t = t0 + tl.arange(0, ROWS) * UNROLL
         gates, values = (), ()
         for u in tl.static_range(UNROLL):
             row, here = base + step * (t + u), (t + u < stop)[:, None] & in_d
-            gates = gates + (_load_planes(log_ptr, row, cols, here, COMPLEX),)
+            gates = gates + (_polar(_load_planes(log_ptr, row, cols, here, COMPLEX), COMPLEX, ADJOINT),)
             values = values + (_load_planes(value_ptr, row, cols, here, COMPLEX),)
         Pr, Pi, Rr, Ri = one, none, none, none
         for u in tl.static_range(UNROLL):
-            ar, ai = _polar(gates[u][0], gates[u][1], COMPLEX, ADJOINT)
+            if open_ptr is not None:
+                opening = _border(open_ptr, first + step * (t + u), t + u < stop)
+                Rr, Ri = _replaced(Rr, Ri, start_ptr, opening, cols, in_d, COMPLEX)
+                Pr, Pi = _replaced(Pr, Pi, None, opening, cols, in_d, COMPLEX)
+            ar, ai = gates[u]
             if ADJOINT:
                 Rr, Ri = _times(ar, ai, Rr + values[u][0], Ri + values[u][1], COMPLEX)
             else:
@@ -498,19 +634,20 @@ def _diagonal(
             sr, si = _times(Er, Ei, hr, hi, COMPLEX)
             sr, si = sr + Fr, si + Fi
             for u in tl.static_range(UNROLL):
-                row, here = base + step * (t + u), (t + u < stop)[:, None] & in_d
-                ar, ai = _polar(gates[u][0], gates[u][1], COMPLEX, ADJOINT)
+                row, inside = base + step * (t + u), t + u < stop
+                here = inside[:, None] & in_d
+                ar, ai = gates[u]
+                if open_ptr is None:
+                    closing = tl.where(t + u + 1 == T, b, -1)
+                else:
+                    opening = _border(open_ptr, first + step * (t + u), inside)
+                    closing = _border(close_ptr, first + step * (t + u), inside)
+                    sr, si = _replaced(sr, si, start_ptr, opening, cols, in_d, COMPLEX)
                 if ADJOINT:
                     sr, si = sr + values[u][0], si + values[u][1]
                     _store_planes(out_ptr, row, cols, here, sr, si, COMPLEX)
-                    before = here & (t + u + 1 < T)[:, None]
-                    br, bi = _load_planes(y_ptr, row + step, cols, before, COMPLEX)
-                    if HAS_INITIAL:
-                        ir, ii = _load_planes(initial_ptr, b + tl.zeros((1,), tl.int64), cols, in_d, COMPLEX)
-                        br, bi = (
-                            tl.where((t + u + 1 == T)[:, None], ir, br),
-                            tl.where((t + u + 1 == T)[:, None], ii, bi),
-                        )
+                    br, bi = _load_planes(y_ptr, row + step, cols, here & (closing < 0)[:, None], COMPLEX)
+                    br, bi = _replaced(br, bi, initial_ptr, closing, cols, in_d, COMPLEX)
                     sr, si = _times(ar, ai, sr, si, COMPLEX)
                     gr, gi = _times(sr, si, br, -bi, COMPLEX)
                     _store_planes(dlog_ptr, row, cols, here, gr, gi, COMPLEX)
@@ -518,30 +655,38 @@ def _diagonal(
                     sr, si = _times(ar, ai, sr, si, COMPLEX)
                     sr, si = sr + values[u][0], si + values[u][1]
                     _store_planes(out_ptr, row, cols, here, sr, si, COMPLEX)
+                if open_ptr is not None:
+                    leaving = (closing >= 0)[:, None] & in_d
+                    _store_planes(state_ptr, closing.to(tl.int64), cols, leaving, sr, si, COMPLEX)
         pr, pi = _last(Pr, ROWS), _last(Pi, ROWS)
         hr, hi = _times(pr, pi, hr, hi, COMPLEX)
         hr, hi = hr + _last(Rr, ROWS), hi + _last(Ri, ROWS)
         if not EMIT:
             wr, wi = _times(pr, pi, wr, wi, COMPLEX)
-    if EMIT:
-        if stop == T:
-            _store_planes(state_ptr, b + tl.zeros((1,), tl.int64), cols, in_d, hr, hi, COMPLEX)
-    else:
+    if not EMIT:
         _store_planes(P_ptr, at, cols, in_d, wr, wi, COMPLEX)
         _store_planes(R_ptr, at, cols, in_d, hr, hi, COMPLEX)
+    elif open_ptr is None:  # noqa: SIM102, decided when compiled
+        if stop == T:
+            _store_planes(state_ptr, b + only, cols, in_d, hr, hi, COMPLEX)
 
 
 # Plan and launch
 
+SELECTIVE, ONLINE = (_selective_gate, _selective_gradients), (_online_gate, _online_gradients)
+
 
 class Plan(NamedTuple):
-    """How one walk is cut up: tile [R N W] of `warps` warps, UNROLL tokens at a time, segments of `length` tokens."""
+    """How one walk is cut up: tile [R N W] of `warps` warps, Q slots and R channels side by side in a thread, UNROLL
+    tokens at a time, at most `registers` a thread, segments of `length` tokens."""
 
     R: int
+    Q: int
     BLOCK_N: int
     W: int
     UNROLL: int
     warps: int
+    registers: int
     tiles: int
     segments: int
     length: int
@@ -549,27 +694,24 @@ class Plan(NamedTuple):
     @property
     def tile(self) -> dict[str, int]:
         """What every program takes by name."""
-        return {"R": self.R, "BLOCK_N": self.BLOCK_N, "W": self.W, "UNROLL": self.UNROLL, "num_warps": self.warps}
+        tile = {"R": self.R, "Q": self.Q, "BLOCK_N": self.BLOCK_N, "W": self.W, "UNROLL": self.UNROLL}
+        return {**tile, "STRETCH": STRETCH, "num_warps": self.warps, "maxnreg": self.registers}
 
 
-def plan(B: int, T: int, V: int, G: int, N: int, *, processors: int = 132) -> Plan:
-    """8 entries of the state a thread, 1 warp a tile; one segment where that fills the machine, else enough for 64 a
-    processor: a token's latency hides behind other programs only (measured on an H200, benchmarks/LOG.md).
+def plan(B: int, T: int, V: int, G: int, N: int, *, adjoint: bool = False, processors: int = 132) -> Plan:
+    """8 entries of the state a thread, or 16 right to left, where more of what is loaded is shared; one segment where
+    that fills the machine, else enough for 64 a processor: a token's latency hides behind other programs only.
 
-    Args: sizes; processors of the device.   Returns: Plan.   Raises: NotImplementedError beyond N = 256.
+    Args: sizes; whether the walk is the backward one; processors of the device.   Returns: Plan.
     """
-    if N > 256:
-        raise NotImplementedError(f"walk: N must be at most 256, got {N}; form='chunked' takes any")
-    BLOCK_N = triton.next_power_of_2(N)
-    W = 32 // min(4, BLOCK_N)
-    warps = max(1, BLOCK_N // 32)
-    R = max(1, min(32 // BLOCK_N * warps, triton.next_power_of_2(triton.cdiv(V // G, W))))
-    tiles = triton.cdiv(V // G, R * W)
-    stretches = triton.cdiv(T, STRETCH)
+    Q, BLOCK_N = math.gcd(4, N), triton.next_power_of_2(N)
+    W, warps = 32 // min(4, BLOCK_N // Q), max(1, BLOCK_N // 32)
+    R = math.gcd(4 if adjoint else 2, V // G)
+    tiles, stretches = triton.cdiv(V // G, R * W), triton.cdiv(T, STRETCH)
     programs = B * G * tiles * warps
-    segments = 1 if programs >= 12 * processors else triton.cdiv(64 * processors, programs)
+    segments = 1 if programs >= 7 * processors else triton.cdiv(64 * processors, programs)
     length = triton.cdiv(stretches, min(stretches, segments)) * STRETCH
-    return Plan(R, BLOCK_N, W, 4, warps, tiles, triton.cdiv(T, length), length)
+    return Plan(R, Q, BLOCK_N, W, 2 if adjoint else 4, warps, 255, tiles, triton.cdiv(T, length), length)
 
 
 class DiagonalPlan(NamedTuple):
@@ -605,54 +747,62 @@ def plan_diagonal(B: int, T: int, D: int, *, itemsize: int = 2, processors: int 
     return DiagonalPlan(ROWS, UNROLL, BLOCK_D, warps, tiles, triton.cdiv(T, length), length)
 
 
-RULES = {"selective": (_selective_gate, _selective_gradients), "online": (_online_gate, _online_gradients)}
-
-
 class _Walk:
-    """One call: the tensors that all programs read, laid out for them, and what they are launched with."""
+    """One call of a scan with its gate made of `a`, or of k where there is none: what all programs read and know."""
 
-    def __init__(self, rule: str, reverse: bool, x: Tensor, rate: Tensor, a: Tensor, k: Tensor) -> None:
-        (self.B, self.T, self.V), (self.G, self.N) = x.shape, k.shape[2:]
-        self.plan = plan(self.B, self.T, self.V, self.G, self.N, processors=_processors(x.device))
-        self.gate, self.gradients = RULES[rule]
-        self.keyed = rule == "online"
-        self.others, self.norm = _key_norms(k) if self.keyed else (k, k)
-        self.x, self.rate, self.k = x.contiguous(), rate.contiguous(), k.contiguous()
-        self.a = (a.float() * LOG2E.value).T.contiguous()  # [N V]
+    def __init__(
+        self, x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor, cu_seqlens: Tensor | None, reverse: bool,
+        adjoint: bool,
+    ) -> None:  # fmt: skip
+        (self.B, self.T, self.V), self.N = x.shape, k.shape[-1]
+        self.G = max(w.shape[2] if w.ndim == 4 else 1 for w in (k, q))
+        processors = _processors(x.device)
+        self.plan = plan(self.B, self.T, self.V, self.G, self.N, adjoint=adjoint, processors=processors)
+        self.gate, self.gradients = SELECTIVE if a is not None else ONLINE
+        self.x, self.rate, self.cu_seqlens, self.adjoint = _aligned(x), _aligned(rate), cu_seqlens, adjoint
+        self.k, self.q = (_aligned(w if w.ndim == 4 else w.T) for w in (k, q))  # [B T G N] | [N V]
+        self.FIXED_K, self.FIXED_Q = k.ndim == 2, q.ndim == 2
+        self.others, self.norm = (None, None) if a is not None else _key_norms(self.k)
+        self.a = None if a is None else (a.float() * LOG2E.value).T.contiguous()  # [N V]
+        documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         first, step = (self.T - 1, -1) if reverse else (0, 1)
-        self.sizes = (self.T, self.V, self.G, self.N, self.plan.segments, self.plan.length, first, step)
+        sizes = (self.T, self.V, self.G, self.N, documents)
+        self.sizes = (*sizes, self.plan.segments, self.plan.length, first, step)
         self.grid = (self.plan.tiles * self.G * self.plan.segments * self.B,)
 
-    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.x.new_empty(shape, dtype=dtype)
+    def new(self, *shape: int) -> Tensor:
+        return self.x.new_empty(shape, dtype=torch.float32)
 
-    def enter(self, value: Tensor, write: Tensor, initial: Tensor | None, adjoint: bool) -> Tensor | None:
-        """The states [B segments N V] that enter the segments, from `initial` [B N V], which enters the first."""
+    def enter(self, value: Tensor, write: Tensor, initial: Tensor | None, fixed: bool) -> Tensor | None:
+        """The states [B segments N V] that enter the segments if there are some; `initial` enters rows or documents."""
         if self.plan.segments == 1:
-            return initial
-        R = self.new(self.B, self.plan.segments, self.N, self.V)
-        P = torch.empty_like(R)
-        tensors = (value, self.rate, self.a, write, self.others, self.norm, P, R)
-        _summary[self.grid](*tensors, *self.sizes, self.gate, self.keyed, adjoint, **self.plan.tile)
-        _join(P, R, initial, False, adjoint)
+            return None
+        P, R = (self.new(self.B, self.plan.segments, self.N, self.V) for _ in range(2))
+        tensors = (value, self.rate, self.a, write, self.others, self.norm, self.cu_seqlens, initial, P, R)
+        _summary[self.grid](*tensors, *self.sizes, self.gate, fixed, self.adjoint, **self.plan.tile)
+        _join(P, R, False, self.adjoint)
         return R
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and where 64 bits can be read at once: a view may begin anywhere."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _join(P: Tensor, R: Tensor, initial: Tensor | None, complex_: bool, adjoint: bool) -> None:
+def _join(P: Tensor, R: Tensor, complex_: bool, adjoint: bool) -> None:
     """Turn R [B segments ...] into the states that enter the segments."""
     B, segments = R.shape[:2]
     size, block = R[0, 0].numel(), 256
-    grid = (B * triton.cdiv(size, block),)
-    _combine[grid](P, R, initial, size, segments, complex_, initial is not None, adjoint, block, num_warps=2)
+    _combine[(B * triton.cdiv(size, block),)](P, R, size, segments, complex_, adjoint, block, num_warps=2)
 
 
 def _key_norms(k: Tensor) -> tuple[Tensor, Tensor]:
     """For k [B T G N]: the sum of the other slots' squares [B T G N], and the sum of all [B T G]."""
-    k = k.contiguous()
     rows, N = k.numel() // k.shape[-1], k.shape[-1]
     others, norm = torch.empty_like(k, dtype=torch.float32), k.new_empty(k.shape[:3], dtype=torch.float32)
     BLOCK_N = triton.next_power_of_2(N)
@@ -661,94 +811,99 @@ def _key_norms(k: Tensor) -> tuple[Tensor, Tensor]:
     return others, norm
 
 
-# Operators, one a direction. States are [B N V] here, `kept` [B stretches N V]
+# Operators, one a direction. States are [B N V] here, one a row or a packed document, `kept` [B stretches N V]; k and q
+# are [B T G N] | [V N]; a [V N] makes the gate, or k does. Documents lie in the order in which they are walked.
 
 
 @torch.library.custom_op("recur::walk", mutates_args=())
 def _walk(
-    x: Tensor,
-    rate: Tensor,
-    a: Tensor,
-    k: Tensor,
-    q: Tensor,
-    initial: Tensor | None,
-    rule: str,
-    reverse: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B T V], the final state, and with `keep` the state at the start of every stretch; k and q are [B T G N]."""
-    y, state, kept = _fake_walk(x, rate, a, k, q, initial, rule, reverse, keep)
+    x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
+    reverse: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y [B T V], the final states, and with `keep` the state at the start of every stretch."""
+    y, state, kept = _fake_walk(x, rate, a, k, q, initial, cu_seqlens, reverse, keep)
+    if cu_seqlens is not None:  # empty documents hand on their state
+        state = torch.zeros_like(state) if initial is None else initial.clone()
     with torch.cuda.device_of(x):
-        walk = _Walk(rule, reverse, x, rate, a, k)
-        enter = walk.enter(walk.x, walk.k, initial, False)
-        tensors = (walk.x, walk.rate, walk.a, walk.k, q.contiguous(), walk.others, walk.norm, enter, y, state, kept)
-        variant = (walk.gate, walk.keyed, enter is not None, keep)
-        _emit[walk.grid](*tensors, *walk.sizes, *variant, STRETCH=STRETCH, **walk.plan.tile)
+        w = _Walk(x, rate, a, k, q, cu_seqlens, reverse, False)
+        enter = w.enter(w.x, w.k, initial, w.FIXED_K)
+        tensors = (w.x, w.rate, w.a, w.k, w.q, w.others, w.norm, cu_seqlens, initial, enter)
+        written = (y, state, kept if keep else None)
+        _emit[w.grid](*tensors, *written, *w.sizes, w.gate, w.FIXED_K, w.FIXED_Q, **w.plan.tile)
     return y, state, kept
 
 
 @_walk.register_fake
 def _fake_walk(
-    x: Tensor,
-    rate: Tensor,
-    a: Tensor,
-    k: Tensor,
-    q: Tensor,
-    initial: Tensor | None,
-    rule: str,
-    reverse: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    (B, T, V), N = x.shape, k.shape[3]
-    state = x.new_empty((B, N, V), dtype=torch.float32)
-    kept = x.new_empty((B, (T + STRETCH - 1) // STRETCH if keep else 0, N, V), dtype=torch.float32)
+    x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
+    reverse: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    (B, T, V), N = x.shape, k.shape[-1]
+    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    stretches = (T + STRETCH - 1) // STRETCH if keep else 0
+    state, kept = (x.new_empty(shape, dtype=torch.float32) for shape in ((rows, N, V), (B, stretches, N, V)))
     return x.new_empty((B, T, V)), state, kept
 
 
 @torch.library.custom_op("recur::walk_adjoint", mutates_args=())
 def _walk_adjoint(
-    dy: Tensor, dstate: Tensor, x: Tensor, rate: Tensor, a: Tensor, k: Tensor, q: Tensor, kept: Tensor, rule: str,
-    reverse: bool,
+    dy: Tensor, dstate: Tensor | None, x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor,
+    initial: Tensor | None, cu_seqlens: Tensor | None, kept: Tensor, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, rate, a, k, q and the initial state."""
-    dx, drate, *_, dinitial = _fake_adjoint(dy, dstate, x, rate, a, k, q, kept, rule, reverse)
-    q, dy, dstate = q.contiguous(), dy.contiguous(), dstate.contiguous()
+    """Gradients of x, rate, a, k, q and the initial states; that of a is empty where there is none."""
+    dx, drate, *_, dinitial = _fake_adjoint(dy, dstate, x, rate, a, k, q, initial, cu_seqlens, kept, reverse)
+    dy, dstate = _aligned(dy), None if dstate is None else dstate.contiguous()
+    if cu_seqlens is not None:
+        dinitial = torch.zeros_like(dinitial) if dstate is None else dstate.clone()
     with torch.cuda.device_of(x):
-        walk = _Walk(rule, reverse, x, rate, a, k)
-        p, B, N, V = walk.plan, walk.B, walk.N, walk.V
-        dk, dq = (walk.new(p.tiles, *k.shape) for _ in range(2))
-        da = walk.new(B * p.segments, N, 0 if walk.keyed else V)
-        enter = walk.enter(dy, q, dstate, True)
-        scratch = walk.new(B, p.segments, STRETCH // p.UNROLL, N, V)
-        read = (walk.x, walk.rate, walk.a, walk.k, q, walk.others, walk.norm, dy, kept, enter, scratch)
+        w = _Walk(x, rate, a, k, q, cu_seqlens, reverse, True)
+        p = w.plan
+        whole = (w.B * p.segments, w.N, w.V)
+        da = None if a is None else w.new(*whole)
+        dk, dq = (w.new(*whole) if t.ndim == 2 else w.new(p.tiles, *t.shape) for t in (k, q))
+        enter = w.enter(dy, w.q, dstate, w.FIXED_Q)
+        scratch = w.new(w.B, p.segments, STRETCH // p.UNROLL, w.N, w.V)
+        read = (w.x, w.rate, w.a, w.k, w.q, w.others, w.norm, cu_seqlens, initial, dy, dstate, kept, enter, scratch)
         written = (dx, drate, da, dk, dq, dinitial)
-        variant = (walk.gate, walk.gradients, walk.keyed)
-        _adjoint[walk.grid](*read, *written, B, *walk.sizes, *variant, STRETCH=STRETCH, **p.tile)
-    return dx, drate, da.sum(0).T.to(a.dtype).contiguous(), dk.sum(0).to(k.dtype), dq.sum(0).to(q.dtype), dinitial
+        _adjoint[w.grid](
+            *read, *written, w.B, *w.sizes, w.gate, w.gradients, w.FIXED_K, w.FIXED_Q, **p.tile
+        )  # fmt: skip
+    da, dk, dq = (_summed(part, like) for part, like in ((da, a), (dk, k), (dq, q)))
+    return dx, drate, da, dk, dq, dinitial
+
+
+def _summed(parts: Tensor | None, like: Tensor | None) -> Tensor:
+    """[parts ...] summed to the axes and dtype of `like`, whose last two are turned around if it has no others."""
+    if parts is None or like is None:
+        return torch.empty(0)
+    total = parts.sum(0)
+    return (total if like.ndim > 2 else total.T).to(like.dtype).contiguous()
 
 
 @_walk_adjoint.register_fake
 def _fake_adjoint(
-    dy: Tensor, dstate: Tensor, x: Tensor, rate: Tensor, a: Tensor, k: Tensor, q: Tensor, kept: Tensor, rule: str,
-    reverse: bool,
+    dy: Tensor, dstate: Tensor | None, x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor,
+    initial: Tensor | None, cu_seqlens: Tensor | None, kept: Tensor, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, drate, da, dk, dq = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, rate, a, k, q))
-    return dx, drate, da, dk, dq, torch.empty_like(dstate, memory_format=torch.contiguous_format)
+    dx, drate, dk, dq = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, rate, k, q))
+    da = torch.empty(0) if a is None else torch.empty_like(a, memory_format=torch.contiguous_format)
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return dx, drate, da, dk, dq, x.new_empty((rows, k.shape[-1], x.shape[2]), dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, rate, a, k, q, initial, ctx.rule, ctx.reverse, _ = inputs
-    ctx.starts = initial is not None
+    *tensors, ctx.reverse, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, rate, a, k, q, output[2])
+    ctx.save_for_backward(*tensors, output[2])
 
 
 def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    x, rate, a, k, q, kept = ctx.saved_tensors
+    x, rate, a, k, q, initial, cu_seqlens, kept = ctx.saved_tensors
     dy = torch.zeros_like(x) if dy is None else dy
-    dstate = x.new_zeros((x.shape[0], k.shape[3], x.shape[2]), dtype=torch.float32) if dstate is None else dstate
-    *grads, dinitial = _walk_adjoint(dy, dstate, x, rate, a, k, q, kept, ctx.rule, ctx.reverse)
-    return *grads, dinitial if ctx.starts else None, None, None, None
+    dx, drate, da, dk, dq, dinitial = _walk_adjoint(
+        dy, dstate, x, rate, a, k, q, initial, cu_seqlens, kept, ctx.reverse
+    )
+    return dx, drate, None if a is None else da, dk, dq, None if initial is None else dinitial, None, None, None
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -760,89 +915,92 @@ _walk_adjoint.register_autograd(_refuse)
 
 
 def _run_diagonal(
-    value: Tensor, log_decay: Tensor, y: Tensor, initial: Tensor | None, enter: Tensor | None, outs: tuple[Tensor, ...],
-    complex_: bool, reverse: bool, adjoint: bool,
+    value: Tensor, log_decay: Tensor, y: Tensor | None, initial: Tensor | None, start: Tensor | None,
+    cu_seqlens: Tensor | None, outs: tuple[Tensor, ...], complex_: bool, reverse: bool, adjoint: bool,
 ) -> None:  # fmt: skip
-    """Launch the scan or its adjoint; outs are (y, state) or (dx, dlog_decay, dinitial)."""
+    """Launch the scan, or its adjoint; outs are (y, state), or (dx, dlog_decay, dinitial); `start` enters first."""
     B, T, D = value.shape
     p = plan_diagonal(B, T, D, itemsize=value.element_size(), processors=_processors(value.device))
-    sizes = (T, D, p.segments, p.length, *((T - 1, -1) if reverse != adjoint else (0, 1)))
+    turned = reverse != adjoint
+    sizes = (T, D, p.segments, p.length, *((T - 1, -1) if turned else (0, 1)))
     grid = (p.tiles * p.segments * B,)
-    out, dlog, state = outs if adjoint else (outs[0], outs[0], outs[1])
+    out, dlog, state = outs if adjoint else (outs[0], None, outs[1])
+    borders: tuple[Tensor | None, ...] = (None, None)
+    if cu_seqlens is not None:
+        document, starts = document_of(cu_seqlens, T), document_starts(cu_seqlens, T)
+        borders = tuple(torch.where(at, document, -1) for at in (starts, torch.cat([starts[1:], starts[:1]])))
+        borders = borders[::-1] if turned else borders
     with torch.cuda.device_of(value):
-        P = R = value
+        P = R = enter = None
+        read = (value, log_decay, y, initial, *borders, start)
         if p.segments > 1:
             P, R = (value.new_empty((B, p.segments, D), dtype=torch.float32) for _ in range(2))
-            tensors = (value, log_decay, y, initial, enter, P, R, out, dlog, state)
-            _diagonal[grid](*tensors, *sizes, complex_, adjoint, False, False, False, **p.tile)
-            _join(P, R, enter, complex_, False)
+            written = (P, R, out, dlog, state)
+            _diagonal[grid](*read, None, *written, *sizes, complex_, adjoint, False, **p.tile)
+            _join(P, R, complex_, False)
             enter = R
-        tensors = (value, log_decay, y, initial, enter, P, R, out, dlog, state)
-        has = (enter is not None, initial is not None)
-        _diagonal[grid](*tensors, *sizes, complex_, adjoint, True, *has, **p.tile)
+        _diagonal[grid](*read, enter, P, R, out, dlog, state, *sizes, complex_, adjoint, True, **p.tile)
 
 
 @torch.library.custom_op("recur::diagonal", mutates_args=())
 def _diagonal_scan(
-    x: Tensor, log_decay: Tensor, initial: Tensor | None, complex_: bool, reverse: bool
+    x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, complex_: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """y [B T D] and the final state [B D]; with complex_ both planes of a number lie side by side in D."""
+    """y [B T D] and the final states [B D]; with complex_ both planes of a number lie side by side in D."""
     x = x.contiguous()
-    y, state = _fake_diagonal(x, log_decay, initial, complex_, reverse)
-    _run_diagonal(x, log_decay.contiguous(), y, None, initial, (y, state), complex_, reverse, False)
+    y, state = _fake_diagonal(x, log_decay, initial, cu_seqlens, complex_, reverse)
+    if cu_seqlens is not None:
+        state = torch.zeros_like(state) if initial is None else initial.clone()
+    log_decay = log_decay.contiguous()
+    _run_diagonal(x, log_decay, None, None, initial, cu_seqlens, (y, state), complex_, reverse, False)
     return y, state
 
 
 @_diagonal_scan.register_fake
 def _fake_diagonal(
-    x: Tensor, log_decay: Tensor, initial: Tensor | None, complex_: bool, reverse: bool
+    x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, complex_: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((x.shape[0], x.shape[2]), dtype=torch.float32)
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), x.new_empty((rows, x.shape[2]), dtype=torch.float32)
 
 
 @torch.library.custom_op("recur::diagonal_adjoint", mutates_args=())
 def _diagonal_adjoint(
-    dy: Tensor,
-    dstate: Tensor | None,
-    log_decay: Tensor,
-    y: Tensor,
-    initial: Tensor | None,
-    complex_: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, log_decay and the initial state."""
+    dy: Tensor, dstate: Tensor | None, log_decay: Tensor, y: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
+    complex_: bool, reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, log_decay and the initial states."""
     dy, log_decay = dy.contiguous(), log_decay.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
-    outs = _fake_diagonal_adjoint(dy, dstate, log_decay, y, initial, complex_, reverse)
-    _run_diagonal(dy, log_decay, y, initial, dstate, outs, complex_, reverse, True)
+    dx, dlog, dinitial = _fake_diagonal_adjoint(dy, dstate, log_decay, y, initial, cu_seqlens, complex_, reverse)
+    if cu_seqlens is not None:
+        dinitial = torch.zeros_like(dinitial) if dstate is None else dstate.clone()
+    outs = (dx, dlog, dinitial)
+    _run_diagonal(dy, log_decay, y, initial, dstate, cu_seqlens, outs, complex_, reverse, True)
     return outs
 
 
 @_diagonal_adjoint.register_fake
 def _fake_diagonal_adjoint(
-    dy: Tensor,
-    dstate: Tensor | None,
-    log_decay: Tensor,
-    y: Tensor,
-    initial: Tensor | None,
-    complex_: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dlog = log_decay.new_empty(log_decay.shape)
-    return dy.new_empty(dy.shape), dlog, dy.new_empty((dy.shape[0], dy.shape[2]), dtype=torch.float32)
+    dy: Tensor, dstate: Tensor | None, log_decay: Tensor, y: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
+    complex_: bool, reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows = dy.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dinitial = dy.new_empty((rows, dy.shape[2]), dtype=torch.float32)
+    return dy.new_empty(dy.shape), log_decay.new_empty(log_decay.shape), dinitial
 
 
 def _save_diagonal(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, log_decay, initial, ctx.complex, ctx.reverse = inputs
+    _, log_decay, initial, cu_seqlens, ctx.complex, ctx.reverse = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(log_decay, output[0], initial)
+    ctx.save_for_backward(log_decay, output[0], initial, cu_seqlens)
 
 
 def _diagonal_gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-    log_decay, y, initial = ctx.saved_tensors
+    log_decay, y, initial, cu_seqlens = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
-    dx, dlog, dinitial = _diagonal_adjoint(dy, dstate, log_decay, y, initial, ctx.complex, ctx.reverse)
-    return dx, dlog, None if initial is None else dinitial, None, None
+    dx, dlog, dinitial = _diagonal_adjoint(dy, dstate, log_decay, y, initial, cu_seqlens, ctx.complex, ctx.reverse)
+    return dx, dlog, None if initial is None else dinitial, None, None, None
 
 
 _diagonal_scan.register_autograd(_diagonal_gradients, setup_context=_save_diagonal)
@@ -853,63 +1011,58 @@ _diagonal_adjoint.register_autograd(_refuse)
 
 
 def selective(
-    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """Mamba's scan, arguments as `selective_scan` with B and C [B T N] | [B T G N]. Returns y and the state [B V N]."""
-    return _run("selective", x, delta, A, B, C, initial, reverse)
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Mamba's scan, arguments as `selective_scan`. Returns y and the state [B V N]."""
+    return _scan(x, delta, A, B, C, initial, cu_seqlens, reverse)
 
 
 def online(
-    x: Tensor, rate: Tensor, k: Tensor, q: Tensor, initial: Tensor | None, reverse: bool
+    x: Tensor, rate: Tensor, k: Tensor, q: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """Longhorn's diagonal scan, arguments as `online_scan`. Returns y and the state [B V N]."""
-    return _run("online", x, rate, x.new_empty((0, k.shape[-1])), k, q, initial, reverse)
+    return _scan(x, rate, None, k, q, initial, cu_seqlens, reverse)
 
 
-def diagonal(x: Tensor, log_decay: Tensor, initial: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+def diagonal(
+    x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
     """The gated diagonal scan, arguments as `gated_scan`. Returns y and the state [B *]."""
-    inputs = [t for t in (x, log_decay, initial) if t is not None]
-    _check_width(inputs)
     complex_ = x.is_complex() or log_decay.is_complex()
     log_decay = log_decay.expand(x.shape)
     number = torch.complex64 if complex_ else torch.float32
-    if x.numel() == 0:
-        state = (
-            x.new_zeros((x.shape[0], *x.shape[2:]), dtype=number) if initial is None else initial.to(number, copy=True)
-        )
-        return x.to(number) if complex_ else x.clone(), state
+    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     start = None if initial is None else initial.to(number)
+    if x.numel() == 0:
+        state = x.new_zeros((rows, *x.shape[2:]), dtype=number) if start is None else start.clone()
+        return x.to(number) if complex_ else x.clone(), state
     if complex_:
-        x, log_decay = (torch.view_as_real(t.to(number)) for t in (x, log_decay))
-        start = None if start is None else torch.view_as_real(start)
-    flat = None if start is None else start.reshape(x.shape[0], -1)
-    rows = (x.shape[0], x.shape[1], -1)
-    y, state = _diagonal_scan(x.reshape(rows), log_decay.reshape(rows), flat, complex_, reverse)
-    y, state = y.reshape(x.shape), state.reshape(x.shape[0], *x.shape[2:])
+        x, log_decay = (torch.view_as_real(t.to(number).resolve_conj()) for t in (x, log_decay))
+        start = None if start is None else torch.view_as_real(start.resolve_conj())
+    flat = None if start is None else start.reshape(rows, -1)
+    tokens = (t.reshape(x.shape[0], x.shape[1], -1) for t in (x, log_decay))
+    y, state = _diagonal_scan(*tokens, flat, cu_seqlens, complex_, reverse)
+    y, state = y.reshape(x.shape), state.reshape(rows, *x.shape[2:])
     return (torch.view_as_complex(y), torch.view_as_complex(state)) if complex_ else (y, state)
 
 
-def _run(
-    rule: str, x: Tensor, rate: Tensor, a: Tensor, k: Tensor, q: Tensor, initial: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    inputs = [t for t in (x, rate, a, k, q, initial) if t is not None]
-    if any(t.dtype == torch.float64 for t in inputs):
-        raise NotImplementedError(
-            "walk: form='triton' takes float32 and narrower, got float64; form='chunked' takes it"
-        )
-    B, T, V = x.shape
-    G, N = max(k.shape[2] if k.ndim == 4 else 1, q.shape[2] if q.ndim == 4 else 1), k.shape[-1]
-    if T == 0 or B == 0 or V == 0:
-        state = x.new_zeros((B, V, N), dtype=torch.float32) if initial is None else initial.float().clone()
+def _scan(
+    x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (B, T, V), N = x.shape, k.shape[-1]
+    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if x.numel() == 0:
+        state = x.new_zeros((rows, V, N), dtype=torch.float32) if initial is None else initial.float().clone()
         return x.clone(), state
-    k, q = (t if t.ndim == 4 else t[:, :, None].expand(B, T, G, N) for t in (k, q))
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    state = None if initial is None else initial.float().transpose(1, 2).contiguous()
-    y, state, _ = _walk(x, rate, a, k, q, state, rule, reverse, keep)
-    return y, state.transpose(1, 2)
-
-
-def _check_width(tensors: list[Tensor]) -> None:
-    wide = [t.dtype for t in tensors if t.dtype in (torch.float64, torch.complex128)]
-    if wide:
-        raise NotImplementedError(f"walk: form='triton' takes float32 and narrower, got {wide[0]}; form='chunked' any")
+    G = max(w.shape[2] if w.ndim == 4 else 1 for w in (k, q))
+    k, q = (w[:, :, None].expand(B, T, G, N) if w.ndim == 3 else w for w in (k, q))
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, rate, a, k, q, initial))
+    state = None if initial is None else initial.float().transpose(1, 2)
+    mirrored = reverse and cu_seqlens is not None
+    if mirrored:
+        state, cu_seqlens = None if state is None else state.flip(0), mirror(cu_seqlens, T)
+    state = None if state is None else state.contiguous()
+    y, state, _ = _walk(x, rate, a, k, q, state, cu_seqlens, reverse, keep)
+    return y, (state.flip(0) if mirrored else state).transpose(1, 2)

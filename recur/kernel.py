@@ -36,14 +36,12 @@ def refusal(
     return _first(rules, v.device)
 
 
-def elementwise_refusal(cu_seqlens: Tensor | None, weights: tuple[Tensor, ...], *inputs: Tensor | None) -> str | None:
-    """The same for the elementwise scans; weights are what writes and reads N slots, [B T N] | [B T G N]."""
-    given = [x for x in (*inputs, *weights) if x is not None]
+def elementwise_refusal(slots: int, *inputs: Tensor | None) -> str | None:
+    """The same for the elementwise scans; slots is the N of a channel."""
+    given = [x for x in inputs if x is not None]
     rules = (
         (any(x.dtype in (torch.float64, torch.complex128) for x in given), "float64"),
-        (cu_seqlens is not None, "cu_seqlens"),
-        (any(x.ndim == 2 for x in weights), "weights [V N] that do not change in time"),
-        (any(x.shape[-1] > WIDEST for x in weights), f"N above {WIDEST}"),
+        (slots > WIDEST, f"N={slots}, more than {WIDEST}"),
     )
     return _first(rules, given[0].device)
 
@@ -61,11 +59,11 @@ def _first(rules: tuple[tuple[bool, str], ...], device: torch.device) -> str | N
     return None
 
 
-def elementwise(rule: str, *inputs: Tensor | None, reverse: bool) -> ScanOut:
+def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, reverse: bool) -> ScanOut:
     """The scan called `rule`, "selective", "online" or "diagonal": its inputs in order, then the initial state."""
     from recur.kernels import walk
 
-    return ScanOut(*getattr(walk, rule)(*inputs, reverse))
+    return ScanOut(*getattr(walk, rule)(*inputs, cu_seqlens, reverse))
 
 
 def takes_step(rows: int, state: Tensor, *given: Tensor | None) -> bool:

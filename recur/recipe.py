@@ -220,6 +220,10 @@ class Chain(Part):
     def build(self, site: Site, shared: nn.ModuleDict | None = None) -> nn.ModuleDict:
         modules, named = nn.ModuleDict(), dict(site.named)
         for key, part, place in self.sites(site):
+            if hasattr(nn.ModuleDict, key):
+                raise RecipeError(
+                    f"{place.axes.reader} is called {key!r}, as is a method of torch; give it another name="
+                )
             home = shared if part.scope == "model" and shared is not None else modules
             if key not in home:
                 known = part.name is not None and key in named

@@ -41,7 +41,9 @@ class Weights(nn.Module):
         self.__dict__.update(facts or {})
         self.declared = dict(params)
         for name, param in self.declared.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(param.shape), requires_grad=param.trainable))
+            kind = torch.promote_types(torch.get_default_dtype(), torch.float32) if param.float32 else None
+            weight = torch.empty(param.shape, dtype=kind)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=param.trainable))
         self.reset_parameters()
 
     def __getattr__(self, name: str) -> Any:  # parameters are looked up by name: let a type checker know

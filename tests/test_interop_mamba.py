@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def near(got: Tensor, want: Tensor) -> None:
 def test_logits_and_gradients_are_theirs(case: str) -> None:
     name, kind, arguments = CASES[case]
     model = theirs(kind, arguments)
-    ours = convert.from_official(name, model.state_dict(), model.config.to_dict())
+    ours = convert.from_official(name, model.state_dict(), json.loads(model.config.to_json_string(use_diff=False)))
     ids, cotangent = torch.randint(40, (2, 21)), torch.randn(2, 21, 40)
     got, want = ours(ids), model(input_ids=ids, use_cache=False).logits
     near(got, want)
@@ -67,7 +68,7 @@ def test_logits_and_gradients_are_theirs(case: str) -> None:
 def test_token_by_token_gives_their_logits(case: str) -> None:
     name, kind, arguments = CASES[case]
     model = theirs(kind, arguments)
-    ours = convert.from_official(name, model.state_dict(), model.config.to_dict())
+    ours = convert.from_official(name, model.state_dict(), json.loads(model.config.to_json_string(use_diff=False)))
     ids, state = torch.randint(40, (2, 9)), ours.init_state(2)
     with torch.no_grad():
         near(torch.stack([ours.step(ids[:, t], state) for t in range(9)], 1), model(input_ids=ids).logits)

@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from recur import ScanOut, fixed_scan, gated_scan, online_scan, selective_scan
+
 HARD = torch.tensor([0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf])
 EXACT = 2e-6  # float32 sums of a few hundred terms
 HALF = 2e-3  # one rounding to float16 is 5e-4
@@ -54,60 +56,62 @@ def compare(name: str, kernel: Callable, loop: Callable, inputs: list[Tensor | N
         assert error < limit, f"{name}: output {i} is off by {error:.1e}"
 
 
-def selective(name: str, B: int, T: int, V: int, G: int, N: int, *, reverse: bool = False, **kind: object) -> None:
-    """Rates of decay from 0 to those that forget within a token."""
-    from recur.kernels import walk
+def scans(
+    scan: Callable, name: str, inputs: list[Tensor], lengths: tuple[int, ...], reverse: bool, **kind: object
+) -> None:
+    """The kernel against the token loop; the last input is the initial state; lengths of packed documents, if any."""
+    cu = torch.tensor([0, *lengths]).cumsum(0) if lengths else None
 
-    from recur import selective_scan
+    def form(form: str) -> Callable:
+        def call(*tensors: Tensor) -> ScanOut:
+            *tensors, state = tensors if len(tensors) == len(inputs) else (*tensors, None)
+            return scan(*tensors, initial_state=state, cu_seqlens=cu, reverse=reverse, form=form)
 
+        return call
+
+    run(name, form("triton"), form("recurrent"), inputs, **kind)
+
+
+def selective(
+    name: str,
+    B: int,
+    T: int,
+    V: int,
+    G: int,
+    N: int,
+    *lengths: int,
+    fixed: str = "",
+    reverse: bool = False,
+    **kind: object,
+) -> None:
+    """Rates of decay from 0 to those that forget within a token. `fixed` names weights that do not change in time."""
     a = -torch.tensor([0.0, 1e-9, 0.3, 5.0, 80.0, 700.0])[torch.randint(0, 6, (V, N))]
-    inputs = [randn(B, T, V), torch.rand(B, T, V), a, randn(B, T, G, N), randn(B, T, G, N), randn(B, V, N)]
-    run(
-        name,
-        lambda x, d, A, B, C, s=None: walk.selective(x, d, A, B, C, s, reverse),
-        lambda x, d, A, B, C, s=None: selective_scan(x, d, A, B, C, initial_state=s, reverse=reverse, form="recurrent"),
-        inputs,
-        **kind,
-    )
+    weights = [randn(V, N) if w in fixed else randn(B, T, G, N) for w in "BC"]
+    inputs = [randn(B, T, V), torch.rand(B, T, V), a, *weights, randn(len(lengths) or B, V, N)]
+    scans(selective_scan, name, inputs, lengths, reverse, **kind)
 
 
-def online(name: str, B: int, T: int, V: int, G: int, N: int, *, reverse: bool = False, **kind: object) -> None:
+def online(
+    name: str, B: int, T: int, V: int, G: int, N: int, *lengths: int, reverse: bool = False, **kind: object
+) -> None:
     """Keys from tiny to so large that one token overwrites the slot; rates of exactly 0 and 1."""
-    from recur.kernels import walk
-
-    from recur import online_scan
-
     rate = torch.rand(B, T, V).where(torch.rand(B, T, V) < 0.7, torch.randint(0, 2, (B, T, V)).float())
     keys = randn(B, T, G, N) * torch.tensor([1e-3, 1.0, 1.0, 30.0])[torch.randint(0, 4, (B, T, 1, 1))]
-    inputs = [randn(B, T, V), rate, keys, randn(B, T, G, N), randn(B, V, N)]
-    run(
-        name,
-        lambda x, r, k, q, s=None: walk.online(x, r, k, q, s, reverse),
-        lambda x, r, k, q, s=None: online_scan(x, r, k, q, initial_state=s, reverse=reverse, form="recurrent"),
-        inputs,
-        **kind,
-    )
+    inputs = [randn(B, T, V), rate, keys, randn(B, T, G, N), randn(len(lengths) or B, V, N)]
+    scans(online_scan, name, inputs, lengths, reverse, **kind)
 
 
-def diagonal(name: str, B: int, T: int, D: int, *, turn: bool = False, reverse: bool = False, **kind: object) -> None:
-    from recur.kernels import walk
-
-    from recur import gated_scan
-
-    x, log, state = randn(B, T, D), HARD[torch.randint(0, 7, (B, T, D))], randn(B, D)
+def diagonal(
+    name: str, B: int, T: int, D: int, *lengths: int, turn: bool = False, reverse: bool = False, **kind: object
+) -> None:
+    x, log, state = randn(B, T, D), HARD[torch.randint(0, 7, (B, T, D))], randn(len(lengths) or B, D)
     if turn:
         x, log, state = (torch.complex(t, randn(*t.shape, scale=s)) for t, s in ((x, 1), (log, 20), (state, 1)))
-    run(
-        name,
-        lambda x, log, s=None: walk.diagonal(x, log, s, reverse),
-        lambda x, log, s=None: gated_scan(x, log, initial_state=s, reverse=reverse, form="recurrent"),
-        [x, log, state],
-        **kind,
-    )
+    scans(gated_scan, name, [x, log, state], lengths, reverse, **kind)
 
 
 def run(
-    name: str, kernel: Callable, loop: Callable, inputs: list[Tensor | None], *, half: bool = False, fresh: bool = False
+    name: str, kernel: Callable, loop: Callable, inputs: list[Tensor], *, half: bool = False, fresh: bool = False
 ) -> None:
     """With `half` in float16 but for the state, the last input; with `fresh` from no state at all."""
     if half:
@@ -118,27 +122,23 @@ def run(
 @law
 def selective_is_the_token_loop() -> None:
     selective("odd sizes", 1, 5, 7, 1, 3)
-    selective("a stretch and a token, right to left", 1, 65, 3, 1, 4, reverse=True)
+    selective("a stretch and a token, right to left", 1, 9, 3, 1, 4, reverse=True)
     selective("groups", 2, 2, 6, 3, 2)
     selective("one slot, fresh", 2, 17, 5, 1, 1, fresh=True)
-    selective("many slots", 1, 15, 9, 1, 33)
-    selective("float16", 1, 16, 20, 1, 16, half=True)
+    selective("many slots", 1, 7, 9, 1, 33)
+    selective("float16", 1, 8, 20, 1, 16, half=True)
+    selective("constant B", 2, 9, 6, 3, 2, fixed="B")
+    selective("constant C, right to left", 1, 5, 7, 1, 3, fixed="C", reverse=True)
 
 
 @law
 def online_is_the_token_loop() -> None:
     online("odd sizes", 1, 5, 7, 1, 3)
-    online("a stretch and a token, right to left", 1, 65, 3, 1, 4, reverse=True)
+    online("a stretch and a token, right to left", 1, 9, 3, 1, 4, reverse=True)
     online("groups", 2, 2, 6, 3, 2)
     online("one slot, fresh", 2, 17, 5, 1, 1, fresh=True)
-    online("many slots", 1, 15, 9, 1, 33)
-    online("float16", 1, 16, 20, 1, 16, half=True)
-
-
-@law
-def three_segments_are_the_token_loop() -> None:
-    selective("130", 1, 130, 2, 1, 2)
-    online("130, right to left", 1, 130, 2, 1, 2, reverse=True)
+    online("many slots", 1, 7, 9, 1, 33)
+    online("float16", 1, 8, 20, 1, 16, half=True)
 
 
 @law
@@ -157,26 +157,57 @@ def complex_diagonal_is_the_token_loop() -> None:
 
 
 @law
-def nothing_to_scan_returns_the_state() -> None:
+def packed_documents_are_the_token_loop() -> None:
+    selective("borders in stretches, empty documents", 1, 20, 3, 1, 2, 0, 5, 0, 0, 11, 4, 0)
+    selective("a border between segments, right to left", 1, 20, 2, 1, 2, 8, 3, 9, 0, reverse=True)
+    selective("constant weights, fresh", 1, 20, 3, 1, 2, 4, 16, fixed="BC", fresh=True)
+    online("one document over three segments", 1, 20, 2, 1, 2, 2, 16, 2)
+    online("right to left", 1, 20, 4, 2, 3, 7, 0, 13, reverse=True)
+    diagonal("borders in tiles", 1, 40, 3, 0, 7, 0, 1, 32, 0)
+    diagonal("segments, right to left", 1, 300, 2, 150, 0, 149, 1, reverse=True)
+    diagonal("complex", 1, 40, 2, 9, 31, turn=True)
+    diagonal("complex, fresh, right to left", 1, 40, 2, 9, 0, 31, turn=True, reverse=True, fresh=True)
+
+
+@law
+def fixed_poles_are_the_token_loop() -> None:
+    """Chunks in torch, the scan over them by the kernel."""
+    log = torch.complex(HARD[torch.randint(0, 7, (2, 3))], randn(2, 3))
+    for lengths in ((), (0, 130, 3, 0)):
+        inputs = [randn(1, 133, 2), log, randn(2, 3).to(log.dtype), randn(len(lengths) or 1, 2, 3).to(log.dtype)]
+        scans(fixed_scan, f"complex {lengths}", inputs, lengths, reverse=bool(lengths))
+        inputs = [randn(1, 133, 2), HARD[torch.randint(0, 7, (3,))], randn(2, 3), randn(len(lengths) or 1, 2, 3)]
+        scans(fixed_scan, f"real {lengths}", inputs, lengths, reverse=not lengths)
+
+
+@law
+def one_segment_of_stretches_is_the_token_loop() -> None:
+    """What a busy machine walks, which would otherwise be cut."""
     from recur.kernels import walk
 
+    walk._processors = lambda device: 0
+    selective("20", 1, 20, 2, 1, 2)
+    online("packed, right to left", 1, 20, 2, 1, 2, 3, 17, reverse=True)
+
+
+@law
+def nothing_to_scan_returns_the_state() -> None:
     x, k, a, state = randn(2, 0, 3), randn(2, 0, 4), -torch.rand(3, 4), randn(2, 3, 4)
-    for y, last in (walk.selective(x, x, a, k, k, state, False), walk.online(x, x, k, k, state, False)):
+    given = {"initial_state": state, "form": "triton"}
+    for y, last in (selective_scan(x, x, a, k, k, **given), online_scan(x, x, k, k, **given)):
         assert y.shape == x.shape
         assert torch.equal(last, state)
-    y, last = walk.diagonal(x, x, state[..., 0], False)
+    y, last = gated_scan(x, x, initial_state=state[..., 0], form="triton")
     assert y.shape == x.shape
     assert torch.equal(last, state[..., 0])
 
 
 @law
 def a_reset_owes_its_gate_nothing() -> None:
-    from recur.kernels import walk
-
     log = torch.full((1, 9, 3), -0.5)
     log[:, 4] = -math.inf
     x, log = randn(1, 9, 3).requires_grad_(), log.requires_grad_()
-    y, _ = walk.diagonal(x, log, None, False)
+    y, _ = gated_scan(x, log, form="triton")
     assert torch.equal(y[:, 4], x[:, 4])
     (dlog,) = torch.autograd.grad(y.sum(), log)
     assert dlog[:, 4].eq(0).all()
@@ -184,10 +215,8 @@ def a_reset_owes_its_gate_nothing() -> None:
 
 @law
 def second_order_is_refused() -> None:
-    from recur.kernels import walk
-
     x, k, log = randn(1, 3, 2).requires_grad_(), randn(1, 3, 2), -torch.rand(1, 3, 2)
-    for y, _ in (walk.online(x, torch.rand(1, 3, 2), k, k, None, False), walk.diagonal(x, log, None, False)):
+    for y, _ in (online_scan(x, torch.rand(1, 3, 2), k, k, form="triton"), gated_scan(x, log, form="triton")):
         (dx,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
         with pytest.raises(NotImplementedError, match="first derivatives only"):
             dx.sum().backward()
@@ -195,13 +224,32 @@ def second_order_is_refused() -> None:
 
 @law
 def float64_and_wide_states_are_refused() -> None:
-    from recur.kernels import walk
+    x, k = randn(1, 3, 2), randn(1, 3, 257)
+    with pytest.raises(NotImplementedError, match="does not cover float64; form='chunked' does"):
+        gated_scan(x.double(), x.double(), form="triton")
+    with pytest.raises(NotImplementedError, match="does not cover N=257, more than 256"):
+        online_scan(x, x.abs().clamp(max=1), k, k, form="triton")
 
-    x, k = randn(1, 3, 2), randn(1, 3, 300)
-    with pytest.raises(NotImplementedError, match="chunked"):
-        walk.diagonal(x.double(), x.double(), None, False)
-    with pytest.raises(NotImplementedError, match="N must be at most 256"):
-        walk.online(x, x, k, k, None, False)
+
+@law
+def operators_keep_the_promises_of_torch() -> None:
+    """Fakes, schemas, autograd registrations."""
+    from recur.kernels import walk  # noqa: F401, registers them
+
+    x, k, q, a, state = randn(1, 9, 3), randn(1, 9, 1, 2), randn(3, 2), -torch.rand(3, 2), randn(2, 2, 3)
+    rate, cu = torch.rand(1, 9, 3), torch.tensor([0, 4, 9])
+    leaves = [t.requires_grad_() for t in (x, rate, a, k, q, state)]
+    dy, kept = randn(1, 9, 3), torch.zeros(1, 2, 2, 3)
+    calls = (
+        (torch.ops.recur.walk, (*leaves, cu, True, True)),
+        (torch.ops.recur.walk, (x, rate, None, k, k, None, None, False, True)),
+        (torch.ops.recur.walk_adjoint, (dy, None, x, rate, None, k, k, None, None, kept, False)),
+        (torch.ops.recur.diagonal, (x, rate, None, cu, False, True)),
+        (torch.ops.recur.diagonal_adjoint, (dy, None, rate, x, None, cu, False, True)),
+    )
+    for operator, inputs in calls:
+        given = [t.detach() if operator.__name__.endswith("adjoint") and isinstance(t, Tensor) else t for t in inputs]
+        torch.library.opcheck(operator, given)
 
 
 SLOW = [name for name in LAWS if name.endswith("the_token_loop")]
@@ -230,9 +278,20 @@ def test_plan_cuts_time_only_where_the_machine_would_idle() -> None:
     assert (long.segments - 1) * long.length < 1 << 20 <= long.segments * long.length
 
 
+def test_plan_reads_neighbours_at_once_only_where_they_are_of_one_group() -> None:
+    from recur.kernels.walk import plan
+
+    assert plan(1, 64, 4096, 1, 16)[:4] == (2, 4, 16, 8)
+    assert plan(1, 64, 30, 2, 6, adjoint=True)[:4] == (1, 2, 8, 8)
+    assert all(plan(1, 64, V, 1, N).R * plan(1, 64, V, 1, N).W * 4 >= 32 for V in (1, 64) for N in (1, 256))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # fresh memory is filled with NaN
+    from recur.kernels import walk
+
+    walk.STRETCH = 8  # several stretches and segments in few tokens
     for name in sys.argv[1:]:
         LAWS[name]()

@@ -15,9 +15,12 @@ from recur.blocks import (
     BoundedDecay,
     Complex,
     ComplexGate,
+    Count,
     Decay,
     DeltaScan,
+    DenseCarry,
     DenseFusion,
+    DenseRead,
     Dropout,
     FixedDecay,
     FixedScan,
@@ -29,11 +32,14 @@ from recur.blocks import (
     LowRank,
     Map,
     Norm,
+    Normalise,
     OnlineScan,
     OuterScan,
     OutputGate,
     Phase,
+    PoleScan,
     PositionTaps,
+    PowerDecay,
     Project,
     RealImag,
     RelPos,
@@ -47,6 +53,7 @@ from recur.blocks import (
     ShortConv,
     Skip,
     Smoothing,
+    Stabilise,
     StepDecay,
     Sum,
     TapConv,
@@ -156,6 +163,16 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
         ),
         USUAL,
     ),
+    "Count and Normalise": (
+        recipe(QKV, Act("q k", "1+elu"), Count("v"), OuterScan(decay=None), Normalise()), USUAL),
+    "Stabilise": (
+        recipe(
+            QKV, Project("x", i="H", z="H"), Decay("z"), Stabilise(), Count(), OuterScan(), Normalise("floor")
+        ),
+        USUAL,
+    ),
+    "PowerDecay": (recipe(Project("x", r="D"), PowerDecay(), OutputGate("k", out="u"), GatedScan("u")), USUAL),
+    "PoleScan": (recipe(PoleScan("u")), USUAL),
     "ComplexGate": (recipe(QKV, Project("x", c="H K 2"), ComplexGate("c"), OuterScan(rotates=True)), USUAL),
     "ComplexGate, amplitude and phase": (
         recipe(QKV, Project("x", c="H 2"), ComplexGate("c", law="amplitude_phase"), OuterScan(rotates=True)),
@@ -192,12 +209,28 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
         recipe(Project("x", q="H K", k="G K", v="G V"), Rotary("q k"), Attention()),
         USUAL,
     ),
+    "DenseRead": (
+        recipe(QKV, Project("x", g="H V", z="H"), Decay("z"), DenseRead(OuterScan(), gate="g")), USUAL - {"steps"}
+    ),
+    "DenseRead, tied keys": (
+        recipe(QKV, Project("x", g="H V", z="H K"), Decay("z"), DenseRead(OuterScan(k=None), gate="g", layers=1)),
+        USUAL - {"steps"},
+    ),
+    "DenseCarry": (
+        recipe(Project("x", dt="D", B="N", C="N", g="D"), DenseCarry(SelectiveScan("u"), gate="g")), USUAL - {"steps"}
+    ),
     "DenseFusion": (
         recipe(QKV, Project("x", g="H K"), DenseFusion("k", gate="g", layers=2), OuterScan(decay=None)),
         USUAL - {"steps"},
     ),
 }  # fmt: skip
-OPTIONS: dict[str, dict[str, Any]] = {"DenseFusion": {"depth": 3}, "LowerBounds and BoundedDecay": {"depth": 3}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "DenseCarry": {"depth": 3},
+    "DenseRead": {"depth": 3},
+    "DenseRead, tied keys": {"depth": 2},
+    "DenseFusion": {"depth": 3},
+    "LowerBounds and BoundedDecay": {"depth": 3},
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -21,6 +21,7 @@ from recur.blocks import (
     in_series,
 )
 from recur.blocks.feedforward import channel_mix
+from recur.presets.dense import dense, dense_states
 from recur.presets.gateloop import LINEAR, RELATIVE_LINEAR, relative
 from recur.presets.hgrn import without_bounds
 from recur.recipe import Recipe
@@ -36,10 +37,17 @@ IN_GRID = ("hgrn_complex, down and right", "hgrn2, in a grid", "hgrn2, in series
 
 # recipe, options of check, laws beyond the common ones
 CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
+    "delta_net": (presets.delta_net(heads=2), {}, SMOOTH | {"steps"}),
+    "dense_mamba": (presets.dense_mamba(state=3), {"depth": 3}, SMOOTH),
+    "dense_mamba, carried on": (presets.dense_mamba(state=3, carry=True), {"depth": 3}, SMOOTH),
+    "dense_mamba, one layer": (presets.dense_mamba(state=2), {}, SMOOTH | {"steps"}),
     "dense_retnet": (presets.dense_retnet(heads=2), {"depth": 3}, SMOOTH),
+    "dense_retnet, two below": (presets.dense_retnet(heads=2, layers=2), {"depth": 3}, SMOOTH),
+    "dense_retnet, three below": (presets.dense_retnet(heads=2, layers=3), {"depth": 4}, SMOOTH),
     "dense_retnet, one layer": (presets.dense_retnet(heads=2), {}, SMOOTH | {"steps"}),
     "dense_retnet, parallel scale": (presets.dense_retnet(heads=2, scale=(RetentionScale(),)), {"depth": 2}, set()),
     "dss": (presets.dss(state=4), {}, SMOOTH | {"steps"}),
+    "gated_delta_net": (presets.gated_delta_net(heads=2, conv=2), {}, SMOOTH | {"steps"}),
     "gated_linear_rnn": (presets.gated_linear_rnn(inner=5), {}, SMOOTH | {"steps"}),
     "gated_linear_rnn, a forget gate of its own": (presets.gated_linear_rnn(forget="own"), {}, {"steps"} | SMOOTH),
     "gated_rnn": (presets.gated_rnn(inner=3), {}, SMOOTH | {"steps"}),
@@ -81,16 +89,23 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     ),
     "hgrn_complex, down and right": (presets.hgrn_complex(scan=down_and_right), {}, SMOOTH),
     "hgrn2": (presets.hgrn2(heads=4), {"depth": 3}, SMOOTH),
+    "hgrn2, dense values": (dense(presets.hgrn2(heads=2), "v"), {"depth": 3}, SMOOTH),
+    "hgrn2, dense states": (dense_states(presets.hgrn2(heads=2)), {"depth": 3}, SMOOTH),
     "hgrn2, one layer": (presets.hgrn2(heads=2, bias=True), {}, SMOOTH | {"steps"}),
     "hgrn2, expanded by 1": (presets.hgrn2(heads="D", norm=()), {}, SMOOTH | {"steps"}),
     "hgrn2, in a grid": (presets.hgrn2(heads=2, scan=in_grid), {}, SMOOTH),
     "hgrn2, in series": (in_series(presets.hgrn2(heads=2, scan=both_ways)), {}, SMOOTH),
+    "kda": (presets.kda(heads=2, conv=3), {}, SMOOTH | {"steps"}),
+    "linear_attention": (presets.linear_attention(heads=2), {}, SMOOTH | {"steps"}),
     "llama": (presets.llama(heads=2, bias=True), {}, {"gradients", "steps"}),
     "longhorn": (presets.longhorn(state=5), {}, SMOOTH | {"steps"}),
+    "longhorn, dense keys and inputs": (dense(presets.longhorn(state=3), "k u"), {"depth": 2}, SMOOTH),
+    "longhorn, dense states": (dense_states(presets.longhorn(state=3)), {"depth": 3}, SMOOTH),
     "longhorn, exact": (presets.longhorn(state=4, diagonal=False), {}, SMOOTH | {"steps"}),
     "longhorn, norm before the gate": (presets.longhorn(state=3, bias=True, norm=(Norm("y"),)), {}, SMOOTH | {"steps"}),
     "longhorn_bidirectional": (presets.longhorn_bidirectional(state=4), {}, SMOOTH),
     "mamba": (presets.mamba(state=5, conv=3), {}, SMOOTH | {"steps"}),
+    "mamba, dense inputs": (dense(presets.mamba(state=3), "u", layers=2), {"depth": 3}, SMOOTH),
     "mamba2": (presets.mamba2(state=5, head=4, groups=2, conv=3), {}, SMOOTH | {"steps"}),
     "mamba2, norm before the gate": (
         presets.mamba2(state=3, inner=6, head=2, skip="H P", bias=True, leave=(Norm("y", groups="G"), OutputGate("z"))),
@@ -103,11 +118,15 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
         SMOOTH | {"steps"},
     ),
     "mamba2_mlp": (presets.mamba2_mlp(mlp=6, state=3, head=4), {}, SMOOTH | {"steps"}),
+    "min_gru": (presets.min_gru(expand=2), {}, SMOOTH | {"steps"}),
+    "mlstm": (presets.mlstm(heads=2), {}, SMOOTH | {"steps"}),
     "retnet": (presets.retnet(heads=2), {}, SMOOTH | {"steps"}),
     "retnet, parallel scale": (presets.retnet(heads=2, scale=(RetentionScale(),)), {}, set()),
     "retnet, chunkwise scale": (presets.retnet(heads=2, scale=(RetentionScale(chunk=4),)), {}, set()),
+    "rg_lru": (presets.rg_lru(expand=1.5, conv=2), {}, SMOOTH | {"steps"}),
     "rwkv": (presets.rwkv(heads=2), {}, SMOOTH | {"steps"}),
     "rwkv, biases": (presets.rwkv(heads=4, bias=True), {"depth": 2}, SMOOTH),
+    "s4d": (presets.s4d(state=3), {}, SMOOTH | {"steps"}),
     "simple_gateloop": (presets.simple_gateloop(), {}, SMOOTH | {"steps"}),
     "simple_gateloop, normed, right to left": (
         presets.simple_gateloop().insert_after("output_gate", Norm("y", kind="layer")).reverse(),

@@ -270,6 +270,14 @@ def test_names_share_weights_and_classes_number_them():
     assert list(Mixer(own, 4).parts) == ["project", "norm", "norm_2", "project_2"]
 
 
+def test_a_name_that_torch_uses_itself_is_refused():
+    recipe = Recipe(IN, Norm("u", name="type"), OUT, axes={"E": 8})
+    with pytest.raises(
+        RecipeError, match="part 2 Norm is called 'type', as is a method of torch; give it another name="
+    ):
+        Mixer(recipe, 4)
+
+
 def test_a_bidirectional_recipe_returns_states_but_does_not_stream():
     recipe = Recipe(
         Project("x", u="D", z="D"),

@@ -11,6 +11,7 @@ from recur.blocks.gates import (
     LowerBounds,
     OutputGate,
     Phase,
+    PowerDecay,
     RealImag,
     RetentionScale,
     Smoothing,
@@ -42,18 +43,20 @@ from recur.blocks.glue import (
     in_series,
     one_way,
 )
-from recur.blocks.hidden import DenseFusion
+from recur.blocks.hidden import DenseCarry, DenseFusion, DenseRead
 from recur.blocks.language_model import Block, LanguageModel
 from recur.blocks.loop import Loop
 from recur.blocks.mixer import Mixer, MixerOut, detach, nbytes
-from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, SelectiveScan
+from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, PoleScan, SelectiveScan
+from recur.blocks.stabilise import Count, Normalise, Stabilise
 from recur.recipe import Chain
 
 PARTS = (
-    Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout,
-    FixedDecay, FixedScan, GatedAttention, GatedScan, Learned, Loop, LowerBounds, LowRank, Map, Norm, OnlineScan,
-    OuterScan, OutputGate, Phase, PositionTaps, Project, RealImag, RelPos, Reshape, RetentionScale, Reverse, Rotary,
-    Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
+    Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, Decay, DeltaScan, DenseCarry, DenseFusion,
+    DenseRead, Dropout, FixedDecay, FixedScan, GatedAttention, GatedScan, Learned, Loop, LowerBounds, LowRank, Map,
+    Norm, Normalise, OnlineScan, OuterScan, OutputGate, Phase, PoleScan, PositionTaps, PowerDecay, Project, RealImag,
+    RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing,
+    Stabilise, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
 )  # fmt: skip
 
 WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)

@@ -19,6 +19,7 @@ from recur.primitives.gates import (
     lower_bounds,
     output_gate,
     polar_gate,
+    power_decay,
     sigmoid_decay,
     signed_gate,
 )
@@ -326,6 +327,38 @@ class RealImag(Part):
 
     def formula(self) -> str:
         return f"{self.source} <- [Re {self.source}, Im {self.source}]"
+
+
+@dataclass(frozen=True)
+class PowerDecay(Part):
+    """A power of a learned constant: log_a = -power softplus(Lambda) sigmoid(r), and keep = sqrt(1 - a^2).
+
+    Lambda starts so that the gate, fully open, is uniform between `low` and `high`.
+    """
+
+    source: str = "r"
+    power: float = 8.0
+    low: float = 0.9
+    high: float = 0.999
+    out: str = "log_a"
+    keep: str = "k"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes[self.source], self.keep: axes[self.source]}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        def spread(weight: torch.Tensor) -> None:
+            weight.copy_(torch.expm1(-weight.uniform_(self.low, self.high).log() / self.power).log())
+
+        return {"Lambda": Param(site.of(self.source), spread, decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        r = flow[self.source]
+        log_a, keep = power_decay(r, F.softplus(weights.Lambda), power=self.power)
+        return flow.set(**{self.out: log_a, self.keep: keep.to(r.dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = -{self.power:g} softplus(Lambda) sigmoid({self.source}), {self.keep} = sqrt(1 - a^2)"
 
 
 @dataclass(frozen=True)

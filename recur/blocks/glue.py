@@ -19,7 +19,7 @@ from recur.primitives.fixed import tap_conv
 from recur.primitives.gates import activation, scale_gradient
 from recur.primitives.norms import KINDS, normalise
 from recur.recipe import Axes, Chain, Flow, Part, Recipe, RecipeError, Site, State
-from recur.weights import Init, Param, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
+from recur.weights import Init, Param, Weights, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,20 @@ class LowRank:
     bias: bool = False
     act: str = "identity"
     init: str = "linear"
+
+
+class Projection(Weights):
+    """The matrices of a Project: x [B T F] to all its outputs. It is called, as adapters of weights (LoRA) want it."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        pieces = F.linear(x, self.weight, getattr(self, "bias", None)).split(self.splits, dim=-1)
+        made = {}
+        for (name, out), piece, shape in zip(self.outs, pieces, self.shapes, strict=True):
+            if isinstance(out, LowRank):
+                bias = getattr(self, f"{name}_bias", None)
+                piece = F.linear(activation(out.act)(piece), getattr(self, f"{name}_up"), bias)
+            made[name] = piece.unflatten(-1, shape)
+        return made
 
 
 @dataclass(frozen=True, init=False)
@@ -98,22 +112,15 @@ class Project(Part):
 
         return fill
 
-    def facts(self, site: Site) -> Mapping[str, Any]:
-        return {
+    def build(self, site: Site) -> Projection:
+        sizes = {
             "splits": [_product(site.size(first)) for first in self._first()],
             "shapes": [site.size(out.axes if isinstance(out, LowRank) else out) for _, out in self.outs],
         }
+        return Projection(self.params(site), {"outs": self.outs, **sizes})
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        x = torch.cat([flow[name].flatten(2) for name in self.source.split()], -1)
-        pieces = F.linear(x, weights.weight, weights.bias if self.bias else None).split(weights.splits, dim=-1)
-        made = {}
-        for (name, out), piece, shape in zip(self.outs, pieces, weights.shapes, strict=True):
-            if isinstance(out, LowRank):
-                bias = getattr(weights, f"{name}_bias") if out.bias else None
-                piece = F.linear(activation(out.act)(piece), getattr(weights, f"{name}_up"), bias)
-            made[name] = piece.unflatten(-1, shape)
-        return flow.set(**made), None
+        return flow.set(**weights(torch.cat([flow[name].flatten(2) for name in self.source.split()], -1))), None
 
     def formula(self) -> str:
         bias, names = " + b" if self.bias else "", self.source.split()

@@ -239,23 +239,38 @@ class LanguageModel(nn.Module):
         logits = self._logits(x)
         return (logits, state) if return_state else logits
 
-    def _hidden(
-        self, ids: Tensor, state: State, *, cu_seqlens: Tensor | None = None, form: str = "auto", in_place: bool = False
-    ) -> tuple[Tensor, State]:
+    def _hidden(self, ids: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
         self._check_ids(ids)
-        B, T = ids.shape
+        x = F.embedding(ids, self.embedding.weight, self.padding) * self.embed_scale
+        return self.hidden(x, state, **options)
+
+    def hidden(
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+        form: str = "auto",
+        in_place: bool = False,
+    ) -> tuple[Tensor, State]:
+        """The stack without its doors: embedded tokens [B T D] to the normalised stream [B T D], and the state.
+
+        in_place: T is 1, and the state may be overwritten.
+        """
+        B, T, _ = x.shape
         check_packing("LanguageModel", cu_seqlens, B, T)
         rows = B if cu_seqlens is None else len(cu_seqlens) - 1
-        position = torch.zeros(rows, dtype=torch.long, device=ids.device) if state is None else state["position"]
-        x = F.embedding(ids, self.embedding.weight, self.padding) * self.embed_scale
+        position = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state["position"]
         x = self._add_positions(x, position, cu_seqlens)
         x = F.dropout(x, self.dropout, self.training)
         past: tuple[Mapping[str, Tensor], ...] = ()
         layers = []
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
-            options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "form": form, "past": past, "in_place": in_place}
+            options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form, "past": past}
+            options["in_place"] = in_place
             if self.checkpoint and torch.is_grad_enabled():
                 x, after, published = checkpoint(block, x, before, use_reentrant=False, **options)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,29 +15,33 @@ from recur.axes import RecipeError, Spec
 from recur.primitives.diagonal import gated_scan, gated_step
 from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
 from recur.primitives.fixed import fixed_scan, fixed_step
+from recur.primitives.forms import ScanOut
 from recur.primitives.poles import poles, zero_order_hold
 from recur.primitives.scan import scan, step
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, constant, normal, spread_time_constants
+from recur.weights import Param, by_index, constant, normal, spread_time_constants
+
+
+def scan_options(flow: Flow, state: State) -> dict[str, Any]:
+    return {"initial_state": state, "cu_seqlens": flow.cu_seqlens, "form": flow.form}
 
 
 def _run(
     flow: Flow,
     state: State,
-    scan: Callable[..., tuple[Tensor, Tensor]],
+    scan: Callable[..., ScanOut],
     step: Callable[..., Tensor],
     tokens: Mapping[str, Tensor | None],
     **always: Any,
-) -> tuple[Tensor, State]:
+) -> ScanOut:
     """The scan over tokens [B T ...]; in a step its one-token twin, which overwrites the state.
 
     always: what else both take, the same for every token.
     """
     if not flow.in_place:
-        options = {"initial_state": state, "cu_seqlens": flow.cu_seqlens, "form": flow.form}
-        return scan(**tokens, **always, **options)
+        return scan(**tokens, **always, **scan_options(flow, state))
     token = {name: None if tensor is None else tensor.squeeze(1) for name, tensor in tokens.items()}
-    return step(**token, **always, state=state).unsqueeze(1), state
+    return ScanOut(step(**token, **always, state=state).unsqueeze(1), state)
 
 
 def _decay(flow: Flow, name: str) -> Tensor:
@@ -82,7 +87,24 @@ class GatedScan(Part):
 
 
 @dataclass(frozen=True)
-class OuterScan(Part):
+class StateScan(Part):
+    """A scan whose state a query reads; what was written can be read again with another one."""
+
+    def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
+        """The arguments of the scan that make its states."""
+        raise NotImplementedError
+
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
+        """Read states made of `written` with the query of this flow."""
+        raise NotImplementedError
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        y, state = self.scan(flow, weights, self.written(flow, weights), state)
+        return flow.set(**{self.out: y}), state  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class OuterScan(StateScan):
     """Write key times value, read with the query: S_t = A_t S_{t-1} + k v^T, y = scale S^T q.
 
     Args:
@@ -123,15 +145,18 @@ class OuterScan(Part):
         return _complex(memory) if self.rotates else memory
 
     def write(self, flow: Flow) -> dict[str, Tensor]:
-        """Further tokens of the scan that say how it writes."""
-        return {}
+        """Further arguments of the scan that say how it writes."""
+        return {} if self.bonus is None else {"bonus": flow[self.bonus][0, 0]}
 
-    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        tokens = {"q": flow[self.q], "k": None if self.k is None else flow[self.k], "v": flow[self.v]}
-        tokens |= {"log_decay": None if self.decay is None else _decay(flow, self.decay), **self.write(flow)}
-        bonus = None if self.bonus is None else flow[self.bonus][0, 0]
-        y, state = _run(flow, state, scan, step, tokens, bonus=bonus, scale=weights.scale)
-        return flow.set(**{self.out: y}), state
+    def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
+        k = None if self.k is None else flow[self.k]
+        log_a = None if self.decay is None else _decay(flow, self.decay)
+        return {"k": k, "v": flow[self.v], "log_decay": log_a, **self.write(flow)}
+
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
+        tokens = {"q": flow[self.q], "k": None, "log_decay": None, **written}
+        bonus = tokens.pop("bonus", None)
+        return _run(flow, state, scan, step, tokens, bonus=bonus, scale=weights.scale)
 
     def formula(self) -> str:
         k = self.k or "(1 - a)"
@@ -168,7 +193,7 @@ class DeltaScan(OuterScan):
 
 
 @dataclass(frozen=True)
-class OnlineScan(Part):
+class OnlineScan(StateScan):
     """Longhorn's closed-form online update, with r = sigmoid(rate): eps = r / (1 + r |k|^2) and
 
     diagonal:  S_t = (1 - eps k^2) * S_{t-1} + (eps u) k      (the architecture)
@@ -194,11 +219,13 @@ class OnlineScan(Part):
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
         return site.memory(batch, *site.of(self.source), *site.of(self.k))
 
-    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+    def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
         rate = torch.sigmoid(flow[self.rate] + weights.rate_bias)
-        tokens = {"x": flow[self.source], "rate": rate, "k": flow[self.k], "q": flow[self.q]}
-        y, state = _run(flow, state, online_scan, online_step, tokens, diagonal=self.diagonal)
-        return flow.set(**{self.out: y}), state
+        return {"x": flow[self.source], "rate": rate, "k": flow[self.k]}
+
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
+        tokens = {"q": flow[self.q], **written}
+        return _run(flow, state, online_scan, online_step, tokens, diagonal=self.diagonal)
 
     def formula(self) -> str:
         erase = f"{self.k}^2) * S" if self.diagonal else f"{self.k} {self.k}^T) S"
@@ -209,7 +236,7 @@ class OnlineScan(Part):
 
 
 @dataclass(frozen=True)
-class SelectiveScan(Part):
+class SelectiveScan(StateScan):
     """Mamba's selective state space: delta = softplus(dt + b), S_t = exp(delta A) * S_{t-1} + (delta u) B, y = S_t C.
 
     u, dt [E]; B, C [N]; owns A = -exp(A_log) [E N] and the bias b, whose first values spread delta over 0.001 to 0.1.
@@ -238,11 +265,14 @@ class SelectiveScan(Part):
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
         return site.memory(batch, *site.of(self.source), *site.of(self.B))
 
-    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+    def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
         delta = F.softplus(flow[self.dt] + weights.dt_bias)
-        tokens = {"x": flow[self.source], "delta": delta, "B": flow[self.B], "C": flow[self.C]}
-        y, state = _run(flow, state, selective_scan, selective_step, tokens, A=-weights.A_log.exp())
-        return flow.set(**{self.out: y}), state
+        return {"x": flow[self.source], "delta": delta, "A": -weights.A_log.exp(), "B": flow[self.B]}
+
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
+        tokens = {"C": flow[self.C], **written}
+        A = tokens.pop("A")
+        return _run(flow, state, selective_scan, selective_step, tokens, A=A)
 
     def formula(self) -> str:
         return (
@@ -294,3 +324,48 @@ class FixedScan(Part):
         return (
             f"z = -exp(rho) + i {omega}, S_t = e^z S_{{t-1}} + {self.source}, {self.out} = Re sum_n C (e^z - 1)/z S_t"
         )
+
+
+@dataclass(frozen=True)
+class PoleScan(Part):
+    """S4D: poles and a step for every channel, discretised by zero-order hold.
+
+    z = dt (-exp(r) + i w), S_t = e^z S_{t-1} + u, y = Re sum_n 2 C_n dt (e^z - 1)/z S_n.   First r = log 1/2, w = pi n,
+    log dt uniform over 0.001 to 0.1, C = N(0, 1) + i N(0, 1).
+
+    Args: source: u [V]; N: axis of the poles, one of each conjugate pair.
+    """
+
+    source: str
+    N: str = "N"
+    out: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.rank(self.source, 1)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        (N,), (V,) = site.size(self.N), site.of(self.source)
+        laws = {
+            "r": constant(math.log(0.5)),
+            "w": by_index("3.141592653589793*i", site),
+            "C_real": normal(),
+            "C_imag": normal(),
+        }
+        made = {name: Param((V, N), law, decay=False, float32=True) for name, law in laws.items()}
+        step = Param((V,), lambda weight: weight.uniform_(math.log(1e-3), math.log(1e-1)), decay=False, float32=True)
+        return {**made, "log_dt": step}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return _complex(site.memory(batch, *site.of(self.source), *site.size(self.N)))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        step = weights.log_dt.exp()[:, None]
+        log_decay = step * poles(weights.r, weights.w)
+        readout = 2 * step * torch.complex(weights.C_real, weights.C_imag) * zero_order_hold(log_decay)
+        constant = {"log_decay": log_decay, "readout": readout}
+        y, state = _run(flow, state, fixed_scan, fixed_step, {"x": flow[self.source]}, **constant)
+        return flow.set(**{self.out: y}), state
+
+    def formula(self) -> str:
+        u, y = self.source, self.out
+        return f"z = dt (-exp(r) + i w), S_t = e^z S_{{t-1}} + {u}, {y} = Re sum_n 2 C dt (e^z - 1)/z S_t"

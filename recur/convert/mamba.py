@@ -41,8 +41,9 @@ PLACE = ("use_fast_path", "layer_idx", "device", "dtype")
 UNLIMITED = (0.0, float("inf"))
 
 
-def limits(low: float, high: float) -> tuple[float, float] | None:
-    """Bounds of the time step, None if they bound nothing."""
+def limits(low: Any, high: Any) -> tuple[float, float] | None:
+    """Bounds of the time step, None if they bound nothing; JSON of transformers has infinity as {"__float__": ...}."""
+    low, high = (float(x["__float__"] if isinstance(x, Mapping) else x) for x in (low, high))
     return None if (low, high) == UNLIMITED else (low, high)
 
 
@@ -187,7 +188,7 @@ def transformers_model_2(
     n_groups: int = 8,
     use_bias: bool = False,
     use_conv_bias: bool = True,
-    time_step_limit: Sequence[float] = UNLIMITED,
+    time_step_limit: Sequence[Any] = UNLIMITED,
     tie_word_embeddings: bool = False,
 ) -> LanguageModel:
     if num_heads * head_dim != expand * hidden_size:
@@ -222,13 +223,13 @@ CONFIG = (  # of transformers, none of which changes a number of ours
     *("_name_or_path", "model_type", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "intermediate_size"),
     *("initializer_range", "residual_in_fp32", "rescale_prenorm_residual", "time_step_min", "time_step_max"),
     *("time_step_floor", "time_step_scale", "time_step_init_scheme", "use_mambapy", "use_associative_scan"),
-    *("chunk_size", "tie_embedding_weights"),
+    *("chunk_size", "d_inner", "d_model", "n_layer", "ssm_cfg", "fused_add_norm", "pad_vocab_size_multiple"),
 )
-SILU = {"hidden_act": ("silu", "swish")}
+SILU = {"hidden_act": ("silu", "swish"), "rms_norm": (True,)}
 TRANSFORMERS = Official(transformers_model, frame("embeddings", KEYS), inert=CONFIG, only=SILU)
 TRANSFORMERS_2 = Official(
     transformers_model_2,
     frame("embeddings", KEYS_2),
-    inert=(*CONFIG, "time_step_rank"),
-    only={**SILU, "rms_norm": (True,), "norm_before_gate": (True,)},
+    inert=(*CONFIG, "time_step_rank", "norm_before_gate"),
+    only=SILU,
 )

@@ -219,10 +219,10 @@ def gated_scan(
     check_packing("gated_scan", cu_seqlens, *x.shape[:2])
     check_documents("gated_scan", initial_state, cu_seqlens)
     number = _number("gated_scan", x, log_decay, initial_state=initial_state)
-    refusal = partial(kernel.elementwise_refusal, cu_seqlens, (), x, log_decay, initial_state)
+    refusal = partial(kernel.elementwise_refusal, 1, x, log_decay, initial_state)
     form = choose_form("gated_scan", form, ("recurrent", "chunked", "triton"), device=x.device, refusal=refusal)
     if form == "triton":
-        return kernel.elementwise("diagonal", x, log_decay, initial_state, reverse=reverse)
+        return kernel.elementwise("diagonal", x, log_decay, initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
     scan = _recurrent if form == "recurrent" else _chunked
     initial = None if initial_state is None else initial_state.to(number)
     log_decay = log_decay if gates == "B T *" else log_decay[None, None]

@@ -66,10 +66,11 @@ def selective_scan(
     )
     check_float("selective_scan", x=x, delta=delta, A=A, B=B, C=C, initial_state=initial_state)
     _check("selective_scan", sizes, initial_state, cu_seqlens)
-    form = _choose("selective_scan", form, cu_seqlens, (B, C), x, delta, A, initial_state)
+    form = _choose("selective_scan", form, sizes["N"], x, delta, A, B, C, initial_state)
     with torch.autocast(x.device.type, enabled=False):
         if form == "triton":
-            return kernel.elementwise("selective", x, delta, A, B, C, initial_state, reverse=reverse)
+            tensors = (x, delta, A, B, C, initial_state)
+            return kernel.elementwise("selective", *tensors, cu_seqlens=cu_seqlens, reverse=reverse)
         tokens = _selective(sizes, x, delta, A, B, C, initial_state)
         y, state = _scan(form, "selective", sizes, initial_state, cu_seqlens, reverse, *tokens)
     return ScanOut(y.to(x.dtype), state)
@@ -164,9 +165,10 @@ def online_scan(
                 query, key, value, beta=beta, initial_state=initial, cu_seqlens=cu_seqlens, reverse=reverse, form=form
             )
             return ScanOut(y[..., 0].to(x.dtype), state[..., 0])
-        form = _choose("online_scan", form, cu_seqlens, (k, q), x, rate, initial_state)
+        form = _choose("online_scan", form, sizes["N"], x, rate, k, q, initial_state)
         if form == "triton":
-            return kernel.elementwise("online", x, rate, k, q, initial_state, reverse=reverse)
+            tensors = (x, rate, k, q, initial_state)
+            return kernel.elementwise("online", *tensors, cu_seqlens=cu_seqlens, reverse=reverse)
         tokens = _online(sizes, x, rate, k, q, initial_state)
         y, state = _scan(form, "online", sizes, initial_state, cu_seqlens, reverse, *tokens)
     return ScanOut(y.to(x.dtype), state)
@@ -212,10 +214,8 @@ def _check(function: str, sizes: dict[str, Any], initial_state: Tensor | None, c
         check_documents(function, initial_state, cu_seqlens)
 
 
-def _choose(
-    function: str, form: str, cu_seqlens: Tensor | None, weights: tuple[Tensor, ...], x: Tensor, *inputs: Tensor | None
-) -> str:
-    refusal = partial(kernel.elementwise_refusal, cu_seqlens, weights, x, *inputs)
+def _choose(function: str, form: str, slots: int, x: Tensor, *inputs: Tensor | None) -> str:
+    refusal = partial(kernel.elementwise_refusal, slots, x, *inputs)
     return choose_form(function, form, ("recurrent", "chunked", "triton"), device=x.device, refusal=refusal)
 
 

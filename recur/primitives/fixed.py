@@ -54,17 +54,18 @@ def fixed_scan(
         cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n V N].
         reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
         form: "recurrent", the token loop; "parallel", convolution by FFT, not with cu_seqlens; "chunked", short
-            convolutions inside chunks and a scan over them. "auto" is "chunked" with cu_seqlens, else "parallel".
+            convolutions inside chunks and a scan over them; "triton", the same with the scan by the diagonal kernel.
+            "auto" is "parallel", or with cu_seqlens "triton" for what that covers on a GPU and "chunked" for all else.
 
     Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is), complex if log_decay or write is.
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.
     Cost: "parallel" O(T V N + B T V log T) for y, O(B T V N) for the state and for initial_state, all in matmuls, and
         O(T (B V + N)) memory; "chunked" O(B T V (N + log C)) with C = max(64, N/2), and B T V N / C memory. Phases of
         the poles' powers are reduced in float64, so that they hold for any length. Defined by `fixed_step`.
+        On a GPU too: walking N = 512 complex states is 8 N = 4096 operations a token and channel, which no kernel that
+        keeps states in registers avoids; three transforms are 15 log2(2T), about 180, and move few bytes more than x.
     Source: Gupta et al. 2022, arXiv:2203.14343; Mehta et al. 2022, arXiv:2206.13947.
     """
-    forms = ("recurrent", "chunked") if cu_seqlens is not None else ("recurrent", "chunked", "parallel")
-    form = "parallel" if form == "auto" and cu_seqlens is None else choose_form("fixed_scan", form, forms)
     poles, states = "N | V N", "B V N" if cu_seqlens is None else "n V N"
     check_given("fixed_scan", x=x, log_decay=log_decay, readout=readout)
     sizes = bind(
@@ -78,6 +79,11 @@ def fixed_scan(
     B, T, V, N = (sizes[letter] for letter in "BTVN")
     check_packing("fixed_scan", cu_seqlens, B, T)
     check_documents("fixed_scan", initial_state, cu_seqlens)
+    forms = ("recurrent", "chunked", "triton", "parallel")[: 3 if cu_seqlens is not None else 4]
+    if form == "auto" and cu_seqlens is None:
+        form = "parallel"
+    refusal = partial(kernel.elementwise_refusal, 1, x, log_decay, readout, write, initial_state)
+    form = choose_form("fixed_scan", form, forms, device=x.device, refusal=refusal)
     x_, log_decay, readout, write, number = _prepare(
         "fixed_scan", x, log_decay, readout, write, initial_state=initial_state
     )
@@ -187,9 +193,10 @@ def _parallel(
 
 
 def _chunked(
-    log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor, cu_seqlens: Tensor | None, *, x: Tensor
-) -> ScanOut:
-    """Convolutions inside chunks, the states entering chunks by a scan over their ends."""
+    recurrence: Callable[[Tensor, Tensor], Tensor], log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor,
+    cu_seqlens: Tensor | None, *, x: Tensor,
+) -> ScanOut:  # fmt: skip
+    """Convolutions inside chunks, the states entering chunks by a recurrence over their ends."""
     T = x.shape[1]
     C = min(T, max(CHUNK, readout.shape[1] // 2))
     chunks = cut(T, C, cu_seqlens)
@@ -199,10 +206,10 @@ def _chunked(
     x_ = chunks.split(x).permute(1, 0, 3, 2)  # [n B V C]
     written = write * _mix(x_.flip(-1)[..., None, :], fine)[..., 0, :]
     kept = decay[None, None].expand(chunks.n, -1, -1, -1)
-    entering = linear_recurrence(chunks.delay(kept)[None], chunks.delay(written, initial)[None])[0]  # [n B V N]
+    entering = recurrence(chunks.delay(kept)[None], chunks.delay(written, initial)[None])[0]  # [n B V N]
 
-    kernel = _real_product((readout * write)[:, None], fine)[:, 0]  # [V C]
-    y = _convolve(x_, kernel[None, None], x_.shape)
+    weights = _real_product((readout * write)[:, None], fine)[:, 0]  # [V C]
+    y = _convolve(x_, weights[None, None], x_.shape)
     y = y + _real_product((readout * entering)[..., None, :], powers[:, 1:])[..., 0, :]
     y = chunks.merge(y.permute(1, 0, 3, 2))
 
@@ -212,7 +219,19 @@ def _chunked(
     return ScanOut(y, chunks.settle(final, initial))
 
 
-_FORMS: dict[str, Callable[..., ScanOut]] = {"recurrent": _recurrent, "parallel": _parallel, "chunked": _chunked}
+def _by_kernel(a: Tensor, x: Tensor) -> Tensor:
+    """`linear_recurrence` by the diagonal kernel, which takes logs; a gate of 0 has none and owes no gradient."""
+    alive = a != 0
+    log = torch.where(alive, torch.where(alive, a, 1).log(), -math.inf)
+    return kernel.elementwise("diagonal", x, log, None, cu_seqlens=None, reverse=False).y
+
+
+_FORMS: dict[str, Callable[..., ScanOut]] = {
+    "recurrent": _recurrent,
+    "parallel": _parallel,
+    "chunked": partial(_chunked, linear_recurrence),
+    "triton": partial(_chunked, _by_kernel),
+}
 
 
 def _last_tokens(x: Tensor, C: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -90,6 +90,23 @@ def lower_bounds(logits: Tensor, *, law: str = "skip_first") -> Tensor:
     return torch.cat([torch.zeros_like(logits[:1], dtype=share.dtype), share.cumsum(0)])
 
 
+def power_decay(r: Tensor, rate: Tensor, *, power: float = 8.0) -> tuple[Tensor, Tensor]:
+    """A gate that is a power of a constant, and what it lets in: log a = -power rate sigmoid(r), sqrt(1 - a^2).
+
+    Args:
+        r:     [*] recurrence gate logits.
+        rate:  broadcastable to r, at least 0: -log of the constant.
+        power: how many times faster an open gate forgets.
+
+    Returns: log a and sqrt(1 - a^2), each [*], float32 or wider; the second has no gradient where a is 1.
+    Cost: O(size).   Source: De et al. 2024, arXiv:2402.19427.
+    """
+    check_float("power_decay", r=r, rate=rate)
+    dtype = accumulation_dtype(r, rate)
+    log_a = -power * rate.to(dtype) * torch.sigmoid(r.to(dtype))
+    return log_a, (-torch.expm1(2 * log_a)).clamp(min=torch.finfo(dtype).tiny).sqrt()
+
+
 def complex_gate(magnitude: Tensor, phase: Tensor) -> Tensor:
     """Complex log decay from a magnitude logit and an angle: log a = log(sigmoid(m)) + i phi.
 
