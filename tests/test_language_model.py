@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import recur
 from recur import LanguageModel, Recipe, RecipeError, presets
@@ -59,6 +60,17 @@ def test_whole_equals_pieces_equals_steps_equals_packed(name):
     packed, states = lm(ids.reshape(1, -1), cu_seqlens=torch.tensor([0, 12, 12, 24]), return_state=True)
     torch.testing.assert_close(packed.reshape(whole.shape), whole)
     assert states["position"].tolist() == [12, 0, 12]
+
+
+@pytest.mark.parametrize("name", ["plain", "hybrid", "own norm"])
+def test_a_step_writes_into_the_memory_it_is_given(name):
+    lm = model(**VARIANTS[name])
+    state = lm.init_state(2, 12)
+    places = [leaf.data_ptr() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    for token in torch.randint(0, 11, (3, 2)):
+        lm.step(token, state)
+    assert places == [leaf.data_ptr() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    assert state["position"].tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

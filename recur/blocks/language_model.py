@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from recur.axes import RecipeError
 from recur.blocks.feedforward import feedforward
 from recur.blocks.glue import Norm
-from recur.blocks.mixer import Mixer, detach, overwrite
+from recur.blocks.mixer import Mixer, detach, overwrite, passed
 from recur.blocks.sampling import sample_token
 from recur.primitives.forms import check_packing
 from recur.recipe import Flow, Recipe, State
@@ -112,7 +112,8 @@ class StreamNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is None:
             return x
-        flow, _ = self.norm(Flow({"x": x}, x.new_zeros(x.shape[0], dtype=torch.long)), self.weights, None)
+        nowhere = x.new_empty(0, dtype=torch.long)  # norms read no positions
+        flow, _ = self.norm(Flow({"x": x}, nowhere), self.weights, None)
         return flow[self.norm.to or "x"]
 
 
@@ -242,11 +243,11 @@ class LanguageModel(nn.Module):
         logits = self._logits(x)
         return (logits, state) if return_state else logits
 
-    def _hidden(self, ids: Tensor, state: State, *, cu_seqlens: Tensor | None, form: str) -> tuple[Tensor, State]:
+    def _hidden(self, ids: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
         self._check_ids(ids)
         x = F.embedding(ids, self.embedding.weight, self.padding) * self.embed_scale
-        return self.hidden(x, state, cu_seqlens=cu_seqlens, form=form)
+        return self.hidden(x, state, **options)
 
     def hidden(
         self,
@@ -256,8 +257,12 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         grid: tuple[int, ...] | None = None,
         form: str = "auto",
+        in_place: bool = False,
     ) -> tuple[Tensor, State]:
-        """The stack without its doors: embedded tokens [B T D] to the normalised stream [B T D], and the state."""
+        """The stack without its doors: embedded tokens [B T D] to the normalised stream [B T D], and the state.
+
+        in_place: T is 1, and the state may be overwritten.
+        """
         B, T, _ = x.shape
         check_packing("LanguageModel", cu_seqlens, B, T)
         rows = B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -269,14 +274,14 @@ class LanguageModel(nn.Module):
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
             options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form, "past": past}
+            options["in_place"] = in_place
             if self.checkpoint and torch.is_grad_enabled():
                 x, after, published = checkpoint(block, x, before, use_reentrant=False, **options)
             else:
                 x, after, published = block(x, before, **options)
             past += (published,)
             layers.append(after)
-        length = T if cu_seqlens is None else cu_seqlens.diff()
-        return self.final_norm(x), {"position": position + length, "layers": layers}
+        return self.final_norm(x), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.head is None:
@@ -320,21 +325,20 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def step(self, ids: Tensor, state: State) -> Tensor:
         """One token a sequence: ids [B] to logits [B vocab_size]; `state` is overwritten, no gradient."""
-        logits, new = self(ids[:, None], state, return_state=True)
+        x, new = self._hidden(ids[:, None], state, in_place=True)
         for old, after in zip(state["layers"], new["layers"], strict=True):
             overwrite(old, after)
-        state["position"].copy_(new["position"])
-        return logits[:, 0]
+        return self._logits(x[:, 0])
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """Read prompts [B T] in one pass, right-padded if `lengths` [B] are given: last logits and state."""
         if lengths is None:
-            x, state = self._hidden(ids, None, cu_seqlens=None, form="auto")
+            x, state = self._hidden(ids, None)
             return self._logits(x[:, -1]), detach(state)
         inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         borders = F.pad(lengths.cumsum(0), (1, 0))
-        x, state = self._hidden(ids[inside][None], None, cu_seqlens=borders, form="auto")
+        x, state = self._hidden(ids[inside][None], None, cu_seqlens=borders)
         return self._logits(x[0, borders[1:] - 1]), detach(state)
 
     @torch.no_grad()
