@@ -57,9 +57,9 @@ def _selective_gate(rate, a, others, norm):
 
 
 @triton.jit
-def _selective_gradients(G, before, A, x, rate, a, k, norm):
-    """dx, drate [R W], dk before it is summed over channels, da [R N W]; G is the gradient of S_t, `before` S_{t-1}."""
-    gate = G * before * A
+def _selective_gradients(G, H, before, x, rate, a, k, norm):
+    """dx, drate [R W], parts of dk [. N W], da [R N W]; G is the gradient of S_t, H = A G, `before` S_{t-1}."""
+    gate = H * before
     du = tl.sum(G * k, 1)
     drate = x * du + LN2 * tl.sum(gate * a, 1)
     return rate * du, drate, G * (rate * x)[:, None, :], gate * rate[:, None, :]
@@ -67,22 +67,24 @@ def _selective_gradients(G, before, A, x, rate, a, k, norm):
 
 @triton.jit
 def _online_gate(rate, a, others, norm):
-    kept = 1 / (1 + rate * norm)
+    root = tl.rsqrt(1 + rate * norm)
+    kept = root * root
     eps = rate * kept
     return kept[:, None, :] + eps[:, None, :] * others, eps
 
 
 @triton.jit
-def _online_gradients(G, before, A, x, rate, a, k, norm):
+def _online_gradients(G, H, before, x, rate, a, k, norm):
     """A = 1 − eps k_n² and eps = rate / (1 + rate |k|²), whose gradient with respect to |k|² is −rate² drate."""
-    kept = 1 / (1 + rate * norm)
+    root = tl.rsqrt(1 + rate * norm)
+    kept = root * root
     eps = rate * kept
     gate = G * before
     du = tl.sum(G * k, 1)
     drate = kept * kept * (x * du - tl.sum(gate * (k * k), 1))
-    through_norm = rate * rate * drate
-    dk = G * (eps * x)[:, None, :] - 2 * k * (eps[:, None, :] * gate + through_norm[:, None, :])
-    return eps * du, drate, dk, gate
+    through_gate = tl.sum(eps[:, None, :] * gate, 0) + tl.sum(rate * rate * drate, 0)[None, :]
+    dk = tl.sum(G * (eps * x)[:, None, :], 0) - 2 * tl.max(k, 0) * through_gate
+    return eps * du, drate, dk[None], gate
 
 
 # Where things are
@@ -180,23 +182,51 @@ def _read(ptr, run, i, axis, P: tl.constexpr):
     ptrs, mask = _at(ptr, run, i, axis)
     BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
     AT_ONCE: tl.constexpr = min(P, 64 // BITS)
-    number = tl.int16 if BITS == 16 else tl.int32
-    wide = tl.int64 if BITS * AT_ONCE == 64 else (tl.int32 if BITS * AT_ONCE == 32 else tl.int16)
+    wide = tl.uint64 if BITS * AT_ONCE == 64 else (tl.uint32 if BITS * AT_ONCE == 32 else tl.uint16)
     numbers = ()
     for j in tl.static_range(0, P, AT_ONCE):
         words = tl.load((ptrs + j).to(tl.pointer_type(wide)), mask=mask, other=0)
         for h in tl.static_range(AT_ONCE):
-            bits = (words >> (h * BITS)).to(number)
-            numbers = numbers + (bits.to(ptr.dtype.element_ty, bitcast=True).to(tl.float32),)
+            if ptr.dtype.element_ty == tl.bfloat16:  # the upper half of a float32
+                number = ((words >> (h * BITS)).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+            else:
+                bits = (words >> (h * BITS)).to(tl.uint16 if BITS == 16 else tl.uint32)
+                number = bits.to(ptr.dtype.element_ty, bitcast=True).to(tl.float32)
+            numbers = numbers + (number,)
     return _abreast(numbers, P)
 
 
 @triton.jit
+def _apart(x, P: tl.constexpr):
+    """[P X] -> P tensors [X]."""
+    x = tl.permute(x, 1, 0)
+    if P == 1:
+        numbers = (x.reshape(x.shape[0]),)
+    if P == 2:
+        numbers = tl.split(x)
+    if P == 4:
+        even, odd = tl.split(x.reshape(x.shape[0], 2, 2))
+        zero, two = tl.split(even)
+        one, three = tl.split(odd)
+        numbers = (zero, one, two, three)
+    return numbers
+
+
+@triton.jit
 def _write(ptr, x, run, i, axis):
-    """x [P X], what token i has to say to P neighbours at every offset."""
-    ptrs, mask = _at(ptr, run, i, axis)
+    """x [P X], what token i has for P neighbours at every offset, written up to 64 bits at a time."""
     P: tl.constexpr = x.shape[0]
-    tl.store(ptrs[None, :] + tl.arange(0, P)[:, None], x, mask=mask[None, :])
+    ptrs, mask = _at(ptr, run, i, axis)
+    BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+    AT_ONCE: tl.constexpr = min(P, 64 // BITS)
+    number = tl.uint16 if BITS == 16 else tl.uint32
+    wide = tl.uint64 if BITS * AT_ONCE == 64 else (tl.uint32 if BITS * AT_ONCE == 32 else tl.uint16)
+    numbers = _apart(x.to(ptr.dtype.element_ty).to(number, bitcast=True), P)
+    for j in tl.static_range(0, P, AT_ONCE):
+        word = numbers[j].to(wide)
+        for h in tl.static_range(1, AT_ONCE):
+            word |= numbers[j + h].to(wide) << (h * BITS)
+        tl.store((ptrs + j).to(tl.pointer_type(wide)), word, mask=mask)
 
 
 @triton.jit
@@ -419,7 +449,7 @@ def _adjoint(
 
     A run is walked three times: left to right, leaving S at every block of UNROLL tokens in scratch; then, block by
     block from the right, left to right again with every S in registers, and back. H is the gradient of S_t by all that
-    comes after y_t, G = H + q dyᵀ that of S_t itself.
+    comes after y_t, dS = H + q dyᵀ that of S_t itself.
     """
     b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, Q, BLOCK_N, W)
     channels, slots = _axes(where, R, Q, BLOCK_N, W)
@@ -470,10 +500,9 @@ def _adjoint(
                 states = states + (S,)
             for u in tl.static_range(UNROLL - 1, -1, -1):
                 dy = dys[u][:, None, :]
-                H = H + qs[u] * dy
-                A, scale = GATE(rates[u], a, others[u], norms[u])
-                dx, drate, dk, da_t = GRADIENTS(H, states[u], A, xs[u], rates[u], a, ks[u], norms[u])
-                H = A * H
+                dS = H + qs[u] * dy
+                H = GATE(rates[u], a, others[u], norms[u])[0] * dS
+                dx, drate, dk, da_t = GRADIENTS(dS, H, states[u], xs[u], rates[u], a, ks[u], norms[u])
                 _write(dx_ptr, dx, run, i + u, channels)
                 _write(drate_ptr, drate, run, i + u, channels)
                 if a_ptr is not None:
