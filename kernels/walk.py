@@ -119,12 +119,13 @@ def _place(V, G, N, T, segments, length, R: tl.constexpr, Q: tl.constexpr, BLOCK
 def _state_ptrs(ptr, row, where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
     """Pointers [R*N W] to this program's part of state `row` of a tensor [* N V], and their mask.
 
-    Two axes, because compilers spread three over the lanes of a warp in different orders.
+    Two axes, because compilers spread three over the lanes of a warp in different orders, and called contiguous, though
+    R apart, because that lays the lanes along W. Nothing is read at once for it: of the alignment nothing is known.
     """
     tile, group, V, G, N = where
     line = tl.arange(0, R * BLOCK_N)
     slot = line % BLOCK_N % (BLOCK_N // Q) * Q + line % BLOCK_N // (BLOCK_N // Q)
-    within = tile * (R * W) + (line // BLOCK_N)[:, None] + tl.arange(0, W)[None, :] * R
+    within = tile * (R * W) + (line // BLOCK_N)[:, None] + tl.max_contiguous(tl.arange(0, W)[None, :] * R, (1, W))
     width = V // G
     return ptr + (row * N + slot[:, None]) * V + group * width + within, (slot < N)[:, None] & (within < width)
 
