@@ -50,9 +50,7 @@ _FLOAT32 = {
 }
 
 
-def plan(
-    *, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, processors: int = 132
-) -> Plan:
+def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, processors: int = 132) -> Plan:
     """The plan for `heads` states [K V] (batch times heads) over T tokens.
 
     One segment if it gives every processor two programs; otherwise as many as that takes, none below 512 tokens. The

@@ -168,6 +168,7 @@ def _at(ptr, run, i, axis):
 @triton.jit
 def _abreast(numbers, P: tl.constexpr):
     """P tensors [X] -> [P X], without moving a number to another thread."""
+    tl.static_assert(P == 1 or P == 2 or P == 4)
     x = numbers[0][None]
     if P == 2:
         x = tl.permute(tl.join(numbers[0], numbers[1]), 1, 0)
@@ -494,14 +495,18 @@ def _adjoint(
             others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
             qs = _weights(q_ptr, run, i, slots, q, FIXED_Q, Q, UNROLL)
             dys = _tokens(dy_ptr, run, i, channels, R, UNROLL)
-            states = (S,)
+            states = ()
             for u in tl.static_range(UNROLL):
+                states = states + (S,)
                 A, scale = GATE(rates[u], a, others[u], norms[u])
                 S = A * S + ks[u] * (scale * xs[u])[:, None, :]
-                states = states + (S,)
+                dq = S * dys[u][:, None, :]
+                if FIXED_Q:
+                    dq_whole += dq
+                else:
+                    _write(dq_ptr, tl.sum(tl.sum(dq, 0), 1).reshape(Q, BLOCK_N // Q), part, i + u, slots)
             for u in tl.static_range(UNROLL - 1, -1, -1):
-                dy = dys[u][:, None, :]
-                dS = H + qs[u] * dy
+                dS = H + qs[u] * dys[u][:, None, :]
                 H = GATE(rates[u], a, others[u], norms[u])[0] * dS
                 dx, drate, dk, da_t = GRADIENTS(dS, H, states[u], xs[u], rates[u], a, ks[u], norms[u])
                 _write(dx_ptr, dx, run, i + u, channels)
@@ -511,13 +516,7 @@ def _adjoint(
                 if FIXED_K:
                     dk_whole += dk
                 else:
-                    dk = tl.sum(tl.sum(dk, 0), 1).reshape(Q, BLOCK_N // Q)
-                    _write(dk_ptr, dk, part, i + u, slots)
-                if FIXED_Q:
-                    dq_whole += states[u + 1] * dy
-                else:
-                    dq = tl.sum(tl.sum(states[u + 1] * dy, 0), 1).reshape(Q, BLOCK_N // Q)
-                    _write(dq_ptr, dq, part, i + u, slots)
+                    _write(dk_ptr, tl.sum(tl.sum(dk, 0), 1).reshape(Q, BLOCK_N // Q), part, i + u, slots)
         if left == begin:
             _store_state(H, dinitial_ptr, document, where, R, Q, BLOCK_N, W)
         todo -= right - left
