@@ -10,7 +10,7 @@ BIN := .venv/bin
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
-demo: .venv/demo.stamp  ## train a small Longhorn on Python's own documentation (under 3 minutes on 2 cores)
+demo: .venv/train.stamp  ## train a small Longhorn on Python's own documentation (under 3 minutes on 2 cores)
 	@rm -rf runs/demo
 	@$(BIN)/recur train longhorn --out runs/demo
 

@@ -42,25 +42,24 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
     """Every launch of a forward and backward as a function, under one setting of all kernels."""
     from recur.kernels import scan
 
-    B, T, H, K, V = shape
-    size = max(64, K, V)
-    scan._BFLOAT16[size] = (64, setting, setting, setting)
+    K, V = shape[3:]
+    scan._BFLOAT16[max(64, K, V)] = (64, (setting, setting), (setting, setting), setting)
     q, k, v, a, beta = inputs(family, *shape)
     x = scan.Inputs(q, k, v, a, beta, None, None, None)
     run = scan._Scan(x, K**-0.5, False)
     new, delta = torch.empty_like, beta is not None
     y, S, G, dy = new(v), run.states(), run.states(), torch.randn_like(v)
-    e, r, dq, dk, dv = new(v), new(v), new(q), new(k), new(v)
-    run.forward(keep=S, e=e if delta else None)
-    run.adjoint(dy, r, G)
-    dgate = None if a is None else new(a) if family in ("key", "kda") else run.new(2, *a.shape[:3])
-    dbeta = new(beta) if delta else None
+    e, dv, dq, dk = new(v), new(v), new(q), new(k)
+    options = {"e": e, "dbeta": run.new(2, *v.shape[:3])} if delta else {}
+    run.forward(keep=S, e=options.get("e"))
+    run.adjoint(dy, dv, G, **options)
+    dgate = None if a is None else new(a) if family in ("key", "kda") else run.new(4, *a.shape[:3])
     return {
         "prepare": run._prepare,
         "forward": lambda: run.forward(y=y),
-        "keep": lambda: run.forward(keep=S, e=e if delta else None),
-        "adjoint": lambda: run.adjoint(dy, r, G),
-        "gradient": lambda: run.gradient(e if delta else v, dy, r, S, G, dq, dk, dv, dgate, dbeta, None),
+        "keep": lambda: run.forward(keep=S, e=options.get("e")),
+        "adjoint": lambda: run.adjoint(dy, dv, G, **options),
+        "gradient": lambda: run.gradient(e if delta else v, dy, dv, S, G, dq, dk, dgate, None),
         "forward_all": lambda: scan.scan_forward._init_fn(*x, K**-0.5, False),
         "backward_all": lambda: scan.scan_backward._init_fn(dy, None, *x, K**-0.5, False),
     }

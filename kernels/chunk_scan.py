@@ -20,17 +20,23 @@ which is linear in S, so its derivative has the same shape from right to left:
     dR = dy Sᵀ         dF = u Gᵀ            dA = rowsum(G S)       dP = dy uᵀ       dM = −dv uᵀ     dR' = −dv Sᵀ
 
 Kernels
-    prepare     every chunk by itself: is it calm? if not, P and M token by token; T
-    forward     left to right: y; or what a segment leaves by itself; S before every chunk
-    adjoint     right to left: du, r; G after every chunk
-    gradient    every chunk by itself: dq, dk, d log a, dβ
+    pace        a gate a head: rise and fall of every chunk
+    prepare     a gate a key: q and k as their gates leave them; is the chunk calm? if not, its P token by token; M
+    solve       T
+    forward     left to right: y; or what a segment leaves by itself; or S before every chunk
+    combine     what enters each segment
+    adjoint     right to left: dv, and G after every chunk
+    gradient    every chunk by itself: dq, dk, d log a
     repair      every chunk that is not calm: what dP and dM owe to q, k and log a, token by token
 
 One gate a head: P is weighed pair by pair. A gate a key: q and k are weighed before they meet, from the middle of the
 chunk, q by 2^(rise − half) and k by 2^(fall − half), which overflows where a chunk forgets too much. Such a chunk is
-not calm, its factors are counted from its ends instead, where none exceeds 1, and P is made by products of gates.
+not calm: its factors are counted from its ends instead, where none exceeds 1, and P is made by products of gates.
+No kernel branches on that in its loop: a calm chunk masks the load of P away.
 """
 
+# Jitted functions take no annotations but constexpr, join tuples with +, and choose at compile time before run time.
+# ruff: noqa: RUF005, SIM102
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -271,9 +277,9 @@ def forward(
     y_ptr, e_ptr, keep_ptr,  # [B T H V]; states before every chunk [chunks H K V]
     enter_ptr, leave_ptr, share_ptr,  # [B H segments K V] states, [B H segments K] product of the gates
     cu_ptr, T, tiles, segments, span, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, BACK: tl.constexpr, EMIT: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
+    BACK: tl.constexpr, EMIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns columns [BLOCK_V] of the state of one strand. BACK: the adjoint's state, with q for k and dy for
@@ -397,15 +403,16 @@ def combine(
 # ----------------------------------------------------------------------------------------------------------- adjoint
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "segments", "span"])
+@triton.jit(do_not_specialize=["B", "T", "tiles", "segments", "span"])
 def adjoint(
-    told_ptr, write_ptr, reach_ptr, dy_ptr, gate_ptr, beta_ptr,
+    told_ptr, write_ptr, reach_ptr, dy_ptr, gate_ptr, beta_ptr, e_ptr,
     near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, solve_ptr,
-    du_ptr, keep_ptr,  # du, or r if DELTA [B T H V]; gradients of the state after every chunk [chunks H K V]
+    dv_ptr, dbeta_ptr, keep_ptr,  # [B T H V], [tiles B T H], gradients of the state after every chunk [chunks H K V]
     enter_ptr, leave_ptr,
-    cu_ptr, T, tiles, segments, span, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    cu_ptr, B, T, tiles, segments, span, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns columns [BLOCK_V] of the gradient of the state of one strand, against the scan's direction."""
@@ -468,11 +475,15 @@ def adjoint(
             du = tl.dot(X, du.to(DOT), input_precision=PRECISION)
             beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
             reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
-            erased = du * -(beta * tl.exp2(rise) if DECAY == "one" else beta)[:, None]
+            e = load_tile((e_ptr, H, h, V), row, offs, inside, offs_v)
+            at = tile * B * T * H + (row + offs) * H + h
+            tl.store(dbeta_ptr + at, tl.sum(du * e, 1), mask=inside)
+            du = du * beta[:, None]
+            erased = du * (tl.exp2(rise) * -1.0)[:, None] if DECAY == "one" else du * -1.0
             G = tl.dot(tl.trans(reach), erased.to(DOT), G, input_precision=PRECISION)
         if DECAY == "key":
             G = G * near[:, None]
-        store_tile((du_ptr, H, h, V), row, offs, inside, offs_v, du)
+        store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
 
     if leave_ptr is not None:  # only the segment in which the scan begins
         in_state = in_state & (segment == (segments - 1 if FLIP else 0))
@@ -484,9 +495,9 @@ def adjoint(
 
 @triton.jit(do_not_specialize=["B", "T", "tiles", "documents"])
 def gradient(
-    q_ptr, k_ptr, told_ptr, write_ptr, reach_ptr, u_ptr, dy_ptr, du_ptr, gate_ptr, beta_ptr, bonus_ptr,
+    q_ptr, k_ptr, told_ptr, write_ptr, reach_ptr, u_ptr, dy_ptr, dv_ptr, gate_ptr, beta_ptr, bonus_ptr,
     S_ptr, G_ptr, near_ptr, calm_ptr, rates_ptr, whole_ptr,  # u_ptr is v, or what u would be with beta 1
-    dq_ptr, dk_ptr, dv_ptr, dgate_ptr, dbeta_ptr, dbonus_ptr,  # dv of DELTA only; dgate one a head and tile
+    dq_ptr, dk_ptr, dgate_ptr, dbonus_ptr,  # dgate, if a head has one gate, for every tile apart
     cu_ptr, B, T, tiles, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PLAIN: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, TIED: tl.constexpr,
@@ -526,11 +537,7 @@ def gradient(
     u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
     if DELTA:
         beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-        r = load_tile((du_ptr, H, h, V), row, offs, inside, offs_v).to(tl.float32)
-        if tile == 0:
-            tl.store(dbeta_ptr + (row + offs) * H + h, tl.sum(r * u, 1), mask=inside)
-            store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, r * beta[:, None])
-        erase = (r * -beta[:, None]).to(DOT)
+        erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
         u = u * beta[:, None]
         ahead, behind = strict(order(BLOCK_C, FLIP)) & calm, strict(order(BLOCK_C, not FLIP)) & calm
     u = u.to(DOT)
@@ -553,8 +560,8 @@ def gradient(
         sums = query * dq
         own = sums
     if DELTA:
-        dM = tl.where(ahead, tl.dot(erase, tl.trans(u), input_precision=PRECISION), 0.0)
-        dreach = tl.dot(erase, tl.trans(S), input_precision=PRECISION)
+        dM = tl.where(ahead, -tl.dot(erase, tl.trans(u), input_precision=PRECISION), 0.0)
+        dreach = -tl.dot(erase, tl.trans(S), input_precision=PRECISION)
         if DECAY == "key":
             dreach = dreach * near
         elif DECAY == "one":
@@ -586,7 +593,6 @@ def gradient(
     # what writers owe: to the state that leaves, and to the scores
     G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
     if DECAY != "none":
-        S = tl.load(S_ptr + cell, mask=in_state, other=0.0)
         passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
     dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
     dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
@@ -603,7 +609,7 @@ def gradient(
         passed = tl.sum(passed) * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
     dk = tl.dot(dPt.to(DOT), query, dk, input_precision=PRECISION)
     if DELTA:
-        dMt = tl.where(behind, tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
+        dMt = tl.where(behind, -tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
         if DECAY == "one":
             dMt = dMt * between(log_a, rise, since, FLIP, False, True, DOT)
         dk = tl.dot(dMt.to(DOT), reach, dk, input_precision=PRECISION)
@@ -640,12 +646,13 @@ def gradient(
 
 @triton.jit(do_not_specialize=["T", "documents"])
 def repair(
-    q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, du_ptr,  # tensors [B T heads *]
+    q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr,  # tensors [B T heads *]
     calm_ptr, dP_ptr, dM_ptr,  # [chunks H C C] float32, room for what the scores owe
     dq_ptr, dk_ptr, dgate_ptr,  # added to
     cu_ptr, T, documents, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What the scores of a chunk that is not calm owe to q, k and log a, with products of gates."""
@@ -673,8 +680,8 @@ def repair(
     dP = tl.dot(given, tl.trans(u), input_precision=PRECISION) * scale
     tl.store(_square(dP_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen) if BEFORE else seen, dP, 0.0))
     if DELTA:
-        r = load_tile((du_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
-        dM = tl.dot(r, tl.trans(u), input_precision=PRECISION) * -1.0  # without beta
+        erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+        dM = -tl.dot(erase, tl.trans(u), input_precision=PRECISION)
         tl.store(_square(dM_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen), dM, 0.0))
     tl.debug_barrier()
     at = square * (BLOCK_C * BLOCK_C)
@@ -691,7 +698,6 @@ def repair(
             E = E * a[None, :]
         if DELTA:
             dreach = tl.sum(E * tl.load(dM_ptr + at + t * BLOCK_C + offs)[:, None], 0)
-            dreach *= tl.load(beta_ptr + (row + t) * H + h).to(tl.float32)
         if not BEFORE:
             E = tl.where((offs == t)[:, None], write[None, :], E)
         dquery = tl.sum(E * tl.load(dP_ptr + at + t * BLOCK_C + offs)[:, None], 0)
@@ -719,8 +725,7 @@ def repair(
         owed = tl.sum(E * tl.load(dP_ptr + at + offs * BLOCK_C + t)[:, None], 0)
         if DELTA:
             owed += tl.sum(R * tl.load(dM_ptr + at + offs * BLOCK_C + t)[:, None], 0)
-            weight = tl.load(beta_ptr + (row + t) * H + h).to(tl.float32)
-            R = tl.where((offs == t)[:, None], (weight * write)[None, :], R) * a[None, :]
+            R = tl.where((offs == t)[:, None], write[None, :], R) * a[None, :]
         E = E * a[None, :]
         if BEFORE:
             E = tl.where((offs == t)[:, None], query[None, :], E)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,32 +36,34 @@ class Plan(NamedTuple):
     gradient: Tiles
 
 
-# chunk, then (block, warps, stages) of forward, adjoint, gradient for states of at most 64, 128, 256 rows or columns
+# chunk; then block, warps and stages of forward and adjoint, of the same for the delta rule, and of gradient, for states
+# of at most 64, 128, 256 rows or columns; by trial on an H200
 _BFLOAT16 = {
-    64: (64, (64, 4, 2), (64, 4, 2), (64, 4, 1)),
-    128: (64, (64, 4, 2), (64, 4, 2), (64, 4, 1)),
-    256: (64, (64, 8, 1), (64, 8, 1), (64, 8, 1)),
+    64: (64, ((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3)), (64, 4, 1)),
+    128: (64, ((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2)), (64, 4, 1)),
+    256: (64, ((64, 8, 1), (64, 8, 1)), ((64, 8, 1), (64, 8, 1)), (64, 8, 1)),
 }
 _FLOAT32 = {
-    64: (32, (32, 4, 1), (32, 4, 1), (64, 4, 1)),
-    128: (32, (32, 4, 1), (32, 4, 1), (32, 4, 1)),
-    256: (32, (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+    64: (32, ((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1)), (64, 4, 1)),
+    128: (32, ((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1)), (32, 4, 1)),
+    256: (32, ((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1)), (16, 8, 1)),
 }
 
 
 def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, processors: int = 132) -> Plan:
     """The plan for `heads` states [K V] (batch times heads) over T tokens.
 
-    One segment if it gives every processor two programs; otherwise as many as that takes, none below 512 tokens. The
-    delta rule has one: what a stretch of it does to a state is a matrix [K K].
+    One segment if the heads alone give three processors of four a program; otherwise as many as give every processor
+    two, none below 512 tokens. The delta rule has one: what a stretch of it does to a state is a matrix [K K].
     """
     block_k, block_v = (max(64, triton.next_power_of_2(size)) for size in (K, V))
-    chunk, *walks = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[max(block_k, block_v)]
+    chunk, plain, erasing, rows = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[max(block_k, block_v)]
     forward, adjoint, gradient = (
         Tiles(block, triton.cdiv(size, block), warps, stages)
-        for (block, warps, stages), size in zip(walks, (V, V, K), strict=True)
+        for (block, warps, stages), size in zip((*(erasing if delta else plain), rows), (V, V, K), strict=True)
     )
-    wanted = 1 if delta else max(1, 2 * processors // max(1, heads * forward.parts))
+    programs = heads * forward.parts
+    wanted = 1 if delta or 4 * programs >= 3 * processors else triton.cdiv(2 * processors, max(1, programs))
     span = chunk * triton.cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
     return Plan(chunk, max(1, triton.cdiv(T, span)), span, block_k, block_v, forward, adjoint, gradient)
 
@@ -187,35 +188,37 @@ class _Scan:
         kernels.forward[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
             self.told, self.write if back is None else self.told, self.reach, x.v if back is None else back,
             x.log_decay, x.beta, self.near, self.far, self.calm, self.scores, self.rates, self.whole, self.overlap,
-            self.solved, y, e, keep, enter, leave, share, BACK=back is not None, EMIT=y is not None, **self._walk(tiles),
+            self.solved, y, e, keep, enter, leave, share,
+            BACK=back is not None, EMIT=y is not None, **self._walk(tiles),
         )  # fmt: skip
 
     def adjoint(
-        self, dy: Tensor, du: Tensor, keep: Tensor, *, enter: Tensor | None = None, leave: Tensor | None = None
-    ) -> None:
+        self, dy: Tensor, dv: Tensor, keep: Tensor, *, e: Tensor | None = None, dbeta: Tensor | None = None,
+        enter: Tensor | None = None, leave: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Launch `kernels.adjoint`."""
         x, tiles = self.x, self.plan.adjoint
         kernels.adjoint[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
-            self.told, self.write, self.reach, dy, x.log_decay, x.beta, self.near, self.far, self.calm, self.scores,
-            self.rates, self.whole, self.solved, du, keep, enter, leave, **self._walk(tiles),
+            self.told, self.write, self.reach, dy, x.log_decay, x.beta, e, self.near, self.far, self.calm, self.scores,
+            self.rates, self.whole, self.solved, dv, dbeta, keep, enter, leave, B=self.sizes[0], **self._walk(tiles),
         )  # fmt: skip
 
     def gradient(
-        self, u: Tensor, dy: Tensor, du: Tensor, S: Tensor, G: Tensor, dq: Tensor, dk: Tensor | None,
-        dv: Tensor | None, dgate: Tensor | None, dbeta: Tensor | None, dbonus: Tensor | None,
+        self, u: Tensor, dy: Tensor, dv: Tensor, S: Tensor, G: Tensor, dq: Tensor, dk: Tensor | None,
+        dgate: Tensor | None, dbonus: Tensor | None,
     ) -> None:  # fmt: skip
         """Launch `kernels.gradient`, and `kernels.repair` where a chunk may not be calm."""
         x, tiles, (B, _, H, _, V) = self.x, self.plan.gradient, self.sizes
         kernels.gradient[(self.chunks * H * tiles.parts,)](
-            x.q, x.k, self.told, self.write, self.reach, u, dy, du, x.log_decay, x.beta, x.bonus,
-            S, G, self.near, self.calm, self.rates, self.whole, dq, dk, dv, dgate, dbeta, dbonus,
+            x.q, x.k, self.told, self.write, self.reach, u, dy, dv, x.log_decay, x.beta, x.bonus,
+            S, G, self.near, self.calm, self.rates, self.whole, dq, dk, dgate, dbonus,
             B=B, tiles=tiles.parts, documents=self.documents, GROUPS=self.groups, GROUPS_PLAIN=x.q.shape[2], V=V,
             DECAY=self.decay, TIED=x.k is None, BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v,
             num_warps=tiles.warps, **self.common,
         )  # fmt: skip
         if self.decay == "key":
             kernels.repair[(self.chunks * H,)](
-                x.q, x.k, x.log_decay, x.beta, dy, u, du, self.calm, self.squares(torch.float32),
+                x.q, x.k, x.log_decay, x.beta, dy, u, dv, self.calm, self.squares(torch.float32),
                 self.squares(torch.float32) if x.beta is not None else None, dq, dk, dgate,
                 documents=self.documents, GROUPS=x.q.shape[2], V=V, BEFORE=x.bonus is not None,
                 BLOCK_K=self.plan.block_k, BLOCK_V=self.plan.block_v, num_warps=8, **self.common,
@@ -300,29 +303,27 @@ def scan_backward(
     B, T, H, K, _ = run.sizes
     S, G, delta, parts = run.states(), run.states(), beta is not None, run.plan.gradient.parts
     dv, dinitial = torch.empty_like(v), None if initial is None else torch.empty_like(initial)
-    e, r = (torch.empty_like(v), torch.empty_like(v)) if delta else (None, None)
+    e, dbeta = (torch.empty_like(v), run.new(run.plan.adjoint.parts, B, T, H)) if delta else (None, None)
     run.forward(keep=S, e=e, enter=run.entering(initial))
-    run.adjoint(dy, dv if r is None else r, G, enter=run.entering(dstate, back=dy), leave=dinitial)
+    run.adjoint(dy, dv, G, e=e, dbeta=dbeta, enter=run.entering(dstate, back=dy), leave=dinitial)
 
     dq = run.new(B, T, H, K, dtype=q.dtype if q.shape[2] == H else torch.float32)
     dk = None if k is None else torch.empty_like(dq)
-    dgate = dbeta = dbonus = None
+    dgate = dbonus = None
     if run.decay == "one":
         dgate = run.new(parts, B, T, H)
     if run.decay == "key" and log_decay is not None:
         dgate = run.new(B, T, H, K, dtype=log_decay.dtype if log_decay.shape == (B, T, H, K) else torch.float32)
-    if delta:
-        dbeta = run.new(B, T, H)
     if bonus is not None:
         dbonus = run.new(run.chunks, H, K).zero_()  # documents leave some chunks unused
-    run.gradient(v if e is None else e, dy, dv if r is None else r, S, G, dq, dk, dv, dgate, dbeta, dbonus)
+    run.gradient(v if e is None else e, dy, dv, S, G, dq, dk, dgate, dbonus)
 
     if dgate is not None and log_decay is not None:
         dgate = dgate.sum(0).unsqueeze(-1) if run.decay == "one" else dgate
         dgate = dgate.sum_to_size(log_decay.shape).to(log_decay.dtype)
     gradients = (
         _sum_groups(dq, q), None if k is None or dk is None else _sum_groups(dk, k), dv, dgate,
-        None if dbeta is None or beta is None else dbeta.to(beta.dtype),
+        None if dbeta is None or beta is None else dbeta.sum(0).to(beta.dtype),
         None if dbonus is None else dbonus.sum(0), dinitial,
     )  # fmt: skip
     return tuple(v.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]

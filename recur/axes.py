@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -73,6 +74,7 @@ def size(expression: str | int, axes: Mapping[str, str | int]) -> int:
     return int(result)
 
 
+@functools.lru_cache(maxsize=1024)
 def _parse(expression: str | int | float) -> ast.expr:
     try:
         return ast.parse(str(expression), mode="eval").body

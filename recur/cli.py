@@ -1,21 +1,20 @@
-"""The command line: `recur list | show | check | train | generate`, each with examples under --help."""
+"""The command line: `recur list | show | check | convert`, and the commands of training; each with examples."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import recur
-from recur import train
-from recur.train import InputError, Settings
+from recur.convert import files
+from recur.train import commands as commands_of_training
+from recur.train.config import InputError, count, unknown
 
-EXTRA = {"tqdm": "demo", "matplotlib": "demo", "hypothesis": "test"}  # what brings each optional package
-SETTINGS = {field.name: field.default for field in fields(Settings)}
+# what brings each optional package
+TRAIN = ("accelerate", "datasets", "matplotlib", "sklearn", "tensorboard", "tqdm", "transformers", "yaml")
+EXTRA = {**dict.fromkeys(TRAIN, "train"), "hypothesis": "test"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,48 +66,6 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from recur.train.plot import draw_curve, write_curve
-
-    choices = {name: value for name, value in vars(arguments).items() if name in SETTINGS}
-    out = arguments.out or Path("runs") / arguments.preset
-    run = train.prepare(out, choices, resume=arguments.resume)
-    settings, corpus = run.settings, run.corpus
-    unigram, bigram = train.counting_losses(corpus)
-    print(run.recipe)
-    parameters = sum(weight.numel() for weight in run.model.parameters())
-    characters = len(corpus.train) + len(corpus.valid)
-    print(f"\ndepth {settings.depth}, width {settings.dim}: {parameters:,} parameters")
-    print(f"{characters:,} characters of text, {len(corpus.vocabulary)} different; the last tenth is for validation\n")
-    with tqdm(desc=settings.preset, total=settings.steps, initial=run.step, unit="step") as bar:
-
-        def report(loss: float, speed: float) -> None:
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-            bar.update()
-
-        train.fit(run, out, report)
-    validation = train.evaluate(run, corpus.valid)
-    write_curve(out / "curve.csv", run.curve)
-    title = f"{settings.preset}, {parameters / 1e6:.2f}M parameters"
-    draw_curve(out / "curve.png", run.curve, title=title, unigram=unigram, bigram=bigram)
-    print(f"\nvalidation loss {validation:.3f} nats per character over {len(corpus.valid):,} characters")
-    print(f"counting alone reaches {unigram:.3f} (single characters) and {bigram:.3f} (pairs)\n")
-    prompt = train.decode(corpus.valid[:64], corpus.vocabulary)
-    options = {"max_new_tokens": 300, "temperature": 0.7, "seed": settings.seed}
-    print(f"{'-' * 80}\n{train.sample(run.model, corpus.vocabulary, prompt, **options)}\n{'-' * 80}\n")
-    print(f"loss curve: {out / 'curve.png'}\ncheckpoint: {out} (recur generate {out} --prompt 'The ')")
-    return 0
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    model, vocabulary = train.load_model(arguments.folder)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    print(train.sample(model, vocabulary, arguments.prompt, **{name: getattr(arguments, name) for name in names}))
-    return 0
-
-
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line and exits with 2."""
 
@@ -116,11 +73,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"recur: error: {' '.join(message.split())}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="recur", description="Linear-recurrence sequence models, from recipes.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def _maker(parser: argparse.ArgumentParser, metavar: str) -> commands_of_training.Command:
+    """What adds a command below a parser: its name, what it runs, what it is for, examples separated by "; "."""
+    commands = parser.add_subparsers(required=True, metavar=metavar)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], about: str, examples: str) -> _Parser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], about: str, examples: str
+    ) -> argparse.ArgumentParser:
         lines = "\n".join(f"  {line}" for line in examples.split("; "))
         layout = argparse.RawDescriptionHelpFormatter
         made = commands.add_parser(
@@ -129,89 +88,29 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(command=run)
         return made
 
+    return command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="recur", description="Linear-recurrence sequence models, from recipes.")
+    command = _maker(parser, "COMMAND")
     command("list", _list, "Name every preset.", "recur list")
 
     show = command(
         "show", _show, "Print a preset's stages and equation.", "recur show hgrn2; recur show hgrn2 --dim 256"
     )
     show.add_argument("preset", metavar="NAME", type=_preset)
-    show.add_argument("--dim", type=_count, help="width; adds the number of parameters and the bytes of state")
+    show.add_argument("--dim", type=count, help="width; adds the number of parameters and the bytes of state")
 
     check = command("check", _check, "Run every law that applies to a preset.", "recur check longhorn")
     check.add_argument("preset", metavar="NAME", type=_preset)
 
-    about = "Train a character-level language model on a text."
-    fresh, again = (
-        "recur train gla --text book.txt --steps 2000 --out runs/book",
-        "recur train gla --out runs/book --resume",
-    )
-    trainer = command("train", _train, about, f"recur train longhorn; {fresh}; {again}")
-    trainer.add_argument("preset", metavar="PRESET", type=_preset)
-    trainer.add_argument("--out", metavar="FOLDER", type=Path, help="where the run is kept (runs/PRESET)")
-    trainer.add_argument("--resume", action="store_true", help="continue the run in --out with its own settings")
-
-    def setting(name: str, type: Callable[[str], Any], about: str, **options: Any) -> None:
-        shown = about if SETTINGS[name] is None else f"{about} ({SETTINGS[name]})"
-        flag = f"--{name.replace('_', '-')}"
-        trainer.add_argument(flag, type=type, default=argparse.SUPPRESS, help=shown, **options)
-
-    setting("text", _path, "a UTF-8 text (the documentation inside CPython)", metavar="FILE")
-    setting("dim", _count, "width")
-    setting("depth", _count, "layers")
-    setting("steps", _count, "updates of the weights")
-    setting("batch", _count, "windows of text in an update")
-    setting("length", _count, "characters in a window")
-    setting("lr", _rate, "peak learning rate")
-    setting("weight_decay", _fraction, "of AdamW, on the weights that decay")
-    setting("dropout", _fraction, "probability")
-    setting("every", _count, "steps from one checkpoint and validation to the next")
-    setting("seed", _seed, "of weights, batches and the sample")
-    setting("device", str, "cpu, cuda, mps")
-
-    about = "Continue a prompt with a trained model."
-    prompt = "recur generate runs/longhorn --prompt 'The '"
-    writer = command("generate", _generate, about, f"{prompt}; {prompt} --temperature 0.5 --top-k 20 --seed 3")
-    writer.add_argument("folder", metavar="FOLDER", type=Path, help="the --out of recur train")
-    writer.add_argument("--prompt", metavar="TEXT", required=True)
-    writer.add_argument("--max-new-tokens", type=_count, default=300, help="characters to write (300)")
-    writer.add_argument("--temperature", type=_temperature, default=0.7, help="0 takes the likeliest character (0.7)")
-    writer.add_argument("--top-k", type=_count, help="draw among the k likeliest characters only")
-    writer.add_argument("--top-p", type=_share, help="draw among the likeliest characters that hold this probability")
-    writer.add_argument("--seed", type=_seed, default=0, help="the same seed writes the same text (0)")
+    files.add(command)
+    commands_of_training.add(command, lambda parser: _maker(parser, "TASK"))
     return parser
 
 
 def _preset(name: str) -> str:
-    names = recur.presets.names()
-    if name not in names:
-        near = difflib.get_close_matches(name, names)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known presets: {', '.join(names)}"
-        raise argparse.ArgumentTypeError(f"no preset is called {name!r}; {hint}")
+    if name not in recur.presets.names():
+        raise argparse.ArgumentTypeError(unknown("preset", name, recur.presets.names()))
     return name
-
-
-def _path(text: str) -> str:
-    return str(Path(text).resolve())  # a run may be resumed from another folder
-
-
-def _number(kind: type, rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """A reader of one number, which names `rule` when the text is no such number."""
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
-        return value
-
-    return read
-
-
-_count = _number(int, "a whole number of at least 1", lambda n: n >= 1)
-_seed = _number(int, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
-_rate = _number(float, "a positive number", lambda x: 0 < x < float("inf"))
-_temperature = _number(float, "a number of at least 0", lambda x: 0 <= x < float("inf"))
-_fraction = _number(float, "a number from 0 up to but not including 1", lambda x: 0 <= x < 1)
-_share = _number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)

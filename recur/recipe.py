@@ -90,7 +90,10 @@ class Axes:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a part is built: sizes of the axes, what has been written before it, and its place in the model."""
+    """Where a part is built: sizes of the axes, what has been written before it, and its place in the model.
+
+    named: modules of the named parts around and before it, for parts inside a combinator that share them.
+    """
 
     sizes: Mapping[str, str | int]
     axes: Axes
@@ -98,6 +101,7 @@ class Site:
     layer: int = 0
     dtype: torch.dtype = torch.float32
     device: torch.device | None = None
+    named: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def size(self, axes: str | Spec) -> tuple[int, ...]:
         """The sizes of "H K"."""
@@ -133,6 +137,11 @@ class Part:
 
     @property
     def causal(self) -> bool:
+        return True
+
+    @property
+    def honest(self) -> bool:
+        """Whether its gradients are the derivatives of its values."""
         return True
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
@@ -207,11 +216,18 @@ class Chain(Part):
             yield key, part, dataclasses.replace(site, axes=axes)
 
     def build(self, site: Site, shared: nn.ModuleDict | None = None) -> nn.ModuleDict:
-        modules = nn.ModuleDict()
+        modules, named = nn.ModuleDict(), dict(site.named)
         for key, part, place in self.sites(site):
+            if hasattr(nn.ModuleDict, key):
+                raise RecipeError(
+                    f"{place.axes.reader} is called {key!r}, as is a method of torch; give it another name="
+                )
             home = shared if part.scope == "model" and shared is not None else modules
             if key not in home:
-                home[key] = part.build(place)
+                known = part.name is not None and key in named
+                home[key] = named[key] if known else part.build(dataclasses.replace(place, named=named))
+            if part.name is not None:
+                named[key] = home[key]
         return modules
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
@@ -228,13 +244,14 @@ class Chain(Part):
 
 
 class Recipe:
-    """A frozen sequence of parts from "x" [B T D] to "y" [B T D], checked when built.
+    """A frozen sequence of parts from "x" [B T D] to "y" [B T D] (or another width `out`), checked when built.
 
     Args:
         parts:  in the order the data meets them.
         axes:   letters and their sizes: integers, or expressions over D and each other.
         inputs: further tensors a call must bring, name -> axes ("H K").
         source: where the architecture was published.
+        out:    axes of y; only a layer that stands alone may have others than "D".
 
     Raises: RecipeError naming the part, the name or axis that does not fit, and what was available.
     """
@@ -245,11 +262,12 @@ class Recipe:
         axes: Mapping[str, str | int] | None = None,
         inputs: Mapping[str, str] | None = None,
         source: str = "",
+        out: str = "D",
     ) -> None:
         for part in parts:
             if not isinstance(part, Part):
                 raise TypeError(f"Recipe: parts must be of class Part, got {type(part).__name__}")
-        values = {"body": Chain(tuple(parts)), "_axes": tuple((axes or {}).items()), "source": source}
+        values = {"body": Chain(tuple(parts)), "_axes": tuple((axes or {}).items()), "source": source, "out": out}
         for name, value in {**values, "_inputs": tuple((inputs or {}).items())}.items():
             object.__setattr__(self, name, value)
         known = {"D", *self.axes}
@@ -275,12 +293,20 @@ class Recipe:
                     f"{found.reader} is called {key!r}, as is a {owners[key]}; weights cannot be shared across classes"
                 )
             written |= wrote
-        if written.get("y") != ("D",):
+            for inner in _inside(part):
+                kind = type(inner).__name__
+                if inner.name is not None and owners.setdefault(inner.name, kind) != kind:
+                    raise RecipeError(
+                        f"{found.reader} has a {kind} called {inner.name!r}, as is a {owners[inner.name]}; "
+                        "weights cannot be shared across classes"
+                    )
+        if written.get("y") != spec(out):
             got = f"y [{' '.join(written['y'])}]" if "y" in written else "no y"
-            raise RecipeError(f"Recipe: the last parts must write y [D], got {got}; written: {', '.join(written)}")
+            raise RecipeError(f"Recipe: the last parts must write y [{out}], got {got}; written: {', '.join(written)}")
 
     body: Chain
     source: str
+    out: str
     _axes: tuple[tuple[str, str | int], ...]
     _inputs: tuple[tuple[str, str], ...]
 
@@ -325,13 +351,24 @@ class Recipe:
         at = self._find("insert_before", which)
         return self._with(self.parts[:at] + new + self.parts[at:])
 
+    def insert_after(self, which: type[Part] | str, *new: Part) -> Recipe:
+        """With these parts after the one part of that class or name."""
+        at = self._find("insert_after", which) + 1
+        return self._with(self.parts[:at] + new + self.parts[at:])
+
     def remove(self, which: type[Part] | str) -> Recipe:
         """Without the one part of that class or name."""
         at = self._find("remove", which)
         return self._with(self.parts[:at] + self.parts[at + 1 :])
 
+    def reverse(self) -> Recipe:
+        """The same parts from the last token to the first."""
+        from recur.blocks.glue import Reverse
+
+        return self._with((Reverse(self.parts),))
+
     def _with(self, parts: tuple[Part, ...]) -> Recipe:
-        return Recipe(*parts, axes=self.axes, inputs=self.inputs, source=self.source)
+        return Recipe(*parts, axes=self.axes, inputs=self.inputs, source=self.source, out=self.out)
 
     def _find(self, verb: str, which: type[Part] | str) -> int:
         def fits(key: str, part: Part) -> bool:
@@ -349,7 +386,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """A JSON value that `from_dict` turns back into this recipe. Raises: RecipeError if a part holds a function."""
         parts = [part.to_dict() for part in self.parts]
-        return {"axes": dict(self.axes), "inputs": dict(self.inputs), "source": self.source, "parts": parts}
+        values = {"axes": dict(self.axes), "inputs": dict(self.inputs), "source": self.source, "out": self.out}
+        return {**values, "parts": parts}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], parts: Iterable[type] = ()) -> Recipe:
@@ -358,14 +396,16 @@ class Recipe:
 
         known = {kind.__name__: kind for kind in (*PARTS, *parts)}
         built = [_build(entry, known) for entry in data["parts"]]
-        return cls(*built, axes=data["axes"], inputs=data["inputs"], source=data["source"])
+        return cls(*built, axes=data["axes"], inputs=data["inputs"], source=data["source"], out=data.get("out", "D"))
 
     def __eq__(self, other: object) -> bool:
-        mine = (self.parts, self.axes, self.inputs, self.source)
-        return isinstance(other, Recipe) and mine == (other.parts, other.axes, other.inputs, other.source)
+        return isinstance(other, Recipe) and self._values() == other._values()
 
     def __hash__(self) -> int:
-        return hash((self.parts, self._axes, self._inputs, self.source))
+        return hash((self.parts, frozenset(self._axes), frozenset(self._inputs), self.source, self.out))
+
+    def _values(self) -> tuple[Any, ...]:
+        return self.parts, self.axes, self.inputs, self.source, self.out
 
     def __repr__(self) -> str:
         """Stages, what each writes, and its equation."""
@@ -378,6 +418,13 @@ class Recipe:
         axes = ", ".join(f"{letter} = {value}" for letter, value in self.axes.items())
         head = "  ".join(text for text in (self.source, axes) if text)
         return "\n".join(([head] if head else []) + lines)
+
+
+def _inside(part: Part) -> Iterable[Part]:
+    """All parts inside a combinator."""
+    for inner in getattr(part, "parts", ()):
+        yield inner
+        yield from _inside(inner)
 
 
 def _plain(value: Any) -> Any:

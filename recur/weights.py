@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recur.axes import evaluate
+
 Init = Callable[[Tensor], Any]  # fills a tensor in place
 
 
@@ -39,7 +41,9 @@ class Weights(nn.Module):
         self.__dict__.update(facts or {})
         self.declared = dict(params)
         for name, param in self.declared.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(param.shape), requires_grad=param.trainable))
+            kind = torch.promote_types(torch.get_default_dtype(), torch.float32) if param.float32 else None
+            weight = torch.empty(param.shape, dtype=kind)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=param.trainable))
         self.reset_parameters()
 
     def __getattr__(self, name: str) -> Any:  # parameters are looked up by name: let a type checker know
@@ -92,6 +96,12 @@ def uniform(bound: float) -> Init:
     return lambda weight: weight.uniform_(-bound, bound)
 
 
+def cut_normal(std: float) -> Init:
+    """A normal law without what lies beyond two of its deviations, of standard deviation `std` after the cut."""
+    whole = std / 0.87962566103423978  # the deviation of N(0, 1) between -2 and 2
+    return lambda weight: nn.init.trunc_normal_(weight, 0.0, whole, -2 * whole, 2 * whole)
+
+
 def zeros(weight: Tensor) -> None:
     weight.zero_()
 
@@ -100,13 +110,35 @@ def ones(weight: Tensor) -> None:
     weight.fill_(1)
 
 
+def by_index(expression: str, site: Any) -> Init:
+    """The value of an expression over the index i along the last axis, the axes, `layer` and `depth` of a Site."""
+
+    def fill(weight: Tensor) -> None:
+        place = {**site.sizes, "layer": site.layer, "depth": site.depth}
+        values = [evaluate(expression, {**place, "i": i}) for i in range(weight.shape[-1])]
+        weight.copy_(torch.tensor(values, dtype=torch.float64))
+
+    return fill
+
+
+def spread_time_constants(bias: Tensor, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
+    """Fill with b so that softplus(b) is log-uniform in [low, high] and at least floor."""
+    delta = torch.empty_like(bias).uniform_(math.log(low), math.log(high)).exp_().clamp_(min=floor)
+    bias.copy_(delta + torch.log(-torch.expm1(-delta)))
+
+
 def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
     """The laws a projection can name.
 
-    "linear":   U(-b, b), b = 1/sqrt(fan_in), as torch's Linear.
-    "residual": the same divided by sqrt(depth), for what adds to the residual stream.
+    "linear":   U(-b, b), b = 1/sqrt(fan_in), as torch's Linear, biases too.
+    "residual": the same divided by sqrt(depth), for what adds to the residual stream; biases are 0, as of all others.
+    "linear_zero": "linear" with biases of 0.
     "normal":   N(0, 0.02^2).
+    "normal_residual": N(0, 0.02^2 / (2 depth)), for what adds to the residual stream twice a layer.
     "xavier":   uniform Xavier with gain 2^-2.5.
+    "glorot":   uniform Xavier.
+    "lecun":    N(0, 1/fan_in) cut off at two deviations, as Flax's Dense.
+    "unscaled": N(0, 1).
     "zeros":    0.
 
     Raises: ValueError for another name.
@@ -114,10 +146,21 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
     laws = {
         "linear": uniform(fan_in**-0.5),
         "residual": uniform((fan_in * depth) ** -0.5),
+        "linear_zero": uniform(fan_in**-0.5),
         "normal": normal(0.02),
+        "normal_residual": normal(0.02 * (2 * depth) ** -0.5),
         "xavier": uniform(2**-2.5 * math.sqrt(6 / (fan_in + fan_out))),
+        "glorot": uniform(math.sqrt(6 / (fan_in + fan_out))),
+        "lecun": cut_normal(fan_in**-0.5),
+        "unscaled": normal(),
         "zeros": zeros,
     }
     if law not in laws:
         raise ValueError(f"init: law must be one of {', '.join(laws)}, got {law!r}")
     return laws[law]
+
+
+def bias_init(law: str, fan_in: int) -> Init:
+    """The law of the bias beside a matrix of such a law: as torch's Linear, N(0, 1) or 0."""
+    laws = {"linear": uniform(fan_in**-0.5), "unscaled": normal()}
+    return laws.get(law, zeros)

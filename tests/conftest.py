@@ -18,6 +18,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory, text: str) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def text() -> str:
     """2,000 characters in which every tenth line breaks the rhythm, so that there is something to learn."""
     lines = ("the quick brown fox\n" if i % 10 else f"line {i} of many: {i * i}!\n" for i in range(200))

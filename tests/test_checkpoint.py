@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from recur.train import InputError, Settings, checkpoint
-from recur.train.settings import Point
+from recur.train import InputError, checkpoint
 
 RECORD = checkpoint.Record(
-    settings=Settings(preset="longhorn", lr=1 / 3),
-    recipe={"parts": []},
-    vocabulary="\n ab–",
-    text_sha256="0" * 64,
+    config={"task": "lm", "recipe": "longhorn", "lr": 1 / 3},
+    recipes=[{"parts": []}],
+    task={"tokenizer": {"kind": "char", "vocabulary": "\n ab–"}},
     step=2,
-    curve=[Point(1, 0.1, 2 / 3, None), Point(2, 0.2, 0.5, 0.6)],
+    curve=[{"step": 1, "lr": 0.1, "loss": 2 / 3}, {"step": 2, "lr": 0.2, "loss": 0.5, "valid_loss": 0.6}],
 )
 
 
@@ -41,9 +40,15 @@ def trained() -> tuple[Tied, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def save(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int = 2, keep: int = 1) -> Path:
+    rngs = {f"rng0|{kind}": state for kind, state in checkpoint.rng_tensors().items()}
+    tensors = checkpoint.trainer_tensors(model, optimizer) | rngs
+    return checkpoint.save(out, replace(RECORD, step=step), checkpoint.named(model), tensors, keep)
+
+
 def test_everything_comes_back(tmp_path: Path) -> None:
     model, optimizer = trained()
-    checkpoint.save(tmp_path, RECORD, model, optimizer)
+    save(tmp_path, model, optimizer)
     expected_draw = torch.rand(3)
 
     folder, record = checkpoint.read_record(tmp_path)
@@ -51,7 +56,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     again = Tied()
     restored = torch.optim.AdamW(again.parameters())
     checkpoint.load_weights(folder, again)
-    checkpoint.load_trainer(folder, restored)
+    checkpoint.load_trainer(folder, again, restored, 0)
     assert again.head.weight is again.embedding.weight
     assert torch.equal(again.head.weight, model.head.weight)
     for key, value in optimizer.state_dict()["state"][0].items():
@@ -59,20 +64,21 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), expected_draw)
 
 
-def test_only_the_newest_is_kept(tmp_path: Path) -> None:
-    model, optimizer = trained()
-    for step in (2, 10):
-        checkpoint.save(tmp_path, checkpoint.Record(**{**vars(RECORD), "step": step}), model, optimizer)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_only_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+    for step in (2, 10, 11, 12):
+        save(tmp_path, *trained(), step=step, keep=keep)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == [
+        f"step-{step:08d}" for step in (10, 11, 12)[-keep:]
+    ]
 
 
-@pytest.mark.parametrize("crash_in", ["save_model", "save_file", "_digests", "_flush", "os.replace"])
+@pytest.mark.parametrize("crash_in", ["save_file", "_digests", "_flush", "os.replace"])
 def test_a_crash_while_saving_leaves_the_last_good_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash_in: str
 ) -> None:
     model, optimizer = trained()
-    checkpoint.save(tmp_path, RECORD, model, optimizer)
-    later = checkpoint.Record(**{**vars(RECORD), "step": 3})
+    save(tmp_path, model, optimizer)
 
     def crash(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -83,9 +89,9 @@ def test_a_crash_while_saving_leaves_the_last_good_one(
         else:
             patch.setattr(checkpoint, crash_in, crash)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.save(tmp_path, later, model, optimizer)
+            save(tmp_path, model, optimizer, step=3)
     assert checkpoint.read_record(tmp_path)[1].step == 2
-    checkpoint.save(tmp_path, later, model, optimizer)  # what the crash left behind is not in the way
+    save(tmp_path, model, optimizer, step=3)  # what the crash left behind is not in the way
     assert checkpoint.read_record(tmp_path)[1].step == 3
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
@@ -111,25 +117,32 @@ DAMAGES = {
 @pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.TRAINER, checkpoint.RECORD])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_told(tmp_path: Path, name: str, damage: str) -> None:
-    folder = checkpoint.save(tmp_path, RECORD, *trained())
+    folder = save(tmp_path, *trained())
     DAMAGES[damage](folder / name)
     with pytest.raises(InputError, match=f"{folder.name} is damaged: .*{name}"):
         checkpoint.read_record(tmp_path)
 
 
 def test_an_edited_record_is_told(tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, RECORD, *trained())
+    folder = save(tmp_path, *trained())
     content = json.loads((folder / checkpoint.RECORD).read_text())
-    content["record"]["vocabulary"] = "\n abc"
+    content["record"]["step"] = 7
     (folder / checkpoint.RECORD).write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"record\.json changed after it was written"):
         checkpoint.read_record(tmp_path)
 
 
 def test_weights_of_another_model_are_told(tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, RECORD, *trained())
+    folder = save(tmp_path, *trained())
     with pytest.raises(InputError, match="weights do not fit its recipe"):
         checkpoint.load_weights(folder, nn.Linear(2, 2))
+
+
+def test_weights_that_are_no_safetensors_are_told(tmp_path: Path) -> None:
+    folder = save(tmp_path, *trained())
+    (folder / checkpoint.MODEL).write_bytes(b"nothing")
+    with pytest.raises(InputError, match="is damaged"):
+        checkpoint.load_weights(folder, Tied())
 
 
 def test_no_checkpoint_is_told(tmp_path: Path) -> None:

@@ -18,26 +18,11 @@ TINY = ["--dim", "16", "--depth", "1", "--steps", "4", "--batch", "2", "--length
 
 
 @pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory, text: str) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(text)
-    return path
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory, text_file: str) -> Path:
     """A finished run of four steps."""
     out = tmp_path_factory.mktemp("run") / "tiny"
-    choices = {
-        "preset": "longhorn",
-        "text": str(text_file),
-        "dim": 16,
-        "depth": 1,
-        "steps": 4,
-        "batch": 2,
-        "length": 16,
-    }
-    train.fit(train.prepare(out, choices), out)
+    choices = {"text": text_file, "dim": 16, "depth": 1, "steps": 4, "batch": 2, "length": 16}
+    train.fit(train.start("lm", out, choices))
     return out
 
 
@@ -52,16 +37,17 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     return printed.err
 
 
-def test_train_reports_and_resumes(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path) -> None:
+def test_train_reports_and_resumes(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: str) -> None:
     out = tmp_path / "run"
-    assert main(["train", "longhorn", "--text", str(text_file), "--out", str(out), *TINY]) == 0
+    assert main(["train", "longhorn", "--text", text_file, "--out", str(out), *TINY]) == 0
     first = capsys.readouterr()
     assert str(recur.presets.longhorn()) in first.out
     assert re.search(r"depth 1, width 16: [\d,]+ parameters", first.out)
-    assert re.search(r"validation loss \d\.\d+ nats per character over 200 characters", first.out)
-    assert re.search(r"\d\.\d+ \(single characters\) and \d\.\d+ \(pairs\)", first.out)
+    assert re.search(r"valid: loss \d\.\d+ nats per character \(\d\.\d+ bits\)", first.out)
+    assert re.search(r"single-token entropy \d\.\d+, pair entropy \d\.\d+", first.out)
     assert re.search(r"loss \d\.\d+, [\d,]+ tokens/s", first.err)
-    assert {path.name for path in out.iterdir()} == {"curve.csv", "curve.png", "step-00000004"}
+    kept = {"config.json", "curve.csv", "curve.png", "history.json", "step-00000004", "tensorboard"}
+    assert {path.name for path in out.iterdir()} == kept
     drawn = first.out.split("-" * 80)[1].strip("\n")
     assert len(drawn) >= 300
 
@@ -115,7 +101,7 @@ def test_check_tells_kept_and_broken_laws(capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().err == "longhorn breaks a law:\nsplit at 3 differs by 0.5\n"
 
 
-@pytest.mark.parametrize("command", ["list", "show", "check", "train", "generate"])
+@pytest.mark.parametrize("command", ["list", "show", "check", "train", "task", "compare", "data", "generate"])
 def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as leaving:
         main([command, "--help"])
@@ -129,7 +115,7 @@ BAD_TEXTS = {
     "blank": (b" \n\n", "must hold text, got an empty file"),
     "binary": (b"\x89PNG\r\n\x1a\n\xff", "must be UTF-8 text, got other bytes at offset 0"),
     "zeros": (b"abc\0def", "must be UTF-8 text, got a zero byte at offset 3"),
-    "short": (b"too short to learn from", "text must have at least 1290 characters for --length 128, got 23"),
+    "short": (b"too short to learn from", "text must have at least 1290 tokens for --length 128, got 23"),
 }
 
 
@@ -144,9 +130,9 @@ def test_a_text_of_no_use(capsys: pytest.CaptureFixture[str], tmp_path: Path, ki
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_is_no_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_folder_without_tokens_is_no_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     said = refused(capsys, "train", "longhorn", "--text", tmp_path, "--out", tmp_path / "run")
-    assert "is a directory" in said
+    assert "holds no tokens: make them with recur data" in said
 
 
 @pytest.mark.parametrize("command", ["show", "check", "train"])
@@ -156,14 +142,14 @@ def test_an_unknown_preset_brings_near_names(capsys: pytest.CaptureFixture[str],
 
 
 def test_an_out_that_is_no_folder_is_told_before_training(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: str
 ) -> None:
     (tmp_path / "file").write_text("taken")
     words = refused(capsys, "train", "longhorn", "--text", text_file, "--length", 16, "--out", tmp_path / "file")
     assert f"cannot write to --out {tmp_path / 'file'}" in words
 
 
-def test_a_width_that_does_not_divide(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path) -> None:
+def test_a_width_that_does_not_divide(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: str) -> None:
     words = "hgrn2 cannot be built with --dim 7: "
     assert words in refused(capsys, "show", "hgrn2", "--dim", 7)
     arguments = ("--text", text_file, "--length", 16, "--dim", 7, "--out", tmp_path / "run")
@@ -190,7 +176,7 @@ def test_a_command_that_is_none(capsys: pytest.CaptureFixture[str], argv: list[s
     refused(capsys, *argv)
 
 
-def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path) -> None:
+def test_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: str) -> None:
     arguments = ("train", "longhorn", "--text", text_file, "--length", 16, "--out", tmp_path / "run", "--device")
     assert "--device abacus is not available" in refused(capsys, *arguments, "abacus")
     assert "--device cuda:99 is not available" in refused(capsys, *arguments, "cuda:99")
@@ -201,7 +187,7 @@ def test_a_run_is_not_overwritten(capsys: pytest.CaptureFixture[str], run_folder
 
 
 RESUMED = {
-    "preset": (["hgrn2"], "the run was started with preset longhorn, got hgrn2"),
+    "recipe": (["hgrn2"], "the run was started with recipe longhorn, got hgrn2"),
     "width": (["longhorn", "--dim", "32"], "the run was started with dim 16, got 32"),
     "steps": (["longhorn", "--steps", "8"], "the run was started with steps 4, got 8"),
 }
@@ -217,16 +203,16 @@ def test_resuming_with_another_text(capsys: pytest.CaptureFixture[str], run_fold
     other = tmp_path / "other.txt"
     other.write_text("something else " * 50)
     said = refused(capsys, "train", "longhorn", "--resume", "--out", run_folder, "--text", other)
-    assert "needs the text that the run in" in said
+    assert "needs the data that the run in" in said
 
 
 def test_a_checkpoint_that_is_missing_or_damaged(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: str
 ) -> None:
     out = tmp_path / "run"
     for command in (("train", "longhorn", "--resume", "--out", out), ("generate", out, "--prompt", "the ")):
         assert f"no checkpoint in {out}" in refused(capsys, *command)
-    assert main(["train", "longhorn", "--text", str(text_file), "--out", str(out), *TINY]) == 0
+    assert main(["train", "longhorn", "--text", text_file, "--out", str(out), *TINY]) == 0
     capsys.readouterr()
     with (out / "step-00000004" / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
@@ -241,7 +227,7 @@ def test_a_prompt_the_vocabulary_lacks(capsys: pytest.CaptureFixture[str], run_f
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert "tqdm is not installed: pip install 'recur-primitives[demo]'" in refused(capsys, "train", "longhorn")
+    assert "tqdm is not installed: pip install 'recur-primitives[train]'" in refused(capsys, "train", "longhorn")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tomllib") is None, reason="tomllib came with Python 3.11")

@@ -6,13 +6,19 @@ import re
 
 import pytest
 import torch
-from test_golden import FILES, MODULES, Vectors
+from golden import case_of
+from replay import Module, Vectors
+from test_golden import FOLDER
 from torch import Tensor
 
 from recur import LanguageModel, Mixer, convert, presets
 
-STEMS = [stem for stem in FILES if Vectors(stem).case in MODULES]
+FILES = [Vectors(path) for path in sorted(FOLDER.glob("*.safetensors"))]
+MODULES = {vectors: case for vectors in FILES if isinstance(case := case_of(vectors), Module)}
+RECORDED = {vectors.path.stem: vectors for vectors in MODULES if vectors.section("param")}
 CONFIG = {"d_model": 8, "n_layer": 2, "vocab_size": 10, "ssm_cfg": {"d_state": 2}}
+BUFFERS = ("retnet_rel_pos.angle", "retnet_rel_pos.decay", "rope.inv_freq")  # computed, not learned
+WRITTEN_OUT = {"hgru1_1d_v2", "hgru1_1d_v3", "hgru1_2d", "hgru1_real_2d"}  # compared with loops in test_hgrn.py
 HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
 
 
@@ -22,13 +28,13 @@ def longhorn_lm() -> dict[str, Tensor]:
     return convert.to_official("longhorn_lm", LanguageModel(recipe, vocab_size=16, dim=8, depth=2))
 
 
-@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("stem", RECORDED)
 def test_what_goes_in_comes_out(stem: str) -> None:
-    vectors = Vectors(stem)
-    name, recorded = MODULES[vectors.case][0], vectors.section("param")
-    back = convert.to_official(name, convert.from_official(name, recorded, vectors.arguments))
+    vectors, recorded = RECORDED[stem], RECORDED[stem].section("param")
+    back = convert.to_official(MODULES[vectors].name, MODULES[vectors].make(vectors))
+    recorded = {key.removeprefix("net."): tensor for key, tensor in recorded.items()}
     tied = vectors.config.get("tied_keys", {})
-    learned = {key for key in recorded if ".retnet_rel_pos." not in key}
+    learned = {key for key in recorded if not key.endswith(BUFFERS)}
     assert set(back) == learned | set(tied)
     for key, tensor in back.items():
         assert tensor.dtype == recorded[tied.get(key, key)].dtype
@@ -36,7 +42,7 @@ def test_what_goes_in_comes_out(stem: str) -> None:
 
 
 def test_every_official_name_is_covered_by_a_recorded_file() -> None:
-    assert {MODULES[Vectors(stem).case][0] for stem in STEMS} == set(convert.names())
+    assert {case.name for case in MODULES.values()} | WRITTEN_OUT == set(convert.names())
 
 
 def test_all_that_does_not_fit_is_listed_at_once() -> None:
@@ -115,11 +121,62 @@ def test_an_unknown_name_is_told_its_nearest() -> None:
 def test_arguments_are_checked_before_anything_is_built() -> None:
     with pytest.raises(ValueError, match=r"unknown: d_stat, n_heads; lacking: d_model"):
         convert.from_official("mamba", {}, {"d_stat": 4, "n_heads": 2})
-    with pytest.raises(NotImplementedError, match="reverse must be False so far, got True"):
-        convert.from_official("simple_gate_loop", {}, {"dim": 4, "reverse": True})
+    with pytest.raises(NotImplementedError, match="gate_activation must be 'sigmoid' so far, got 'relu'"):
+        convert.from_official("gated_linear_rnn", {}, {"d_in": 4, "d_model": 4, "d_h": 4, "gate_activation": "relu"})
+    with pytest.raises(ValueError, match="mode must be one of recurrent, parallel, chunk, got 'fast'"):
+        convert.build("retnet_retention", {"decoder_embed_dim": 8, "mode": "fast"})
+    with pytest.raises(NotImplementedError, match="layer must be 'Mamba1' or 'Mamba2' so far, got 'Mamba3'"):
+        convert.build("mamba_lm", {"ssm_cfg": {"layer": "Mamba3"}})
     sizes = {"hidden_size": 64, "query_key_dim": 16, "num_attention_heads": 2, "dense_block_layers": 1}
     with pytest.raises(ValueError, match=r"query_key_dim must be hidden_size / 2 = 32, got 16"):
         convert.from_official("densessm_retention", {}, sizes)
+
+
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_a_mamba_with_a_feed_forward(layer: str) -> None:
+    """Its width is rounded up to 128, and its second half is the gate."""
+    config = {"d_model": 8, "n_layer": 1, "vocab_size": 8, "d_intermediate": 20}
+    options = {"layer": layer, "headdim": 4} if layer == "Mamba2" else {"layer": layer}
+    model = convert.build("mamba_lm", {**config, "ssm_cfg": options})
+    state = convert.to_official("mamba_lm", model)
+    fc1, fc2 = (state[f"backbone.layers.0.mlp.fc{i}.weight"] for i in (1, 2))
+    assert (fc1.shape, fc2.shape) == ((256, 8), (8, 128))
+    x = torch.randn(1, 3, 8)
+    h, gate = (x @ fc1.T).chunk(2, -1)
+    torch.testing.assert_close(model.blocks[0].ffn(x).y, (h * torch.nn.functional.silu(gate)) @ fc2.T)
+
+
+def test_what_goes_around_the_scan_of_mamba2_is_a_gated_unit() -> None:
+    """[z0, x0, z, x, ...] = in_proj h; out = out_proj [silu(z0) x0, y]."""
+    both = convert.to_official("mamba2", convert.build("mamba2", {"d_model": 8, "d_ssm": 8, "headdim": 4}))
+    alone = {key: tensor for key, tensor in both.items() if "_proj" not in key}
+    alone |= {"in_proj.weight": both["in_proj.weight"][16:], "out_proj.weight": both["out_proj.weight"][:, 8:]}
+    x = torch.randn(2, 5, 8)
+    z0, x0 = (x @ both["in_proj.weight"][:16].T).chunk(2, -1)
+    around = (torch.nn.functional.silu(z0) * x0) @ both["out_proj.weight"][:, :8].T
+    scanned = convert.from_official("mamba2", alone, {"d_model": 8, "expand": 1, "headdim": 4})(x).y
+    whole = convert.from_official("mamba2", both, {"d_model": 8, "d_ssm": 8, "headdim": 4})(x).y
+    torch.testing.assert_close(whole, around + scanned)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"d_ssm": 8, "headdim": 2},  # 8 channels of the inner 16 go around the scan
+        {"headdim": 4, "D_has_hdim": True, "bias": True},
+        {"headdim": 4, "rmsnorm": False, "conv_bias": False},
+        {"headdim": 4, "ngroups": 2, "norm_before_gate": True, "dt_limit": [0.01, 0.1], "chunk_size": 64},
+    ],
+)
+def test_options_of_mamba2_come_out_as_they_went_in(options: dict[str, object]) -> None:
+    config = {"d_model": 8, "d_state": 3, **options}
+    state = convert.to_official("mamba2", convert.build("mamba2", config))
+    inner, groups = options.get("d_ssm", 16), options.get("ngroups", 1)
+    assert len(state["in_proj.weight"]) == 2 * 16 + 2 * groups * 3 + inner // options["headdim"]
+    assert state["out_proj.weight"].shape == (8, 16)
+    assert len(state["D"]) == (inner if "D_has_hdim" in options else inner // options["headdim"])
+    back = convert.to_official("mamba2", convert.from_official("mamba2", state, config))
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
 
 
 def test_a_foreign_module_has_no_official_form() -> None:

@@ -97,7 +97,11 @@ def compare(
     names = [
         "y",
         "state",
-        *(f"d{n}" for n, x in zip(("q", "k", "v", "a", "initial", "beta", "bonus"), inputs, strict=True) if x is not None),
+        *(
+            f"d{n}"
+            for n, x in zip(("q", "k", "v", "a", "initial", "beta", "bonus"), inputs, strict=True)
+            if x is not None
+        ),
     ]
     case = f"{(B, T, H, G, K, V)} decay [{axes}] {kind}{' beta' * beta} bonus {bonus} reverse {reverse} {borders}"
     for name, g, w in zip(names, got, want, strict=True):

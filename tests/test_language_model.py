@@ -9,9 +9,10 @@ import torch
 
 import recur
 from recur import LanguageModel, Recipe, RecipeError, presets
-from recur.blocks import Attention, Norm, Project, Rotary
+from recur.blocks import Attention, Block, GatedAttention, Norm, Project, Rotary
 from recur.blocks.feedforward import gelu
 from recur.blocks.sampling import sample_token
+from recur.presets.gateloop import relative
 
 ATTENTION = Recipe(
     Project("x", q="H K", k="G K", v="G K"),
@@ -20,6 +21,7 @@ ATTENTION = Recipe(
     Project("y", y="D"),
     axes={"H": 4, "G": 2, "K": "D/H"},
 )
+RELATIVE = presets.gateloop_attention(heads=2, positions=relative(), read=GatedAttention())
 
 
 def model(**options) -> LanguageModel:
@@ -37,6 +39,9 @@ VARIANTS = {
     "dense": {"recipe": presets.dense_retnet(heads=2, layers=2), "depth": 3, "dim": 32},
     "shared bounds": {"recipe": presets.hgrn2(heads=2), "depth": 3},
     "own norm": {"recipe": presets.gss(state=3), "norm": None, "final_norm": "layer"},
+    "taps": {"recipe": presets.gated_tap_conv(heads=2), "norm": None, "frozen": True},
+    "nonlinear": {"recipe": presets.gated_rnn(), "tie": False, "head_bias": True, "final_norm": None, "drop": "sum"},
+    "relative": {"recipe": RELATIVE, "outputs": 7, "tie": False},
     "l2": {"recipe": presets.gateloop(), "norm": Norm("x", kind="l2", eps=1e-12, to="y")},
 }
 
@@ -88,6 +93,41 @@ def test_greedy_generation_follows_the_whole_pass():
     text = lm.generate(ids, 6, temperature=0)
     for end in range(3, 9):
         assert text[0, end] == lm(text[:, :end])[0, -1].argmax()
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([2, 5, 4])])
+@pytest.mark.parametrize("window", [1, 4, 7, 99])
+def test_a_window_forgets_what_lies_before_it(window, lengths):
+    lm, ids = model(recipe=presets.longhorn(state=3)), torch.randint(0, 11, (3, 5))
+    text = lm.generate(ids, 6, temperature=0, lengths=lengths, window=window)
+    for row, length in zip(text, [5, 5, 5] if lengths is None else lengths.tolist(), strict=True):
+        for end in range(length, length + 6):
+            assert lm(row[None, max(0, end - window) : end])[0, -1].argmax() == row[end]
+
+
+def test_the_loss_is_that_of_the_next_token():
+    lm, ids = model(), torch.randint(0, 11, (2, 6))
+    chance = lm(ids).log_softmax(-1)
+    each = [-chance[row, t, ids[row, t + 1]] for row in range(2) for t in range(5)]
+    torch.testing.assert_close(lm.loss(ids), sum(each) / 10)
+
+
+def test_a_frozen_embedding_stays_and_its_model_trains():
+    lm = model(tie=False, head_bias=True, frozen=True)
+    lm.loss(torch.randint(0, 11, (2, 6))).backward()
+    still = [name for name, weight in lm.named_parameters() if weight.grad is None]
+    assert still == ["embedding.weight", "head.weight", "head.bias"]
+    trained = {id(weight) for group in lm.decay_groups(0.1) for weight in group["params"]}
+    assert trained == {id(weight) for weight in lm.parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize(("drop", "left"), [("branch", 1.0), ("sum", 0.0)])
+def test_dropout_takes_the_branch_or_the_whole_stream(drop, left):
+    """Everything is dropped, so that of the embedding all is left, or nothing."""
+    lm = model(drop=drop, dropout=(0.0, 1.0, 1.0), ffn="gelu", final_norm=None).train()
+    ids = torch.randint(0, 11, (2, 6))
+    table = lm.embedding.weight
+    torch.testing.assert_close(lm(ids), left * table[ids] @ table.T)
 
 
 def test_a_row_that_has_ended_repeats_its_end_and_modes_come_back():
@@ -181,11 +221,23 @@ IDS = torch.ones(1, 2, dtype=torch.long)
         (lambda lm: sample_token(torch.ones(1, 2), [], top_p=1.5), ValueError, r"top_p must lie in \(0, 1\], got 1.5"),
         (lambda lm: model(depth=0), ValueError, "depth must be at least 1, got 0"),
         (lambda lm: model(recipe=[]), ValueError, "recipes must be at least 1, got 0"),
+        (lambda lm: lm.generate(IDS, 1, window=0), ValueError, "window must be at least 1, got 0"),
+        (lambda lm: model(drop="all"), RecipeError, 'drop must be "branch" or "sum", got \'all\''),
+        (
+            lambda lm: Block(presets.gated_linear_rnn(width=5), 4),
+            RecipeError,
+            r"mixer must write y \[D\] to be added to x, got \[5\] for D=4",
+        ),
+        (
+            lambda lm: model(**VARIANTS["taps"]).step(IDS[:, 0], model(**VARIANTS["taps"]).init_state(1, 0)),
+            ValueError,
+            r"TapConv: init_state\(max_len=0\) is too short for 1 tokens",
+        ),
         (lambda lm: model(block="both"), RecipeError, 'order must be "pre" or "post", got \'both\''),
         (
             lambda lm: model(ffn="moe"),
             RecipeError,
-            "ffn must be None, a Recipe or one of gelu, swiglu, gated, got 'moe'",
+            "ffn must be None, a Recipe or one of gelu, swiglu, gated, channel_mix, got 'moe'",
         ),
         (lambda lm: model(positions="rotary"), ValueError, "positions must be None"),
         (
@@ -238,7 +290,7 @@ def test_every_preset_trains_under_autocast(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does so itself
-@pytest.mark.parametrize("name", ["plain", "hybrid", "shared bounds", "dense"])
+@pytest.mark.parametrize("name", ["plain", "hybrid", "shared bounds", "dense", "taps", "relative"])
 def test_a_whole_model_compiles_to_one_graph(name):
     lm, ids = model(**VARIANTS[name]), torch.randint(0, 11, (2, 6))
     torch.compiler.reset()

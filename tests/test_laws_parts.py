@@ -10,24 +10,41 @@ from hypothesis import settings
 from recur import blocks
 from recur.blocks import (
     Act,
+    Along,
     Attention,
     BoundedDecay,
+    Complex,
     ComplexGate,
+    Count,
     Decay,
     DeltaScan,
+    DenseCarry,
     DenseFusion,
+    DenseRead,
     Dropout,
     FixedDecay,
     FixedScan,
+    GatedAttention,
     GatedScan,
+    Learned,
+    Loop,
     LowerBounds,
     LowRank,
     Map,
     Norm,
+    Normalise,
     OnlineScan,
     OuterScan,
     OutputGate,
+    Phase,
+    PoleScan,
+    PositionTaps,
+    PowerDecay,
     Project,
+    RealImag,
+    RelPos,
+    Reshape,
+    RetentionScale,
     Reverse,
     Rotary,
     Scale,
@@ -35,8 +52,14 @@ from recur.blocks import (
     SelectiveScan,
     ShortConv,
     Skip,
+    Smoothing,
+    Stabilise,
+    StepDecay,
     Sum,
+    TapConv,
     TokenShift,
+    Unbind,
+    Weigh,
 )
 from recur.recipe import Chain, Part, Recipe
 from recur.testing import check
@@ -57,21 +80,46 @@ def recipe(*parts: Part, out: str = "y") -> Recipe:
 
 QKV = Project("x", q="H K", k="H K", v="H V")
 GROUPED = Project("x", q="G K", k="G K", v="H V")
+PAIRS = (Project("x", c="H K//2 2"), ComplexGate("c"))
 UNIT_KEYS = (Norm("k", kind="l2", over="K", affine="none"), Scale("k", "1/sqrt(K)"))
+RETAINED = (OuterScan(), Norm("y", over="V", eps="eps"))
+WHOLE = ANY | {"serialisation", "one_way"}  # its scale has no gradient, and its norm no second one
 CASES: dict[str, tuple[Recipe, set[str]]] = {
     "Project": (recipe(Project("u", y="H K", bias=True)), USUAL),
     "LowRank": (recipe(Project("u", y=LowRank("H V", rank="N", bias=True, act="tanh"))), USUAL),
     "ShortConv": (recipe(ShortConv("u"), out="u"), USUAL),
     "ShortConv, one tap": (recipe(ShortConv("u", width=1, bias=False, act="identity"), out="u"), USUAL),
     "ShortConv, heads": (recipe(QKV, ShortConv("v", width=3), out="v"), USUAL),
+    "ShortConv, several": (recipe(QKV, ShortConv("q v", width=3), out="q v"), USUAL),
     "TokenShift": (recipe(TokenShift("u", to="y")), USUAL),
+    "TokenShift, several": (recipe(TokenShift("u", to="r y", init=("0.3", "i/D")), Sum("r y")), USUAL),
     "Norm": (recipe(Norm("u"), out="u"), USUAL),
     "Norm, layer": (recipe(Norm("u", kind="layer", to="y")), USUAL),
     "Norm, l2 of heads": (recipe(QKV, Norm("v", kind="l2", over="V", affine="weight"), out="v"), USUAL),
+    "Norm, groups": (recipe(QKV, Norm("v", kind="layer", groups="H"), out="v"), USUAL),
     "Act": (recipe(Act("u", "gelu"), out="u"), USUAL),
     "Scale": (recipe(QKV, Scale("k", "1/sqrt(K)"), out="k"), USUAL),
+    "Reverse, weights of a name": (
+        recipe(Skip("x", out="u", name="s"), Reverse((Skip("x", out="u", name="s"),)), out="u"),
+        ANY | SMOOTH | {"serialisation", "one_way"},
+    ),
     "ScaleGrad": (recipe(ScaleGrad("u", 0.5), out="u"), USUAL - SMOOTH),
     "Skip": (recipe(Project("u", y="D"), Skip("u")), USUAL),
+    "Reshape": (recipe(QKV, Reshape("v", "H*V", to="y")), USUAL),
+    "Unbind": (recipe(Project("x", w="H 3 K"), Unbind("w", "a b y")), USUAL),
+    "PositionTaps": (recipe(PositionTaps("H", length=999), TapConv("u")), USUAL),
+    "TapConv": (recipe(Project("x", tap="H"), TapConv("u")), USUAL),
+    "Smoothing": (recipe(Smoothing("u"), GatedScan("b")), USUAL),
+    "Loop": (
+        recipe(Loop((Project("last", r="D"), Sum("u r", out="h"), ShortConv("h", act="tanh")), "h", "D"), out="h"),
+        USUAL,
+    ),
+    "Loop, scan inside": (
+        recipe(Loop((Project("last", z="D"), Decay("z"), GatedScan("u")), feed="y", axes="D")),
+        USUAL,
+    ),
+    "Skip, heads": (recipe(QKV, Project("u", y="H V"), Skip("v", over="H")), USUAL),
+    "Weigh": (recipe(QKV, Project("x", b="H"), Weigh("v", by="b", to="y")), USUAL),
     "Sum": (recipe(Project("x", w="D"), Sum("u w")), USUAL),
     "Dropout": (recipe(Dropout("u", 0.5), out="u"), USUAL),
     "Map": (recipe(Map(lambda u: u.sin(), reads="u", out="y", axes="D")), USUAL - {"serialisation"}),
@@ -88,17 +136,57 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     "LowerBounds and BoundedDecay": (
         recipe(QKV, Project("x", z="H K"), LowerBounds("H K"), BoundedDecay("z"), OuterScan()), USUAL - {"steps"}
     ),
+    "Learned": (recipe(QKV, Learned("log_a", "H", init="i/H"), Act("log_a", "-exp"), OuterScan()), USUAL),
+    "StepDecay": (recipe(QKV, Project("x", dt="H"), StepDecay(), Weigh("v", by="delta"), OuterScan()), USUAL),
+    "StepDecay, limits": (recipe(QKV, Project("x", dt="H K"), StepDecay(limit=(0.01, 0.2)), OuterScan()), USUAL),
+    "RetentionScale": (recipe(QKV, FixedDecay(), RetentionScale(eps=1e-2), *RETAINED), WHOLE),
+    "RetentionScale, chunks": (recipe(QKV, FixedDecay(), RetentionScale(chunk=3, eps=1e-2), *RETAINED), WHOLE),
     "FixedDecay": (recipe(QKV, FixedDecay(), OuterScan()), USUAL),
     "FixedDecay, eps": (recipe(QKV, FixedDecay(eps=1e-2), OuterScan(), Norm("y", over="V", eps="eps")), USUAL),
+    "BoundedDecay, no bound": (recipe(QKV, Project("x", z="H K"), BoundedDecay("z", bound=None), OuterScan()), USUAL),
+    "Along": (
+        recipe(Project("x", z="D"), Decay("z"), Along(0, (GatedScan("u"),)), Along(1, (GatedScan("u", out="y"),))),
+        (ANY | SMOOTH | {"serialisation", "one_way"}) - {"packing"},
+    ),
+    "Along, another x": (
+        recipe(Along(1, (ShortConv("u"), Reverse((TokenShift("x", to="s"),))), reads="u"), out="s"),
+        (ANY | SMOOTH | {"serialisation", "one_way"}) - {"packing"},
+    ),
+    "Complex, Phase and RealImag": (
+        recipe(
+            Project("x", z="D", c="D 2"),
+            Decay("z", out="log_f"),
+            Phase(),
+            Complex("c"),
+            GatedScan("c", rotates=True),
+            RealImag(),
+        ),
+        USUAL,
+    ),
+    "Count and Normalise": (
+        recipe(QKV, Act("q k", "1+elu"), Count("v"), OuterScan(decay=None), Normalise()), USUAL),
+    "Stabilise": (
+        recipe(
+            QKV, Project("x", i="H", z="H"), Decay("z"), Stabilise(), Count(), OuterScan(), Normalise("floor")
+        ),
+        USUAL,
+    ),
+    "PowerDecay": (recipe(Project("x", r="D"), PowerDecay(), OutputGate("k", out="u"), GatedScan("u")), USUAL),
+    "PoleScan": (recipe(PoleScan("u")), USUAL),
     "ComplexGate": (recipe(QKV, Project("x", c="H K 2"), ComplexGate("c"), OuterScan(rotates=True)), USUAL),
     "ComplexGate, amplitude and phase": (
         recipe(QKV, Project("x", c="H 2"), ComplexGate("c", law="amplitude_phase"), OuterScan(rotates=True)),
+        USUAL,
+    ),
+    "ComplexGate, signed, halves": (
+        recipe(QKV, Project("x", c="2 H"), ComplexGate("c", law="signed"), OuterScan(rotates=True)),
         USUAL,
     ),
     "OutputGate": (recipe(Project("x", z="D"), OutputGate("z", out="u"), out="u"), USUAL),
     "GatedScan": (recipe(Project("x", z="D"), Decay("z"), GatedScan("u")), USUAL),
     "OuterScan": (recipe(QKV, OuterScan(decay=None)), USUAL),
     "OuterScan, groups": (recipe(GROUPED, Project("x", z="H"), Decay("z"), OuterScan(scale="1/sqrt(K)")), USUAL),
+    "OuterScan, bonus": (recipe(QKV, Learned("b", "H K", init="i"), FixedDecay(), OuterScan(bonus="b")), USUAL),
     "OuterScan, tied": (recipe(QKV, Project("x", z="H K"), Decay("z"), OuterScan(k=None)), USUAL),
     "DeltaScan": (
         recipe(QKV, *UNIT_KEYS, Project("x", b="H", z="H K"), Act("b", "sigmoid"), Decay("z"), DeltaScan(beta="b")),
@@ -111,17 +199,38 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     "FixedScan, linear": (recipe(FixedScan("u", frequency="linear")), USUAL),
     "Rotary": (recipe(QKV, Rotary("q k"), OuterScan(decay=None)), USUAL),
     "Rotary, half": (recipe(QKV, Rotary("q k", layout="half", inclusive=True), OuterScan(decay=None)), USUAL),
+    "Rotary, stored": (recipe(QKV, Rotary("q k", stored=True), OuterScan(decay=None)), USUAL),
+    "RelPos": (recipe(QKV, *PAIRS, RelPos(), OuterScan(rotates=True)), USUAL),
+    "RelPos, literal": (recipe(QKV, *PAIRS, RelPos(law="literal"), OuterScan(decay=None)), USUAL),
+    "GatedAttention": (recipe(QKV, *PAIRS, RelPos(), GatedAttention()), USUAL),
+    "Attention, all scores": (recipe(QKV, Attention(fused=False)), USUAL),
     "Attention": (recipe(QKV, Attention()), USUAL),
     "Attention, groups": (
         recipe(Project("x", q="H K", k="G K", v="G V"), Rotary("q k"), Attention()),
         USUAL,
+    ),
+    "DenseRead": (
+        recipe(QKV, Project("x", g="H V", z="H"), Decay("z"), DenseRead(OuterScan(), gate="g")), USUAL - {"steps"}
+    ),
+    "DenseRead, tied keys": (
+        recipe(QKV, Project("x", g="H V", z="H K"), Decay("z"), DenseRead(OuterScan(k=None), gate="g", layers=1)),
+        USUAL - {"steps"},
+    ),
+    "DenseCarry": (
+        recipe(Project("x", dt="D", B="N", C="N", g="D"), DenseCarry(SelectiveScan("u"), gate="g")), USUAL - {"steps"}
     ),
     "DenseFusion": (
         recipe(QKV, Project("x", g="H K"), DenseFusion("k", gate="g", layers=2), OuterScan(decay=None)),
         USUAL - {"steps"},
     ),
 }  # fmt: skip
-OPTIONS: dict[str, dict[str, Any]] = {"DenseFusion": {"depth": 3}, "LowerBounds and BoundedDecay": {"depth": 3}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "DenseCarry": {"depth": 3},
+    "DenseRead": {"depth": 3},
+    "DenseRead, tied keys": {"depth": 2},
+    "DenseFusion": {"depth": 3},
+    "LowerBounds and BoundedDecay": {"depth": 3},
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -21,6 +21,7 @@ from recur.blocks import (
     DeltaScan,
     FixedScan,
     GatedScan,
+    Loop,
     LowerBounds,
     Map,
     Norm,
@@ -28,10 +29,17 @@ from recur.blocks import (
     OuterScan,
     OutputGate,
     Project,
+    RelPos,
+    Reshape,
     Reverse,
     ShortConv,
     Skip,
+    Smoothing,
     Sum,
+    TapConv,
+    TokenShift,
+    Unbind,
+    Weigh,
 )
 from recur.recipe import Flow, Part
 from recur.weights import Param, matrix_init, ones
@@ -76,7 +84,10 @@ def test_axes_that_make_no_sense_are_refused(expression, words):
         ((Project("x", u="H K"), Skip("u"), OUT), "reads 'y'"),
         ((IN, Norm("u", over="K"), OUT), r"over must be the last axes of u \[E\], got 'K'"),
         ((IN, Norm("u", eps="x"), OUT), "eps 'x' must have the axes of u that are not normalised"),
-        ((Project("x", c="H K"), ComplexGate("c"), OUT), r"reads pairs: c must end in an axis of 2, got \[H K\]"),
+        (
+            (Project("x", c="H K"), ComplexGate("c"), OUT),
+            r"reads pairs: c must begin or end with an axis of 2, got \[H K\]",
+        ),
         (
             (Project("x", q="H K", k="H K", v="H K", log_a="K"), OuterScan(), OUT),
             r"needs a decay log_a \[H\] or \[H K\]",
@@ -88,6 +99,19 @@ def test_axes_that_make_no_sense_are_refused(expression, words):
         ),
         ((Project("x", q="H K", k="H E", v="H K"), Attention(), OUT), r"needs q \[H K\], k \[G K\], v \[G V\], got"),
         ((IN, Norm("u", name="a"), Project("u", y="D", name="a")), "is called 'a', as is a Norm"),
+        ((Project("x", w="H K"), Unbind("w", "a b c"), OUT), r"needs an axis of 3 in w, got \[H K\]"),
+        ((IN, Loop((Act("u"),), feed="h", axes="E"), OUT), r"Loop must write h \[E\] to feed it back, got nothing"),
+        ((IN, Loop((Act("u"),), feed="u", axes="D"), OUT), r"Loop must write u \[D\] to feed it back, got \[E\]"),
+        (
+            (IN, Norm("u", name="a"), Reverse((Skip("u", out="u", name="a"),)), OUT),
+            "has a Skip called 'a', as is a Norm",
+        ),
+        ((IN, Project("x", b="E"), Weigh("b", by="x"), OUT), r"part 3 Weigh needs b with first axes \[D\], got \[E\]"),
+        ((IN, Skip("u", out="u", over="D"), OUT), r"part 2 Skip needs u with first axes \[D\], got \[E\]"),
+        (
+            (Project("x", q="H K", k="H K", v="H K", b="K"), OuterScan(decay=None, bonus="b"), OUT),
+            r"needs a bonus b \[H\] or \[H K\], got \[K\]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(parts, words):
@@ -98,12 +122,23 @@ def test_what_does_not_fit_is_named(parts, words):
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
+        (lambda: RelPos(law="absolute"), RecipeError, 'law must be "intended" or "literal", got \'absolute\''),
         (lambda: Recipe("Project"), TypeError, "parts must be of class Part, got str"),
         (lambda: Recipe(IN, OUT, axes={"E": "2*Q"}), RecipeError, r"axis E=2\*Q mentions Q"),
         (lambda: Norm("y", kind="batch"), RecipeError, "kind must be one of rms, layer, l2, got 'batch'"),
         (lambda: Norm("y", affine="bias"), RecipeError, "affine must be"),
         (lambda: ComplexGate(law="cartesian"), RecipeError, "law must be"),
         (lambda: FixedScan("u", frequency="log"), RecipeError, "frequency must be"),
+        (
+            lambda: TokenShift("x", to="a b c", init=("0", "1")),
+            RecipeError,
+            "init must have one .* each of a b c, got 2",
+        ),
+        (
+            lambda: Mixer(Recipe(Norm("x", groups=3, to="y")), 8),
+            RecipeError,
+            "Norm: groups must divide the 8 entries, got 3",
+        ),
         (lambda: Act("u", "swish"), ValueError, "name must be one of identity, silu"),
         (lambda: matrix_init("orthogonal", 1, 1, 1), ValueError, "law must be one of linear, residual"),
         (lambda: Part().shapes(None), NotImplementedError, "define shapes"),
@@ -120,6 +155,40 @@ def test_a_width_that_does_not_divide_is_told_in_letters():
         Mixer(presets.hgrn2(heads=8), 100)
 
 
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ((Project("x", u="3"), Reshape("u", "D", to="y")), r"Reshape: u \[3\] must have as many channels as \[4\]"),
+        (
+            (Smoothing("x", heads="3"), GatedScan("b")),
+            "Smoothing: heads must divide the channels of x, got H=3 and V",
+        ),
+        ((Project("x", tap="3"), TapConv("x")), "TapConv: taps must divide the channels of x, got H=3 and V=4"),
+        (
+            (Project("x", q="2 4", k="2 4", log_a="2 4"), RelPos(), Project("q", y="D")),
+            r"RelPos: log_a must hold a gate for 2 channels of q \[2, 4\], got \[2, 4\]",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_when_the_layer_is_built(parts, words):
+    with pytest.raises(RecipeError, match=words):
+        Mixer(Recipe(*parts), 4)
+
+
+def test_a_layer_that_stands_alone_may_change_the_width():
+    recipe = presets.gated_linear_rnn(inner=3, width=5)
+    assert Mixer(recipe, 4)(torch.randn(2, 6, 4)).y.shape == (2, 6, 5)
+    with pytest.raises(RecipeError, match=r"must write y \[M\], got y \[D\]"):
+        Recipe(Project("x", y="D"), axes={"M": 5}, out="M")
+
+
+def test_a_reversed_recipe_reads_from_the_end():
+    recipe, x = presets.longhorn(state=3), torch.randn(2, 6, 4)
+    forward, backward = Mixer(recipe, 4), Mixer(recipe.reverse(), 4)
+    backward.load_state_dict({f"parts.reverse.{key[6:]}": weight for key, weight in forward.state_dict().items()})
+    torch.testing.assert_close(backward(x.flip(1)).y.flip(1), forward(x).y)
+
+
 def test_edits_return_new_recipes_and_need_one_match():
     longhorn = presets.longhorn()
     exact = longhorn.replace(OnlineScan, OnlineScan("u", diagonal=False))
@@ -127,6 +196,7 @@ def test_edits_return_new_recipes_and_need_one_match():
     assert [type(part) for part in exact.parts] == [type(part) for part in longhorn.parts]
     assert len(longhorn.remove(ShortConv).parts) == len(longhorn.parts) - 1
     assert longhorn.insert_before("output_gate", Norm("y")).parts[-3] == Norm("y")
+    assert longhorn.insert_after("skip", Norm("y")) == longhorn.insert_before("output_gate", Norm("y"))
     with pytest.raises(
         RecipeError, match="exactly one part must be Project, got 3 among project, short_conv, project_2"
     ):
@@ -198,6 +268,14 @@ def test_names_share_weights_and_classes_number_them():
     own = Recipe(IN, Norm("u"), Norm("u"), OUT, axes={"E": 8})
     assert list(Mixer(shared, 4).parts) == ["project", "n", "project_2"]
     assert list(Mixer(own, 4).parts) == ["project", "norm", "norm_2", "project_2"]
+
+
+def test_a_name_that_torch_uses_itself_is_refused():
+    recipe = Recipe(IN, Norm("u", name="type"), OUT, axes={"E": 8})
+    with pytest.raises(
+        RecipeError, match="part 2 Norm is called 'type', as is a method of torch; give it another name="
+    ):
+        Mixer(recipe, 4)
 
 
 def test_a_bidirectional_recipe_returns_states_but_does_not_stream():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from recur.primitives.conv import causal_conv, token_shift
+from recur.primitives.fixed import tap_conv
 from recur.primitives.gates import (
     activation,
     complex_gate,
@@ -20,6 +21,7 @@ from recur.primitives.gates import (
     polar_gate,
     scale_gradient,
     sigmoid_decay,
+    signed_gate,
 )
 from recur.primitives.hidden import dense_fusion
 from recur.primitives.norms import normalise
@@ -80,6 +82,7 @@ def test_complex_gates():
     c = torch.complex(real, imag)
     close(gate, torch.sigmoid(c.abs()) * c / c.abs())
     close(complex_gate(real, imag).exp(), torch.polar(torch.sigmoid(real), imag))
+    close(signed_gate(real, imag).exp(), torch.complex(real.sign() * real.abs().sigmoid(), torch.zeros_like(real)))
     assert polar_gate(real.half(), imag.half()).dtype == torch.complex64
     zero = torch.zeros(1, requires_grad=True)
     polar_gate(zero, zero).real.sum().backward()
@@ -144,8 +147,8 @@ def test_rotation_keeps_lengths_and_sees_only_differences(layout):
 
 
 def test_rotary_frequencies():
-    close(rotary_frequencies(4), torch.tensor([1.0, 0.01], dtype=torch.float64))
-    close(rotary_frequencies(4, inclusive=True), torch.tensor([1.0, 1e-4], dtype=torch.float64))
+    close(rotary_frequencies(4), torch.tensor([1.0, 0.01]).double())  # numbers of float32
+    close(rotary_frequencies(4, inclusive=True), torch.tensor([1.0, 1e-4]).double())
     close(rotary_frequencies(2, inclusive=True), torch.ones(1, dtype=torch.float64))
     with pytest.raises(ValueError, match="dim must be even, got 3"):
         rotary_frequencies(3)
@@ -182,10 +185,21 @@ def test_convolution_is_its_loop_in_every_document(width, lengths, seed):
             close(packed.y[:, borders[i] : borders[i + 1]], alone.y)
 
 
+@given(st.integers(0, 12), st.integers(0, 2**31 - 1))
+def test_tap_convolution_is_its_sum(T, seed):
+    u, tap = draw(2, T, 3, seed=seed), draw(2, T, 3, seed=seed + 1)
+    sums = [sum((tap[:, s] * u[:, t - s] for s in range(t + 1)), torch.zeros(2, 3).double()) for t in range(T)]
+    close(tap_conv(u, tap), torch.stack(sums, 1) if sums else u)
+    with pytest.raises(ShapeError, match="tap_conv: u has"):
+        tap_conv(u, tap[..., :2])
+
+
 def test_token_shift_and_convolution_errors():
     x = draw(2, 4, 3)
     close(token_shift(x).y, torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1))
-    with pytest.raises(ShapeError, match=r"initial_state must be \[B W-1 D\] = \(2, 1, 3\), got shape \(2, 2, 3\)"):
+    with pytest.raises(
+        ShapeError, match=r"token_shift: initial_state must be \[B 1 D\] = \(2, 1, 3\), got shape \(2, 2, 3\)"
+    ):
         token_shift(x, initial_state=draw(2, 2, 3))
     with pytest.raises(ShapeError, match="causal_conv: x has D=3 but weight has D=4"):
         causal_conv(x, draw(4, 2))

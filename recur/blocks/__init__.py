@@ -1,32 +1,73 @@
 """Bricks that own weights, and what is built from them."""
 
-from recur.blocks.attention import Attention, Rotary
-from recur.blocks.gates import BoundedDecay, ComplexGate, Decay, FixedDecay, LowerBounds, OutputGate
+from recur.blocks.attention import Attention, GatedAttention, RelPos, Rotary
+from recur.blocks.gates import (
+    BoundedDecay,
+    Complex,
+    ComplexGate,
+    Decay,
+    FixedDecay,
+    Learned,
+    LowerBounds,
+    OutputGate,
+    Phase,
+    PowerDecay,
+    RealImag,
+    RetentionScale,
+    Smoothing,
+    StepDecay,
+)
 from recur.blocks.glue import (
     Act,
+    Along,
     Dropout,
     LowRank,
     Map,
     Norm,
+    PositionTaps,
     Project,
+    Reshape,
     Reverse,
     Scale,
     ScaleGrad,
     ShortConv,
     Skip,
     Sum,
+    TapConv,
     TokenShift,
+    Unbind,
+    Weigh,
+    both_ways,
+    down_and_right,
+    in_grid,
+    in_series,
+    one_way,
 )
-from recur.blocks.hidden import DenseFusion
+from recur.blocks.hidden import DenseCarry, DenseFusion, DenseRead
 from recur.blocks.language_model import Block, LanguageModel
+from recur.blocks.loop import Loop
 from recur.blocks.mixer import Mixer, MixerOut, detach, nbytes
-from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, SelectiveScan
+from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, PoleScan, SelectiveScan
+from recur.blocks.stabilise import Count, Normalise, Stabilise
 from recur.recipe import Chain
 
 PARTS = (
-    Act, Attention, BoundedDecay, Chain, ComplexGate, Decay, DeltaScan, DenseFusion, Dropout, FixedDecay, FixedScan,
-    GatedScan, LowerBounds, LowRank, Map, Norm, OnlineScan, OuterScan, OutputGate, Project, Reverse, Rotary, Scale,
-    ScaleGrad, SelectiveScan, ShortConv, Skip, Sum, TokenShift,
+    Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, Decay, DeltaScan, DenseCarry, DenseFusion,
+    DenseRead, Dropout, FixedDecay, FixedScan, GatedAttention, GatedScan, Learned, Loop, LowerBounds, LowRank, Map,
+    Norm, Normalise, OnlineScan, OuterScan, OutputGate, Phase, PoleScan, PositionTaps, PowerDecay, Project, RealImag,
+    RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing,
+    Stabilise, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
 )  # fmt: skip
 
-__all__ = ["Block", "LanguageModel", "Mixer", "MixerOut", "detach", "nbytes", *(part.__name__ for part in PARTS)]
+WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)
+
+__all__ = [
+    "Block",
+    "LanguageModel",
+    "Mixer",
+    "MixerOut",
+    "detach",
+    "nbytes",
+    *(part.__name__ for part in PARTS),
+    *(way.__name__ for way in WAYS),
+]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recur.axes import RecipeError, Spec
+from recur.blocks.cache import empty, extend, row_of
 from recur.primitives.forms import document_of
 from recur.primitives.rotary import rotary_frequencies, rotate
 from recur.recipe import Axes, Flow, Part, Site, State
+from recur.weights import Param
 
 
 @dataclass(frozen=True)
@@ -25,21 +30,36 @@ class Rotary(Part):
         base:      slowest frequency 1/base (exactly, if inclusive).
         inclusive: frequencies base^(-j/(K/2 - 1)), as RetNet; otherwise base^(-2j/K).
         layout:    pairs (2j, 2j+1) "interleaved", or (j, j + K/2) "half".
+        stored:    the frequencies are frozen float32 weights, as checkpoints have them, instead of float64 numbers.
     """
 
     names: str
     base: float = 10000.0
     inclusive: bool = False
     layout: str = "interleaved"
+    stored: bool = False
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {name: axes.rank(name, 2) for name in self.names.split()}
 
+    def params(self, site: Site) -> Mapping[str, Param]:
+        if not self.stored:
+            return {}
+        K = site.of(self.names.split()[0])[-1]
+
+        def fill(weight: Tensor) -> None:
+            weight.copy_(self._frequencies(K, weight.device))
+
+        return {"frequencies": Param((K // 2,), fill, decay=False, float32=True, trainable=False)}
+
+    def _frequencies(self, K: int, device: torch.device) -> Tensor:
+        return rotary_frequencies(K, base=self.base, inclusive=self.inclusive, device=device)
+
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         turned = {}
-        options: dict[str, Any] = {"base": self.base, "inclusive": self.inclusive, "device": flow.position.device}
         for name in self.names.split():
-            frequencies = rotary_frequencies(flow[name].shape[-1], **options)
+            K, device = flow[name].shape[-1], flow.position.device
+            frequencies = weights.frequencies if self.stored else self._frequencies(K, device)
             turned[name] = rotate(flow[name], flow.positions(), frequencies, layout=self.layout)
         return flow.set(**turned), None
 
@@ -48,17 +68,66 @@ class Rotary(Part):
 
 
 @dataclass(frozen=True)
+class RelPos(Part):
+    """Relative positions that the data decide, from complex gates a [H J], one for a pair of channels 2j, 2j+1.
+
+    law: "intended": both channels of a pair decay and turn by prod_{s<r<=t} a_r[j] between tokens s and t, which an
+             OuterScan or a GatedAttention does with the decay [H K] written here;
+         "literal": as released. q <- q R_t, k <- k / R_t with R_t[j] = max(Re prod_{i<=j} a_t[i], 1e-10): a product
+             over channels and not over time, so no positions, and 1/R is huge wherever the real part is not positive.
+    """
+
+    q: str = "q"
+    k: str = "k"
+    decay: str = "log_a"
+    law: str = "intended"
+
+    def __post_init__(self) -> None:
+        if self.law not in ("intended", "literal"):
+            raise RecipeError(f'RelPos: law must be "intended" or "literal", got {self.law!r}')
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found = axes.same(self.q, self.k)
+        axes.rank(self.decay, len(found))
+        return {self.decay: found} if self.law == "intended" else {self.q: found, self.k: found}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        gates, channels = site.of(self.decay), site.of(self.q)
+        if (*gates[:-1], 2 * gates[-1]) != channels:
+            raise RecipeError(
+                f"RelPos: {self.decay} must hold a gate for 2 channels of {self.q} {list(channels)}, got {list(gates)}"
+            )
+        return {}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        log_a = flow[self.decay]
+        if self.law == "intended":
+            return flow.set(**{self.decay: log_a.repeat_interleave(2, -1)}), None
+        reach = log_a.cumsum(-1).exp().real.clamp(min=1e-10).repeat_interleave(2, -1)
+        q, k = flow[self.q], flow[self.k]
+        return flow.set(**{self.q: (q * reach).to(q.dtype), self.k: (k / reach).to(k.dtype)}), None
+
+    def formula(self) -> str:
+        if self.law == "intended":
+            return f"{self.decay} for both channels of a pair"
+        return f"R = max(Re prod_{{i<=j}} a[i], 1e-10), {self.q} <- {self.q} R, {self.k} <- {self.k} / R"
+
+
+@dataclass(frozen=True)
 class Attention(Part):
     """Causal softmax attention: y_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(K)) v_s, keys and values kept as a cache.
 
     q [H K]; k [G K] and v [G V] (G divides H). The cache grows with the text, or is `init_state(max_len=...)` long and
     then never reallocated.
+
+    fused: False forms the matrix of all scores, whose gradient stays exact where a softmax of huge scores is saturated.
     """
 
     q: str = "q"
     k: str = "k"
     v: str = "v"
     out: str = "y"
+    fused: bool = True
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         (H, K), (G, K2), (G2, V) = axes.rank(self.q, 2), axes.rank(self.k, 2), axes.rank(self.v, 2)
@@ -78,69 +147,92 @@ class Attention(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         q, k, v = flow[self.q], flow[self.k], flow[self.v]
-        seen = flow.position
+        new = extend("Attention", flow, state, k=k, v=v)
         if state is None and flow.cu_seqlens is None:
-            return flow.set(**{self.out: _attend(q, k, v, None)}), {"k": k, "v": v, "grows": True}
-        if state is None:
-            empty = (len(seen), 0)
-            state = {"k": k.new_zeros(*empty, *k.shape[2:]), "v": v.new_zeros(*empty, *v.shape[2:]), "grows": True}
+            return flow.set(**{self.out: self._attend(q, k, v, None)}), new
         if flow.cu_seqlens is not None:
-            new, keys, values, mask = _packed(flow, k, v, state)
+            (k, v), mask = _packed(flow, state or empty(len(flow.position), k=k, v=v), k=k, v=v)
         else:
-            new, mask = _append(seen, k, v, state)
-            keys, values = new["k"], new["v"]
-        return flow.set(**{self.out: _attend(q, keys, values, mask)}), new
+            k, v, mask = new["k"], new["v"], _visible(flow, new["k"].shape[1])
+        return flow.set(**{self.out: self._attend(q, k, v, mask)}), new
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q [B T H K] over k, v [B L G *], through the mask [B T L] or causally if there is none."""
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k.to(q.dtype), v.to(q.dtype)))
+        mask = None if mask is None else mask[:, None]
+        with nullcontext() if self.fused else sdpa_kernel(SDPBackend.MATH):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return y.transpose(1, 2)
 
     def formula(self) -> str:
         return f"{self.out}_t = sum_{{s<=t}} softmax({self.q}_t . {self.k}_s / sqrt(K)) {self.v}_s"
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of q [B T H K] over k, v [B L G *], through the mask [B T L] or causally if there is none."""
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k.to(q.dtype), v.to(q.dtype)))
-    mask = None if mask is None else mask[:, None]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return y.transpose(1, 2)
+@dataclass(frozen=True)
+class GatedAttention(Attention):
+    """Softmax attention whose scores decay and turn with what lies between: q_t . Re(k_s prod_{s<r<=t} a_r) / sqrt(K).
+
+    decay: log a [H K], complex; as many heads of k and v as of q. Differences of running sums are taken for every pair
+    of tokens and every channel, so nothing overflows and memory is O(B T^2 H K).
+    """
+
+    decay: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        written = super().shapes(axes)
+        axes.same(self.q, self.k, self.decay)
+        return written
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        none = site.memory(batch, *site.of(self.q))
+        total = torch.complex(none, none)
+        since = total[:, None].expand(-1, max_len or 0, -1, -1).clone()
+        return super().init_state(site, batch, max_len) | {"since": since, "total": total}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        q, k, v, log_a = (flow[name] for name in (self.q, self.k, self.v, self.decay))
+        before = log_a.new_zeros(len(flow.position), *log_a.shape[2:]) if state is None else state["total"]
+        reached = log_a.cumsum(1)
+        if flow.cu_seqlens is None:
+            since = before[:, None] + reached
+            total = since[:, -1] if since.shape[1] else before
+        else:
+            reached = torch.cat([torch.zeros_like(before[:1]), reached[0]])
+            start, end = reached[flow.cu_seqlens[:-1]], reached[flow.cu_seqlens[1:]]
+            since = reached[None, 1:] + (before - start)[row_of(flow)]
+            total = before + end - start
+        tokens = {"k": k, "v": v, "since": since}
+        new = extend("GatedAttention", flow, state, **tokens)
+        if flow.cu_seqlens is not None:
+            (k, v, reach), mask = _packed(flow, state or empty(len(flow.position), **tokens), **tokens)
+        else:
+            k, v, reach, mask = new["k"], new["v"], new["since"], _visible(flow, new["k"].shape[1])
+        gap = since[:, :, None] - reach[:, None]  # [B T L H K]
+        kept = torch.where(mask[..., None, None], gap.real, -math.inf).exp() * gap.imag.cos()
+        scores = torch.einsum("bthk,blhk,btlhk->bthl", q.to(kept.dtype), k.to(kept.dtype), kept)
+        share = (scores / math.sqrt(q.shape[-1])).masked_fill(~mask[:, :, None], -math.inf).softmax(-1)
+        y = torch.einsum("bthl,blhv->bthv", share, v.to(kept.dtype)).to(v.dtype)
+        return flow.set(**{self.out: y}), new | {"total": total}
+
+    def formula(self) -> str:
+        seen = f"Re({self.k}_s prod_{{s<r<=t}} exp({self.decay}_r))"
+        return f"{self.out}_t = sum_{{s<=t}} softmax({self.q}_t . {seen} / sqrt(K)) {self.v}_s"
 
 
-def _append(seen: Tensor, k: Tensor, v: Tensor, state: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """The cache with the new tokens at their positions, and which slot each query may see [B T L]."""
-    T = k.shape[1]
-    room = state["k"].shape[1] + (T if state["grows"] else 0)
-    slots = seen[:, None] + torch.arange(T, device=seen.device)  # [B T]
-    if seen.device.type == "cpu" and not torch.compiler.is_compiling() and slots.numel() and int(slots.max()) >= room:
-        raise ValueError(f"Attention: init_state(max_len={room}) is too short for {int(slots.max()) + 1} tokens")
-    new: dict[str, Any] = {"grows": state["grows"]}
-    for name, tensor in (("k", k), ("v", v)):
-        cache = state[name].to(tensor.dtype)
-        cache = F.pad(cache, (0, 0, 0, 0, 0, room - cache.shape[1]))
-        index = slots[..., None, None].expand(-1, -1, *tensor.shape[2:])
-        new[name] = cache.scatter(1, index, tensor)
-    return new, torch.arange(room, device=seen.device) <= slots[..., None]
+def _visible(flow: Flow, room: int) -> Tensor:
+    """[B T L] which slot of the cache each query may see."""
+    return torch.arange(room, device=flow.position.device) <= flow.positions()[..., None]
 
 
-def _packed(flow: Flow, k: Tensor, v: Tensor, state: dict[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
-    """Packed documents: the cache after them, keys and values of caches and row in one, the mask [1 T n*L + T]."""
+def _packed(flow: Flow, state: dict[str, Any], **tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Packed documents: caches and row in one, each tensor [1 n*L + T *]; who may see what [1 T n*L + T]."""
     borders, seen = flow.cu_seqlens, flow.position
     assert borders is not None
-    T, n, L = k.shape[1], len(seen), state["k"].shape[1]
+    T, n, L = flow["x"].shape[1], len(seen), state[next(iter(tokens))].shape[1]
     document, token = document_of(borders, T), torch.arange(T, device=seen.device)
     slot = torch.arange(L, device=seen.device)
-    cached = (document[:, None, None] == torch.arange(n, device=seen.device)[:, None]) & (
-        slot < seen[:, None]
-    )  # [T n L]
+    mine = document[:, None, None] == torch.arange(n, device=seen.device)[:, None]
+    cached = mine & (slot < seen[:, None])  # [T n L]
     fresh = (document[:, None] == document) & (token[:, None] >= token)
-    mask = torch.cat([cached.flatten(1), fresh], dim=1)[None]
-    length = borders.diff()
-    room = L + int(length.max()) if state["grows"] and n else L
-    at = torch.arange(room, device=seen.device)
-    source = (borders[:-1, None] + at - seen[:, None]).clamp(0, max(T - 1, 0))  # [n room]
-    is_new = (at >= seen[:, None]) & (at < (seen + length)[:, None])
-    new: dict[str, Any] = {"grows": state["grows"]}
-    joined = []
-    for name, tensor in (("k", k), ("v", v)):
-        cache = state[name].to(tensor.dtype)
-        joined.append(torch.cat([cache.flatten(0, 1), tensor[0]])[None])
-        old = F.pad(cache, (0, 0, 0, 0, 0, room - L))
-        new[name] = torch.where(is_new[..., None, None], tensor[0][source], old) if T else old
-    return new, joined[0], joined[1], mask
+    joined = [torch.cat([state[name].to(t.dtype).flatten(0, 1), t[0]])[None] for name, t in tokens.items()]
+    return joined, torch.cat([cached.flatten(1), fresh], dim=1)[None]

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from recur.axes import RecipeError, Spec, spec
 from recur.primitives.gates import (
+    BOUND_LAWS,
     activation,
     complex_gate,
     lower_bounded_decay,
     lower_bounds,
     output_gate,
     polar_gate,
+    power_decay,
     sigmoid_decay,
+    signed_gate,
 )
+from recur.primitives.retention import chunkwise_scale, parallel_scale, retention_decay
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, ones
+from recur.shapes import accumulation_dtype
+from recur.weights import Param, by_index, constant, normal, spread_time_constants
 
 
 @dataclass(frozen=True)
@@ -42,48 +49,65 @@ class Decay(Part):
 
 @dataclass(frozen=True)
 class LowerBounds(Part):
-    """The least each layer keeps: bound_l = sum_{1<=j<=l} softmax(logits over layers)_j, rising with depth from 0.
+    """The least each layer keeps, rising with depth from 0: sums of softmax(logits over the layers).
 
     One table for the whole model; every layer takes its row.
+
+    Args:
+        law:   which shares layer l sums, "skip_first" (1 .. l) or "skip_last" (0 .. l - 1).
+        start: first value of the logits; any gives the same bounds, l / layers.
     """
 
     axes: str
+    law: str = "skip_first"
+    start: float = 1.0
     out: str = "bound"
     scope = "model"
+
+    def __post_init__(self) -> None:
+        if self.law not in BOUND_LAWS:
+            raise RecipeError(f"LowerBounds: law must be one of {', '.join(BOUND_LAWS)}, got {self.law!r}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.out: spec(self.axes)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        return {"logits": Param((site.depth, *site.size(self.axes)), ones, decay=False, float32=True)}
+        first = constant(self.start)
+        return {"logits": Param((site.depth, *site.size(self.axes)), first, decay=False, float32=True)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.out: lower_bounds(weights.logits)[flow.layer][None, None]}), None
+        return flow.set(**{self.out: lower_bounds(weights.logits, law=self.law)[flow.layer][None, None]}), None
 
     def formula(self) -> str:
-        return f"{self.out} = sum_{{1<=j<=layer}} softmax(logits)_j"
+        shares = "1<=j<=layer" if self.law == "skip_first" else "0<=j<layer"
+        return f"{self.out} = sum_{{{shares}}} softmax(logits)_j"
 
 
 @dataclass(frozen=True)
 class BoundedDecay(Part):
-    """A forget gate above its bound, and what it lets in: a = g + (1 - g) sigmoid(z); log_a and keep = 1 - a."""
+    """A forget gate above its bound, and what it lets in: a = g + (1 - g) sigmoid(z); log_a and keep = 1 - a.
+
+    bound None is a bound of 0.
+    """
 
     source: str = "z"
-    bound: str = "bound"
+    bound: str | None = "bound"
     out: str = "log_a"
     keep: str = "k"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        found = axes.same(self.source, self.bound)
+        found = axes.same(self.source, self.bound or self.source)
         return {self.out: found, self.keep: found}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        log_a, keep = lower_bounded_decay(flow[self.source], flow[self.bound])
-        return flow.set(**{self.out: log_a, self.keep: keep.to(flow[self.source].dtype)}), None
+        z = flow[self.source]
+        log_a, keep = lower_bounded_decay(z, z.new_zeros(()) if self.bound is None else flow[self.bound])
+        return flow.set(**{self.out: log_a, self.keep: keep.to(z.dtype)}), None
 
     def formula(self) -> str:
         g, z = self.bound, self.source
-        return f"a = {g} + (1 - {g}) sigmoid({z}), {self.out} = log a, {self.keep} = 1 - a"
+        floor = f"{g} + (1 - {g}) " if g else ""
+        return f"a = {floor}sigmoid({z}), {self.out} = log a, {self.keep} = 1 - a"
 
 
 @dataclass(frozen=True)
@@ -107,8 +131,7 @@ class FixedDecay(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         position = flow.positions()
-        head = torch.arange(weights.heads, device=position.device, dtype=torch.float64)
-        log_a = torch.log1p(-(2.0 ** (-5 - head)))  # [H]
+        log_a = retention_decay(weights.heads, position.device)
         grown = torch.expm1(log_a * (position[..., None] + 1)) / torch.expm1(log_a)  # [B T H]
         wide = torch.float64 if flow["x"].dtype == torch.float64 else torch.float32
         return flow.set(**{self.out: log_a.to(wide)[None, None], self.eps_out: (self.eps * grown).to(wide)}), None
@@ -117,11 +140,66 @@ class FixedDecay(Part):
         return f"{self.out} = log(1 - 2^(-5-h)), {self.eps_out} = {self.eps:g} sum_{{s<=t}} a^(t-s)"
 
 
+GATES = {  # law -> the primitive, its formula
+    "polar": (polar_gate, "sigmoid(|c|) c/|c|"),
+    "amplitude_phase": (complex_gate, "sigmoid(c_0) exp(i c_1)"),
+    "signed": (signed_gate, "sigmoid(|c_0|) sign(c_0)"),
+}
+
+
+@dataclass(frozen=True)
+class RetentionScale(Part):
+    """What RetNet's parallel or, with `chunk`, chunkwise form divides y by before its head norm, as that norm's eps.
+
+    Dividing by n before a norm of eps is that norm with eps n^2; no gradient flows through n. It needs all scores, so
+    it does not stream, although no token sees a later one.
+
+    Args: chunk: tokens in a chunk; eps: of the norm; q, k [H K], v [H V], decay [H] constant in time.
+    """
+
+    chunk: int | None = None
+    eps: float = 1e-6
+    q: str = "q"
+    k: str = "k"
+    v: str = "v"
+    decay: str = "log_a"
+    out: str = "eps"
+
+    @property
+    def honest(self) -> bool:
+        return False
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        H, _ = axes.same(self.q, self.k)
+        return {self.out: (H,)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        log_a = flow[self.decay][0, 0]
+        q, k, v = (flow[name].to(log_a.dtype) for name in (self.q, self.k, self.v))
+        if self.chunk is None:
+            scale = parallel_scale(q, k, log_a, cu_seqlens=flow.cu_seqlens)
+        else:
+            T = q.shape[1]
+            borders = pairwise([0, T] if flow.cu_seqlens is None else flow.cu_seqlens.tolist())
+            pieces = ((x[:, slice(*border)] for x in (q, k, v)) for border in borders)
+            scale = torch.cat([chunkwise_scale(q, k, v, log_a, chunk=self.chunk) for q, k, v in pieces], 1)
+        return flow.set(**{self.out: self.eps * scale**2}), None
+
+    def formula(self) -> str:
+        form = "all scores" if self.chunk is None else f"the scores of chunks of {self.chunk}"
+        return f"{self.out} = {self.eps:g} n^2, n from {form}"
+
+
 @dataclass(frozen=True)
 class ComplexGate(Part):
-    """Complex log decay from pairs c [... 2].
+    """Complex log decay from pairs c [... 2] or [2 ...].
 
-    law: "polar", a = sigmoid(|c|) c/|c|, or "amplitude_phase", a = sigmoid(c_0) e^{i c_1}.
+    law: "polar", a = sigmoid(|c|) c/|c|; "amplitude_phase", a = sigmoid(c_0) e^{i c_1}; or "signed", the polar law of
+        the real part alone, a = sigmoid(|c_0|) sign(c_0).
     """
 
     source: str = "c"
@@ -129,25 +207,158 @@ class ComplexGate(Part):
     out: str = "log_a"
 
     def __post_init__(self) -> None:
-        if self.law not in ("polar", "amplitude_phase"):
-            raise RecipeError(f'ComplexGate: law must be "polar" or "amplitude_phase", got {self.law!r}')
+        if self.law not in GATES:
+            raise RecipeError(f"ComplexGate: law must be one of {', '.join(GATES)}, got {self.law!r}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         found = axes[self.source]
-        if not found or found[-1] != "2":
+        if "2" not in found[:1] + found[-1:]:
+            raise RecipeError(
+                f"{axes.reader} reads pairs: {self.source} must begin or end with an axis of 2, got [{' '.join(found)}]"
+            )
+        return {self.out: found[:-1] if found[-1] == "2" else found[1:]}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"pairs": -1 if site.axes[self.source][-1] == "2" else 2}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.out: GATES[self.law][0](*flow[self.source].unbind(weights.pairs))}), None
+
+    def formula(self) -> str:
+        return f"c = {self.source}, a = {GATES[self.law][1]}, {self.out} = log a"
+
+
+@dataclass(frozen=True)
+class Smoothing(Part):
+    """Dampened exponential smoothing, constant per head: log_a = log((1 - alpha) damp), b = alpha u; u [V].
+
+    Heads are equal stretches of channels; alpha and damp are sigmoids of what is learned.
+    """
+
+    source: str
+    heads: str = "H"
+    to: str = "b"
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found = axes.rank(self.source, 1)
+        return {self.to: found, self.out: found}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        share = Param(site.size(self.heads), normal(), decay=False, float32=True)
+        return {"alpha": share, "damp": share}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        (H,), (V,) = site.size(self.heads), site.of(self.source)
+        if V % H:
+            raise RecipeError(f"Smoothing: heads must divide the channels of {self.source}, got H={H} and V={V}")
+        return {"width": V // H}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        alpha, damp = (raw.repeat_interleave(weights.width) for raw in (weights.alpha, weights.damp))
+        u, log_a = flow[self.source], F.logsigmoid(-alpha) + F.logsigmoid(damp)
+        return flow.set(**{self.to: (alpha.sigmoid() * u).to(u.dtype), self.out: log_a[None, None]}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = log((1 - alpha) damp), {self.to} = alpha {self.source}"
+
+
+@dataclass(frozen=True)
+class Phase(Part):
+    """Turn a decay by a learned angle per channel, the same at every token: log_a = log_f + i theta.
+
+    theta starts as base^(-2j/n) over the n channels.
+    """
+
+    source: str = "log_f"
+    base: float = 10000.0
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.rank(self.source, 1)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        (n,) = site.of(self.source)
+        angles = self.base ** (-2 / n * torch.arange(n, dtype=torch.float64))
+        return {"theta": Param((n,), lambda weight: weight.copy_(angles), decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        log_f = flow[self.source]
+        return flow.set(**{self.out: torch.complex(log_f, weights.theta.to(log_f.dtype).expand_as(log_f))}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = {self.source} + i theta"
+
+
+@dataclass(frozen=True)
+class Complex(Part):
+    """Pairs [... 2] as complex numbers [...], in float32 or wider."""
+
+    source: str
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found = axes[self.source]
+        if found[-1:] != ("2",):
             raise RecipeError(
                 f"{axes.reader} reads pairs: {self.source} must end in an axis of 2, got [{' '.join(found)}]"
             )
-        return {self.out: found[:-1]}
+        return {self.source: found[:-1]}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        law = polar_gate if self.law == "polar" else complex_gate
-        return flow.set(**{self.out: law(*flow[self.source].unbind(-1))}), None
+        c = flow[self.source]
+        return flow.set(**{self.source: torch.complex(*c.to(accumulation_dtype(c)).unbind(-1))}), None
 
     def formula(self) -> str:
-        c = self.source
-        a = f"sigmoid(|{c}|) {c}/|{c}|" if self.law == "polar" else f"sigmoid({c}_0) exp(i {c}_1)"
-        return f"a = {a}, {self.out} = log a"
+        return f"{self.source} <- {self.source}_0 + i {self.source}_1"
+
+
+@dataclass(frozen=True)
+class RealImag(Part):
+    """Complex numbers [*] as their real parts above their imaginary parts [2 *], in the dtype of x."""
+
+    source: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.source: ("2", *axes[self.source])}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        y = flow[self.source]
+        return flow.set(**{self.source: torch.stack([y.real, y.imag], 2).to(flow["x"].dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.source} <- [Re {self.source}, Im {self.source}]"
+
+
+@dataclass(frozen=True)
+class PowerDecay(Part):
+    """A power of a learned constant: log_a = -power softplus(Lambda) sigmoid(r), and keep = sqrt(1 - a^2).
+
+    Lambda starts so that the gate, fully open, is uniform between `low` and `high`.
+    """
+
+    source: str = "r"
+    power: float = 8.0
+    low: float = 0.9
+    high: float = 0.999
+    out: str = "log_a"
+    keep: str = "k"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes[self.source], self.keep: axes[self.source]}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        def spread(weight: torch.Tensor) -> None:
+            weight.copy_(torch.expm1(-weight.uniform_(self.low, self.high).log() / self.power).log())
+
+        return {"Lambda": Param(site.of(self.source), spread, decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        r = flow[self.source]
+        log_a, keep = power_decay(r, F.softplus(weights.Lambda), power=self.power)
+        return flow.set(**{self.out: log_a, self.keep: keep.to(r.dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = -{self.power:g} softplus(Lambda) sigmoid({self.source}), {self.keep} = sqrt(1 - a^2)"
 
 
 @dataclass(frozen=True)
@@ -170,3 +381,66 @@ class OutputGate(Part):
     def formula(self) -> str:
         gate = self.gate if self.act == "identity" else f"{self.act}({self.gate})"
         return f"{self.out} <- {self.out} * {gate}"
+
+
+@dataclass(frozen=True)
+class StepDecay(Part):
+    """A positive step of each token and the decay it brings: delta = softplus(dt + b), log_a = -exp(A) delta.
+
+    dt, b [H] or [H K]; A [H].
+
+    Args: limit: the least and the greatest delta; rates: exp(A) starts uniform between these. softplus(b) starts
+        spread over 0.001 to 0.1.
+    """
+
+    source: str = "dt"
+    limit: tuple[float, float] | None = None
+    rates: tuple[float, float] = (1.0, 16.0)
+    step: str = "delta"
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found = axes.rank(self.source, 1, 2)
+        return {self.step: found, self.out: found}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        shape = site.of(self.source)
+        return {
+            "A_log": Param(shape[:1], lambda weight: weight.uniform_(*self.rates).log_(), decay=False, float32=True),
+            "dt_bias": Param(shape, spread_time_constants, decay=False, float32=True),
+        }
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        delta = F.softplus(flow[self.source] + weights.dt_bias)
+        delta = delta if self.limit is None else delta.clamp(*self.limit)
+        rate = weights.A_log.exp().unflatten(0, (-1,) + (1,) * (weights.dt_bias.ndim - 1))
+        return flow.set(**{self.step: delta, self.out: -rate * delta}), None
+
+    def formula(self) -> str:
+        step = f"softplus({self.source} + b)"
+        step = step if self.limit is None else f"clamp({step}, {self.limit[0]:g}, {self.limit[1]:g})"
+        return f"{self.step} = {step}, {self.out} = -exp(A) {self.step}"
+
+
+@dataclass(frozen=True)
+class Learned(Part):
+    """A learned tensor that is the same at every token: out [*].
+
+    init: its first values, an expression over the index i along the last axis, the axes, `layer` and `depth`.
+    """
+
+    out: str
+    axes: str
+    init: str = "0"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: spec(self.axes)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"value": Param(site.size(self.axes), by_index(self.init, site), decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.out: weights.value[None, None]}), None
+
+    def formula(self) -> str:
+        return f"{self.out} learned, at first {self.init}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur.axes import Spec, spec
+from recur.blocks.cache import extend, row_of
 from recur.primitives.conv import causal_conv, token_shift
+from recur.primitives.fixed import tap_conv
 from recur.primitives.gates import activation, scale_gradient
 from recur.primitives.norms import KINDS, normalise
-from recur.recipe import Axes, Chain, Flow, Part, RecipeError, Site, State
-from recur.weights import Init, Param, constant, matrix_init, normal, ones, uniform, zeros
+from recur.recipe import Axes, Chain, Flow, Part, Recipe, RecipeError, Site, State
+from recur.weights import Init, Param, Weights, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,20 @@ class LowRank:
     init: str = "linear"
 
 
+class Projection(Weights):
+    """The matrices of a Project: x [B T F] to all its outputs. It is called, as adapters of weights (LoRA) want it."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        pieces = F.linear(x, self.weight, getattr(self, "bias", None)).split(self.splits, dim=-1)
+        made = {}
+        for (name, out), piece, shape in zip(self.outs, pieces, self.shapes, strict=True):
+            if isinstance(out, LowRank):
+                bias = getattr(self, f"{name}_bias", None)
+                piece = F.linear(activation(out.act)(piece), getattr(self, f"{name}_up"), bias)
+            made[name] = piece.unflatten(-1, shape)
+        return made
+
+
 @dataclass(frozen=True, init=False)
 class Project(Part):
     """Linear maps of one tensor, in one matrix product: u = W_u x (+ b_u), z = W_z x (+ b_z), ...
@@ -38,7 +55,7 @@ class Project(Part):
     channels h K .. h K + K - 1). Rows of the weight lie in the order written here.
 
     Args:
-        source: the tensor read; all its axes are flattened.
+        source: the tensor read, all its axes flattened; several names are joined.
         bias:   whether all outputs have one.
         init:   law of the weight (recur.weights.matrix_init).
     """
@@ -67,21 +84,22 @@ class Project(Part):
         return [out.rank if isinstance(out, LowRank) else out for _, out in self.outs]
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        axes[self.source]
+        for name in self.source.split():
+            axes[name]
         return {name: spec(out.axes if isinstance(out, LowRank) else out) for name, out in self.outs}
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        fan_in = _product(site.of(self.source))
+        fan_in = sum(_product(site.of(name)) for name in self.source.split())
         rows = [_product(site.size(first)) for first in self._first()]
         made = {"weight": Param((sum(rows), fan_in), self._fill(rows, fan_in, site.depth))}
         if self.bias:
-            made["bias"] = Param((sum(rows),), uniform(fan_in**-0.5) if self.init != "normal" else zeros, decay=False)
+            made["bias"] = Param((sum(rows),), bias_init(self.init, fan_in), decay=False)
         for (name, out), rank in zip(self.outs, rows, strict=True):
             if isinstance(out, LowRank):
                 width = _product(site.size(out.axes))
                 made[f"{name}_up"] = Param((width, rank), matrix_init(out.init, rank, width, site.depth))
                 if out.bias:
-                    made[f"{name}_bias"] = Param((width,), zeros, decay=False)
+                    made[f"{name}_bias"] = Param((width,), bias_init(out.init, rank), decay=False)
         return made
 
     def _fill(self, rows: list[int], fan_in: int, depth: int) -> Init:
@@ -94,36 +112,33 @@ class Project(Part):
 
         return fill
 
-    def facts(self, site: Site) -> Mapping[str, Any]:
-        return {
+    def build(self, site: Site) -> Projection:
+        sizes = {
             "splits": [_product(site.size(first)) for first in self._first()],
             "shapes": [site.size(out.axes if isinstance(out, LowRank) else out) for _, out in self.outs],
         }
+        return Projection(self.params(site), {"outs": self.outs, **sizes})
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        x = flow[self.source].flatten(2)
-        pieces = F.linear(x, weights.weight, weights.bias if self.bias else None).split(weights.splits, dim=-1)
-        made = {}
-        for (name, out), piece, shape in zip(self.outs, pieces, weights.shapes, strict=True):
-            if isinstance(out, LowRank):
-                bias = getattr(weights, f"{name}_bias") if out.bias else None
-                piece = F.linear(activation(out.act)(piece), getattr(weights, f"{name}_up"), bias)
-            made[name] = piece.unflatten(-1, shape)
-        return flow.set(**made), None
+        return flow.set(**weights(torch.cat([flow[name].flatten(2) for name in self.source.split()], -1))), None
 
     def formula(self) -> str:
-        bias = " + b" if self.bias else ""
+        bias, names = " + b" if self.bias else "", self.source.split()
+        x = f"[{', '.join(names)}]" if len(names) > 1 else self.source
         return ", ".join(
-            f"{name} = W2 {'' if out.act == 'identity' else out.act + ' '}W1 {self.source}{' + b' if out.bias else ''}"
+            f"{name} = W2 {'' if out.act == 'identity' else out.act + ' '}W1 {x}{' + b' if out.bias else ''}"
             if isinstance(out, LowRank)
-            else f"{name} = W {self.source}{bias}"
+            else f"{name} = W {x}{bias}"
             for name, out in self.outs
         )
 
 
 @dataclass(frozen=True)
 class ShortConv(Part):
-    """Depthwise causal convolution over the last `width` tokens, then an activation: u <- act(conv(u))."""
+    """Depthwise causal convolution over the last `width` tokens, then an activation: u <- act(conv(u)).
+
+    Several tensors, ShortConv("u B C"), share one convolution over all their channels.
+    """
 
     source: str
     width: int = 4
@@ -131,38 +146,127 @@ class ShortConv(Part):
     act: str = "silu"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return {self.source: axes[self.source]}
+        return {name: axes[name] for name in self.source.split()}
+
+    def _widths(self, site: Site) -> list[int]:
+        return [_product(site.of(name)) for name in self.source.split()]
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        channels, law = _product(site.of(self.source)), uniform(self.width**-0.5)
+        channels, law = sum(self._widths(site)), uniform(self.width**-0.5)
         made = {"weight": Param((channels, self.width), law)}
         return made | ({"bias": Param((channels,), law, decay=False)} if self.bias else {})
 
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"widths": self._widths(site)}
+
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        return site.zeros(batch, self.width - 1, _product(site.of(self.source)))
+        return site.zeros(batch, self.width - 1, sum(self._widths(site)))
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        x, bias = flow[self.source], weights.bias if self.bias else None
-        y, state = causal_conv(x.flatten(2), weights.weight, bias, initial_state=state, cu_seqlens=flow.cu_seqlens)
-        return flow.set(**{self.source: activation(self.act)(y).view_as(x)}), state
+        names, bias = self.source.split(), weights.bias if self.bias else None
+        x = torch.cat([flow[name].flatten(2) for name in names], -1)
+        y, state = causal_conv(x, weights.weight, bias, initial_state=state, cu_seqlens=flow.cu_seqlens)
+        pieces = activation(self.act)(y).split(weights.widths, -1)
+        return flow.set(**{name: y.view_as(flow[name]) for name, y in zip(names, pieces, strict=True)}), state
 
     def formula(self) -> str:
-        u, bias = self.source, " + b" if self.bias else ""
-        return f"{u} <- {self.act}(sum_w c_w {u}_{{t-w}}{bias}), w < {self.width}"
+        bias = " + b" if self.bias else ""
+        mixed = (f"{u} <- {self.act}(sum_w c_w {u}_{{t-w}}{bias})" for u in self.source.split())
+        return f"{', '.join(mixed)}, w < {self.width}"
+
+
+@dataclass(frozen=True)
+class PositionTaps(Part):
+    """Taps learned for every position, in the place of taps that tokens bring: tap_t = table[length - 1 - t]."""
+
+    axes: str
+    length: int
+    out: str = "tap"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: spec(self.axes)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"table": Param((self.length, *site.size(self.axes)), normal())}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        at = flow.positions()
+        if (
+            at.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and at.numel()
+            and int(at.max()) >= self.length
+        ):
+            raise ValueError(f"PositionTaps: length={self.length} is too short for {int(at.max()) + 1} tokens")
+        return flow.set(**{self.out: weights.table[self.length - 1 - at].to(flow["x"].dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.out}_t = table[{self.length} - 1 - t]"
+
+
+@dataclass(frozen=True)
+class TapConv(Part):
+    """Causal convolution whose taps the tokens bring: y_t = sum_{s<=t} tap_s u_{t-s}; u [V], tap [H].
+
+    The weight of lag s is read from token s, so nothing of fixed size remembers the past: the state is a cache of u
+    and taps, and a step costs as much as a text is long. Heads are equal stretches of channels.
+    """
+
+    source: str
+    tap: str = "tap"
+    out: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        axes.rank(self.tap, 1)
+        return {self.out: axes.rank(self.source, 1)}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        (V,), (H,) = site.of(self.source), site.of(self.tap)
+        if V % H:
+            raise RecipeError(f"TapConv: taps must divide the channels of {self.source}, got H={H} and V={V}")
+        return {"width": V // H}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        room = (batch, max_len or 0)
+        u, tap = site.zeros(*room, *site.of(self.source)), site.zeros(*room, *site.of(self.tap))
+        return {"u": u, "tap": tap, "grows": max_len is None}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        new = extend("TapConv", flow, state, u=flow[self.source], tap=flow[self.tap])
+        y = tap_conv(new["u"], new["tap"].repeat_interleave(weights.width, -1))
+        return flow.set(**{self.out: y[row_of(flow), flow.positions()]}), new
+
+    def formula(self) -> str:
+        return f"{self.out}_t = sum_{{s<=t}} {self.tap}_s {self.source}_{{t-s}}"
 
 
 @dataclass(frozen=True)
 class TokenShift(Part):
-    """Mix every token with the one before it, a share per channel: to = x_t + mu (x_{t-1} - x_t)."""
+    """Mix every token with the one before it, a share per channel: to = x_t + mu (x_{t-1} - x_t).
+
+    Args:
+        to:   what is written; several names have a mu each.
+        init: first values of mu, one expression a name (see `Learned`), or one for all.
+    """
 
     source: str
     to: str
+    init: tuple[str, ...] = ("0.5",)
+
+    def __post_init__(self) -> None:
+        if len(self.init) not in (1, len(self.to.split())):
+            raise RecipeError(
+                f"TokenShift: init must have one expression, or one for each of {self.to}, got {len(self.init)}"
+            )
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return {self.to: axes.rank(self.source, 1)}
+        return dict.fromkeys(self.to.split(), axes.rank(self.source, 1))
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        return {"mu": Param(site.of(self.source), constant(0.5), decay=False)}
+        names = self.to.split()
+        laws = self.init * len(names) if len(self.init) == 1 else self.init
+        laws_of = {name: by_index(law, site) for name, law in zip(names, laws, strict=True)}
+        return {f"mu_{name}": Param(site.of(self.source), law, decay=False) for name, law in laws_of.items()}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
         return site.zeros(batch, 1, *site.of(self.source))
@@ -170,10 +274,13 @@ class TokenShift(Part):
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         x = flow[self.source]
         before, state = token_shift(x, initial_state=state, cu_seqlens=flow.cu_seqlens)
-        return flow.set(**{self.to: torch.lerp(x, before, weights.mu.to(x.dtype))}), state
+        shares = {name: getattr(weights, f"mu_{name}").to(x.dtype) for name in self.to.split()}
+        return flow.set(**{name: torch.lerp(x, before, mu) for name, mu in shares.items()}), state
 
     def formula(self) -> str:
-        return f"{self.to} = {self.source}_t + mu ({self.source}_{{t-1}} - {self.source}_t)"
+        return ", ".join(
+            f"{to} = {self.source}_t + mu ({self.source}_{{t-1}} - {self.source}_t)" for to in self.to.split()
+        )
 
 
 @dataclass(frozen=True)
@@ -186,6 +293,7 @@ class Norm(Part):
         over:   the trailing axes normalised together, such as "V" for each head alone; all of them when omitted.
         eps:    a number, or the name of a tensor [B T H] that holds one value a head.
         affine: "full" (a weight, and a bias if kind is "layer"), "weight", or "none".
+        groups: how many equal stretches of these entries are normalised, each by itself.
     """
 
     source: str
@@ -193,6 +301,7 @@ class Norm(Part):
     over: str | None = None
     eps: float | str = 1e-5
     affine: str = "full"
+    groups: str | int = 1
     to: str | None = None
 
     def __post_init__(self) -> None:
@@ -225,16 +334,20 @@ class Norm(Part):
         return weight | bias
 
     def facts(self, site: Site) -> Mapping[str, Any]:
-        return {"rank": len(self._axes(site.axes))}
+        over, groups = self._axes(site.axes), int(site.number(self.groups))
+        if groups < 1 or _product(site.size(over)) % groups:
+            raise RecipeError(f"Norm: groups must divide the {_product(site.size(over))} entries, got {groups}")
+        return {"rank": len(over), "groups": groups}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         eps = flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
         scale, shift = getattr(weights, "weight", None), getattr(weights, "bias", None)
-        y = normalise(flow[self.source], self.kind, axes=weights.rank, eps=eps, weight=scale, bias=shift)
+        options: dict[str, Any] = {"axes": weights.rank, "groups": weights.groups, "eps": eps}
+        y = normalise(flow[self.source], self.kind, weight=scale, bias=shift, **options)
         return flow.set(**{self.to or self.source: y}), None
 
     def formula(self) -> str:
-        over = f" over {self.over}" if self.over else ""
+        over = (f" over {self.over}" if self.over else "") + (f" in {self.groups} groups" if self.groups != 1 else "")
         return (
             f"{self.to or self.source} {'=' if self.to else '<-'} {self.kind} norm({self.source}){over}, eps {self.eps}"
         )
@@ -281,11 +394,36 @@ class Scale(Part):
 
 
 @dataclass(frozen=True)
+class Weigh(Part):
+    """Multiply a tensor by another one of its first axes: Weigh("u", by="delta", to="v"), u [H P], delta [H]."""
+
+    source: str
+    by: str
+    to: str | None = None
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        _leading(axes, self.source, axes[self.by])
+        return {self.to or self.source: axes[self.source]}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        u, by = flow[self.source], flow[self.by]
+        weighed = u * by[(...,) + (None,) * (u.ndim - by.ndim)]
+        return flow.set(**{self.to or self.source: weighed.to(u.dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.to or self.source} {'=' if self.to else '<-'} {self.by} {self.source}"
+
+
+@dataclass(frozen=True)
 class ScaleGrad(Part):
     """The same value with a fraction of its gradient."""
 
     source: str
     fraction: float
+
+    @property
+    def honest(self) -> bool:
+        return self.fraction == 1
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.source: axes[self.source]}
@@ -299,22 +437,30 @@ class ScaleGrad(Part):
 
 @dataclass(frozen=True)
 class Skip(Part):
-    """Pass a tensor around the scan, a learned share per channel: y <- y + D * u.  D starts as N(mean, std^2)."""
+    """Pass a tensor around the scan, a learned share per channel: y <- y + D * u.  D starts as N(mean, std^2).
+
+    over: the axes of D, the first ones of u; all of them when omitted.
+    """
 
     source: str
     out: str = "y"
     mean: float = 1.0
     std: float = 0.0
+    over: str | None = None
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        if self.over is not None:
+            _leading(axes, self.source, spec(self.over))
         return {self.out: axes.same(self.out, self.source)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        return {"D": Param(site.of(self.source), normal(self.std, self.mean), decay=False, float32=True)}
+        shape = site.of(self.source) if self.over is None else site.size(self.over)
+        return {"D": Param(shape, normal(self.std, self.mean), decay=False, float32=True)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        y = flow[self.out]
-        return flow.set(**{self.out: (y + weights.D * flow[self.source]).to(y.dtype)}), None
+        y, u = flow[self.out], flow[self.source]
+        D = weights.D[(...,) + (None,) * (u.ndim - 2 - weights.D.ndim)]
+        return flow.set(**{self.out: (y + D * u).to(y.dtype)}), None
 
     def formula(self) -> str:
         return f"{self.out} <- {self.out} + D * {self.source}"
@@ -352,6 +498,56 @@ class Sum(Part):
 
     def formula(self) -> str:
         return f"{self.out} = {' + '.join(self.names.split())}"
+
+
+@dataclass(frozen=True)
+class Reshape(Part):
+    """The same channels under other axes, as many: Reshape("y", "D") puts heads side by side."""
+
+    source: str
+    axes: str
+    to: str | None = None
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        axes[self.source]
+        return {self.to or self.source: spec(self.axes)}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        old, new = site.of(self.source), site.size(self.axes)
+        if _product(old) != _product(new):
+            raise RecipeError(f"Reshape: {self.source} {list(old)} must have as many channels as {list(new)}")
+        return {"shape": new}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.to or self.source: flow[self.source].flatten(2).unflatten(-1, weights.shape)}), None
+
+    def formula(self) -> str:
+        return f"{self.to or self.source} = {self.source} as [{self.axes}]"
+
+
+@dataclass(frozen=True)
+class Unbind(Part):
+    """Take a tensor apart along the axis that has one entry a name: Unbind("qkv", "q k v"), qkv [H 3 K], q [H K]."""
+
+    source: str
+    names: str
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        found, count = axes[self.source], str(len(self.names.split()))
+        if count not in found:
+            raise RecipeError(f"{axes.reader} needs an axis of {count} in {self.source}, got [{' '.join(found)}]")
+        at = found.index(count)
+        return dict.fromkeys(self.names.split(), found[:at] + found[at + 1 :])
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"axis": 2 + site.axes[self.source].index(str(len(self.names.split())))}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        pieces = flow[self.source].unbind(weights.axis)
+        return flow.set(**dict(zip(self.names.split(), pieces, strict=True))), None
+
+    def formula(self) -> str:
+        return f"{', '.join(self.names.split())} = {self.source}"
 
 
 @dataclass(frozen=True)
@@ -409,6 +605,112 @@ class Reverse(Part):
 
     def formula(self) -> str:
         return "right to left: " + "; ".join(part.formula() for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Along(Part):
+    """Run parts along one axis of a grid, every line of it as a sequence of its own.
+
+    The tokens are the cells of the grid that the call names, grid=(rows, columns), row by row. Axis 0 runs down the
+    columns, axis 1 along the rows. Inside, "x" is the tensor `reads`. States are [B lines ...]. Grids cannot be packed.
+    """
+
+    axis: int
+    parts: tuple[Part, ...] = ()
+    reads: str = "x"
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    @property
+    def body(self) -> Chain:
+        return Chain(tuple(self.parts))
+
+    def _inner(self, axes: Axes) -> Axes:
+        return dataclasses.replace(axes, written={**axes.written, "x": axes[self.reads]})
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return self.body.shapes(self._inner(axes))
+
+    def build(self, site: Site) -> Any:
+        return self.body.build(dataclasses.replace(site, axes=self._inner(site.axes)))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        (B, T), grid, axis = flow["x"].shape[:2], flow.grid, self.axis + 1
+        if flow.cu_seqlens is not None:
+            raise NotImplementedError("Along: a grid cannot be packed; give images as rows of a batch")
+        if grid is None or not 0 <= self.axis < len(grid) or math.prod(grid) != T:
+            raise ValueError(f"Along: grid must have an axis {self.axis} and T={T} cells, got {grid}")
+        n, others = len(grid), (*grid[: self.axis], *grid[axis:])
+
+        def laid(tensor: Tensor) -> Tensor:
+            if tensor.shape[1] != T:  # the same for all tokens
+                return tensor if len(tensor) == 1 else tensor.repeat_interleave(math.prod(others), 0)
+            cells = tensor.expand(B, *tensor.shape[1:]).unflatten(1, grid)
+            return cells.movedim(axis, n).flatten(0, n - 1)
+
+        def back(tensor: Tensor) -> Tensor:
+            if tuple(tensor.shape[:2]) != (len(position), grid[self.axis]):
+                return tensor
+            return tensor.unflatten(0, (B, *others)).movedim(n, axis).flatten(1, n)
+
+        lines = {name: laid(tensor) for name, tensor in {**flow.tensors, "x": flow[self.reads]}.items()}
+        position = flow.position.new_zeros(B * math.prod(others))
+        inner = dataclasses.replace(flow, tensors=lines, position=position, grid=None)
+        inner, state = self.body(inner, weights, None)
+        made = {name: back(tensor) for name, tensor in inner.tensors.items() if tensor is not lines.get(name)}
+        states = torch.utils._pytree.tree_map(lambda leaf: leaf.unflatten(0, (B, math.prod(others))), state)
+        return flow.set(**made), states
+
+    def formula(self) -> str:
+        return f"along axis {self.axis}: " + "; ".join(part.formula() for part in self.parts)
+
+
+# ---------------------------------------------------------------------- which way scans read: parts made of a scan,
+# and of another one for the way back if that differs
+
+
+def one_way(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Left to right."""
+    return (scan,)
+
+
+def both_ways(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Left to right and right to left, added: each token counts itself twice."""
+    return (*_there_and_back(scan, back, "ahead", "behind"), Sum("ahead behind", out=scan.out))
+
+
+def in_grid(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Down, up, right and left in a grid, added."""
+    down, across = _there_and_back(scan, back, "down", "up"), _there_and_back(scan, back, "right", "left")
+    return Along(0, down), Along(1, across), Sum("down up right left", out=scan.out)
+
+
+def down_and_right(scan: Any, back: Any = None) -> tuple[Part, ...]:
+    """Down and right in a grid, added: a cell sees what is straight above it and what is left of it."""
+    down, right = (dataclasses.replace(scan, out=name) for name in ("down", "right"))
+    return Along(0, (down,)), Along(1, (right,)), Sum("down right", out=scan.out)
+
+
+def in_series(recipe: Recipe) -> Recipe:
+    """The recipe along the columns of a grid and then, with the same weights, along the rows of what that gave."""
+    shared = tuple(part for part in recipe.parts if part.scope == "model")
+    body = tuple(part for part in recipe.parts if part.scope == "layer")
+    lines = Along(0, body, name="body"), Along(1, body, reads="y", name="body")
+    return Recipe(*shared, *lines, axes=recipe.axes, inputs=recipe.inputs, source=recipe.source, out=recipe.out)
+
+
+def _there_and_back(scan: Any, back: Any, there: str, home: str) -> tuple[Part, Part]:
+    return dataclasses.replace(scan, out=there), Reverse((dataclasses.replace(back or scan, out=home),))
+
+
+def _leading(axes: Axes, name: str, first: Spec) -> None:
+    """Raise RecipeError unless these are the first axes of a tensor."""
+    if axes[name][: len(first)] != first:
+        raise RecipeError(
+            f"{axes.reader} needs {name} with first axes [{' '.join(first)}], got [{' '.join(axes[name])}]"
+        )
 
 
 def _product(sizes: tuple[int, ...]) -> int:

@@ -6,12 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from recur.axes import Spec
+import torch
+from torch import Tensor, nn
+
+from recur.axes import RecipeError, Spec
+from recur.blocks.scans import SelectiveScan, StateScan, scan_options
+from recur.primitives.diagonal import gated_scan
 from recur.primitives.gates import activation
 from recur.primitives.hidden import dense_fusion
 from recur.primitives.norms import normalise
 from recur.recipe import Axes, Flow, Part, Site, State
+from recur.shapes import accumulation_dtype
 from recur.weights import Param, ones
+
+
+def at_least_one(part: str, layers: int) -> None:
+    """Raise RecipeError unless a part looks at one layer or more."""
+    if layers < 1:
+        raise RecipeError(f"{part}: layers must be at least 1, got {layers}")
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,9 @@ class DenseFusion(Part):
     layers: int = 1
     act: str = "silu"
     eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        at_least_one("DenseFusion", self.layers)
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.source: axes.same(self.source, self.gate)}
@@ -46,3 +61,99 @@ class DenseFusion(Part):
     def formula(self) -> str:
         x = self.source
         return f"{x} <- rms({x} + {self.act}({self.gate}) * sum_{{i<={self.layers}}} {x} of layer l-i)"
+
+
+@dataclass(frozen=True)
+class DenseRead(Part):
+    """A scan, and what this layer's query reads in the states of the `layers` layers below, let in by a gate.
+
+    y = S_t^T q + act(gate) * sum_{i <= layers} (S_t of layer l-i)^T q: fused states that are read and not carried on. A
+    shallower state is never stored but scanned again, one scan a layer, from what that layer has written.
+
+    Args: scan: an OuterScan, DeltaScan, OnlineScan or SelectiveScan; gate: of the axes of y.
+    """
+
+    scan: StateScan
+    gate: str
+    layers: int = 2
+    act: str = "silu"
+
+    def __post_init__(self) -> None:
+        at_least_one("DenseRead", self.layers)
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        ((out, found),) = self.scan.shapes(axes).items()
+        Axes({**axes.written, out: found}, axes.reader).same(out, self.gate)
+        return {out: found}
+
+    def build(self, site: Site) -> nn.Module:
+        return self.scan.build(site)
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return self.scan.init_state(site, batch, max_len)
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        written, lane = self.scan.written(flow, weights), f"{type(self.scan).__name__}."
+        y, new = self.scan.scan(flow, weights, written, **scan_options(flow, state))
+        past = [_under(lane, layer) for layer in flow.past[-self.layers :]]
+        more = [self._again(flow, weights, layer) for layer in past if layer]
+        handed = {lane + name: tensor for name, tensor in {**written, "state": state}.items() if tensor is not None}
+        fused = dense_fusion(y, more, activation(self.act)(flow[self.gate]))
+        return flow.set(**{self.scan.out: fused}).publish(**handed), new  # type: ignore[attr-defined]
+
+    def _again(self, flow: Flow, weights: Any, written: dict[str, Tensor]) -> Tensor:
+        """The states of a shallower layer, read with the query of this one."""
+        state = written.pop("state", None)
+        return self.scan.scan(flow, weights, written, **scan_options(flow, state)).y
+
+    def formula(self) -> str:
+        y = self.scan.out  # type: ignore[attr-defined]
+        more = f"{self.act}({self.gate}) * sum_{{i<={self.layers}}} (the same of the states of layer l-i)"
+        return f"{self.scan.formula()}, {y} <- {y} + {more}"
+
+
+def _under(lane: str, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(lane): tensor for name, tensor in published.items() if name.startswith(lane)}
+
+
+@dataclass(frozen=True)
+class DenseCarry(Part):
+    """Mamba's scan with the states of the `layers` layers below added to its own, and carried on:
+
+    F_t = exp(delta A) * S_{t-1} + (delta u) B, S_t = F_t + act(gate) * sum_{i <= layers} (F_t of layer l-i), y = S_t C.
+    What is handed down is F, before fusion. All states are in memory, [B T E N].
+
+    Args: scan: a SelectiveScan; gate: [E].
+    """
+
+    scan: SelectiveScan
+    gate: str
+    layers: int = 2
+    act: str = "silu"
+
+    def __post_init__(self) -> None:
+        at_least_one("DenseCarry", self.layers)
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        axes.same(self.scan.source, self.gate)
+        return self.scan.shapes(axes)
+
+    def build(self, site: Site) -> nn.Module:
+        return self.scan.build(site)
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return self.scan.init_state(site, batch, max_len)
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        x, delta, A, B = self.scan.written(flow, weights).values()
+        wide = accumulation_dtype(x, delta, A, B)
+        write = torch.einsum("bte,btn->bten", (delta * x).to(wide), B.to(wide))
+        past = [layer["DenseCarry"] for layer in flow.past[-self.layers :] if "DenseCarry" in layer]
+        extra = sum(past, torch.zeros_like(write)) * activation(self.act)(flow[self.gate])[..., None]
+        states, new = gated_scan(write + extra, delta[..., None].to(wide) * A, **scan_options(flow, state))
+        y = torch.einsum("bten,btn->bte", states, flow[self.scan.C].to(wide)).to(x.dtype)
+        return flow.set(**{self.scan.out: y}).publish(DenseCarry=states - extra), new
+
+    def formula(self) -> str:
+        F = f"{self.act}({self.gate}) * sum_{{i<={self.layers}}} (F_t of layer l-i)"
+        return f"{self.scan.formula()}, with S_t = F_t + {F} and F_t the S_t without it"

@@ -19,13 +19,14 @@ from recur.blocks.sampling import sample_token
 from recur.primitives.forms import check_packing
 from recur.recipe import Flow, Recipe, State
 from recur.shapes import bind
-from recur.weights import Param, Weights, declared, normal
+from recur.weights import Init, Param, Weights, bias_init, declared, matrix_init, normal
 
 
 class Block(nn.Module):
     """A residual layer: x + mixer(norm(x)), then x + ffn(norm(x)) if there is a feed-forward.
 
     order "pre" normalises what each branch reads; "post" normalises each sum instead: norm(x + mixer(x)).
+    dropout: of mixer and feed-forward; drop "branch" zeroes what they add, "sum" the stream after it was added.
     """
 
     def __init__(
@@ -36,7 +37,8 @@ class Block(nn.Module):
         ffn: Recipe | None = None,
         order: str = "pre",
         norm: Norm | None = None,
-        dropout: float = 0.0,
+        dropout: tuple[float, float] = (0.0, 0.0),
+        drop: str = "branch",
         depth: int = 1,
         layer: int = 0,
         shared: nn.ModuleDict | None = None,
@@ -44,7 +46,12 @@ class Block(nn.Module):
         super().__init__()
         if order not in ("pre", "post"):
             raise RecipeError(f'Block: order must be "pre" or "post", got {order!r}')
-        self.order, self.dropout = order, dropout
+        if drop not in ("branch", "sum"):
+            raise RecipeError(f'Block: drop must be "branch" or "sum", got {drop!r}')
+        for kind, part in (("mixer", recipe), ("ffn", ffn)):
+            if part is not None and (width := part.site(dim).size(part.out)) != (dim,):
+                raise RecipeError(f"Block: {kind} must write y [D] to be added to x, got {list(width)} for D={dim}")
+        self.order, self.dropout, self.drop = order, dropout, drop
         self.mixer = Mixer(recipe, dim, depth=depth, layer=layer, shared=shared)
         self.mixer_norm = StreamNorm(norm, dim)
         self.ffn = None if ffn is None else Mixer(ffn, dim, depth=depth, layer=layer, shared=shared)
@@ -53,19 +60,21 @@ class Block(nn.Module):
     def forward(self, x: Tensor, state: State = None, **options: Any) -> tuple[Tensor, State, Mapping[str, Tensor]]:
         """The stream after this layer, its state, and what it publishes for deeper layers."""
         before, after = state or {}, {}
-        x, after["mixer"], published = self._branch(self.mixer, self.mixer_norm, x, before.get("mixer"), options)
+        p, q = self.dropout
+        x, after["mixer"], published = self._branch(self.mixer, self.mixer_norm, p, x, before.get("mixer"), options)
         if self.ffn is not None:
             options = {**options, "past": ()}
-            x, after["ffn"], _ = self._branch(self.ffn, self.ffn_norm, x, before.get("ffn"), options)
+            x, after["ffn"], _ = self._branch(self.ffn, self.ffn_norm, q, x, before.get("ffn"), options)
         return x, after, published
 
     def _branch(
-        self, branch: Mixer, norm: nn.Module | None, x: Tensor, state: State, options: dict[str, Any]
+        self, branch: Mixer, norm: nn.Module | None, p: float, x: Tensor, state: State, options: dict[str, Any]
     ) -> tuple[Tensor, State, Mapping[str, Tensor]]:
         assert norm is not None
         flow, state = branch.run(norm(x) if self.order == "pre" else x, state, **options)
-        y = F.dropout(flow["y"], self.dropout, self.training)
+        y = flow["y"] if self.drop == "sum" else F.dropout(flow["y"], p, self.training)
         x = x + y.to(x.dtype)
+        x = x if self.drop == "branch" else F.dropout(x, p, self.training)
         return (x if self.order == "pre" else norm(x)), state, flow.published
 
     def init_state(self, batch: int, max_len: int | None = None) -> State:
@@ -83,6 +92,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def _last(text: Tensor, length: Tensor, window: int, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The last `window` tokens of each row of text [B L], of which `length` [B] are there; how many, if they differ."""
+    begin, W = (length - window).clamp(min=0), min(window, int(length.max()))
+    index = (begin[:, None] + torch.arange(W, device=text.device)).clamp(max=text.shape[1] - 1)
+    return text.gather(1, index), None if lengths is None else length.clamp(max=window)
 
 
 class StreamNorm(nn.Module):
@@ -105,6 +121,17 @@ def stream_norm(norm: Norm | str | None) -> Norm | None:
     return Norm("x", kind=norm, to="y") if isinstance(norm, str) else norm
 
 
+def embedding_init(std: float, padding: int | None) -> Init:
+    """N(0, std^2), and 0 for the token that pads, if there is one."""
+
+    def fill(weight: Tensor) -> None:
+        weight.normal_(0, std)
+        if padding is not None:
+            weight[padding] = 0
+
+    return fill
+
+
 class LanguageModel(nn.Module):
     """Token ids [B T] to logits [B T vocab_size].
 
@@ -113,15 +140,22 @@ class LanguageModel(nn.Module):
         vocab_size: number of tokens.
         dim:        D, width of the residual stream.
         depth:      number of layers.
-        ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", or any recipe.
+        ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", "channel_mix", or any recipe.
         block:      "pre" or "post": which side of the residual sum is normalised.
         norm:       "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by themselves.
         final_norm: the norm before the head; by default `norm` for "pre" and none for "post".
         tie:        whether the head is the embedding.
+        outputs:    number of logits, where a head of its own has others than one a token.
         positions:  None, "sinusoidal", or the number of learned positions.
-        dropout:    of the embedding and of every branch.
+        dropout:    of the embedding and of every branch, or three numbers: of the embedding, mixers, feed-forwards.
+        drop:       "branch", or "sum" to zero the stream after every branch was added to it.
         checkpoint: recompute each layer in the backward pass instead of keeping its activations.
         embed_std:  standard deviation of the embedding's first values.
+        embed_scale: factor on embedded tokens.
+        padding:    a token that embeds as zero at first, and learns nothing by being read.
+        head_init:  law of a head of its own (recur.weights.matrix_init).
+        head_bias:  whether it has a bias.
+        frozen:     embedding and head are loaded and stay as they are.
     """
 
     def __init__(
@@ -136,24 +170,29 @@ class LanguageModel(nn.Module):
         norm: Norm | str | None = "rms",
         final_norm: Norm | str | None = "same",
         tie: bool = True,
+        outputs: int | None = None,
         positions: str | int | None = None,
-        dropout: float = 0.0,
+        dropout: float | tuple[float, float, float] = 0.0,
+        drop: str = "branch",
         checkpoint: bool = False,
         embed_std: float = 0.02,
+        embed_scale: float = 1.0,
+        padding: int | None = None,
+        head_init: str = "lecun",
+        head_bias: bool = False,
+        frozen: bool = False,
     ) -> None:
         super().__init__()
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
         for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("recipes", len(recipes))):
             if number < 1:
                 raise ValueError(f"LanguageModel: {name} must be at least 1, got {number}")
-        self.vocab_size, self.dim, self.depth, self.dropout, self.checkpoint = (
-            vocab_size,
-            dim,
-            depth,
-            dropout,
-            checkpoint,
-        )
-        table = Param((vocab_size, dim), normal(embed_std))
+        if padding is not None and not 0 <= padding < vocab_size:
+            raise ValueError(f"LanguageModel: padding must be an id in 0 .. {vocab_size - 1}, got {padding}")
+        self.vocab_size, self.dim, self.depth, self.checkpoint = vocab_size, dim, depth, checkpoint
+        self.embed_scale, self.padding = embed_scale, padding
+        self.dropout, *inside = dropout if isinstance(dropout, tuple) else (dropout,) * 3
+        table = Param((vocab_size, dim), embedding_init(embed_std, padding), trainable=not frozen)
         self.embedding = Weights({"weight": table})
         if not (positions is None or positions == "sinusoidal" or isinstance(positions, int)):
             raise ValueError(f'LanguageModel: positions must be None, "sinusoidal" or a number, got {positions!r}')
@@ -164,12 +203,16 @@ class LanguageModel(nn.Module):
         between = stream_norm(norm)
         self.shared = nn.ModuleDict()
         layers = range(depth)
-        common: dict[str, Any] = {"ffn": feedforward(ffn), "order": block, "norm": between, "dropout": dropout}
-        common |= {"depth": depth, "shared": self.shared}
+        common: dict[str, Any] = {"ffn": feedforward(ffn), "order": block, "norm": between}
+        common |= {"dropout": tuple(inside), "drop": drop, "depth": depth, "shared": self.shared}
         self.blocks = nn.ModuleList(Block(recipes[i % len(recipes)], dim, layer=i, **common) for i in layers)
         last = (between if block == "pre" else None) if final_norm == "same" else stream_norm(final_norm)
         self.final_norm = StreamNorm(last, dim)
-        self.head = None if tie else Weights({"weight": Param((vocab_size, dim), normal(dim**-0.5))})
+        logits = vocab_size if outputs is None else outputs
+        head = {"weight": Param((logits, dim), matrix_init(head_init, dim, logits, 1), trainable=not frozen)}
+        if head_bias:
+            head["bias"] = Param((logits,), bias_init(head_init, dim), decay=False, trainable=not frozen)
+        self.head = None if tie else Weights(head)
 
     @property
     def causal(self) -> bool:
@@ -198,18 +241,30 @@ class LanguageModel(nn.Module):
     def _hidden(self, ids: Tensor, state: State, *, cu_seqlens: Tensor | None, form: str) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
         self._check_ids(ids)
-        B, T = ids.shape
+        x = F.embedding(ids, self.embedding.weight, self.padding) * self.embed_scale
+        return self.hidden(x, state, cu_seqlens=cu_seqlens, form=form)
+
+    def hidden(
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        grid: tuple[int, ...] | None = None,
+        form: str = "auto",
+    ) -> tuple[Tensor, State]:
+        """The stack without its doors: embedded tokens [B T D] to the normalised stream [B T D], and the state."""
+        B, T, _ = x.shape
         check_packing("LanguageModel", cu_seqlens, B, T)
         rows = B if cu_seqlens is None else len(cu_seqlens) - 1
-        position = torch.zeros(rows, dtype=torch.long, device=ids.device) if state is None else state["position"]
-        x = F.embedding(ids, self.embedding.weight)
+        position = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state["position"]
         x = self._add_positions(x, position, cu_seqlens)
         x = F.dropout(x, self.dropout, self.training)
         past: tuple[Mapping[str, Tensor], ...] = ()
         layers = []
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
-            options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "form": form, "past": past}
+            options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form, "past": past}
             if self.checkpoint and torch.is_grad_enabled():
                 x, after, published = checkpoint(block, x, before, use_reentrant=False, **options)
             else:
@@ -220,7 +275,9 @@ class LanguageModel(nn.Module):
         return self.final_norm(x), {"position": position + length, "layers": layers}
 
     def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, (self.embedding if self.head is None else self.head).weight)
+        if self.head is None:
+            return F.linear(x, self.embedding.weight)
+        return F.linear(x, self.head.weight, self.head.bias if "bias" in self.head.declared else None)
 
     def _add_positions(self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if self.positions is None and not self.sinusoidal:
@@ -289,6 +346,7 @@ class LanguageModel(nn.Module):
         eos: int | None = None,
         seed: int | None = None,
         lengths: Tensor | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """Continue prompts: the prompt is read in one pass, then every token costs one step.
 
@@ -299,6 +357,7 @@ class LanguageModel(nn.Module):
             top_k, top_p, min_p: keep the k likeliest tokens, the fewest with probability p together, those with at
                             least min_p of the likeliest; applied in this order, after the temperature.
             eos:            a row that has produced this token repeats it.
+            window:         forget what lies more than so many tokens back: the last `window` are read anew each time.
             seed:           row i draws from its own generator (seed, i), so a batch equals its rows; None draws anew.
 
         Returns: [B T + max_new_tokens], each row its prompt, its new tokens, then (for shorter prompts) `eos` or 0.
@@ -310,6 +369,8 @@ class LanguageModel(nn.Module):
             )
         if eos is not None and not (isinstance(eos, int) and 0 <= eos < self.vocab_size):
             raise ValueError(f"generate: eos must be one id in 0 .. {self.vocab_size - 1}, got {eos!r}")
+        if window is not None and window < 1:
+            raise ValueError(f"generate: window must be at least 1, got {window}")
         if lengths is not None and not (isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64)):
             raise TypeError(f"generate: lengths must be an int32 or int64 tensor [B], got {lengths!r}")
         own = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths.to(ids.device)
@@ -326,7 +387,7 @@ class LanguageModel(nn.Module):
         text[:, :length] = torch.where(inside, ids, text[:, :length])
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         with evaluating(self):
-            logits, state = self.prefill(ids, lengths)
+            logits, state = self.prefill(*_last(text, own, window or length, lengths))
             for new in range(max_new_tokens):
                 token = sample_token(logits, draws, **options).to(ids.dtype)
                 if eos is not None:
@@ -335,10 +396,18 @@ class LanguageModel(nn.Module):
                 text[rows, own + new] = token
                 if bool(done.all()) or new + 1 == max_new_tokens:
                     break
-                logits = self.step(token, state)
+                if window is None or int(own.max()) + new + 1 <= window:
+                    logits = self.step(token, state)
+                else:
+                    logits, state = self.prefill(*_last(text, own + new + 1, window, lengths))
         return text
 
     # ------------------------------------------------------------------ training
+
+    def loss(self, ids: Tensor, **options: Any) -> Tensor:
+        """Mean cross-entropy, in nats, of every token of ids [B T] but the first, given those before it."""
+        logits = self(ids[:, :-1], **options)
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
     def decay_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser: weight decay on what is declared so, none on gates, norms and biases."""

@@ -15,13 +15,14 @@ from recur.axes import RecipeError, Spec
 from recur.primitives.diagonal import gated_scan
 from recur.primitives.elementwise import online_scan, selective_scan
 from recur.primitives.fixed import fixed_scan
+from recur.primitives.forms import ScanOut
 from recur.primitives.poles import poles, zero_order_hold
 from recur.primitives.scan import scan
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, constant, normal
+from recur.weights import Param, by_index, constant, normal, spread_time_constants
 
 
-def _options(flow: Flow, state: State) -> dict[str, Any]:
+def scan_options(flow: Flow, state: State) -> dict[str, Any]:
     return {"initial_state": state, "cu_seqlens": flow.cu_seqlens, "form": flow.form}
 
 
@@ -32,22 +33,32 @@ def _decay(flow: Flow, name: str) -> Tensor:
     return log_a[0, 0] if constant_in_time else log_a
 
 
+def _complex(memory: Tensor) -> Tensor:
+    """A real state of zeros as a complex one."""
+    return torch.complex(memory, torch.zeros_like(memory))
+
+
 @dataclass(frozen=True)
 class GatedScan(Part):
-    """h_t = a_t * h_{t-1} + u_t, each channel by itself; y = h."""
+    """h_t = a_t * h_{t-1} + u_t, each channel by itself; y = h.
+
+    Args: source: u [*]; decay: [*]; rotates: whether u or the decay is complex, which makes y and the state complex.
+    """
 
     source: str
     decay: str = "log_a"
+    rotates: bool = False
     out: str = "y"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.out: axes.same(self.source, self.decay)}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        return site.memory(batch, *site.of(self.source))
+        memory = site.memory(batch, *site.of(self.source))
+        return _complex(memory) if self.rotates else memory
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        y, state = gated_scan(flow[self.source], _decay(flow, self.decay), **_options(flow, state))
+        y, state = gated_scan(flow[self.source], _decay(flow, self.decay), **scan_options(flow, state))
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
@@ -55,7 +66,24 @@ class GatedScan(Part):
 
 
 @dataclass(frozen=True)
-class OuterScan(Part):
+class StateScan(Part):
+    """A scan whose state a query reads; what was written can be read again with another one."""
+
+    def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
+        """The arguments of the scan that make its states."""
+        raise NotImplementedError
+
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], **options: Any) -> ScanOut:
+        """Read states made of `written` with the query of this flow."""
+        raise NotImplementedError
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        y, state = self.scan(flow, weights, self.written(flow, weights), **scan_options(flow, state))
+        return flow.set(**{self.out: y}), state  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class OuterScan(StateScan):
     """Write key times value, read with the query: S_t = A_t S_{t-1} + k v^T, y = scale S^T q.
 
     Args:
@@ -64,6 +92,7 @@ class OuterScan(Part):
         decay:  [H] or [H K], real or complex; None keeps everything.
         scale:  a number, or an expression over axes such as "1/sqrt(K)".
         rotates: whether the decay is complex, which makes the state complex.
+        bonus:  [H] or [H K], constant in time: read before the write, the current token weighed by it.
     """
 
     q: str = "q"
@@ -72,16 +101,18 @@ class OuterScan(Part):
     decay: str | None = "log_a"
     scale: float | str = 1.0
     rotates: bool = False
+    bonus: str | None = None
     out: str = "y"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         (_, K), (H, V) = axes.rank(self.q, 2), axes.rank(self.v, 2)
         if self.k is not None:
             axes.same(self.q, self.k)
-        if self.decay is not None and axes[self.decay] not in ((H,), (H, K)):
-            raise RecipeError(
-                f"{axes.reader} needs a decay {self.decay} [{H}] or [{H} {K}], got [{' '.join(axes[self.decay])}]"
-            )
+        for role, name in (("decay", self.decay), ("bonus", self.bonus)):
+            if name is not None and axes[name] not in ((H,), (H, K)):
+                raise RecipeError(
+                    f"{axes.reader} needs a {role} {name} [{H}] or [{H} {K}], got [{' '.join(axes[name])}]"
+                )
         return {self.out: (H, V)}
 
     def facts(self, site: Site) -> Mapping[str, Any]:
@@ -89,20 +120,20 @@ class OuterScan(Part):
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
         (_, K), (H, V) = site.of(self.q), site.of(self.v)
-        complex_of = {torch.float32: torch.complex64, torch.float64: torch.complex128}
-        real = site.memory(batch, H, K, V)
-        return real.to(complex_of[real.dtype]) if self.rotates else real
+        memory = site.memory(batch, H, K, V)
+        return _complex(memory) if self.rotates else memory
 
     def write(self, flow: Flow) -> dict[str, Tensor]:
         """Further arguments of the scan that say how it writes."""
-        return {}
+        return {} if self.bonus is None else {"bonus": flow[self.bonus][0, 0]}
 
-    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+    def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
         k = None if self.k is None else flow[self.k]
-        options = {**_options(flow, state), **self.write(flow)}
         log_a = None if self.decay is None else _decay(flow, self.decay)
-        y, state = scan(flow[self.q], k, flow[self.v], log_a, scale=weights.scale, **options)
-        return flow.set(**{self.out: y}), state
+        return {"k": k, "v": flow[self.v], "log_decay": log_a, **self.write(flow)}
+
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], **options: Any) -> ScanOut:
+        return scan(flow[self.q], **{"k": None, **written}, scale=weights.scale, **options)
 
     def formula(self) -> str:
         k = self.k or "(1 - a)"
@@ -111,7 +142,8 @@ class OuterScan(Part):
 
     def _read(self) -> str:
         scale = "" if self.scale == 1 else f"{self.scale} "
-        return f"{self.out} = {scale}{'Re ' if self.rotates else ''}S_t^T {self.q}"
+        before = f"(S_{{t-1}} + {self.bonus} {self.k} {self.v}^T)"
+        return f"{self.out} = {scale}{'Re ' if self.rotates else ''}{before if self.bonus else 'S_t'}^T {self.q}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +170,7 @@ class DeltaScan(OuterScan):
 
 
 @dataclass(frozen=True)
-class OnlineScan(Part):
+class OnlineScan(StateScan):
     """Longhorn's closed-form online update, with r = sigmoid(rate): eps = r / (1 + r |k|^2) and
 
     diagonal:  S_t = (1 - eps k^2) * S_{t-1} + (eps u) k      (the architecture)
@@ -164,11 +196,12 @@ class OnlineScan(Part):
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
         return site.memory(batch, *site.of(self.source), *site.of(self.k))
 
-    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+    def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
         rate = torch.sigmoid(flow[self.rate] + weights.rate_bias)
-        u, k, q = flow[self.source], flow[self.k], flow[self.q]
-        y, state = online_scan(u, rate, k, q, diagonal=self.diagonal, **_options(flow, state))
-        return flow.set(**{self.out: y}), state
+        return {"x": flow[self.source], "rate": rate, "k": flow[self.k]}
+
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], **options: Any) -> ScanOut:
+        return online_scan(q=flow[self.q], diagonal=self.diagonal, **written, **options)
 
     def formula(self) -> str:
         erase = f"{self.k}^2) * S" if self.diagonal else f"{self.k} {self.k}^T) S"
@@ -179,7 +212,7 @@ class OnlineScan(Part):
 
 
 @dataclass(frozen=True)
-class SelectiveScan(Part):
+class SelectiveScan(StateScan):
     """Mamba's selective state space: delta = softplus(dt + b), S_t = exp(delta A) * S_{t-1} + (delta u) B, y = S_t C.
 
     u, dt [E]; B, C [N]; owns A = -exp(A_log) [E N] and the bias b, whose first values spread delta over 0.001 to 0.1.
@@ -208,23 +241,18 @@ class SelectiveScan(Part):
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
         return site.memory(batch, *site.of(self.source), *site.of(self.B))
 
-    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+    def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
         delta = F.softplus(flow[self.dt] + weights.dt_bias)
-        u, B, C = flow[self.source], flow[self.B], flow[self.C]
-        y, state = selective_scan(u, delta, -weights.A_log.exp(), B, C, **_options(flow, state))
-        return flow.set(**{self.out: y}), state
+        return {"x": flow[self.source], "delta": delta, "A": -weights.A_log.exp(), "B": flow[self.B]}
+
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], **options: Any) -> ScanOut:
+        return selective_scan(C=flow[self.C], **written, **options)
 
     def formula(self) -> str:
         return (
             f"delta = softplus({self.dt} + b), S_t = exp(-delta exp(A_log)) * S_{{t-1}} "
             f"+ (delta {self.source}) {self.B}, {self.out} = S_t {self.C}"
         )
-
-
-def spread_time_constants(bias: Tensor, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:
-    """Fill with b so that softplus(b) is log-uniform in [low, high] and at least floor."""
-    delta = torch.empty_like(bias).uniform_(math.log(low), math.log(high)).exp_().clamp_(min=floor)
-    bias.copy_(delta + torch.log(-torch.expm1(-delta)))
 
 
 @dataclass(frozen=True)
@@ -255,14 +283,13 @@ class FixedScan(Part):
         return {"rho": pole, "eta": pole, "C_real": read, "C_imag": read}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        state = site.memory(batch, *site.of(self.source), *site.size(self.N))
-        return torch.complex(state, torch.zeros_like(state))
+        return _complex(site.memory(batch, *site.of(self.source), *site.size(self.N)))
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         omega = weights.eta.exp() if self.frequency == "exp" else weights.eta
         log_decay = poles(weights.rho, omega)
         readout = torch.complex(weights.C_real, weights.C_imag) * zero_order_hold(log_decay)
-        y, state = fixed_scan(flow[self.source], log_decay, readout, **_options(flow, state))
+        y, state = fixed_scan(flow[self.source], log_decay, readout, **scan_options(flow, state))
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
@@ -270,3 +297,47 @@ class FixedScan(Part):
         return (
             f"z = -exp(rho) + i {omega}, S_t = e^z S_{{t-1}} + {self.source}, {self.out} = Re sum_n C (e^z - 1)/z S_t"
         )
+
+
+@dataclass(frozen=True)
+class PoleScan(Part):
+    """S4D: poles and a step for every channel, discretised by zero-order hold.
+
+    z = dt (-exp(r) + i w), S_t = e^z S_{t-1} + u, y = Re sum_n 2 C_n dt (e^z - 1)/z S_n.   First r = log 1/2, w = pi n,
+    log dt uniform over 0.001 to 0.1, C = N(0, 1) + i N(0, 1).
+
+    Args: source: u [V]; N: axis of the poles, one of each conjugate pair.
+    """
+
+    source: str
+    N: str = "N"
+    out: str = "y"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.rank(self.source, 1)}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        (N,), (V,) = site.size(self.N), site.of(self.source)
+        laws = {
+            "r": constant(math.log(0.5)),
+            "w": by_index("3.141592653589793*i", site),
+            "C_real": normal(),
+            "C_imag": normal(),
+        }
+        made = {name: Param((V, N), law, decay=False, float32=True) for name, law in laws.items()}
+        step = Param((V,), lambda weight: weight.uniform_(math.log(1e-3), math.log(1e-1)), decay=False, float32=True)
+        return {**made, "log_dt": step}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return _complex(site.memory(batch, *site.of(self.source), *site.size(self.N)))
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        step = weights.log_dt.exp()[:, None]
+        log_decay = step * poles(weights.r, weights.w)
+        readout = 2 * step * torch.complex(weights.C_real, weights.C_imag) * zero_order_hold(log_decay)
+        y, state = fixed_scan(flow[self.source], log_decay, readout, **scan_options(flow, state))
+        return flow.set(**{self.out: y}), state
+
+    def formula(self) -> str:
+        u, y = self.source, self.out
+        return f"z = dt (-exp(r) + i w), S_t = e^z S_{{t-1}} + {u}, {y} = Re sum_n 2 C dt (e^z - 1)/z S_t"

@@ -44,6 +44,21 @@ def merged(name: str, first: int = 0) -> Place:
     return lambda part, weight: {name: weight.flatten(first)}
 
 
+def transposed(place: str | Place) -> Place:
+    """Matrices that the original keeps as [in, out]."""
+
+    def turned(part: Any, weight: Tensor) -> Mapping[str, Tensor]:
+        here = {place: weight} if isinstance(place, str) else place(part, weight)
+        return {name: view.mT for name, view in here.items()}
+
+    return turned
+
+
+def shaped(name: str, *sizes: int) -> Place:
+    """The same numbers under other axes."""
+    return lambda part, weight: {name: weight.view(sizes)}
+
+
 def under(ours: str, theirs: str, keys: Keys) -> dict[str, str | Place]:
     """The same map one level down in both modules."""
 

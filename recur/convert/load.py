@@ -19,6 +19,14 @@ def names() -> list[str]:
     return sorted(OFFICIAL)
 
 
+def build(name: str, config: Mapping[str, Any]) -> Any:
+    """Our module for the arguments of the original's constructor, with its first values.
+
+    Raises: ValueError for an unknown name or argument, NotImplementedError for options not there yet.
+    """
+    return _official(name).make(name, config)
+
+
 def from_official(name: str, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
     """Our module with the weights of an official one: a LanguageModel, or a Mixer in our layout [B T D].
 
@@ -50,7 +58,9 @@ def to_official(name: str, module: nn.Module) -> dict[str, Tensor]:
 
     Raises: ValueError for an unknown name, or for a module with parameters that the official one has no place for.
     """
-    return {key: view.clone() for key, view in _official(name).views(module).items()}
+    return {
+        key: view.clone(memory_format=torch.contiguous_format) for key, view in _official(name).views(module).items()
+    }
 
 
 def _official(name: str) -> Official:

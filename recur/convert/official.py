@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recur.convert.keys import Keys, views
 
 
-def _nothing(names: Collection[str]) -> dict[str, Any]:
+def _nothing(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {}
 
 
@@ -26,7 +26,7 @@ class Official:
     derived: ends of the names of buffers that are computed and not learned.
     inert:   arguments that change no number of ours.
     only:    arguments of which these values alone are there.
-    infer:   arguments that show in the keys of a checkpoint, and not in the constructor's call.
+    infer:   arguments that show in a checkpoint, and not in the constructor's call.
     """
 
     build: Callable[..., nn.Module]
@@ -35,7 +35,7 @@ class Official:
     derived: tuple[str, ...] = ()
     inert: tuple[str, ...] = ()
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    infer: Callable[[Collection[str]], dict[str, Any]] = _nothing
+    infer: Callable[[Mapping[str, Tensor]], dict[str, Any]] = _nothing
 
     def make(self, name: str, config: Mapping[str, Any]) -> Any:
         """Our module for a config.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from recur.blocks import LanguageModel, Mixer, Norm
+from recur.blocks import LanguageModel, Mixer, Norm, RetentionScale
 from recur.blocks.feedforward import gated
 from recur.convert.keys import Keys, rows, tied, under
 from recur.convert.official import Official
 from recur.presets.retnet import retnet
+from recur.recipe import Recipe
 
 MIXER_KEYS: Keys = {
     "parts.project.weight": rows("q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight"),
@@ -25,24 +26,43 @@ KEYS: Keys = {
 }
 
 
+def recipe(heads: int, value: int, eps: float, mode: str, chunk: int) -> Recipe:
+    """The layer as the original computes it in that mode."""
+    scales: dict[str, tuple[RetentionScale, ...]] = {
+        "recurrent": (),
+        "parallel": (RetentionScale(eps=eps),),
+        "chunk": (RetentionScale(eps=eps, chunk=chunk),),
+    }
+    if mode not in scales:
+        raise ValueError(f"retnet: mode must be one of {', '.join(scales)}, got {mode!r}")
+    return retnet(heads=heads, value=value, eps=eps, scale=scales[mode])
+
+
 def mixer(
-    decoder_embed_dim: int, decoder_value_embed_dim: int, decoder_retention_heads: int, layernorm_eps: float = 1e-6
+    decoder_embed_dim: int = 768,
+    decoder_value_embed_dim: int = 1280,
+    decoder_retention_heads: int = 3,
+    layernorm_eps: float = 1e-6,
+    recurrent_chunk_size: int = 512,
+    mode: str = "recurrent",
 ) -> Mixer:
-    recipe = retnet(heads=decoder_retention_heads, value=decoder_value_embed_dim, eps=layernorm_eps)
-    return Mixer(recipe, decoder_embed_dim)
+    layer = recipe(decoder_retention_heads, decoder_value_embed_dim, layernorm_eps, mode, recurrent_chunk_size)
+    return Mixer(layer, decoder_embed_dim)
 
 
 def model(
     vocab_size: int,
-    decoder_layers: int,
-    decoder_embed_dim: int,
-    decoder_value_embed_dim: int,
-    decoder_retention_heads: int,
-    decoder_ffn_embed_dim: int,
+    decoder_layers: int = 12,
+    decoder_embed_dim: int = 768,
+    decoder_value_embed_dim: int = 1280,
+    decoder_retention_heads: int = 3,
+    decoder_ffn_embed_dim: int = 1280,
     layernorm_eps: float = 1e-6,
+    recurrent_chunk_size: int = 512,
+    mode: str = "recurrent",
 ) -> LanguageModel:
     return LanguageModel(
-        retnet(heads=decoder_retention_heads, value=decoder_value_embed_dim, eps=layernorm_eps),
+        recipe(decoder_retention_heads, decoder_value_embed_dim, layernorm_eps, mode, recurrent_chunk_size),
         vocab_size=vocab_size,
         dim=decoder_embed_dim,
         depth=decoder_layers,
@@ -51,7 +71,12 @@ def model(
     )
 
 
-FORMS = ("max_target_positions", "chunkwise_recurrent", "recurrent_chunk_size")
-OF_MODEL = ("vocab_size", "decoder_layers", "decoder_ffn_embed_dim")
-MIXER = Official(mixer, MIXER_KEYS, inert=(*FORMS, *OF_MODEL))
-MODEL = Official(model, KEYS, derived=("retnet_rel_pos.angle", "retnet_rel_pos.decay"), inert=FORMS)
+IDLE = ("max_target_positions", "chunkwise_recurrent")
+ONLY: dict[str, tuple[object, ...]] = {  # what the constructor has besides
+    "activation_fn": ("gelu",),
+    **dict.fromkeys(("dropout", "activation_dropout", "drop_path_rate"), (0.0,)),
+    **dict.fromkeys(("decoder_normalize_before", "no_scale_embedding", "subln"), (True,)),
+    **dict.fromkeys(("deepnorm", "layernorm_embedding", "no_output_layer"), (False,)),
+}
+MIXER = Official(mixer, MIXER_KEYS, inert=(*IDLE, "vocab_size", "decoder_layers", "decoder_ffn_embed_dim"), only=ONLY)
+MODEL = Official(model, KEYS, derived=("retnet_rel_pos.angle", "retnet_rel_pos.decay"), inert=IDLE, only=ONLY)

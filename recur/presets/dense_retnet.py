@@ -10,18 +10,27 @@ from recur.blocks import (
     OuterScan,
     OutputGate,
     Project,
+    RetentionScale,
     Rotary,
     Scale,
 )
 from recur.recipe import Recipe
 
 
-def dense_retnet(*, heads: int = 4, layers: int = 1, dropout: float = 0.0, eps: float = 1e-6) -> Recipe:
+def dense_retnet(
+    *,
+    heads: int = 4,
+    layers: int = 1,
+    dropout: float = 0.0,
+    eps: float = 1e-6,
+    scale: tuple[RetentionScale, ...] = (),
+) -> Recipe:
     """S_t = a_h S_{t-1} + k_t v_t^T, y_t = norm(S_t^T q_t) * g_t; k <- norm(k + silu(G x) * sum past k), v likewise.
 
     One block type, no feed-forward.
 
-    Args: heads: H; layers: how many layers below are fused in; dropout: of the output; eps: of every norm inside.
+    Args: heads: H; layers: how many layers below are fused in; dropout: of the output; eps: of every norm inside;
+        scale: (RetentionScale(),) as the released parallel form has it, see `retnet`.
     Source: He et al. 2024, arXiv:2403.00818.
     """
     return Recipe(
@@ -38,6 +47,7 @@ def dense_retnet(*, heads: int = 4, layers: int = 1, dropout: float = 0.0, eps: 
         DenseFusion("v", gate="v_gate", layers=layers, eps=eps),
         Rotary("q k", inclusive=True),
         FixedDecay(eps=eps),
+        *scale,
         OuterScan(),
         Norm("y", over="V", eps="eps"),
         OutputGate("g", act="identity"),

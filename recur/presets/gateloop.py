@@ -1,7 +1,22 @@
-"""GateLoop: a data-controlled complex gate; and its real, elementwise, simplest form."""
+"""GateLoop: a data-controlled complex gate; its real, elementwise, simplest form; the attention it is compared to."""
 
-from recur.blocks import ComplexGate, Decay, GatedScan, Norm, OuterScan, OutputGate, Project, ScaleGrad
-from recur.recipe import Recipe
+from recur.blocks import (
+    Attention,
+    ComplexGate,
+    Decay,
+    GatedScan,
+    Norm,
+    OuterScan,
+    OutputGate,
+    Project,
+    RelPos,
+    ScaleGrad,
+)
+from recur.recipe import Part, Recipe
+
+SOFTMAX = Attention()
+LINEAR = OuterScan(decay=None, scale="1/sqrt(K)")  # no softmax
+RELATIVE_LINEAR = OuterScan(scale="1/sqrt(K)", rotates=True)
 
 
 def gateloop(
@@ -12,7 +27,7 @@ def gateloop(
     Args:
         heads:         H; "I", the default, gives every channel a head and a complex number of its own.
         inner:         I, width of q, k and v.
-        law:           "polar", a = sigmoid(|c|) c/|c|, or "amplitude_phase", a = sigmoid(c_0) exp(i c_1).
+        law:           of the gate (ComplexGate): "polar", "amplitude_phase" or "signed".
         gate_gradient: fraction of the gradient that reaches the gate.
 
     Source: Katsch 2023, arXiv:2311.01927.
@@ -23,9 +38,9 @@ def gateloop(
         ScaleGrad("c", gate_gradient),
         ComplexGate("c", law=law),
         OuterScan(rotates=True),
-        Project("x", g="H K"),
+        Project("x", g="H K", name="gate"),
         OutputGate("g"),
-        Project("y", y="D"),
+        Project("y", y="D", name="out"),
         axes={"I": inner, "H": heads, "K": "I/H"},
         source="Katsch 2023, arXiv:2311.01927",
     )
@@ -44,5 +59,40 @@ def simple_gateloop() -> Recipe:
         Decay("z"),
         GatedScan("b"),
         OutputGate("q", act="identity"),
+        source="after Katsch 2023, arXiv:2311.01927",
+    )
+
+
+def relative(*, law: str = "intended", gate: str = "polar", gate_gradient: float = 0.5) -> tuple[Part, ...]:
+    """Positions for gateloop_attention that the data decide: RelPos of this law, from a ComplexGate of that law."""
+    return (
+        Project("x", c="H J 2", name="position"),
+        ScaleGrad("c", gate_gradient),
+        ComplexGate("c", law=gate),
+        RelPos(law=law),
+    )
+
+
+def gateloop_attention(
+    *, heads: int = 8, width: int | str = "D/H", positions: tuple[Part, ...] = (), read: Part = SOFTMAX
+) -> Recipe:
+    """y_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(K)) v_s * silu(g_t), the mixer that GateLoop is compared to.
+
+    Args:
+        heads, width: H and K.
+        positions:    parts that put them into q and k: none, Rotary("q k"), or `relative()`.
+        read:         SOFTMAX, or LINEAR, the sum without softmax; after relative() positions as intended,
+                      GatedAttention() or RELATIVE_LINEAR.
+
+    Source: the comparison model of the released PyTorch GateLoop, after Katsch 2023, arXiv:2311.01927.
+    """
+    return Recipe(
+        Project("x", q="H K", k="H K", v="H K"),
+        *positions,
+        read,
+        Project("x", g="H K", name="gate"),
+        OutputGate("g"),
+        Project("y", y="D", bias=True, name="out"),
+        axes={"H": heads, "K": width, "J": "K/2"},
         source="after Katsch 2023, arXiv:2311.01927",
     )

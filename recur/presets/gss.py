@@ -1,28 +1,89 @@
-"""GSS: a gated unit around a diagonal state space with constant poles."""
+"""GSS: a gated unit around a diagonal state space with constant poles; and its companions with other cores."""
 
-from recur.blocks import Act, FixedScan, Norm, OutputGate, Project, Skip
-from recur.recipe import Recipe
+from recur.blocks import Act, FixedScan, GatedScan, Norm, OutputGate, Project, Skip, Smoothing, TapConv
+from recur.recipe import Part, Recipe
+
+GSS = "Mehta et al. 2022, arXiv:2206.13947"
+TAPS = Project("v", tap="H", name="taps")
 
 
-def gss(*, state: int = 512, width: int | str = "max(D//2,1)", expand: float = 4, frequency: str = "exp") -> Recipe:
-    """S_t = e^z S_{t-1} + v_t, y_t = W (Re sum_n C_n (e^z - 1)/z S_t + D v_t) * gelu(W_u x_t); z = -exp(rho) + i omega.
+def gated_unit(*core: Part, width: int | str, expand: float, source: str, **axes: int | str) -> Recipe:
+    """y = W core(gelu(W_v x)) * gelu(W_u x): a narrow branch v that mixes tokens, a wide one u that gates.
 
     It normalises its own input, so a LanguageModel of it takes norm=None.
 
-    Args: state: N poles, shared by all channels; width: of the narrow branch v; expand: width of the wide branch over
-        D; frequency: "exp", omega = exp(eta), or "linear", omega = eta.
-    Source: Mehta et al. 2022, arXiv:2206.13947.
+    Args: core: from v [V] to y [V], its own norm included; width: V; expand: width of u over D.
     """
     return Recipe(
         Norm("x", kind="layer", to="n"),
         Project("n", u="F", v="V"),
         Act("u v", "gelu"),
-        Norm("v", kind="layer"),
-        FixedScan("v", frequency=frequency),
+        *core,
         Skip("v", mean=0.0, std=1.0),
         Project("y", y="F"),
         OutputGate("u", act="identity"),
         Project("y", y="D", bias=True),
-        axes={"F": f"int({expand}*D)", "V": width, "N": state},
-        source="Mehta et al. 2022, arXiv:2206.13947",
+        axes={"F": f"int({expand}*D)", "V": width, **axes},
+        source=source,
     )
+
+
+def gss(*, state: int = 512, width: int | str = "max(D//2,1)", expand: float = 4, frequency: str = "exp") -> Recipe:
+    """S_t = e^z S_{t-1} + v_t, y_t = W (Re sum_n C_n (e^z - 1)/z S_t + D v_t) * gelu(W_u x_t); z = -exp(rho) + i omega.
+
+    Args: state: N poles, shared by all channels; width: of the narrow branch v; expand: width of the wide branch over
+        D; frequency: "exp", omega = exp(eta), or "linear", omega = eta.
+    Source: Mehta et al. 2022, arXiv:2206.13947.
+    """
+    core = Norm("v", kind="layer"), FixedScan("v", frequency=frequency)
+    return gated_unit(*core, width=width, expand=expand, N=state, source=GSS)
+
+
+def gated_smoothing(*, heads: int = 8, width: int | str = "H*max(D//2//H,1)", expand: float = 4) -> Recipe:
+    """GSS around dampened exponential smoothing: h_t = (1 - alpha) damp h_{t-1} + alpha v_t, one pair a head.
+
+    Args: heads: H; width, expand: as for gss.
+    Source: Woo et al. 2022, arXiv:2202.01381; Ma et al. 2022, arXiv:2209.10655 (the dampening).
+    """
+    core = Norm("v", kind="layer"), Smoothing("v"), GatedScan("b")
+    return gated_unit(*core, width=width, expand=expand, H=heads, source="after " + GSS)
+
+
+def gated_tap_conv(*, heads: int = 8, width: int | str = "H*max(D//2//H,1)", expand: float = 4) -> Recipe:
+    """GSS around a convolution whose tap for lag s is read from token s: y_t = sum_{s<=t} tap_s v_{t-s}.
+
+    Args: heads: H taps a token; width, expand: as for gss.
+    Source: the ds-conv of the released PyTorch GSS, after Mehta et al. 2022, arXiv:2206.13947.
+    """
+    core = TAPS, Norm("v", kind="layer"), TapConv("v")
+    return gated_unit(*core, width=width, expand=expand, H=heads, source="after " + GSS)
+
+
+def dss(*, state: int = 512, frequency: str = "exp") -> Recipe:
+    """The state space of gss alone, on the normalised input n: y_t = Re sum_n C_n (e^z - 1)/z S_t + D n_t.
+
+    Source: Gupta et al. 2022, arXiv:2203.14343.
+    """
+    return _alone(FixedScan("v", frequency=frequency), N=state, source="Gupta et al. 2022, arXiv:2203.14343")
+
+
+def smoothing(*, heads: int = 8) -> Recipe:
+    """The smoothing of gated_smoothing alone: h_t = (1 - alpha) damp h_{t-1} + alpha n_t, y_t = h_t + D n_t.
+
+    Source: Woo et al. 2022, arXiv:2202.01381.
+    """
+    return _alone(Smoothing("v"), GatedScan("b"), H=heads, source="Woo et al. 2022, arXiv:2202.01381")
+
+
+def tap_conv(*, heads: int = 8) -> Recipe:
+    """The convolution of gated_tap_conv alone: y_t = sum_{s<=t} (W x_s) n_{t-s} + D n_t.
+
+    Source: the ds-conv of the released PyTorch GSS.
+    """
+    return _alone(Project("x", tap="H", name="taps"), TapConv("v"), H=heads, source="after " + GSS)
+
+
+def _alone(*core: Part, source: str, **axes: int | str) -> Recipe:
+    """A core on the normalised input, with its skip."""
+    norm, skip = Norm("x", kind="layer", to="v"), Skip("v", mean=0.0, std=1.0)
+    return Recipe(norm, *core, skip, axes=axes, source=source)

@@ -20,7 +20,7 @@ def mamba(
     Source: Gu & Dao 2023, arXiv:2312.00752.
     """
     return Recipe(
-        Project("x", u="E", z="E", bias=bias),
+        Project("x", u="E", z="E", bias=bias, init="linear_zero"),
         ShortConv("u", width=conv, bias=conv_bias),
         Project("u", dt=LowRank("E", rank="R"), B="N", C="N"),
         SelectiveScan("u"),

@@ -55,9 +55,21 @@ def token_shift(x: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: T
     Args: x: [B T D]; initial_state: [B 1 D] ([n 1 D] if packed); cu_seqlens: [n+1] document borders.
     Returns: y [B T D]; state [B 1 D], the last token.   Source: Peng et al. 2023, arXiv:2305.13048.
     """
-    one_back = torch.zeros(x.shape[-1], 2, dtype=x.dtype, device=x.device)
-    one_back[:, 0] = 1
-    return causal_conv(x, one_back, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    bind("token_shift", x=(x, "B T D"))
+    B, T, D = x.shape
+    check_packing("token_shift", cu_seqlens, B, T)
+    rows, letters = (B, "B 1 D") if cu_seqlens is None else (cu_seqlens.numel() - 1, "n 1 D")
+    if initial_state is None:
+        initial_state = x.new_zeros(rows, 1, D)
+    expect("token_shift", "initial_state", initial_state, letters, (rows, 1, D))
+    initial_state = initial_state.to(x.dtype)
+    if cu_seqlens is None:
+        context = torch.cat([initial_state, x], 1)
+        return ScanOut(context[:, :-1], context[:, -1:])
+    if T == 0:
+        return ScanOut(x, initial_state)
+    before = packed_context(x[0], initial_state, cu_seqlens)[:, 0]
+    return ScanOut(before[None], packed_tail(x[0], initial_state, cu_seqlens))
 
 
 def packed_context(x: Tensor, state: Tensor, cu_seqlens: Tensor) -> Tensor:

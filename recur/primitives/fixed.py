@@ -282,6 +282,19 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
     return left @ right[0] if right.shape[0] == 1 else torch.einsum("...vrk,vkm->...vrm", left, right)
 
 
+def tap_conv(u: Tensor, tap: Tensor) -> Tensor:
+    """Causal convolution with as many taps as there are tokens: y_t = sum_{s<=t} tap_s u_{t-s}.
+
+    Args: u, tap: [B T V].
+    Returns: y [B T V] of u's dtype.   Raises: ShapeError.   Cost: O(B V T log T), by FFT in float32 or wider.
+    """
+    bind("tap_conv", u=(u, "B T V"), tap=(tap, "B T V"))
+    if u.shape[1] == 0:
+        return u
+    dtype = accumulation_dtype(u, tap)
+    return _convolve(u.to(dtype).mT, tap.to(dtype).mT, u.mT.shape).mT.to(u.dtype)
+
+
 @torch.library.custom_op("recur::convolve", mutates_args=())
 def _convolve(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
     """Causal convolution along the last axis, summed to `shape`: c_t = sum_s a_{t-s} b_s.

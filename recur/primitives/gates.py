@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,10 +21,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "elu": F.elu,
     "1+elu": lambda x: 1 + F.elu(x),
+    "2+elu": lambda x: 2 + F.elu(x),
+    "leak": F.leaky_relu,
     "tanh": torch.tanh,
     "exp": torch.exp,
+    "-exp": lambda x: -x.exp(),
     "softplus": F.softplus,
 }
+
+
+BOUND_LAWS = ("skip_first", "skip_last")
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -66,15 +73,38 @@ def lower_bounded_decay(z: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
     return log_a, (1 - bound) * torch.sigmoid(-z)
 
 
-def lower_bounds(logits: Tensor) -> Tensor:
-    """Bounds that rise with depth: g_l = sum_{1 <= j <= l} P_j with P = softmax(logits) over the layers; g_0 = 0.
+def lower_bounds(logits: Tensor, *, law: str = "skip_first") -> Tensor:
+    """Bounds that rise with depth from g_0 = 0, made of shares P = softmax(logits) over the layers.
+
+    "skip_first": g_l = sum_{1 <= j <= l} P_j.   "skip_last": g_l = sum_{0 <= j < l} P_j.   They differ once trained.
 
     Args: logits: [L *] one row a layer.
-    Returns: [L *] bounds in [0, 1).   Cost: O(size).   Source: Qin et al. 2024, arXiv:2404.07904.
+    Returns: [L *] bounds in [0, 1).   Raises: ValueError for another law.   Cost: O(size).
+    Source: Qin et al. 2024, arXiv:2404.07904 (skip_first); Qin et al. 2023, arXiv:2311.04823 (skip_last).
     """
     check_float("lower_bounds", logits=logits)
+    if law not in BOUND_LAWS:
+        raise ValueError(f"lower_bounds: law must be one of {', '.join(BOUND_LAWS)}, got {law!r}")
     share = logits.to(accumulation_dtype(logits)).softmax(0)
-    return torch.cat([torch.zeros_like(share[:1]), share[1:].cumsum(0)])
+    share = share[1:] if law == "skip_first" else share[:-1]
+    return torch.cat([torch.zeros_like(logits[:1], dtype=share.dtype), share.cumsum(0)])
+
+
+def power_decay(r: Tensor, rate: Tensor, *, power: float = 8.0) -> tuple[Tensor, Tensor]:
+    """A gate that is a power of a constant, and what it lets in: log a = -power rate sigmoid(r), sqrt(1 - a^2).
+
+    Args:
+        r:     [*] recurrence gate logits.
+        rate:  broadcastable to r, at least 0: -log of the constant.
+        power: how many times faster an open gate forgets.
+
+    Returns: log a and sqrt(1 - a^2), each [*], float32 or wider; the second has no gradient where a is 1.
+    Cost: O(size).   Source: De et al. 2024, arXiv:2402.19427.
+    """
+    check_float("power_decay", r=r, rate=rate)
+    dtype = accumulation_dtype(r, rate)
+    log_a = -power * rate.to(dtype) * torch.sigmoid(r.to(dtype))
+    return log_a, (-torch.expm1(2 * log_a)).clamp(min=torch.finfo(dtype).tiny).sqrt()
 
 
 def complex_gate(magnitude: Tensor, phase: Tensor) -> Tensor:
@@ -106,6 +136,16 @@ def polar_gate(real: Tensor, imag: Tensor) -> Tensor:
     dtype = accumulation_dtype(real, imag)
     c = torch.complex(real.to(dtype), imag.to(dtype))
     return complex_gate(c.abs(), c.angle())
+
+
+def signed_gate(real: Tensor, imag: Tensor) -> Tensor:
+    """The polar gate of the real part alone: a = sign(c_0) sigmoid(|c_0|), in (-1, -0.5] or [0.5, 1).
+
+    Args: real, imag: [*] the two parts of c; the second is not read.
+    Returns: [*] complex log decay, its phase 0 or pi.   Source: the ablation of the released PyTorch GateLoop.
+    """
+    bind("signed_gate", real=(real, "*"), imag=(imag, "*"))
+    return complex_gate(real.abs(), torch.where(real < 0, math.pi, torch.zeros_like(real)))
 
 
 def output_gate(y: Tensor, z: Tensor, *, act: str = "silu") -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,16 @@ from recur.shapes import accumulation_dtype
 def rotary_frequencies(
     dim: int, *, base: float = 10000.0, inclusive: bool = False, device: torch.device | None = None
 ) -> Tensor:
-    """[dim/2] float64 radians a token: base^(-2j/dim); if inclusive base^(-j/(dim/2 - 1)), the last being 1/base."""
+    """[dim/2] radians a token: base^(-2j/dim); if inclusive base^(-j/(dim/2 - 1)), the last being 1/base.
+
+    They are float32 numbers, found by the operations that published code uses, so that its angles are ours at any
+    position; as float64, in which positions multiply them.
+    """
     if dim % 2:
         raise ValueError(f"rotary_frequencies: dim must be even, got {dim}")
-    pairs = torch.arange(dim // 2, dtype=torch.float64, device=device)
-    return base ** -(pairs / max(dim // 2 - 1, 1) if inclusive else 2 * pairs / dim)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    exponent = torch.linspace(0, 1, dim // 2, **options) if inclusive else torch.arange(0, dim, 2, **options) / dim
+    return (1.0 / base**exponent).double()
 
 
 def rotate(x: Tensor, position: Tensor, frequencies: Tensor, *, layout: str = "interleaved") -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from random import Random
@@ -15,7 +16,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from recur.blocks.glue import ScaleGrad
+from recur.blocks.glue import Along
 from recur.blocks.mixer import Mixer
 from recur.recipe import Part, Recipe
 from recur.testing import strategies
@@ -140,12 +141,14 @@ class Layer:
         self.reads = {"x": (dim,), **{name: site.of(name) for name in recipe.inputs}}
         self.causal = recipe.causal
         self.name = f"this recipe ({recipe.source})" if recipe.source else "this recipe"
-        self.honest = not any(part.fraction != 1 for part in parts_of(recipe.parts) if isinstance(part, ScaleGrad))
+        parts = list(parts_of(recipe.parts))
+        self.honest = all(part.honest for part in parts)
+        self.in_grid = any(isinstance(part, Along) for part in parts)
         self.inputs = strategies.layers(self)
         self.smooth_inputs = strategies.layers(self, loudness=("plain",))  # silence is a corner of norms
 
     def takes(self, option: str) -> bool:
-        return option in ("initial_state", "cu_seqlens", "form")
+        return option in ("initial_state", "form") or (option == "cu_seqlens" and not self.in_grid)
 
     @functools.cached_property
     def sample(self) -> Inputs:
@@ -167,8 +170,11 @@ class Layer:
         return tuple(form for form in FORMS if _works(self, form, options))
 
     def run(self, inputs: Inputs, **options: Any) -> Result:
-        """One call with the weights that the inputs hold."""
+        """One call with the weights that the inputs hold; in a grid as square as it can be, if it reads one."""
         options = {name: value for name, value in options.items() if value is not None}
+        if self.in_grid:
+            rows = max((n for n in range(1, math.isqrt(inputs.length) + 1) if inputs.length % n == 0), default=1)
+            options["grid"] = (rows, inputs.length // rows)
         return Result(
             *functional_call(self.module, dict(inputs.constants), (dict(inputs.tokens), inputs.state), options)
         )

@@ -1,21 +1,7 @@
-"""A small character-level trainer: one text, one process, resumed bit for bit on a CPU."""
+"""Training: one trainer on `accelerate`, tasks, comparisons; a run is resumed bit for bit on a CPU."""
 
-from __future__ import annotations
+from recur.train.config import InputError, Settings
+from recur.train.run import TASKS, finish, load_model, start
+from recur.train.trainer import Training, evaluate, fit, prepare
 
-from recur.train.data import Corpus, InputError, counting_losses, decode
-from recur.train.settings import Settings
-from recur.train.trainer import Training, evaluate, fit, load_model, prepare, sample
-
-__all__ = [
-    "Corpus",
-    "InputError",
-    "Settings",
-    "Training",
-    "counting_losses",
-    "decode",
-    "evaluate",
-    "fit",
-    "load_model",
-    "prepare",
-    "sample",
-]
+__all__ = ["TASKS", "InputError", "Settings", "Training", "evaluate", "finish", "fit", "load_model", "prepare", "start"]

@@ -1,17 +1,38 @@
-"""Text in: reading it, its characters as numbers, batches of it, and what counting alone predicts."""
+"""Where tokens come from: a text, a folder of memory-mapped bins, the hub; and rows of them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from recur.train.config import InputError
+from recur.train.tokenize import Tokenizer, tokenizer_of
 
-class InputError(ValueError):
-    """What the caller handed in cannot be used; the message is one line and names the remedy where there is one."""
+Batch = dict[str, Tensor]
+
+# Short names of corpora on the hub: repository, configuration, revision, field of the text.
+HUB: dict[str, tuple[str, str | None, str | None, str]] = {
+    "enwik8": ("LTCB/enwik8", None, "refs/convert/parquet", "text"),
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1", None, "text"),
+    "openwebtext": ("Skylion007/openwebtext", None, "refs/convert/parquet", "text"),
+    "slimpajama": ("cerebras/SlimPajama-627B", None, None, "text"),
+    "pile": ("monology/pile-uncopyrighted", None, None, "text"),
+}
+
+
+def generator(*seeds: int) -> np.random.Generator:
+    """Random numbers that these whole numbers alone decide."""
+    return np.random.default_rng(seeds)
 
 
 def read_text(path: Path) -> str:
@@ -36,64 +57,284 @@ def python_documentation() -> str:
     return "\n\n".join(topics.values())
 
 
-def encode(text: str, vocabulary: str) -> Tensor:
-    """[T] int64: the place of each character in `vocabulary`.   Raises: InputError naming characters it lacks."""
-    place = {character: i for i, character in enumerate(vocabulary)}
-    if unknown := sorted(set(text) - set(place)):
-        listed = " ".join(map(repr, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
-        raise InputError(f"the model's vocabulary of {len(vocabulary)} characters lacks {listed}")
-    return torch.tensor([place[character] for character in text], dtype=torch.long)
+@dataclass(frozen=True)
+class Tokens:
+    """A stretch of tokens [n], in memory or mapped from a file, and where documents start in it (ascending)."""
 
+    ids: np.ndarray
+    starts: np.ndarray
 
-def decode(ids: Tensor, vocabulary: str) -> str:
-    """The text of ids [T]."""
-    return "".join(vocabulary[i] for i in ids.tolist())
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, at: np.ndarray, length: int) -> Batch:
+        """Windows that start at these places: ids, labels (the next token) and starts [B T].
+
+        starts[b, t] is True if token t opens a document. The last token of a document predicts the first of the next.
+        """
+        spread = at[:, None] + np.arange(length + 1)
+        windows = torch.from_numpy(np.asarray(self.ids[spread.ravel()], dtype=np.int64)).view(len(at), length + 1)
+        place = np.searchsorted(self.starts, spread.ravel())
+        opens = np.append(self.starts, -1)[place] == spread.ravel()
+        return {
+            "ids": windows[:, :-1],
+            "labels": windows[:, 1:],
+            "starts": torch.from_numpy(opens).view(len(at), length + 1),
+        }
+
+    def sample(self, rows: int, length: int, *seeds: int) -> Batch:
+        """Windows at random places, which `seeds` alone decide: there is no order to save."""
+        return self.rows(generator(*seeds).integers(0, len(self) - length, size=rows), length)
+
+    def count(self, length: int) -> int:
+        """Whole windows side by side, each target once; a shorter tail is left out."""
+        return (len(self) - 1) // length
+
+    def windows(self, first: int, rows: int, length: int) -> Batch:
+        """Windows side by side, from number `first` on."""
+        last = min(first + rows, self.count(length))
+        return self.rows(np.arange(first, last) * length, length)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One text as numbers: its first nine tenths to learn from, its last tenth to be judged by."""
+    """Tokens to learn from, to be judged by, and (where there are some) to be tested on; `digest` tells them apart."""
 
-    vocabulary: str
-    train: Tensor
-    valid: Tensor
+    tokenizer: Tokenizer
+    train: Tokens
+    valid: Tokens
+    test: Tokens | None
+    digest: str
 
-    @classmethod
-    def from_text(cls, text: str, *, length: int) -> Corpus:
-        """Split `text`, of which each part must hold a window of `length` characters and the one after it."""
-        vocabulary = "".join(sorted(set(text)))
-        ids = encode(text, vocabulary)
-        cut = len(ids) - len(ids) // 10
-        if len(ids) - cut <= length:
+
+def open_corpus(
+    source: str | None, tokenizer: str, *, length: int, valid: float = 0.1, test: float = 0.0, separator: str = ""
+) -> Corpus:
+    """The corpus of a text file, a folder that `write_bins` filled, a nanoGPT-style .bin of uint16, or the hub.
+
+    Args:
+        source:    a path, hub:NAME (read whole; `write_bins` and `Stream` are for large ones), or None for the
+                   documentation inside CPython.
+        tokenizer: "char", "byte", or the name or folder of a Hugging Face tokenizer.
+        length:    of a window; every part must hold one and the token after it.
+        valid, test: shares of the text kept apart, test last; hub corpora have their own.
+        separator: what stands between documents in a text file; "" makes it one document.
+    """
+    place = Path(source or "")
+    if source is None or not (source.startswith("hub:") or place.is_dir() or place.suffix == ".bin"):
+        text = python_documentation() if source is None else read_text(place)
+        corpus = _from_text(text, tokenizer, valid, test, separator.encode().decode("unicode_escape"), length)
+    elif source.startswith("hub:"):
+        corpus = _from_documents(hub_documents(source[4:], "train"), hub_documents(source[4:], "valid"), tokenizer)
+    else:
+        corpus = _from_bins(place, tokenizer, valid)
+    for name, part in (("training", corpus.train), ("validation", corpus.valid), ("test", corpus.test)):
+        if part is not None and len(part) <= length:
+            need = f"at least {length + 1} tokens for --length {length}, got {len(part)}"
+            raise InputError(f"the {name} part of the text must have {need}")
+    return corpus
+
+
+def _from_text(text: str, kind: str, valid: float, test: float, separator: str, length: int) -> Corpus:
+    tokenizer = tokenizer_of(kind, "".join(sorted(set(text))))
+    pieces = text.split(separator) if separator else [text]
+    texts = [piece + separator for piece in pieces[:-1]] + [piece for piece in pieces[-1:] if piece]
+    encoded = [tokenizer.encode(piece) for piece in texts]
+    ids = np.concatenate(encoded)
+    borders = np.cumsum([0, *map(len, encoded)])[:-1]
+    kept_valid, kept_test = int(len(ids) * valid), int(len(ids) * test)
+    if min(kept_valid, kept_test or kept_valid) <= length:
+        need = math.ceil((length + 1) / min(valid, test or valid))
+        raise InputError(f"the text must have at least {need} tokens for --length {length}, got {len(ids)}")
+    cuts = [0, len(ids) - kept_valid - kept_test, len(ids) - kept_test, len(ids)]
+    parts = [_cut(ids, borders, low, high) for low, high in pairwise(cuts)]
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Corpus(tokenizer, parts[0], parts[1], parts[2] if kept_test else None, digest)
+
+
+def _cut(ids: np.ndarray, borders: np.ndarray, low: int, high: int) -> Tokens:
+    return Tokens(ids[low:high], borders[(borders >= low) & (borders < high)] - low)
+
+
+def _from_documents(train: Iterator[str], valid: Iterator[str], kind: str) -> Corpus:
+    texts = {"train": list(train), "valid": list(valid)}
+    every = "".join(texts["train"] + texts["valid"])
+    tokenizer = tokenizer_of(kind, "".join(sorted(set(every))))
+    parts = {name: _joined(tokenizer, documents) for name, documents in texts.items()}
+    return Corpus(tokenizer, parts["train"], parts["valid"], None, hashlib.sha256(every.encode()).hexdigest())
+
+
+def _joined(tokenizer: Tokenizer, documents: list[str]) -> Tokens:
+    encoded = [encode_document(tokenizer, text) for text in documents]
+    starts = np.cumsum([0, *map(len, encoded)])[:-1]
+    return Tokens(np.concatenate([np.zeros(0, np.int64), *encoded]), starts)
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of one document, with the tokenizer's end-of-text token after it where there is one."""
+    end = getattr(tokenizer, "end", None)
+    ids = tokenizer.encode(text)
+    return ids if end is None else np.append(ids, end)
+
+
+# ---------------------------------------------------------------------- bins
+
+
+def write_bins(out: Path, source: str, tokenizer: str, *, valid: float = 0.1, report: Callable[[int], Any]) -> None:
+    """Tokenise once: train.bin, valid.bin, their document starts, and meta.json in the folder `out`.
+
+    Hub corpora are streamed, a document at a time, so that they need not fit in memory; `report` hears its length.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if not source.startswith("hub:"):
+        corpus = open_corpus(source, tokenizer, length=1, valid=valid)
+        kind, size = corpus.tokenizer, corpus.tokenizer.size
+        for name, part in (("train", corpus.train), ("valid", corpus.valid)):
+            np.asarray(part.ids, dtype=_width(size)).tofile(out / f"{name}.bin")
+            np.save(out / f"{name}.starts.npy", part.starts)
+            report(len(part))
+    else:
+        if tokenizer == "char":
             raise InputError(
-                f"the text must have at least {10 * (length + 1)} characters for --length {length}, got {len(ids)}"
+                "a hub corpus needs --tokenizer byte or a Hugging Face tokenizer: characters must be known"
             )
-        return cls(vocabulary, ids[:cut], ids[cut:])
+        kind = tokenizer_of(tokenizer)
+        size = kind.size
+        for name in ("train", "valid"):
+            starts, total = [], 0
+            with (out / f"{name}.bin").open("wb") as file:
+                for text in hub_documents(source[4:], name):
+                    ids = encode_document(kind, text)
+                    starts.append(total)
+                    total += len(ids)
+                    ids.astype(_width(size)).tofile(file)
+                    report(len(ids))
+            np.save(out / f"{name}.starts.npy", np.asarray(starts, dtype=np.int64))
+    meta = {"tokenizer": kind.to_dict(), "dtype": np.dtype(_width(size)).name}
+    (out / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
-def random_batch(ids: Tensor, *, batch: int, length: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B T] at random places, which (seed, step) alone decide: there is no order to save."""
-    starts = np.random.default_rng([seed, step]).integers(0, len(ids) - length, size=batch)
-    windows = torch.stack([ids[start : start + length + 1] for start in starts])
-    return windows[:, :-1], windows[:, 1:]
+def _width(size: int) -> type:
+    return np.uint8 if size <= 2**8 else np.uint16 if size <= 2**16 else np.uint32
 
 
-def windows(ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets [B T]: all whole windows side by side, each target once; a shorter tail is left out."""
-    count = (len(ids) - 1) // length
-    return ids[: count * length].reshape(count, length), ids[1 : count * length + 1].reshape(count, length)
+def _from_bins(place: Path, kind: str, valid: float) -> Corpus:
+    if place.suffix == ".bin":
+        tokenizer, ids = tokenizer_of(kind), np.memmap(place, dtype=np.uint16, mode="r")
+        cut = len(ids) - int(len(ids) * valid)
+        none = np.zeros(0, np.int64)
+        digest = hashlib.sha256(f"{place.name} {len(ids)}".encode()).hexdigest()
+        return Corpus(tokenizer, Tokens(ids[:cut], none), Tokens(ids[cut:], none), None, digest)
+    try:
+        meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
+        parts = {}
+        for name in ("train", "valid"):
+            ids = np.memmap(place / f"{name}.bin", dtype=meta["dtype"], mode="r")
+            parts[name] = Tokens(ids, np.load(place / f"{name}.starts.npy", mmap_mode="r"))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{place} holds no tokens: make them with recur data SOURCE --out {place} ({error})"
+        ) from error
+    digest = hashlib.sha256(json.dumps([meta, *(len(part) for part in parts.values())]).encode()).hexdigest()
+    return Corpus(tokenizer_of(**meta["tokenizer"]), parts["train"], parts["valid"], None, digest)
+
+
+# ---------------------------------------------------------------------- hub
+
+
+def hub_documents(name: str, part: str) -> Iterator[str]:
+    """The documents of a part, "train" or "valid", one by one as they arrive.
+
+    `name` is a key of HUB, or any repository or local folder with a text field, NAME[:CONFIGURATION].
+    Raises: InputError in one line when the hub cannot be reached or does not have it.
+    """
+    from datasets import load_dataset
+
+    repository, configuration, revision, column = HUB.get(name, (*_split(name), None, "text"))
+    try:
+        streams = load_dataset(repository, configuration, revision=revision, streaming=True)
+        splits = {
+            "train": "train",
+            "valid": next((s for s in ("validation", "valid", "test") if s in streams), "train"),
+        }
+        stream = streams[splits[part]]
+        apart = splits["valid"] == "train"  # no part of its own: every two hundredth document is kept for validation
+        for i, row in enumerate(stream):
+            if not apart or (i % 200 == 199) == (part == "valid"):
+                yield row[column]
+    except Exception as error:  # requests, httpx, fsspec and datasets each have their own way to say it
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot read {repository} from the hub, give a local file instead: {first}") from error
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    repository, _, configuration = name.partition(":")
+    return repository, configuration or None
+
+
+class Stream:
+    """Rows of a hub corpus in the order in which it arrives, for corpora too large to keep.
+
+    Batch number i is the i-th stretch of rows * (length + 1) tokens. A resumed run reads up to its place again.
+    """
+
+    def __init__(self, name: str, tokenizer: Tokenizer, part: str = "train") -> None:
+        self.name, self.tokenizer, self.part = name, tokenizer, part
+        self.next = -1
+
+    def batch(self, index: int, rows: int, length: int) -> Batch:
+        if index < self.next or self.next < 0:
+            self._documents, self.next = hub_documents(self.name, self.part), 0
+            self._ids: np.ndarray = np.zeros(0, np.int64)
+            self._starts: np.ndarray = np.zeros(0, np.int64)
+        while True:
+            tokens = self._take(rows * (length + 1))
+            self.next += 1
+            if self.next > index:
+                return tokens.rows(np.arange(rows) * (length + 1), length)
+
+    def _take(self, count: int) -> Tokens:
+        pieces, starts, have = [self._ids], [self._starts], len(self._ids)
+        while have < count:
+            try:
+                piece = encode_document(self.tokenizer, next(self._documents))
+            except StopIteration:
+                self._documents = hub_documents(self.name, self.part)  # the next epoch
+                continue
+            starts.append(np.asarray([have]))
+            pieces.append(piece)
+            have += len(piece)
+        ids, borders = np.concatenate(pieces), np.concatenate(starts)
+        self._ids, self._starts = ids[count:], borders[borders >= count] - count
+        return Tokens(ids[:count], borders[borders < count])
 
 
 def counting_losses(corpus: Corpus) -> tuple[float, float]:
-    """(unigram, bigram): nats per character of the validation text under counts of the training text.
+    """(unigram, bigram): nats per token of the validation text under counts of the training text.
 
-        p(b) = (n_b + 1) / (n + N)          p(b | a) = (n_ab + p(b)) / (n_a + 1)        N characters in the vocabulary
+        p(b) = (n_b + 1) / (n + N)          p(b | a) = (n_ab + p(b)) / (n_a + 1)        N tokens in the vocabulary
 
     The bigram falls back on the unigram with the weight of one observation, so that unseen pairs stay finite.
     """
-    size = len(corpus.vocabulary)
-    train, valid = corpus.train, corpus.valid
+    size = corpus.tokenizer.size
+    train, valid = (torch.from_numpy(np.asarray(part.ids, dtype=np.int64)) for part in (corpus.train, corpus.valid))
     unigram = (train.bincount(minlength=size).double() + 1) / (len(train) + size)
     pairs = (train[:-1] * size + train[1:]).bincount(minlength=size * size).double().reshape(size, size)
     bigram = (pairs + unigram) / (pairs.sum(1, keepdim=True) + 1)
     return -unigram[valid[1:]].log().mean().item(), -bigram[valid[:-1], valid[1:]].log().mean().item()
+
+
+def pack(batch: Batch) -> Any:
+    """Rows [B T] with document starts as one row [1 B*T] with cu_seqlens: each row, and each document in it, apart.
+
+    The label of a document's last token is the next document's first: it becomes -100, which no loss counts.
+    """
+    opens = batch["starts"][:, :-1].clone()
+    opens[:, 0] = True
+    labels = batch["labels"].masked_fill(batch["starts"][:, 1:], -100)
+    borders = opens.flatten().nonzero().flatten()
+    return {
+        "ids": batch["ids"].reshape(1, -1),
+        "labels": labels.reshape(1, -1),
+        "cu_seqlens": torch.cat([borders, borders.new_tensor([opens.numel()])]),
+    }

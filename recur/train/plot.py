@@ -1,55 +1,98 @@
-"""The curve of a run, as numbers and as a picture."""
+"""The curves of runs, as numbers and as pictures."""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict, fields
+import json
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # used alone it opens no window and keeps no global state
 
-from recur.train.settings import Point
-
 BLUE, ORANGE, GREY = "#2a6fbb", "#d1571f", "#6b6b6b"
+COLORS = (BLUE, ORANGE, "#2f8f4e", "#8c4bb0", "#b3892d", "#c23b6b", "#3a9fa8", "#555555", "#7a5a3a", "#9aa83a")
+STYLES = ("-", "--", "-.", ":")
+Point = Mapping[str, Any]
 
 
-def write_curve(path: Path, curve: list[Point]) -> None:
-    """One line a step: step, lr, train, validation (nats per character, empty where it was not measured)."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Point)])
+def write_history(out: Path, curve: Sequence[Point], finals: Mapping[str, Mapping[str, float]]) -> None:
+    """curve.csv, one line a step (empty where nothing was measured); history.json with the final evaluations too."""
+    names = list(dict.fromkeys(name for point in curve for name in point))
+    with (out / "curve.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
-        writer.writerows(asdict(point) for point in curve)
+        writer.writerows(curve)
+    content = {"curve": list(curve), "final": {split: dict(values) for split, values in finals.items()}}
+    (out / "history.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def draw_curve(path: Path, curve: list[Point], *, title: str, unigram: float, bigram: float) -> None:
-    """Loss over steps: every batch, their running mean, validation, and what counting alone reaches."""
-    steps, losses = [point.step for point in curve], [point.train for point in curve]
-    measured = [(point.step, point.validation) for point in curve if point.validation is not None]
-    last = measured[-1][1]
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(steps, losses, color=BLUE, alpha=0.2, linewidth=0.8)
-    axes.plot(steps, running_mean(losses), color=BLUE, linewidth=1.8, label="training, running mean")
-    axes.plot(*zip(*measured, strict=True), "o-", color=ORANGE, markersize=4, label=f"validation, at last {last:.2f}")
-    for name, level in (("unigram", unigram), ("bigram", bigram)):
-        axes.axhline(level, color=GREY, linestyle="--", linewidth=1)
-        axes.annotate(
-            f"{name} entropy {level:.2f}",
-            (1, level),
-            xycoords=("axes fraction", "data"),
-            xytext=(-4, 3),
-            textcoords="offset points",
-            ha="right",
-            color=GREY,
-            fontsize=9,
-        )
-    axes.set(xlabel="step", ylabel="nats per character", title=title, xlim=(0, steps[-1]), ylim=(0, None))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower left")
+def draw_curve(
+    path: Path, curve: Sequence[Point], *, title: str, unit: str, metrics: Sequence[str], levels: Mapping[str, float]
+) -> None:
+    """Loss over steps (every batch, their running mean, validation, levels to compare with), below it each metric."""
+    steps = [point["step"] for point in curve]
+    panels = 1 + len(metrics)
+    figure = Figure(figsize=(8, 4.8 + 2.2 * len(metrics)), dpi=150, layout="constrained")
+    axes = figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=[2, *[1] * len(metrics)])[:, 0]
+    losses = [point["loss"] for point in curve]
+    axes[0].plot(steps, losses, color=BLUE, alpha=0.2, linewidth=0.8)
+    axes[0].plot(steps, running_mean(losses), color=BLUE, linewidth=1.8, label="training, running mean")
+    for name, ax in zip(("loss", *metrics), axes, strict=True):
+        measured = [(p["step"], p[f"valid_{name}"]) for p in curve if f"valid_{name}" in p]
+        if measured:
+            label = f"validation, at last {measured[-1][1]:.3g}"
+            ax.plot(*zip(*measured, strict=True), "o-", color=ORANGE, markersize=4, label=label)
+        ax.set(ylabel=unit if name == "loss" else name, xlim=(0, steps[-1]), ylim=(0, None if name == "loss" else 1.02))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, loc="lower left" if name == "loss" else "best")
+    for name, level in levels.items():
+        axes[0].axhline(level, color=GREY, linestyle="--", linewidth=1)
+        place = {"xytext": (-4, 3), "textcoords": "offset points", "ha": "right", "color": GREY, "fontsize": 9}
+        axes[0].annotate(f"{name} {level:.2f}", (1, level), xycoords=("axes fraction", "data"), **place)
+    axes[0].set_title(title)
+    axes[-1].set_xlabel("step")
     figure.savefig(path)
 
 
-def running_mean(losses: list[float], *, keep: float = 0.95) -> list[float]:
+def draw_comparison(
+    path: Path, runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]], *, title: str, x: str, y: str, log: bool
+) -> None:
+    """One line a name: the mean of its runs (one a seed), the band from the least to the largest of them."""
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    ax = figure.add_subplot()
+    for i, (name, curves) in enumerate(runs.items()):
+        color, style = COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]
+        at, low, middle, high = spread(curves)
+        ax.plot(at, middle, style, color=color, linewidth=1.6, marker="o", markersize=3, label=name)
+        ax.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
+    if log:
+        _powers(ax, sorted({point[0] for curves in runs.values() for curve in curves for point in curve}))
+    ax.set(xlabel=x, ylabel=y, title=title)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=9, ncols=1 + (len(runs) > 6))
+    figure.savefig(path)
+
+
+def _powers(ax: Axes, ticks: Sequence[float]) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+
+
+def spread(
+    curves: Sequence[Sequence[tuple[float, float]]],
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """(x, least, mean, largest) at the places that all curves have."""
+    tables = [dict(curve) for curve in curves]
+    at = sorted(set.intersection(*(set(table) for table in tables)))
+    columns = [[table[x] for table in tables] for x in at]
+    return at, [min(c) for c in columns], [statistics.fmean(c) for c in columns], [max(c) for c in columns]
+
+
+def running_mean(losses: Sequence[float], *, keep: float = 0.95) -> list[float]:
     """Exponential mean m_t = keep m_{t-1} + (1 - keep) loss_t, divided by its weight so that it starts unbiased."""
     means, total, weight = [], 0.0, 0.0
     for loss in losses:

@@ -1,0 +1,197 @@
+"""A LanguageModel that speaks the protocol of `transformers`: forward, generate, save and load, checkpointing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.utils import ModelOutput
+
+from recur import LanguageModel
+from recur.blocks.glue import Projection
+from recur.hf.config import RecurConfig
+from recur.recipe import State
+from recur.weights import Weights
+
+CACHE = ALL_CACHE_NAMES[0]  # what this version of generate calls a cache: past_key_values, later cache
+
+
+class StateCache:
+    """The state of every row after `length` columns of tokens and padding, as `generate` hands it around."""
+
+    is_compileable = False
+
+    def __init__(self, state: State, length: int) -> None:
+        self.state, self.length = state, length
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i goes on from what was row beam_idx[i], as beam search wants it."""
+        self.state = tree_map(lambda x: x[beam_idx.to(x.device)] if isinstance(x, Tensor) else x, self.state)
+
+
+@dataclass
+class CausalLMOutput(ModelOutput):
+    """loss (with labels), logits [B T vocab_size], state (with use_cache) to go on from."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    state: StateCache | None = None
+
+
+class RecurForCausalLM(PreTrainedModel, GenerationMixin):
+    """A LanguageModel for `transformers`: RecurForCausalLM(RecurConfig(recipe="hgrn2", dim=512, depth=12)).
+
+    `model` is the LanguageModel itself. Raises: ValueError for a recipe that looks ahead.
+    """
+
+    config_class = RecurConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # num_items_in_batch, when a Trainer accumulates gradients
+    _is_stateful = True  # a state cannot be taken back, so there is no assisted generation
+
+    def __init__(self, config: RecurConfig) -> None:
+        super().__init__(config)
+        self.model = config.build()
+        if not self.model.causal:
+            raise ValueError("RecurForCausalLM: recipe must be causal, got one with parts that read ahead")
+        self.post_init()
+
+    @classmethod
+    def wrap(cls, model: LanguageModel) -> RecurForCausalLM:
+        """This very model, of recur or of `convert.from_official`, no copy."""
+        with torch.device("meta"):
+            wrapped = cls(cls.config_class.of(model))
+        wrapped.model = model
+        return wrapped.train(model.training)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        state: StateCache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """Logits, the loss if there are labels, and the state if `use_cache`.
+
+        Args:
+            input_ids:      [B T].
+            attention_mask: [B T], or [B L + T] after L columns in `state`; a token under 0 is not there: no state, no
+                position and no other token knows of it, wherever in the row it stands.
+            labels:         [B T], input_ids themselves or -100 where nothing is to be learnt; shifted here.
+            state:          what `use_cache` returned for the columns before.
+            logits_to_keep: how many of the last columns get logits, or which; 0 for all.
+            others:         what callers of transformers hand to every model, None or False (inputs_embeds, ...).
+
+        Raises: NotImplementedError for another argument.
+        """
+        if asked := [name for name, value in others.items() if value is not None and value is not False]:
+            raise NotImplementedError(
+                f"RecurForCausalLM: {', '.join(asked)} must be left out, as recipes have no such thing"
+            )
+        there = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
+        x, after = self._read(input_ids, there, None if state is None else state.state, use_cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.model._logits(x[:, kept])
+        loss, sizes = None, {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, **sizes)
+        length = input_ids.shape[1] + (0 if state is None else state.length)
+        output = CausalLMOutput(loss, logits, StateCache(after, length) if use_cache else None)
+        return output.to_tuple() if return_dict is False else output
+
+    def _read(self, ids: Tensor, there: Tensor | None, state: State, use_cache: bool) -> tuple[Tensor, State]:
+        """Hidden [B T D] and state. With padding the rows are packed: what is not there is not read."""
+        borders = None
+        if there is not None and not bool(there.all()):
+            if use_cache or bool((there[:, 1:] > there[:, :-1]).any()):
+                ids, borders = ids[there][None], F.pad(there.sum(1).cumsum(0), (1, 0))
+            else:
+                ids = ids.masked_fill(~there, 0)  # all on the right: nothing reads it
+        x, state = self.model._hidden(ids, state, cu_seqlens=borders, form="auto")
+        if there is None or borders is None:
+            return x, state
+        return x.new_zeros(*there.shape, x.shape[-1]).index_put((there,), x[0]), state
+
+    # ------------------------------------------------------------------ generate
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        state: StateCache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 1,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The columns that no state knows yet."""
+        state = kwargs.get(CACHE) or state
+        new = input_ids if state is None else input_ids[:, state.length :]
+        mask = None if state is not None and new.shape[1] == 1 else attention_mask  # a token just drawn is there
+        inputs = {"input_ids": new, "attention_mask": mask, "state": state}
+        return inputs | {"use_cache": bool(use_cache), "logits_to_keep": logits_to_keep}
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """None: the first pass returns the state."""
+        if generation_config.cache_implementation is not None:
+            kind = generation_config.cache_implementation
+            raise NotImplementedError(
+                f"generate: cache_implementation must be None, as recipes have their own, got {kind!r}"
+            )
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        updated.pop("state", None)
+        return updated if outputs.state is None else updated | {CACHE: outputs.state}
+
+    # ------------------------------------------------------------------ what transformers asks of a model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embedding
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.head
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw what no checkpoint brought from its declared law."""
+        if isinstance(module, Weights):
+            for name, param in module.declared.items():
+                weight = getattr(module, name)
+                if not getattr(weight, "_is_hf_initialized", False):
+                    param.init(weight.data)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return self.model.checkpoint
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.model.checkpoint = enable
+
+
+def projections(model: nn.Module) -> list[str]:
+    """The matrices of every Project by name, for LoRA: LoraConfig(target_parameters=projections(model))."""
+    return [
+        f"{name}.{matrix}"
+        for name, module in model.named_modules()
+        if isinstance(module, Projection)
+        for matrix, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 2
+    ]

@@ -1,0 +1,77 @@
+"""Delta networks: each write corrects what the state would have said; with a gate per head, or per key channel."""
+
+from recur.blocks import Act, DeltaScan, LowRank, Norm, OutputGate, Project, Scale, ShortConv, StepDecay
+from recur.recipe import Part, Recipe
+
+
+def _unit(name: str) -> tuple[Part, ...]:
+    """Vectors of length 1 in every head."""
+    return Norm(name, kind="l2", over="K", eps=1e-6, affine="none"), Scale(name, "1/sqrt(K)")
+
+
+def delta_net(*, heads: int = 4, conv: int = 4) -> Recipe:
+    """S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T, y_t = norm(S_t^T q_t) / sqrt(K); |q| = |k| = 1.
+
+    Args: heads: H; conv: taps of the short convolution.
+    Source: Schlag et al. 2021, arXiv:2102.11174; Yang et al. 2024, arXiv:2406.06484.
+    """
+    return Recipe(
+        Project("x", q="H K", k="H K", v="H V", beta="H"),
+        ShortConv("q k v", width=conv, bias=False),
+        Act("beta", "sigmoid"),
+        *_unit("q"),
+        *_unit("k"),
+        DeltaScan(decay=None, scale="1/sqrt(K)"),
+        Norm("y", over="V"),
+        Project("y", y="D"),
+        axes={"H": heads, "K": "D/H", "V": "D/H"},
+        source="Yang et al. 2024, arXiv:2406.06484",
+    )
+
+
+def gated_delta_net(*, heads: int = 4, conv: int = 4) -> Recipe:
+    """S' = a_t S_{t-1}, S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T, y_t = norm(S_t^T q_t) * silu(g_t); a one a head.
+
+    log a = -exp(A) softplus(dt + b).
+
+    Args: as `delta_net`.
+    Source: Yang et al. 2024, arXiv:2412.06464.
+    """
+    return Recipe(
+        Project("x", q="H K", k="H K", v="H V", beta="H", g="H V", dt="H"),
+        ShortConv("q k v", width=conv, bias=False),
+        Act("beta", "sigmoid"),
+        StepDecay(),
+        *_unit("q"),
+        *_unit("k"),
+        DeltaScan(scale="1/sqrt(K)"),
+        Norm("y", over="V"),
+        OutputGate("g"),
+        Project("y", y="D"),
+        axes={"H": heads, "K": "D/H", "V": "2*D/H"},
+        source="Yang et al. 2024, arXiv:2412.06464",
+    )
+
+
+def kda(*, heads: int = 4, conv: int = 4) -> Recipe:
+    """S' = diag(a_t) S_{t-1}, S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T, y_t = norm(S_t^T q_t) * sigmoid(g_t).
+
+    log a = -exp(A) softplus(dt + b), one a key channel; dt and g through V channels.
+
+    Args: as `delta_net`.
+    Source: Kimi Team 2025, arXiv:2510.26692.
+    """
+    return Recipe(
+        Project("x", q="H K", k="H K", v="H V", beta="H", g=LowRank("H V", rank="V"), dt=LowRank("H K", rank="V")),
+        ShortConv("q k v", width=conv, bias=False),
+        Act("beta", "sigmoid"),
+        StepDecay(),
+        *_unit("q"),
+        *_unit("k"),
+        DeltaScan(scale="1/sqrt(K)"),
+        Norm("y", over="V"),
+        OutputGate("g", act="sigmoid"),
+        Project("y", y="D"),
+        axes={"H": heads, "K": "D/H", "V": "D/H"},
+        source="Kimi Team 2025, arXiv:2510.26692",
+    )

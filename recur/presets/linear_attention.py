@@ -1,0 +1,22 @@
+"""Linear attention: softmax replaced by a positive feature of queries and keys."""
+
+from recur.blocks import Act, Count, Normalise, OuterScan, Project
+from recur.recipe import Recipe
+
+
+def linear_attention(*, heads: int = 4, feature: str = "1+elu", eps: float = 1e-6) -> Recipe:
+    """S_t = S_{t-1} + k_t v_t^T, n_t = n_{t-1} + k_t, y_t = S_t^T q_t / max(n_t . q_t, eps); q, k = 1 + elu(W x).
+
+    Args: heads: H; feature: of q and k; eps: the least to divide by.
+    Source: Katharopoulos et al. 2020, arXiv:2006.16236.
+    """
+    return Recipe(
+        Project("x", q="H K", k="H K", v="H K"),
+        Act("q k", feature),
+        Count("v"),
+        OuterScan(decay=None),
+        Normalise(floor=eps),
+        Project("y", y="D"),
+        axes={"H": heads, "K": "D/H"},
+        source="Katharopoulos et al. 2020, arXiv:2006.16236",
+    )

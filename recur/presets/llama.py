@@ -1,0 +1,20 @@
+"""LLaMA: softmax attention with rotated queries and keys, the model that recurrences are compared with."""
+
+from recur.blocks import Attention, Project, Rotary
+from recur.recipe import Recipe
+
+
+def llama(*, heads: int = 8, bias: bool = False) -> Recipe:
+    """y_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(K)) v_s, q and k rotated by their positions.
+
+    Args: heads: H; bias: of all projections.
+    Source: Touvron et al. 2023, arXiv:2302.13971.
+    """
+    return Recipe(
+        Project("x", q="H K", k="H K", v="H K", bias=bias, init="normal"),
+        Rotary("q k", layout="half"),
+        Attention(),
+        Project("y", y="D", bias=bias, init="normal_residual"),
+        axes={"H": heads, "K": "D/H"},
+        source="Touvron et al. 2023, arXiv:2302.13971",
+    )

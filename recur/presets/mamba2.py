@@ -1,0 +1,62 @@
+"""Mamba-2: a selective state space with one decay a head, so that matmuls can share it."""
+
+from typing import Any
+
+from recur.blocks import Norm, OuterScan, OutputGate, Project, ShortConv, Skip, StepDecay, Weigh
+from recur.recipe import Part, Recipe
+
+GATE_THEN_NORM = (OutputGate("z"), Norm("y", groups="G"))
+
+
+def mamba2(
+    *,
+    state: int = 128,
+    expand: int = 2,
+    inner: int | str | None = None,
+    head: int = 64,
+    groups: int = 1,
+    conv: int = 4,
+    conv_bias: bool = True,
+    bias: bool = False,
+    limit: tuple[float, float] | None = None,
+    rates: tuple[float, float] = (1.0, 16.0),
+    skip: str = "H",
+    leave: tuple[Part, ...] = GATE_THEN_NORM,
+) -> Recipe:
+    """S_t = a_t S_{t-1} + B_t (delta_t u_t)^T, y_t = norm((S_t^T C_t + D u_t) * silu(z_t)); a = exp(-exp(A) delta).
+
+    delta = softplus(dt + b), one a head.
+
+    Args: state: N; expand: inner width over D, or `inner`, that width; head: P channels a head; groups: G, heads of one
+        share B and C; conv: taps of the short convolution over u, B and C; limit: least and greatest delta;
+        rates: exp(A) starts uniform between these; skip: axes of D, "H" or "H P"; leave: how y leaves, before the last
+        projection.
+    Source: Dao & Gu 2024, arXiv:2405.21060.
+    """
+    return Recipe(
+        Project("x", z="H P", u="H P", B="G N", C="G N", dt="H", bias=bias, init="linear_zero", name="enter"),
+        ShortConv("u B C", width=conv, bias=conv_bias),
+        StepDecay(limit=limit, rates=rates),
+        Weigh("u", by="delta", to="v"),
+        OuterScan(q="C", k="B"),
+        Skip("u", over=skip),
+        *leave,
+        Project("y", y="D", bias=bias, init="residual", name="leave"),
+        axes={"E": inner or f"{expand}*D", "P": head, "H": "E/P", "G": groups, "N": state},
+        source="Dao & Gu 2024, arXiv:2405.21060",
+    )
+
+
+def mamba2_mlp(*, mlp: int | str = "D", bias: bool = False, **options: Any) -> Recipe:
+    """Mamba-2 beside a gated unit of the same token: its last projection reads [silu(g) * m, y].
+
+    Args: mlp: width of g and m; the rest as in `mamba2`.
+    Source: the released code of Dao & Gu 2024, arXiv:2405.21060.
+    """
+    alone = mamba2(bias=bias, **options)
+    enter = Project(
+        "x", g="M", m="M", z="H P", u="H P", B="G N", C="G N", dt="H", bias=bias, init="linear_zero", name="enter"
+    )
+    leave = Project("m y", y="D", bias=bias, init="residual", name="leave")
+    parts = (enter, *alone.parts[1:-1], OutputGate("g", out="m"), leave)
+    return Recipe(*parts, axes={**alone.axes, "M": mlp}, source=alone.source)

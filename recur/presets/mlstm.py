@@ -1,0 +1,32 @@
+"""mLSTM: a matrix memory with exponential input gates."""
+
+from recur.blocks import Count, Decay, Learned, Norm, Normalise, OuterScan, OutputGate, Project, Scale, Stabilise, Sum
+from recur.recipe import Recipe
+
+
+def mlstm(*, heads: int = 4) -> Recipe:
+    """C_t = f_t C_{t-1} + i_t k_t v_t^T, n_t = f_t n_{t-1} + i_t k_t, y_t = norm(C_t^T q_t / max(|n_t . q_t|, 1)) o_t.
+
+    i = exp(z), f and o are sigmoids; C and n are kept divided by their largest weight. At first f = sigmoid(3 ... 6)
+    over the heads, and i = 1.
+
+    Args: heads: H.
+    Source: Beck et al. 2024, arXiv:2405.04517.
+    """
+    return Recipe(
+        Project("x", q="H K", k="H K", v="H K", o="H K"),
+        Project("x", i="H", f="H", init="zeros"),
+        Learned("b", "H", init="3+3*i/max(H-1,1)"),
+        Sum("f b", out="f"),
+        Decay("f"),
+        Scale("k", "1/sqrt(K)"),
+        Stabilise(),
+        Count("v"),
+        OuterScan(),
+        Normalise("floor"),
+        Norm("y", kind="layer", over="K", affine="weight"),
+        OutputGate("o", act="sigmoid"),
+        Project("y", y="D"),
+        axes={"H": heads, "K": "D/H"},
+        source="Beck et al. 2024, arXiv:2405.04517",
+    )

@@ -1,0 +1,57 @@
+"""Exponential gates in bounds: everything is divided by the largest weight that anything in the state has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recur.primitives.diagonal import document_starts, leave_documents
+from recur.primitives.forms import document_of
+from recur.shapes import accumulation_dtype, bind, check_float
+
+LEAST = -1e30  # the log of nothing: finite, so that differences of logs stay numbers
+
+
+def largest_log(
+    log_keep: Tensor, log_write: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The running maximum m_t = max(log_keep_t + m_{t-1}, log_write_t) of the logs of all weights in a state.
+
+    With exp(log_keep_t + m_{t-1} - m_t) and exp(log_write_t - m_t), both at most 1, in the place of exp(log_keep_t) and
+    exp(log_write_t), a state is exp(-m_t) times what it would be.
+
+    Args:
+        log_keep:      [B T H] natural logs, -inf allowed.
+        log_write:     [B T H] natural logs, of any sign.
+        initial_state: [B H] m before the first token ([n H] if packed); nothing yet when omitted.
+        cu_seqlens:    [n+1] document borders.
+
+    Returns: m_t and m_{t-1} [B T H], and the last m [B H], float32 or wider.
+    Cost: O(B T H log T), of sums and maxima alone, so nothing cancels.   Source: Beck et al. 2024, arXiv:2405.04517.
+    """
+    bind("largest_log", log_keep=(log_keep, "B T H"), log_write=(log_write, "B T H"))
+    check_float("largest_log", log_keep=log_keep, log_write=log_write)
+    dtype = accumulation_dtype(log_keep, log_write, initial_state)
+    f, m = log_keep.to(dtype), log_write.to(dtype)
+    B, T, H = m.shape
+    rows = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    start = m.new_full((rows, H), LEAST) if initial_state is None else initial_state.to(dtype)
+    if T == 0:
+        return m, m, start.clone()
+    if cu_seqlens is None:
+        first, before = torch.arange(T, device=m.device) == 0, start[:, None]
+    else:
+        first, before = document_starts(cu_seqlens, T), start[document_of(cu_seqlens, T)][None]
+    first = first[None, :, None]
+    m = torch.where(first, torch.maximum(m, f + before), m).clamp(min=LEAST)
+    f = torch.where(first, -torch.inf, f)
+    span = 1
+    while span < T:  # m_t is now over the last `span` tokens, f_t what they keep of what was before
+        m, f = (
+            torch.cat([m[:, :span], torch.maximum(m[:, span:], f[:, span:] + m[:, :-span])], 1),
+            torch.cat([f[:, :span], f[:, span:] + f[:, :-span]], 1),
+        )
+        span *= 2
+    before = torch.where(first, before, torch.cat([m[:, :1], m[:, :-1]], 1))
+    last = m[:, -1].clone() if cu_seqlens is None else leave_documents(m, start, cu_seqlens)
+    return m, before, last

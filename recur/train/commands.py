@@ -1,0 +1,177 @@
+"""The commands `recur train | task | compare | data | generate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recur.train import config
+from recur.train.config import InputError, Settings, known
+from recur.train.models import parameters, read_recipes
+from recur.train.run import TASKS, configured, finish, load_model, setup, told
+from recur.train.trainer import fit, mfu, prepare
+
+Command = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
+LAUNCH = "on many devices: accelerate launch -m recur train gla --device cuda"
+
+
+def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) -> None:
+    """Register the commands; `command` makes one, `nested` a maker of commands below one."""
+    about = "Train a language model on a text."
+    fresh, again = (
+        "recur train gla --text book.txt --steps 2000 --out runs/book",
+        "recur train gla --out runs/book --resume",
+    )
+    _run_flags(command("train", _task, about, f"recur train longhorn; {fresh}; {again}; {LAUNCH}"), "lm")
+
+    mqar, parity = "recur task mqar longhorn --pairs 4", "recur task tracking mamba --group s5"
+    tasks = nested(command("task", _no_task, "Train a recipe on one of the papers' tasks.", f"{mqar}; {parity}"))
+    for name, task in TASKS.items():
+        example = f"recur task {name} longhorn"
+        examples = "; ".join([example, *(f"{example} --setup {setup}" for setup in task.setups)])
+        _run_flags(tasks(name, _task, task.about, examples), name)
+
+    pair = "recur compare longhorn mamba llama --task mqar --seeds 3 --parameters 200000"
+    compare = command(
+        "compare", _compare, "Train recipes alike and compare them.", f"{pair}; {pair} --widths 32,64,128"
+    )
+    compare.add_argument("recipes", metavar="RECIPE", nargs="+", type=_recipe)
+    compare.add_argument("--task", choices=TASKS, default="lm", help="what they are trained on (lm)")
+    compare.add_argument("--seeds", type=config.count, default=1, help="runs of each, seeds 0, 1, ... (1)")
+    compare.add_argument("--parameters", type=config.count, help="of each: the width is solved for")
+    compare.add_argument("--widths", type=config.several(config.count), help="instead of a size: a run of each at each")
+    compare.add_argument("--out", metavar="FOLDER", type=Path, help="where tables and pictures go (runs/compare-TASK)")
+    _config_flags(compare)
+    made = {name: option for task in TASKS.values() for name, option in known(task).items()}
+    config.add_flags(compare, {**made, **_settings()}, {})
+
+    data = command("data", _data, "Tokenise a text or a hub corpus once.", "recur data hub:openwebtext --out owt")
+    data.add_argument("source", metavar="SOURCE", type=config.path, help="a text file or hub:NAME")
+    data.add_argument("--tokenizer", default="gpt2", help="char, byte, or a Hugging Face tokenizer (gpt2)")
+    data.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="for train.bin, valid.bin, meta.json")
+
+    about = "Continue a prompt with a trained model."
+    prompt = "recur generate runs/longhorn --prompt 'The '"
+    writer = command("generate", _generate, about, f"{prompt}; {prompt} --temperature 0.5 --top-k 20 --seed 3")
+    writer.add_argument("folder", metavar="FOLDER", type=Path, help="the --out of recur train")
+    writer.add_argument("--prompt", metavar="TEXT", required=True)
+    writer.add_argument("--max-new-tokens", type=config.count, default=300, help="tokens to write (300)")
+    writer.add_argument("--temperature", type=config.at_least_0, default=0.7, help="0 takes the likeliest token (0.7)")
+    writer.add_argument("--top-k", type=config.count, help="draw among the k likeliest tokens only")
+    writer.add_argument("--top-p", type=config.share, help="draw among the likeliest tokens that hold this probability")
+    writer.add_argument("--seed", type=config.seed, default=0, help="the same seed writes the same text (0)")
+
+
+def _settings() -> dict[str, Any]:
+    return {name: option for name, option in known(Settings).items() if name != "recipe"}
+
+
+def _run_flags(parser: argparse.ArgumentParser, task: str) -> None:
+    parser.set_defaults(task=task)
+    parser.add_argument("recipe", metavar="RECIPE", type=_recipe, help=known(Settings)["recipe"].metadata["about"])
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where the run is kept (runs/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its own settings")
+    _config_flags(parser)
+    config.add_flags(parser, {**known(TASKS[task]), **_settings()}, TASKS[task].defaults)
+
+
+def _config_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--setup", metavar="NAME", help="a set of choices from a paper, below those given here")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="choices in YAML or JSON, below those given here")
+
+
+def _recipe(text: str) -> str:
+    try:
+        read_recipes(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _choices(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = known(Settings, TASKS[arguments.task])
+    return {name: value for name, value in vars(arguments).items() if name in options}
+
+
+def _below(arguments: argparse.Namespace) -> list[Any]:
+    """What lies below the flags: the setup, then the file."""
+    options = known(Settings, TASKS[arguments.task])
+    file = {} if arguments.config is None else config.read_file(arguments.config, options, arguments.task)
+    return [setup(arguments.task, arguments.setup), file]
+
+
+def _no_task(arguments: argparse.Namespace) -> int:
+    raise InputError(f"name a task: {', '.join(TASKS)}")
+
+
+def _task(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    choices = _choices(arguments)
+    settings, task = configured(arguments.task, *_below(arguments), choices)
+    name = arguments.recipe.replace(":", "-").replace("/", "-")
+    out = arguments.out or Path("runs") / (name if arguments.task == "lm" else f"{arguments.task}-{name}")
+    run = prepare(task, settings, out, resume=choices if arguments.resume else None)
+    settings, task = run.settings, run.task
+    show: Callable[..., None] = print if run.is_main else lambda *words: None
+    for recipe in task.recipes(settings):
+        show(recipe)
+    show(f"\ndepth {settings.depth}, width {settings.dim}: {parameters(run.plain_model):,} parameters\n")
+    with tqdm(
+        total=settings.steps, desc=settings.recipe, initial=run.step, unit="step", disable=not run.is_main
+    ) as bar:
+
+        def report(loss: float, speed: float) -> None:
+            used = mfu(run, speed)
+            share = "" if used is None else f", {used:.1%} MFU"
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s{share}", refresh=False)
+            bar.update()
+
+        fit(run, report)
+    if run.stopped:
+        show(f"\nstopped after --seconds {settings.seconds:g}, at step {run.step} of {settings.steps}")
+    finals = finish(run)
+    show("\n" + told(run, finals))
+    sample = task.epilogue(run.plain_model) if run.is_main else ""
+    if sample:
+        show(f"\n{'-' * 80}\n{sample}\n{'-' * 80}")
+    show(f"\nloss curve: {out / 'curve.png'}\ncheckpoint: {out}")
+    run.accelerator.end_training()
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from recur.train.compare import compare
+
+    out = arguments.out or Path("runs") / f"compare-{arguments.task}"
+    sizes = {"parameters": arguments.parameters, "widths": arguments.widths, "seeds": arguments.seeds}
+    layers = [*_below(arguments), _choices(arguments)]
+    print(compare(arguments.task, arguments.recipes, layers, out, **sizes, report=lambda line: print(line, flush=True)))
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from recur.train.data import write_bins
+
+    with tqdm(unit="token", unit_scale=True) as bar:
+        write_bins(arguments.out, arguments.source, arguments.tokenizer, report=bar.update)
+    print(f"tokens: {arguments.out} (recur train RECIPE --text {arguments.out})")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    model, tokenizer = load_model(arguments.folder)
+    if not arguments.prompt:
+        raise InputError("the prompt must have at least one character, got an empty one")
+    ids = torch.from_numpy(tokenizer.encode(arguments.prompt))[None]
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    written = model.generate(ids, **{name: getattr(arguments, name) for name in names})
+    sys.stdout.write(tokenizer.decode(written[0].tolist()) + "\n")
+    return 0

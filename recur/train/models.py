@@ -1,0 +1,190 @@
+"""Models from settings: a language model, or a stack with another door in and out; and the width that a size needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recur import LanguageModel, Recipe, blocks, presets
+from recur.train.config import InputError, Settings, unknown
+from recur.weights import Param, Weights, normal, zeros
+
+# What stands around the mixer in each paper, where it is not an RMS norm and no feed-forward.
+PAPER: dict[str, dict[str, str]] = {
+    "gateloop": {"ffn": "gelu"},
+    "gla": {"ffn": "swiglu"},
+    "gss": {"norm": "none"},
+    "hgrn": {"ffn": "swiglu"},
+    "hgrn2": {"ffn": "swiglu"},
+    "llama": {"ffn": "swiglu"},
+    "retnet": {"ffn": "swiglu"},
+    "rwkv": {"ffn": "channel_mix", "norm": "layer"},
+    "simple_gateloop": {"norm": "none", "ffn": "gelu"},
+}
+
+
+def read_recipes(text: str) -> list[Recipe]:
+    """The recipes that "hgrn2:heads=4+llama" or "@recipe.json" names.
+
+    Raises: InputError naming the preset or the option that is not known.
+    """
+    if text.startswith("@"):
+        try:
+            return [Recipe.from_dict(json.loads(Path(text[1:]).read_text(encoding="utf-8")))]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"cannot read a recipe from {text[1:]}: {error}") from error
+    return [_preset(piece) for piece in text.split("+")]
+
+
+def _preset(text: str) -> Recipe:
+    name, _, listed = text.partition(":")
+    if name not in presets.names():
+        raise InputError(unknown("preset", name, presets.names()))
+    options = dict(pair.partition("=")[::2] for pair in listed.split(",") if pair)
+    try:
+        return getattr(presets, name)(**{key: _value(value) for key, value in options.items()})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} cannot be built with {listed}: {error}") from error
+
+
+def _value(text: str) -> Any:
+    """A JSON value, a name of recur.blocks (scan=in_grid), or the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return getattr(blocks, text, text)
+
+
+def around(settings: Settings) -> dict[str, Any]:
+    """The arguments of LanguageModel that settings decide, "paper" looked up by the first preset's name."""
+    paper = PAPER.get(settings.recipe.split("+")[0].partition(":")[0], {})
+    norm = paper.get("norm", "rms") if settings.norm == "paper" else settings.norm
+    ffn = paper.get("ffn", "none") if settings.ffn == "paper" else settings.ffn
+    return {
+        "dim": settings.dim,
+        "depth": settings.depth,
+        "ffn": None if ffn == "none" else ffn,
+        "norm": None if norm == "none" else norm,
+        "block": settings.block,
+        "positions": None if settings.positions == "none" else settings.positions,
+        "dropout": settings.dropout,
+        "checkpoint": settings.recompute == "layers",
+    }
+
+
+def language_model(recipes: Sequence[Recipe], settings: Settings, vocab_size: int, **more: Any) -> LanguageModel:
+    """A LanguageModel by settings.   Raises: InputError if the recipe does not fit the width."""
+    arguments = {**around(settings), "tie": settings.head == "tied", **more}
+    try:
+        return LanguageModel(recipes, vocab_size=vocab_size, **arguments)
+    except ValueError as error:  # a width that does not divide, told in the recipe's letters
+        raise InputError(f"{settings.recipe} cannot be built with --dim {settings.dim}: {error}") from error
+
+
+class SequenceModel(nn.Module):
+    """A stack between a linear or embedding door in and a linear door out.
+
+    Args:
+        inputs:  channels of a continuous input x [B T inputs] (a constant channel is added), or with
+        tokens:  their number, for ids [B T].
+        outputs: numbers predicted.
+        pool:    "token" for one prediction a token [B T outputs]; "mean" for one a row [B outputs], over the tokens
+                 within `lengths` [B]; "pair" for rows that are two texts [B 2 T]: from [u, v, u - v, u v].
+    """
+
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        settings: Settings,
+        *,
+        outputs: int,
+        inputs: int = 0,
+        tokens: int = 0,
+        pool: str = "mean",
+    ) -> None:
+        super().__init__()
+        channels = tokens or inputs + 1
+        std = 0.02 if tokens else channels**-0.5
+        self.body = language_model(recipes, settings, channels, tie=True, embed_std=std)
+        self.pool, self.tokens, dim = pool, tokens, settings.dim
+        wide = 4 * dim if pool == "pair" else dim
+        between = {"weight": Param((dim, wide), normal(wide**-0.5)), "bias": Param((dim,), zeros, decay=False)}
+        self.between = Weights(between) if pool == "pair" else None
+        out = {"weight": Param((outputs, dim), normal(dim**-0.5)), "bias": Param((outputs,), zeros, decay=False)}
+        self.out = Weights(out)
+
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None, grid: tuple[int, ...] | None = None, **options: Any
+    ) -> Tensor:
+        if self.pool == "pair":
+            u, v = (
+                self._pooled(x.flatten(0, 1), None if lengths is None else lengths.flatten(), grid)
+                .unflatten(0, (-1, 2))
+                .unbind(1)
+            )
+            assert self.between is not None
+            h = F.gelu(F.linear(torch.cat([u, v, u - v, u * v], -1), self.between.weight, self.between.bias))
+        else:
+            h = self._hidden(x, grid, **options) if self.pool == "token" else self._pooled(x, lengths, grid)
+        return F.linear(h, self.out.weight, self.out.bias)
+
+    def _hidden(self, x: Tensor, grid: tuple[int, ...] | None = None, **options: Any) -> Tensor:
+        table = self.body.embedding.weight
+        embedded = F.embedding(x, table) if self.tokens else F.pad(x, (0, 1), value=1.0) @ table
+        return self.body.hidden(embedded, grid=grid, **options)[0]
+
+    def _pooled(self, x: Tensor, lengths: Tensor | None, grid: tuple[int, ...] | None) -> Tensor:
+        h = self._hidden(x, grid)
+        if lengths is None:
+            return h.mean(1)
+        inside = (torch.arange(h.shape[1], device=h.device) < lengths[:, None])[..., None]
+        return torch.where(inside, h, 0).sum(1) / lengths[:, None].to(h.dtype)
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers it learns."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def solve_width(task: Any, settings: Settings, target: int, multiple: int = 8) -> Settings:
+    """The settings with the width, a multiple of `multiple`, whose model comes nearest to `target` parameters.
+
+    Raises: InputError if no width of the recipe comes within a tenth of it.
+    """
+
+    def size(dim: int) -> int | None:
+        try:
+            with torch.device("meta"):
+                return parameters(task.build(replace(settings, dim=dim)))
+        except InputError:
+            return None
+
+    sizes: dict[int, int] = {}
+    for dim in range(multiple, 8193, multiple):
+        found = size(dim)
+        if found is not None:
+            sizes[dim] = found
+            if found > 1.5 * target:
+                break
+    best = min(sizes, key=lambda dim: abs(sizes[dim] - target), default=None)
+    if best is None or abs(sizes[best] - target) > target / 10:
+        near = "none fits" if best is None else f"the nearest is {sizes[best]:,} at width {best}"
+        raise InputError(f"no width of {settings.recipe} has about {target:,} parameters: {near}")
+    return replace(settings, dim=best)
+
+
+def with_paper_depth(settings: Settings) -> Settings:
+    """Twice the layers where there is no feed-forward: a mixer and a feed-forward count as two."""
+    return settings if around(settings)["ffn"] is not None else replace(settings, depth=2 * settings.depth)
+
+
+def describe(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:
+    """The recipes as JSON values."""
+    return [recipe.to_dict() for recipe in recipes]

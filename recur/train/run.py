@@ -1,0 +1,87 @@
+"""A run from choices to its report, as `recur train` and `recur task` make it; and its model afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recur import LanguageModel, Recipe
+from recur.train import checkpoint
+from recur.train.config import InputError, Settings, checked, known, resolved
+from recur.train.models import language_model
+from recur.train.tasks import TASKS
+from recur.train.tokenize import Tokenizer, tokenizer_of
+from recur.train.trainer import Training, evaluate, prepare
+
+
+def start(task: str, out: Path, choices: Mapping[str, Any], *, resume: bool = False) -> Training:
+    """Start the run of a task in the empty folder `out`, or take up the one in it; `choices` are options by name.
+
+    Raises: InputError if a choice cannot be met, or contradicts the run that is taken up.
+    """
+    settings, made = configured(task, choices)
+    return prepare(made, settings, out, resume=dict(choices) if resume else None)
+
+
+def configured(task: str, *layers: Mapping[str, Any]) -> tuple[Settings, Any]:
+    """Settings and task from choices, later layers above earlier ones and all above the task's own defaults."""
+    cls = TASKS[task]
+    given = [checked(layer, known(Settings, cls), f"task {task}") for layer in (cls.defaults, *layers)]
+    return resolved(Settings, *given), resolved(cls, *given)
+
+
+def setup(task: str, name: str | None) -> Mapping[str, Any]:
+    """A task's named choices.   Raises: InputError naming those there are."""
+    setups = TASKS[task].setups
+    if name is not None and name not in setups:
+        raise InputError(f"task {task} has no setup {name!r}; there are: {', '.join(setups) or 'none'}")
+    return {} if name is None else setups[name]
+
+
+def finish(run: Training) -> dict[str, dict[str, float]]:
+    """The final evaluations, split by split; the history and the picture in the run's folder."""
+    task = run.task
+    finals = {split: evaluate(run, split, full=task.rows(split) is not None) for split in task.finals}
+    if run.is_main:
+        from recur.train.plot import draw_comparison, draw_curve, write_history
+
+        write_history(run.out, run.curve, finals)
+        size = sum(weight.numel() for weight in run.plain_model.parameters())
+        title = f"{task.name}: {run.settings.recipe}, {size / 1e6:.2f}M parameters"
+        look: dict[str, Any] = {"title": title, "unit": task.unit, "metrics": task.metrics, "levels": task.levels()}
+        draw_curve(run.out / "curve.png", run.curve, **look)
+        lengths = [(run.settings.length * int(split[:-1]), split) for split in finals if split.endswith("x")]
+        if lengths:
+            shown = task.metrics[0] if task.metrics else "loss"
+            points = [(length, finals[split][shown]) for length, split in lengths]
+            labels = {"title": title, "x": "tokens read at once", "y": task.unit if shown == "loss" else shown}
+            draw_comparison(run.out / "lengths.png", {run.settings.recipe: [points]}, **labels, log=True)
+    return finals
+
+
+def told(run: Training, finals: Mapping[str, Mapping[str, float]]) -> str:
+    """The final evaluations in words, one line a split."""
+    lines = []
+    for split, values in finals.items():
+        bits = f" ({values['loss'] / math.log(2):.3f} bits)" if run.task.unit.startswith("nats") else ""
+        rest = "".join(f", {name} {values[name]:.1%}" for name in run.task.metrics)
+        lines.append(f"{split}: loss {values['loss']:.3f} {run.task.unit}{bits}{rest}")
+    levels = ", ".join(f"{name} {level:.3f}" for name, level in run.task.levels().items())
+    return "\n".join([*lines, *([f"to compare with: {levels}"] if levels else [])])
+
+
+def load_model(out: Path) -> tuple[LanguageModel, Tokenizer]:
+    """The language model of the newest checkpoint in `out`, on the CPU, and its tokenizer.
+
+    Raises: InputError if there is none, it is damaged, or its task has no text.
+    """
+    folder, record = checkpoint.read_record(out)
+    if "tokenizer" not in record.task:
+        raise InputError(f"{out} holds a run of task {record.config['task']}, which writes no text")
+    settings = resolved(Settings, {**record.config, "recompute": "none"})
+    tokenizer = tokenizer_of(**record.task["tokenizer"])
+    model = language_model([Recipe.from_dict(recipe) for recipe in record.recipes], settings, tokenizer.size)
+    checkpoint.load_weights(folder, model)
+    return model.eval(), tokenizer

@@ -1,0 +1,92 @@
+"""Text as numbers: characters, bytes, or a Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from recur.train.config import InputError
+
+
+@dataclass(frozen=True)
+class Characters:
+    """The place of each character in a vocabulary, which the training text decides."""
+
+    vocabulary: str
+
+    @property
+    def size(self) -> int:
+        return len(self.vocabulary)
+
+    def encode(self, text: str) -> np.ndarray:
+        """[T] ids.   Raises: InputError naming characters the vocabulary lacks."""
+        place = {character: i for i, character in enumerate(self.vocabulary)}
+        if unknown := sorted(set(text) - set(place)):
+            listed = " ".join(map(repr, unknown[:10])) + (" ..." if len(unknown) > 10 else "")
+            raise InputError(f"the model's vocabulary of {self.size} characters lacks {listed}")
+        return np.fromiter((place[character] for character in text), dtype=np.int64, count=len(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.vocabulary[i] for i in ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "char", "vocabulary": self.vocabulary}
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """UTF-8, 256 symbols."""
+
+    size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "byte"}
+
+
+class HubTokenizer:
+    """A tokenizer of transformers, by hub name or folder; documents end with its end-of-text token."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise InputError(
+                f"the tokenizer {name} is neither a folder here nor reachable on the hub: {first}"
+            ) from error
+        self.name, self.size = name, len(self._tokenizer)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self._tokenizer.decode(list(ids)))
+
+    @property
+    def end(self) -> int | None:
+        """The id that ends a document."""
+        return self._tokenizer.eos_token_id
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.name}
+
+
+Tokenizer = Characters | Bytes | HubTokenizer
+
+
+def tokenizer_of(kind: str, vocabulary: str = "") -> Tokenizer:
+    """ "char" with a vocabulary, "byte", or the hub name or folder of a tokenizer ("gpt2")."""
+    if kind == "char":
+        return Characters(vocabulary)
+    return Bytes() if kind == "byte" else HubTokenizer(kind)
