@@ -463,10 +463,15 @@ def test_comparisons(tmp_path: Path) -> None:
     for name in ("curves.png", "widths.png"):
         assert (tmp_path / "a" / name).read_bytes().startswith(b"\x89PNG")
     compare("mqar", recipes[1:2], layers, tmp_path / "b", **options)
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["runs"] for name in "ab")
     alike = [[run[key] for key in ("final", "valid", "train")] for run in one if run["recipe"] == "gla:heads=2"]
     assert alike == [[run[key] for key in ("final", "valid", "train")] for run in two]  # equal seeds, equal runs
     assert alike[0] != alike[1]
+    said.clear()
+    assert compare("mqar", recipes[:2], layers, tmp_path / "a", **options, report=said.append).startswith("# mqar")
+    assert said == []  # all of it was there
+    with pytest.raises(InputError, match="holds a comparison of other choices: choose another --out"):
+        compare("mqar", recipes[:2], [{**layers[0], "steps": 3}], tmp_path / "a", **options)
 
 
 def test_comparisons_at_a_size_and_at_lengths(tmp_path: Path, text_file: str) -> None:
