@@ -77,7 +77,11 @@ def case(
         return [y, state, *torch.autograd.grad(loss, [t for t in x if t is not None])]
 
     got, again, want = gradients(False), gradients(False), gradients(True)
-    names = ["y", "state", *(n for n, x in zip(("dq", "dk", "dv", "da", "dS", "dbeta", "dbonus"), inputs, strict=True) if x is not None)]
+    names = [
+        "y",
+        "state",
+        *(n for n, x in zip(("dq", "dk", "dv", "da", "dS", "dbeta", "dbonus"), inputs, strict=True) if x is not None),
+    ]
     errors = {
         n: ((g.to(w.dtype) - w).norm() / w.norm().clamp_min(1e-3)).item()
         for n, g, w in zip(names, got, want, strict=True)
