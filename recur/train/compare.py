@@ -212,6 +212,8 @@ def _order(task: str, done: Sequence[Mapping[str, Any]], shown: str, better: Cal
 
 def _seen(first: Sequence[float], second: Sequence[float], better: Callable[..., Any]) -> str:
     """Whether the first runs are better than the second: beyond the spread of seeds, or by the mean alone."""
+    if statistics.fmean(first) == statistics.fmean(second):
+        return "equal here"
     ahead = better(statistics.fmean(first), statistics.fmean(second)) != statistics.fmean(second)
     worst, best = (min(first), max(second)) if better is max else (max(first), min(second))
     if ahead and len(first) > 1 and len(second) > 1:

@@ -154,7 +154,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def solve_width(task: Any, settings: Settings, target: int) -> Settings:
-    """The settings with the width, a multiple of 4 below 64 and of 8 above, whose model is nearest to `target`.
+    """The settings with the width, even below 64 and a multiple of 8 above, whose model is nearest to `target`.
 
     Raises: InputError if no width of the recipe comes within a tenth of it.
     """
@@ -167,7 +167,7 @@ def solve_width(task: Any, settings: Settings, target: int) -> Settings:
             return None
 
     sizes: dict[int, int] = {}
-    for dim in (*range(4, 64, 4), *range(64, 8193, 8)):
+    for dim in (*range(4, 64, 2), *range(64, 8193, 8)):
         found = size(dim)
         if found is not None:
             sizes[dim] = found
