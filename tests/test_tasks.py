@@ -480,3 +480,20 @@ def test_comparisons_at_a_size_and_at_lengths(tmp_path: Path, text_file: str) ->
     sizes = [int(size.replace(",", "")) for size in re.findall(r"^\| \S+ \| ([\d,]+) \|", report, re.M)]
     assert sizes == [pytest.approx(60_000, rel=0.1)] * 2
     assert (tmp_path / "lengths.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ([0.9, 0.8], [0.7, 0.6], "seen, with every seed"),
+        ([0.9, 0.6], [0.7, 0.5], "seen in the mean, within the spread of seeds"),
+        ([0.9], [0.7], "seen"),
+        ([0.5, 0.6], [0.7, 0.5], "not seen"),
+        ([1.0], [1.0], "equal here"),
+    ],
+)
+def test_what_is_said_of_a_claim(first: list[float], second: list[float], words: str) -> None:
+    from recur.train.compare import _seen
+
+    assert _seen(first, second, max) == words
+    assert _seen([-x for x in first], [-x for x in second], min) == words

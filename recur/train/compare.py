@@ -81,6 +81,8 @@ def compare(
                 content = json.dumps({**choices, "runs": results})
                 (out / "results.json").write_text(content, encoding="utf-8")
                 report(f"{label}: {_short(result)}")
+    order = {recipe: place for place, recipe in enumerate(recipes)}
+    results.sort(key=lambda result: order.get(result["recipe"], len(order)))
     return _report(task, results, out)
 
 
