@@ -90,7 +90,8 @@ def case(
     good &= all(torch.equal(g, h) for g, h in zip(got, again, strict=True))
     if kind == "hard":
         good &= bool((got[names.index("da")][inputs[3] <= -700] == 0).all())
-    label = f"{(B, T, H, G, K, V)} [{axes}] {kind} {str(dtype)[6:]}{' tied' * tied}{' beta' * beta}{' bonus' * bonus}{' reverse' * reverse}"
+    label = f"{(B, T, H, G, K, V)} [{axes}] {kind} {str(dtype)[6:]}"
+    label += f"{' tied' * tied}{' beta' * beta}{' bonus' * bonus}{' reverse' * reverse}"
     print("ok " if good else "BAD", label, {n: f"{error:.1e}" for n, error in errors.items()}, flush=True)
     return good
 

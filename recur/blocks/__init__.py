@@ -55,8 +55,8 @@ PARTS = (
     Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, Decay, DeltaScan, DenseCarry, DenseFusion,
     DenseRead, Dropout, FixedDecay, FixedScan, GatedAttention, GatedScan, Learned, Loop, LowerBounds, LowRank, Map,
     Norm, Normalise, OnlineScan, OuterScan, OutputGate, Phase, PoleScan, PositionTaps, PowerDecay, Project, RealImag,
-    RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing, Stabilise,
-    StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
+    RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing,
+    Stabilise, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
 )  # fmt: skip
 
 WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)
