@@ -36,6 +36,7 @@ VARIANTS = {
     "every setting": {
         "recipe": presets.gla(heads=2).to_dict(), "block": "post", "norm": Norm("x", kind="l2", eps=1e-12, to="y"),
         "final_norm": "layer", "ffn": ATTENTION, "positions": 40, "tie_word_embeddings": False,
+        "dropout": (0.1, 0.2, 0.3), "padding": 2, "embed_scale": 2.0, "head_bias": True,
     },
     "sinusoidal": {"recipe": "gateloop", "norm": None, "final_norm": None, "positions": "sinusoidal"},
     "dense": {"recipe": presets.dense_retnet(heads=2, layers=2), "dim": 32},
