@@ -42,9 +42,8 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
     """Every launch of a forward and backward as a function, under one setting of all kernels."""
     from recur.kernels import scan
 
-    B, T, H, K, V = shape
-    size = max(64, K, V)
-    scan._BFLOAT16[size] = (64, setting, setting, setting)
+    K, V = shape[3:]
+    scan._BFLOAT16[max(64, K, V)] = (64, (setting, setting), (setting, setting), setting)
     q, k, v, a, beta = inputs(family, *shape)
     x = scan.Inputs(q, k, v, a, beta, None, None, None)
     run = scan._Scan(x, K**-0.5, False)

@@ -20,17 +20,23 @@ which is linear in S, so its derivative has the same shape from right to left:
     dR = dy Sᵀ         dF = u Gᵀ            dA = rowsum(G S)       dP = dy uᵀ       dM = −dv uᵀ     dR' = −dv Sᵀ
 
 Kernels
-    prepare     every chunk by itself: is it calm? if not, P and M token by token; T
-    forward     left to right: y; or what a segment leaves by itself; S before every chunk
-    adjoint     right to left: du, r; G after every chunk
-    gradient    every chunk by itself: dq, dk, d log a, dβ
+    pace        a gate a head: rise and fall of every chunk
+    prepare     a gate a key: q and k as their gates leave them; is the chunk calm? if not, its P token by token; M
+    solve       T
+    forward     left to right: y; or what a segment leaves by itself; or S before every chunk
+    combine     what enters each segment
+    adjoint     right to left: dv, and G after every chunk
+    gradient    every chunk by itself: dq, dk, d log a
     repair      every chunk that is not calm: what dP and dM owe to q, k and log a, token by token
 
 One gate a head: P is weighed pair by pair. A gate a key: q and k are weighed before they meet, from the middle of the
 chunk, q by 2^(rise − half) and k by 2^(fall − half), which overflows where a chunk forgets too much. Such a chunk is
-not calm, its factors are counted from its ends instead, where none exceeds 1, and P is made by products of gates.
+not calm: its factors are counted from its ends instead, where none exceeds 1, and P is made by products of gates.
+No kernel branches on that in its loop: a calm chunk masks the load of P away.
 """
 
+# Jitted functions take no annotations but constexpr, join tuples with +, and choose at compile time before run time.
+# ruff: noqa: RUF005, SIM102
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -271,9 +277,9 @@ def forward(
     y_ptr, e_ptr, keep_ptr,  # [B T H V]; states before every chunk [chunks H K V]
     enter_ptr, leave_ptr, share_ptr,  # [B H segments K V] states, [B H segments K] product of the gates
     cu_ptr, T, tiles, segments, span, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, BACK: tl.constexpr, EMIT: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
+    BACK: tl.constexpr, EMIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns columns [BLOCK_V] of the state of one strand. BACK: the adjoint's state, with q for k and dy for
@@ -404,8 +410,9 @@ def adjoint(
     dv_ptr, dbeta_ptr, keep_ptr,  # [B T H V], [tiles B T H], gradients of the state after every chunk [chunks H K V]
     enter_ptr, leave_ptr,
     cu_ptr, B, T, tiles, segments, span, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns columns [BLOCK_V] of the gradient of the state of one strand, against the scan's direction."""
@@ -526,8 +533,6 @@ def gradient(
     if DECAY == "one":
         rise, since = _rates(rates_ptr, square, BLOCK_C, 0), _rates(rates_ptr, square, BLOCK_C, 1)
 
-    S, G = tl.load(S_ptr + cell, mask=in_state, other=0.0), tl.load(G_ptr + cell, mask=in_state, other=0.0)
-    write, query = load_tile(keys, row, offs, inside, offs_k).to(DOT), load_tile(told, row, offs, inside, offs_k).to(DOT)
     given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
     u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
     if DELTA:
@@ -536,10 +541,10 @@ def gradient(
         u = u * beta[:, None]
         ahead, behind = strict(order(BLOCK_C, FLIP)) & calm, strict(order(BLOCK_C, not FLIP)) & calm
     u = u.to(DOT)
-    if DECAY != "none":
-        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
 
     # what readers owe: to the state that enters, and to the scores; `repair` has those of a chunk that is not calm
+    S = tl.load(S_ptr + cell, mask=in_state, other=0.0)
+    write = load_tile(keys, row, offs, inside, offs_k).to(DOT)
     dP = tl.dot(given, tl.trans(u), input_precision=PRECISION)  # [t s]
     dq = tl.dot(given, tl.trans(S), input_precision=PRECISION)
     if DECAY == "key":
@@ -550,6 +555,7 @@ def gradient(
     else:
         dP, dq = tl.where(read, dP, 0.0) * scale, dq * scale
     dq = tl.dot(dP.to(DOT), write, dq, input_precision=PRECISION)
+    query = load_tile(told, row, offs, inside, offs_k).to(DOT)
     if DECAY != "none":
         sums = query * dq
         own = sums
@@ -585,6 +591,9 @@ def gradient(
     store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
 
     # what writers owe: to the state that leaves, and to the scores
+    G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
+    if DECAY != "none":
+        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
     dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
     dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
     if DECAY == "key":
@@ -641,8 +650,9 @@ def repair(
     calm_ptr, dP_ptr, dM_ptr,  # [chunks H C C] float32, room for what the scores owe
     dq_ptr, dk_ptr, dgate_ptr,  # added to
     cu_ptr, T, documents, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """What the scores of a chunk that is not calm owe to q, k and log a, with products of gates."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,34 +36,34 @@ class Plan(NamedTuple):
     gradient: Tiles
 
 
-# chunk, then (block, warps, stages) of forward, adjoint, gradient for states of at most 64, 128, 256 rows or columns
+# chunk; then block, warps and stages of forward and adjoint, of the same for the delta rule, and of gradient, for states
+# of at most 64, 128, 256 rows or columns; by trial on an H200
 _BFLOAT16 = {
-    64: (64, (64, 4, 2), (64, 4, 2), (64, 4, 1)),
-    128: (64, (64, 4, 2), (64, 4, 2), (64, 4, 1)),
-    256: (64, (64, 8, 1), (64, 8, 1), (64, 8, 1)),
+    64: (64, ((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3)), (64, 4, 1)),
+    128: (64, ((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2)), (64, 4, 1)),
+    256: (64, ((64, 8, 1), (64, 8, 1)), ((64, 8, 1), (64, 8, 1)), (64, 8, 1)),
 }
 _FLOAT32 = {
-    64: (32, (32, 4, 1), (32, 4, 1), (64, 4, 1)),
-    128: (32, (32, 4, 1), (32, 4, 1), (32, 4, 1)),
-    256: (32, (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+    64: (32, ((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1)), (64, 4, 1)),
+    128: (32, ((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1)), (32, 4, 1)),
+    256: (32, ((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1)), (16, 8, 1)),
 }
 
 
-def plan(
-    *, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, processors: int = 132
-) -> Plan:
+def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, processors: int = 132) -> Plan:
     """The plan for `heads` states [K V] (batch times heads) over T tokens.
 
-    One segment if it gives every processor two programs; otherwise as many as that takes, none below 512 tokens. The
-    delta rule has one: what a stretch of it does to a state is a matrix [K K].
+    One segment if the heads alone give three processors of four a program; otherwise as many as give every processor
+    two, none below 512 tokens. The delta rule has one: what a stretch of it does to a state is a matrix [K K].
     """
     block_k, block_v = (max(64, triton.next_power_of_2(size)) for size in (K, V))
-    chunk, *walks = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[max(block_k, block_v)]
+    chunk, plain, erasing, rows = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[max(block_k, block_v)]
     forward, adjoint, gradient = (
         Tiles(block, triton.cdiv(size, block), warps, stages)
-        for (block, warps, stages), size in zip(walks, (V, V, K), strict=True)
+        for (block, warps, stages), size in zip((*(erasing if delta else plain), rows), (V, V, K), strict=True)
     )
-    wanted = 1 if delta else max(1, 2 * processors // max(1, heads * forward.parts))
+    programs = heads * forward.parts
+    wanted = 1 if delta or 4 * programs >= 3 * processors else triton.cdiv(2 * processors, max(1, programs))
     span = chunk * triton.cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
     return Plan(chunk, max(1, triton.cdiv(T, span)), span, block_k, block_v, forward, adjoint, gradient)
 
@@ -189,7 +188,8 @@ class _Scan:
         kernels.forward[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
             self.told, self.write if back is None else self.told, self.reach, x.v if back is None else back,
             x.log_decay, x.beta, self.near, self.far, self.calm, self.scores, self.rates, self.whole, self.overlap,
-            self.solved, y, e, keep, enter, leave, share, BACK=back is not None, EMIT=y is not None, **self._walk(tiles),
+            self.solved, y, e, keep, enter, leave, share,
+            BACK=back is not None, EMIT=y is not None, **self._walk(tiles),
         )  # fmt: skip
 
     def adjoint(

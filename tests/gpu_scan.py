@@ -77,7 +77,11 @@ def case(
         return [y, state, *torch.autograd.grad(loss, [t for t in x if t is not None])]
 
     got, again, want = gradients(False), gradients(False), gradients(True)
-    names = ["y", "state", *(n for n, x in zip(("dq", "dk", "dv", "da", "dS", "dbeta", "dbonus"), inputs, strict=True) if x is not None)]
+    names = [
+        "y",
+        "state",
+        *(n for n, x in zip(("dq", "dk", "dv", "da", "dS", "dbeta", "dbonus"), inputs, strict=True) if x is not None),
+    ]
     errors = {
         n: ((g.to(w.dtype) - w).norm() / w.norm().clamp_min(1e-3)).item()
         for n, g, w in zip(names, got, want, strict=True)
@@ -86,7 +90,8 @@ def case(
     good &= all(torch.equal(g, h) for g, h in zip(got, again, strict=True))
     if kind == "hard":
         good &= bool((got[names.index("da")][inputs[3] <= -700] == 0).all())
-    label = f"{(B, T, H, G, K, V)} [{axes}] {kind} {str(dtype)[6:]}{' tied' * tied}{' beta' * beta}{' bonus' * bonus}{' reverse' * reverse}"
+    label = f"{(B, T, H, G, K, V)} [{axes}] {kind} {str(dtype)[6:]}"
+    label += f"{' tied' * tied}{' beta' * beta}{' bonus' * bonus}{' reverse' * reverse}"
     print("ok " if good else "BAD", label, {n: f"{error:.1e}" for n, error in errors.items()}, flush=True)
     return good
 
