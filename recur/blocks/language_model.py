@@ -183,7 +183,9 @@ class LanguageModel(nn.Module):
         head_bias: bool = False,
         frozen: bool = False,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.arguments = arguments  # all of them, to build its like
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
         for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("recipes", len(recipes))):
             if number < 1:
