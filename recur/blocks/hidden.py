@@ -134,6 +134,8 @@ class DenseCarry(Part):
 
     def __post_init__(self) -> None:
         at_least_one("DenseCarry", self.layers)
+        if not isinstance(self.scan, SelectiveScan):
+            raise RecipeError(f"DenseCarry: scan must be a SelectiveScan, got {type(self.scan).__name__}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         axes.same(self.scan.source, self.gate)

@@ -153,8 +153,8 @@ def parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def solve_width(task: Any, settings: Settings, target: int, multiple: int = 8) -> Settings:
-    """The settings with the width, a multiple of `multiple`, whose model comes nearest to `target` parameters.
+def solve_width(task: Any, settings: Settings, target: int) -> Settings:
+    """The settings with the width, even below 64 and a multiple of 8 above, whose model is nearest to `target`.
 
     Raises: InputError if no width of the recipe comes within a tenth of it.
     """
@@ -167,7 +167,7 @@ def solve_width(task: Any, settings: Settings, target: int, multiple: int = 8) -
             return None
 
     sizes: dict[int, int] = {}
-    for dim in range(multiple, 8193, multiple):
+    for dim in (*range(4, 64, 2), *range(64, 8193, 8)):
         found = size(dim)
         if found is not None:
             sizes[dim] = found
