@@ -13,7 +13,7 @@ from recur.primitives.delta import delta_scan, delta_step
 from recur.primitives.diagonal import check_state, number_of, right_to_left
 from recur.primitives.forms import ScanOut, check_packing, choose_form, unroll, unroll_documents
 from recur.primitives.outer import narrow_scan, outer_scan, outer_step
-from recur.shapes import ShapeError, accumulation_dtype, bind, check_float
+from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given
 
 CHUNK = 64  # tokens a chunk, and twice what the delta rule takes: measured on a CPU
 
@@ -117,6 +117,7 @@ def step(
     Returns: y [B H V] of v's dtype.   Raises: as `scan`.
     Cost: O(H K V) a row; on a GPU one launch that reads the state once and writes it once.
     """
+    check_given("step", q=q, v=v, state=state)
     bind("step", v=(v, "B H V"))
     token_decay = log_decay is not None and (log_decay.ndim == 3 or log_decay.shape == v.shape[:2])
     decays = "H | B H | B H K" if token_decay else "H | H K"
