@@ -166,13 +166,10 @@ def solve_width(task: Any, settings: Settings, target: int) -> Settings:
         except InputError:
             return None
 
-    sizes: dict[int, int] = {}
-    for dim in (*range(4, 64, 2), *range(64, 8193, 8)):
-        found = size(dim)
-        if found is not None:
-            sizes[dim] = found
-            if found > 1.5 * target:
-                break
+    widths = (*range(4, 64, 2), *range(64, 8193, 8))
+    # in strides to the first that is too large, then one by one (two strides back: a width may not divide)
+    high = next((at for at in range(0, len(widths), 8) if (size(widths[at]) or 0) > target), len(widths) - 1)
+    sizes = {dim: found for dim in widths[max(0, high - 15) : high + 1] if (found := size(dim)) is not None}
     best = min(sizes, key=lambda dim: abs(sizes[dim] - target), default=None)
     if best is None or abs(sizes[best] - target) > target / 10:
         near = "none fits" if best is None else f"the nearest is {sizes[best]:,} at width {best}"
