@@ -57,9 +57,9 @@ def _selective_gate(rate, a, others, norm):
 
 
 @triton.jit
-def _selective_gradients(G, before, A, x, rate, a, k, norm):
-    """dx, drate [R W], dk before it is summed over channels, da [R N W]; G is the gradient of S_t, `before` S_{t-1}."""
-    gate = G * before * A
+def _selective_gradients(G, H, before, x, rate, a, k, norm):
+    """dx, drate [R W], parts of dk [. N W], da [R N W]; G is the gradient of S_t, H = A G, `before` S_{t-1}."""
+    gate = H * before
     du = tl.sum(G * k, 1)
     drate = x * du + LN2 * tl.sum(gate * a, 1)
     return rate * du, drate, G * (rate * x)[:, None, :], gate * rate[:, None, :]
@@ -67,22 +67,24 @@ def _selective_gradients(G, before, A, x, rate, a, k, norm):
 
 @triton.jit
 def _online_gate(rate, a, others, norm):
-    kept = 1 / (1 + rate * norm)
+    root = tl.rsqrt(1 + rate * norm)
+    kept = root * root
     eps = rate * kept
     return kept[:, None, :] + eps[:, None, :] * others, eps
 
 
 @triton.jit
-def _online_gradients(G, before, A, x, rate, a, k, norm):
+def _online_gradients(G, H, before, x, rate, a, k, norm):
     """A = 1 − eps k_n² and eps = rate / (1 + rate |k|²), whose gradient with respect to |k|² is −rate² drate."""
-    kept = 1 / (1 + rate * norm)
+    root = tl.rsqrt(1 + rate * norm)
+    kept = root * root
     eps = rate * kept
     gate = G * before
     du = tl.sum(G * k, 1)
     drate = kept * kept * (x * du - tl.sum(gate * (k * k), 1))
-    through_norm = rate * rate * drate
-    dk = G * (eps * x)[:, None, :] - 2 * k * (eps[:, None, :] * gate + through_norm[:, None, :])
-    return eps * du, drate, dk, gate
+    through_gate = tl.sum(eps[:, None, :] * gate, 0) + tl.sum(rate * rate * drate, 0)[None, :]
+    dk = tl.sum(G * (eps * x)[:, None, :], 0) - 2 * tl.max(k, 0) * through_gate
+    return eps * du, drate, dk[None], gate
 
 
 # Where things are
@@ -117,12 +119,13 @@ def _place(V, G, N, T, segments, length, R: tl.constexpr, Q: tl.constexpr, BLOCK
 def _state_ptrs(ptr, row, where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
     """Pointers [R*N W] to this program's part of state `row` of a tensor [* N V], and their mask.
 
-    Two axes, because compilers spread three over the lanes of a warp in different orders.
+    Two axes, because compilers spread three over the lanes of a warp in different orders, and called contiguous, though
+    R apart, because that lays the lanes along W. Nothing is read at once for it: of the alignment nothing is known.
     """
     tile, group, V, G, N = where
     line = tl.arange(0, R * BLOCK_N)
     slot = line % BLOCK_N % (BLOCK_N // Q) * Q + line % BLOCK_N // (BLOCK_N // Q)
-    within = tile * (R * W) + (line // BLOCK_N)[:, None] + tl.arange(0, W)[None, :] * R
+    within = tile * (R * W) + (line // BLOCK_N)[:, None] + tl.max_contiguous(tl.arange(0, W)[None, :] * R, (1, W))
     width = V // G
     return ptr + (row * N + slot[:, None]) * V + group * width + within, (slot < N)[:, None] & (within < width)
 
@@ -165,6 +168,7 @@ def _at(ptr, run, i, axis):
 @triton.jit
 def _abreast(numbers, P: tl.constexpr):
     """P tensors [X] -> [P X], without moving a number to another thread."""
+    tl.static_assert(P == 1 or P == 2 or P == 4)
     x = numbers[0][None]
     if P == 2:
         x = tl.permute(tl.join(numbers[0], numbers[1]), 1, 0)
@@ -180,23 +184,51 @@ def _read(ptr, run, i, axis, P: tl.constexpr):
     ptrs, mask = _at(ptr, run, i, axis)
     BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
     AT_ONCE: tl.constexpr = min(P, 64 // BITS)
-    number = tl.int16 if BITS == 16 else tl.int32
-    wide = tl.int64 if BITS * AT_ONCE == 64 else (tl.int32 if BITS * AT_ONCE == 32 else tl.int16)
+    wide = tl.uint64 if BITS * AT_ONCE == 64 else (tl.uint32 if BITS * AT_ONCE == 32 else tl.uint16)
     numbers = ()
     for j in tl.static_range(0, P, AT_ONCE):
         words = tl.load((ptrs + j).to(tl.pointer_type(wide)), mask=mask, other=0)
         for h in tl.static_range(AT_ONCE):
-            bits = (words >> (h * BITS)).to(number)
-            numbers = numbers + (bits.to(ptr.dtype.element_ty, bitcast=True).to(tl.float32),)
+            if ptr.dtype.element_ty == tl.bfloat16:  # the upper half of a float32
+                number = ((words >> (h * BITS)).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+            else:
+                bits = (words >> (h * BITS)).to(tl.uint16 if BITS == 16 else tl.uint32)
+                number = bits.to(ptr.dtype.element_ty, bitcast=True).to(tl.float32)
+            numbers = numbers + (number,)
     return _abreast(numbers, P)
 
 
 @triton.jit
+def _apart(x, P: tl.constexpr):
+    """[P X] -> P tensors [X]."""
+    x = tl.permute(x, 1, 0)
+    if P == 1:
+        numbers = (x.reshape(x.shape[0]),)
+    if P == 2:
+        numbers = tl.split(x)
+    if P == 4:
+        even, odd = tl.split(x.reshape(x.shape[0], 2, 2))
+        zero, two = tl.split(even)
+        one, three = tl.split(odd)
+        numbers = (zero, one, two, three)
+    return numbers
+
+
+@triton.jit
 def _write(ptr, x, run, i, axis):
-    """x [P X], what token i has to say to P neighbours at every offset."""
-    ptrs, mask = _at(ptr, run, i, axis)
+    """x [P X], what token i has for P neighbours at every offset, written up to 64 bits at a time."""
     P: tl.constexpr = x.shape[0]
-    tl.store(ptrs[None, :] + tl.arange(0, P)[:, None], x, mask=mask[None, :])
+    ptrs, mask = _at(ptr, run, i, axis)
+    BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+    AT_ONCE: tl.constexpr = min(P, 64 // BITS)
+    number = tl.uint16 if BITS == 16 else tl.uint32
+    wide = tl.uint64 if BITS * AT_ONCE == 64 else (tl.uint32 if BITS * AT_ONCE == 32 else tl.uint16)
+    numbers = _apart(x.to(ptr.dtype.element_ty).to(number, bitcast=True), P)
+    for j in tl.static_range(0, P, AT_ONCE):
+        word = numbers[j].to(wide)
+        for h in tl.static_range(1, AT_ONCE):
+            word |= numbers[j + h].to(wide) << (h * BITS)
+        tl.store((ptrs + j).to(tl.pointer_type(wide)), word, mask=mask)
 
 
 @triton.jit
@@ -419,7 +451,7 @@ def _adjoint(
 
     A run is walked three times: left to right, leaving S at every block of UNROLL tokens in scratch; then, block by
     block from the right, left to right again with every S in registers, and back. H is the gradient of S_t by all that
-    comes after y_t, G = H + q dyᵀ that of S_t itself.
+    comes after y_t, dS = H + q dyᵀ that of S_t itself.
     """
     b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, Q, BLOCK_N, W)
     channels, slots = _axes(where, R, Q, BLOCK_N, W)
@@ -463,17 +495,20 @@ def _adjoint(
             others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
             qs = _weights(q_ptr, run, i, slots, q, FIXED_Q, Q, UNROLL)
             dys = _tokens(dy_ptr, run, i, channels, R, UNROLL)
-            states = (S,)
+            states = ()
             for u in tl.static_range(UNROLL):
+                states = states + (S,)
                 A, scale = GATE(rates[u], a, others[u], norms[u])
                 S = A * S + ks[u] * (scale * xs[u])[:, None, :]
-                states = states + (S,)
+                dq = S * dys[u][:, None, :]
+                if FIXED_Q:
+                    dq_whole += dq
+                else:
+                    _write(dq_ptr, tl.sum(tl.sum(dq, 0), 1).reshape(Q, BLOCK_N // Q), part, i + u, slots)
             for u in tl.static_range(UNROLL - 1, -1, -1):
-                dy = dys[u][:, None, :]
-                H = H + qs[u] * dy
-                A, scale = GATE(rates[u], a, others[u], norms[u])
-                dx, drate, dk, da_t = GRADIENTS(H, states[u], A, xs[u], rates[u], a, ks[u], norms[u])
-                H = A * H
+                dS = H + qs[u] * dys[u][:, None, :]
+                H = GATE(rates[u], a, others[u], norms[u])[0] * dS
+                dx, drate, dk, da_t = GRADIENTS(dS, H, states[u], xs[u], rates[u], a, ks[u], norms[u])
                 _write(dx_ptr, dx, run, i + u, channels)
                 _write(drate_ptr, drate, run, i + u, channels)
                 if a_ptr is not None:
@@ -481,13 +516,7 @@ def _adjoint(
                 if FIXED_K:
                     dk_whole += dk
                 else:
-                    dk = tl.sum(tl.sum(dk, 0), 1).reshape(Q, BLOCK_N // Q)
-                    _write(dk_ptr, dk, part, i + u, slots)
-                if FIXED_Q:
-                    dq_whole += states[u + 1] * dy
-                else:
-                    dq = tl.sum(tl.sum(states[u + 1] * dy, 0), 1).reshape(Q, BLOCK_N // Q)
-                    _write(dq_ptr, dq, part, i + u, slots)
+                    _write(dk_ptr, tl.sum(tl.sum(dk, 0), 1).reshape(Q, BLOCK_N // Q), part, i + u, slots)
         if left == begin:
             _store_state(H, dinitial_ptr, document, where, R, Q, BLOCK_N, W)
         todo -= right - left

@@ -177,6 +177,10 @@ def test_what_does_not_fit_is_refused() -> None:
         name = type(part).__name__
         with pytest.raises(RecipeError, match=f"{name}: layers must be at least 1, got 0"):
             type(part)(**{**part.__dict__, "layers": 0})
+    with pytest.raises(RecipeError, match="DenseCarry: scan must be a SelectiveScan, got OuterScan"):
+        dense_states(presets.hgrn2(), carry=True)
+    with pytest.raises(RecipeError, match="dense: the recipe must have one scan that a query reads, got 0"):
+        dense(presets.hgrn(), "i")
     with pytest.raises(RecipeError, match="DenseRead needs 'y' and 'g' of equal axes"):
         Recipe(Project("x", q="H K", k="H K", v="H V", g="H K"), DenseRead(OuterScan(decay=None), gate="g"), axes=AXES)
     sizes = {"hidden_size": 8, "query_key_dim": 4, "num_attention_heads": 2, "dense_block_layers": 1}

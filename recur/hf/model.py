@@ -108,7 +108,7 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
         x, after = self._read(input_ids, there, None if state is None else state.state, use_cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.model._logits(x[:, kept])
-        loss, sizes = None, {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+        loss, sizes = None, {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items_in_batch}
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, **sizes)
         length = input_ids.shape[1] + (0 if state is None else state.length)
