@@ -432,9 +432,11 @@ def test_recipes_by_words(tmp_path: Path) -> None:
 
 def test_the_width_for_a_size() -> None:
     task = opened("mqar")
-    for recipe in ("longhorn", "hgrn2:heads=2", "gss:state=8"):
+    for recipe in ("longhorn", "hgrn2:heads=2", "gss:state=8", "llama:heads=2,bias=true"):
         settings = solve_width(task, Settings(recipe=recipe, depth=2), 60_000)
-        assert parameters(task.build(settings)) == pytest.approx(60_000, rel=0.1)
+        model = task.build(settings)
+        assert parameters(model) == pytest.approx(60_000, rel=0.1)
+        model(**task.inputs(task.batch("valid", 0, 1)))  # llama turns pairs of a head's channels: they must be even
     with pytest.raises(InputError, match=r"no width of longhorn has about 100 parameters: the nearest is [\d,]+ at"):
         solve_width(task, Settings(recipe="longhorn"), 100)
 
