@@ -241,6 +241,18 @@ def test_sampling_draws_from_the_model():
     assert (found - chance).abs().max() < 4 * 0.5 / 4000**0.5  # four standard deviations of a fair coin
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_token_by_token_is_the_whole(name):
+    lm, ids = model(name), some_ids(2, 6)
+    state, logits = None, []
+    with torch.no_grad():
+        for token in ids.split(1, dim=1):
+            out = lm(token, state=state, use_cache=True)
+            state, logits = out.state, [*logits, out.logits]
+    torch.testing.assert_close(torch.cat(logits, 1), lm(ids).logits)
+    assert state.length == 6
+
+
 def test_a_conversation_goes_on_from_its_state():
     lm, ids = model("hybrid"), some_ids(3, 6)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}

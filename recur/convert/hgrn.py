@@ -55,12 +55,7 @@ def narrow_real(ways: Ways, embed_dim: int, act_fun: str = "silu", causal: bool 
 
 
 def turned(
-    ways: Ways,
-    phases: tuple[str, ...],
-    embed_dim: int,
-    act_fun: str = "silu",
-    causal: bool = True,
-    bias: bool = True,
+    ways: Ways, phases: tuple[str, ...], embed_dim: int, act_fun: str = "silu", causal: bool = True, bias: bool = True
 ) -> Mixer:
     act = activation_of(act_fun)
     leave = (NORM, OutputGate("g", act=act))

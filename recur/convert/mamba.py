@@ -226,8 +226,5 @@ CONFIG = (
 SILU = {"hidden_act": ("silu", "swish"), "rms_norm": (True,)}
 TRANSFORMERS = Official(transformers_model, frame("embeddings", KEYS), inert=CONFIG, only=SILU)
 TRANSFORMERS_2 = Official(
-    transformers_model_2,
-    frame("embeddings", KEYS_2),
-    inert=(*CONFIG, "time_step_rank", "norm_before_gate"),
-    only=SILU,
+    transformers_model_2, frame("embeddings", KEYS_2), inert=(*CONFIG, "time_step_rank", "norm_before_gate"), only=SILU
 )

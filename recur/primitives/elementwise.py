@@ -90,13 +90,7 @@ def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     bind("selective_step", x=(x, "B V"))
     k, q = ("B N | B G N" if w.ndim != 2 or w.shape[0] == x.shape[0] else "V N" for w in (B, C))
     sizes = bind(
-        "selective_step",
-        x=(x, "B V"),
-        delta=(delta, "B V"),
-        A=(A, "V N"),
-        B=(B, k),
-        C=(C, q),
-        state=(state, "B V N"),
+        "selective_step", x=(x, "B V"), delta=(delta, "B V"), A=(A, "V N"), B=(B, k), C=(C, q), state=(state, "B V N")
     )
     check_float("selective_step", x=x, delta=delta, A=A, B=B, C=C, state=state)
     _check("selective_step", sizes, None, None)
