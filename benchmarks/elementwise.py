@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import triton
-from recur.kernels import walk
+from recur.kernels import diagonal, walk
 from torch import Tensor
 
 from recur import fixed_scan, gated_scan, online_scan, selective_scan
 
 COPY = 4.296e12  # bytes a second that a copy moves, read plus written, on the machine of the peers' figures
-PLAN, PLAN_DIAGONAL = walk.plan, walk.plan_diagonal
+PLAN, PLAN_DIAGONAL = walk.plan, diagonal.plan_diagonal
 SCANS: dict[str, Callable[..., Any]] = {"selective": selective_scan, "online": online_scan}
 KINDS = {"bf16": torch.bfloat16, "complex": torch.complex64}
 
@@ -59,12 +59,14 @@ def use(tile: tuple[int, ...], segments: int, adjoint: bool) -> None:
 def use_diagonal(tile: tuple[int, ...], segments: int, adjoint: bool) -> None:
     row, thread, UNROLL, warps = tile
 
-    def plan(B: int, T: int, D: int, *, itemsize: int = 2, **options: Any) -> walk.DiagonalPlan:
+    def plan(B: int, T: int, D: int, *, itemsize: int = 2, **options: Any) -> diagonal.DiagonalPlan:
         BLOCK_D, ROWS = row // itemsize, 32 * warps * thread // row
         length = triton.cdiv(triton.cdiv(T, ROWS * UNROLL), segments) * ROWS * UNROLL
-        return walk.DiagonalPlan(ROWS, UNROLL, BLOCK_D, warps, triton.cdiv(D, BLOCK_D), triton.cdiv(T, length), length)
+        return diagonal.DiagonalPlan(
+            ROWS, UNROLL, BLOCK_D, warps, triton.cdiv(D, BLOCK_D), triton.cdiv(T, length), length
+        )
 
-    walk.plan_diagonal = plan
+    diagonal.plan_diagonal = plan
 
 
 def make(rule: str, B: int, T: int, V: int) -> list[Tensor]:
@@ -123,7 +125,7 @@ def sweep(
     rule: str, shape: tuple[int, ...], segments: tuple[int, ...], tiles: list[tuple[int, ...]], backward: bool
 ) -> dict[str, Any]:
     """The shipped plan and the candidates, the fastest first."""
-    walk.plan, walk.plan_diagonal = PLAN, PLAN_DIAGONAL
+    walk.plan, diagonal.plan_diagonal = PLAN, PLAN_DIAGONAL
     tensors = make(rule, *shape)
     shipped, found = milliseconds(rule, tensors, backward=backward), []
     for tile in tiles:

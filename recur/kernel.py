@@ -61,9 +61,10 @@ def _first(rules: tuple[tuple[bool, str], ...], device: torch.device) -> str | N
 
 def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, reverse: bool) -> ScanOut:
     """The scan called `rule`, "selective", "online" or "diagonal": its inputs in order, then the initial state."""
-    from recur.kernels import walk
+    from recur.kernels import diagonal, walk
 
-    return ScanOut(*getattr(walk, rule)(*inputs, cu_seqlens, reverse))
+    scans = {"selective": walk.selective, "online": walk.online, "diagonal": diagonal.diagonal}
+    return ScanOut(*scans[rule](*inputs, cu_seqlens, reverse))
 
 
 def takes_step(rows: int, state: Tensor, *given: Tensor | None) -> bool:

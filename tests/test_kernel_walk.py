@@ -185,7 +185,7 @@ def one_segment_of_stretches_is_the_token_loop() -> None:
     """What a busy machine walks, which would otherwise be cut."""
     from recur.kernels import walk
 
-    walk._processors = lambda device: 0
+    walk.processors = lambda device: 0
     selective("20", 1, 20, 2, 1, 2)
     online("packed, right to left", 1, 20, 2, 1, 2, 3, 17, reverse=True)
 
@@ -234,7 +234,7 @@ def float64_and_wide_states_are_refused() -> None:
 @law
 def operators_keep_the_promises_of_torch() -> None:
     """Fakes, schemas, autograd registrations."""
-    from recur.kernels import walk  # noqa: F401, registers them
+    from recur.kernels import diagonal, walk  # noqa: F401, registers them
 
     x, k, q, a, state = randn(1, 9, 3), randn(1, 9, 1, 2), randn(3, 2), -torch.rand(3, 2), randn(2, 2, 3)
     rate, cu = torch.rand(1, 9, 3), torch.tensor([0, 4, 9])

@@ -62,38 +62,41 @@ class Recorder(list):
 
 def launches(case: Case) -> list[tuple[str, tuple, dict]]:
     """Kernel and arguments of what one forward and backward launches of the kernels of the case."""
-    from recur.kernels import walk
+    from recur.kernels import diagonal, walk
 
     B, T, V, N = case.B, case.T, case.V, case.N
-    names = (*KERNELS, "_combine", "_others")
-    originals, recorders = {name: getattr(walk, name) for name in names}, {name: Recorder() for name in names}
+    homes = {
+        name: home for home in (diagonal, walk) for name in (*KERNELS, "_combine", "_others") if hasattr(home, name)
+    }
+    originals = {name: getattr(home, name) for name, home in homes.items()}
+    recorders = {name: Recorder() for name in homes}
     cu = torch.tensor([0, T // 2, T]) if case.packed else None
     x, rate = (torch.zeros(B, T, V, dtype=case.dtype) for _ in range(2))
     k, q = (torch.zeros(*((V, N) if w in case.fixed else (B, T, 1, N)), dtype=case.dtype) for w in "kq")
     try:
         for name, recorder in recorders.items():
-            setattr(walk, name, recorder)
+            setattr(homes[name], name, recorder)
         if case.rule in ("selective", "online"):
             a = torch.zeros(V, N) if case.rule == "selective" else None
             y, _, kept = walk._walk(x, rate, a, k, q, None, cu, False, True)
             walk._walk_adjoint(torch.zeros_like(y), None, x, rate, a, k, q, None, cu, kept, False)
         else:
             turn = case.rule == "complex"
-            y, _ = walk._diagonal_scan(x, rate, None, cu, turn, False)
-            walk._diagonal_adjoint(torch.zeros_like(y), None, rate, y, None, cu, turn, False)
+            y, _ = diagonal._diagonal_scan(x, rate, None, cu, turn, False)
+            diagonal._diagonal_adjoint(torch.zeros_like(y), None, rate, y, None, cu, turn, False)
     finally:
         for name, original in originals.items():
-            setattr(walk, name, original)
+            setattr(homes[name], name, original)
     return [(name, *launch) for name in case.kernels for launch in list(recorders[name])[:2]]
 
 
 def compiled(name: str, args: tuple, kwargs: dict, capability: int) -> Any:
     """The launch, compiled as it would be on a GPU of this capability."""
-    from recur.kernels import walk
+    from recur.kernels import diagonal, walk
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(walk, name)
+    kernel = getattr(diagonal if name == "_diagonal" else walk, name)
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
     options = {option: values[option] for option in ("num_warps", "maxnreg") if option in values}
     signature, constants, hints = {}, {}, {}
