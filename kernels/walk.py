@@ -635,7 +635,7 @@ def _walk_adjoint(
         _adjoint[w.grid](
             *read, *written, w.B, *w.sizes, w.gate, w.gradients, w.FIXED_K, w.FIXED_Q, **p.tile
         )  # fmt: skip
-    da = x.new_empty(0) if a is None else _summed(da, a)
+    da = x.new_empty(0) if a is None or da is None else _summed(da, a)
     return dx, drate, da, _summed(dk, k), _summed(dq, q), dinitial
 
 
