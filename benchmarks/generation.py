@@ -7,7 +7,7 @@ Every model has the same width, depth and feed-forward. A context of random toke
 are generated greedily, each by one `model.step`; the median over `--tokens` of them is reported. Attention gets a cache
 of exactly the length it needs (`init_state(max_len=...)`). On a GPU a step is replayed from a CUDA graph; on a CPU it
 runs on one thread, and its processor time is taken, which other programs do not disturb.
-Writes benchmarks/results/generation_DEVICE.json, .md and .png. Needs the extra `demo` (matplotlib, tqdm).
+Writes benchmarks/results/generation_DEVICE.json, .md and .png. Needs matplotlib and tqdm (extra `train`).
 """
 
 from __future__ import annotations
@@ -26,25 +26,18 @@ import matplotlib
 import torch
 from tqdm import tqdm
 
-from recur import LanguageModel, Recipe, presets
-from recur.blocks import Attention, Project, Rotary, nbytes
+from recur import LanguageModel, presets
+from recur.blocks import nbytes
 
 matplotlib.use("agg")
 RESULTS = Path(__file__).parent / "results"
-ATTENTION = Recipe(
-    Project("x", q="H K", k="H K", v="H K"),
-    Rotary("q k", layout="half"),
-    Attention(),
-    Project("y", y="D"),
-    axes={"K": 64, "H": "D/K"},
-)
 MODELS = {
-    "softmax attention": ATTENTION,
+    "llama (softmax attention)": presets.llama(heads=4),
     "longhorn": presets.longhorn(),
     "mamba": presets.mamba(),
     "hgrn2": presets.hgrn2(heads=4),
     "gla": presets.gla(heads=4),
-    "longhorn x3 + attention": [presets.longhorn()] * 3 + [ATTENTION],
+    "longhorn, 1 in 4 attention": [*[presets.longhorn()] * 3, presets.llama(heads=4)],
 }
 
 
@@ -75,7 +68,7 @@ def read(model: LanguageModel, batch: int, context: int, tokens: int) -> object:
 
 
 def measure(name: str, model: LanguageModel, batch: int, context: int, tokens: int) -> Point:
-    state = read(model, batch, context, 2 * tokens)
+    state = read(model, batch, context, tokens + 3)  # three warm up
     token = torch.zeros(batch, dtype=torch.long, device=model.embedding.weight.device)
 
     def step() -> None:
@@ -146,7 +139,7 @@ def draw(points: list[Point], batches: list[int], contexts: list[int], title: st
     for number, name in enumerate(MODELS):
         style = {
             "marker": "o",
-            "markersize": 4,
+            "markersize": 9 - number,
             "color": f"C{number}",
             "linestyle": "--" if "attention" in name else "-",
         }
@@ -176,9 +169,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 16384])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=600, help="start no further measurement after this long")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()

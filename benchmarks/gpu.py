@@ -1,90 +1,360 @@
-"""The matrix-state scan on a GPU: ours and every installed peer, in one process, on the shapes of the field.
+"""Scans and steps on a GPU: ours and every installed peer in one process, on the shapes of the field.
 
-    python benchmarks/gpu.py                      # all families and shapes
-    python benchmarks/gpu.py --families keywise --shapes 8,2048,16,128,128 --seconds 300
+`recur bench --help` lists the options and has examples; `python benchmarks/gpu.py OPTIONS` is the same.
 
-Medians of triton's do_bench with the L2 flushed (`plain`: what a caller waits for; `graph`: one call replayed from a
-CUDA graph, no host in it), forward without gradients and forward plus backward for all inputs, in bfloat16. Errors are
-against the float64 token loop at T = 256. The floor is every input read once and every output written once at the copy
-rate of this run, or the chunked algorithm's products at its matmul rate, whichever is longer.
-Writes benchmarks/results/gpu.json and gpu.md. Peers: flash-linear-attention, where it can be imported.
+Time: medians of Triton's do_bench with the L2 flushed, `plain` (what a caller waits for) and `graph` (one call replayed
+from a CUDA graph, no host in it); steps are timed among twenty in a graph. Forward runs without gradients, `both` is
+forward plus the gradient of every input. peak: memory above the inputs during `both`. floor: every input read once and
+every output written once (`both`: inputs twice, the output's gradient once, then all outputs and gradients written) at
+the copy rate of this run, or the chunked algorithm's products at its matmul rate, whichever is longer. Errors: relative
+to the float64 token loop on the same inputs at T = 256, the worst gradient of all inputs.
+Writes gpu.json, gpu.md and gpu.png to --out after every case; what --have already holds is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
+import math
+import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recur import scan
+import recur
 
-RESULTS = Path(__file__).parent / "results"
-SHAPES = [
+BF16 = torch.bfloat16
+Tensors = list[Tensor | None]
+MATRIX = [
     (8, 2048, 16, 128, 128),
     (1, 32768, 16, 128, 128),
     (4, 8192, 32, 64, 64),
     (2, 8192, 8, 256, 256),
     (1, 256, 16, 128, 128),
 ]
-Run = Callable[[], Tensor]
+CHANNELS = [(8, 2048, 4096, 16), (1, 32768, 4096, 16), (4, 8192, 2048, 16)]
+DIAGONAL = [(8, 2048, 2048), (1, 65536, 1024), (16, 8192, 1024), (32, 1024, 4096)]
+DECODE = [(1, 16, 128, 128), (64, 16, 128, 128), (256, 16, 128, 128)]
+CHECKED = 256  # tokens of the runs whose errors are told
 
 
-def leaf(tensor: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return tensor.to(dtype).detach().requires_grad_()
+class Peer(NamedTuple):
+    """Another package's function of the same tensors; its module `needs` is looked for, not imported.
+
+    prepare, untimed, gives it its own layout; answer turns its output into ours; grads: whether those compare.
+    """
+
+    needs: str
+    call: Callable[..., Tensor]
+    prepare: Callable[..., Tensors] = lambda *tensors: list(tensors)
+    answer: Callable[[Tensor], Tensor] = lambda y: y
+    grads: bool = True
 
 
-def ours(q: Tensor, k: Tensor | None, v: Tensor, log_decay: Tensor | None) -> Tensor:
-    return scan(q, k, v, log_decay, scale=q.shape[-1] ** -0.5, form="triton").y
+class Family(NamedTuple):
+    """One recurrence: its shapes, inputs, our call, the peers, and the products of its chunked algorithm a token."""
+
+    shapes: list[tuple[int, ...]]
+    inputs: Callable[..., Tensors]
+    ours: Callable[..., Tensor]
+    peers: Callable[[], dict[str, Peer]] = dict
+    flops: Callable[..., tuple[float, float]] = lambda *shape: (0.0, 0.0)
+    absent: tuple[str, ...] = ()  # peers that were not run here
+    like: int = 0  # which input the output is like
+    step: bool = False
 
 
-def loop(q: Tensor, k: Tensor | None, v: Tensor, log_decay: Tensor | None) -> Tensor:
-    return scan(q, k, v, log_decay, scale=q.shape[-1] ** -0.5, form="recurrent").y
+def rand(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(*shape).to(dtype).requires_grad_()
 
 
-def inputs(family: str, B: int, T: int, H: int, K: int, V: int) -> list[Tensor | None]:
-    """q, k, v and what makes the gate; the gates are those of the figures this is compared with."""
-    q, k, v = (torch.randn(B, T, H, D, device="cuda") for D in (K, K, V))
-    gate = {
-        "none": lambda: None,
-        "constant": lambda: leaf(torch.log(1 - 2.0 ** (-5.0 - torch.arange(H, device="cuda"))), torch.float32),
-        "scalar": lambda: leaf(F.logsigmoid(torch.randn(B, T, H, device="cuda") + 2), torch.float32),
-        "keywise": lambda: leaf(F.logsigmoid(torch.randn(B, T, H, K, device="cuda")) / 16),
-        "tied": lambda: leaf(F.logsigmoid(torch.randn(B, T, H, K, device="cuda") + 3)),
-        "forgetful": lambda: leaf(F.logsigmoid(torch.randn(B, T, H, K, device="cuda"))),
-    }[family]()
-    return [leaf(q), None if family == "tied" else leaf(k), leaf(v), gate]
+def gates(*shape: int, shift: float = 0.0, slow: float = 1.0, dtype: torch.dtype = BF16) -> Tensor:
+    """Log sigmoids, the slower the larger `slow` and `shift`."""
+    return (F.logsigmoid(torch.randn(*shape) + shift) / slow).to(dtype).requires_grad_()
 
 
-def peers(family: str) -> dict[str, Callable[..., Tensor]]:
-    """Installed kernels for the same scan, as functions of the same tensors."""
-    if importlib.util.find_spec("fla") is None:
-        return {}
+# Matrix states, [B T H K V]; tensors are q, k, v, log_decay, beta, bonus
+
+
+def matrix(
+    B: int, T: int, H: int, K: int, V: int, *, gate: Callable[..., Tensor | None] = lambda *shape: None,
+    tied: bool = False, delta: bool = False, bonus: bool = False,
+) -> Tensors:  # fmt: skip
+    k = F.normalize(torch.randn(B, T, H, K), dim=-1).to(BF16).requires_grad_() if delta else rand(B, T, H, K)
+    beta = torch.rand(B, T, H).to(BF16).requires_grad_() if delta else None
+    weight = rand(H, K, dtype=torch.float32) if bonus else None
+    return [rand(B, T, H, K), None if tied else k, rand(B, T, H, V), gate(B, T, H, K), beta, weight]
+
+
+def matrix_scan(form: str, q: Tensor, k: Any, v: Tensor, g: Any = None, beta: Any = None, bonus: Any = None) -> Tensor:
+    return recur.scan(q, k, v, g, beta=beta, bonus=bonus, scale=q.shape[-1] ** -0.5, form=form).y
+
+
+def chunked_products(B: int, T: int, H: int, K: int, V: int) -> tuple[float, float]:
+    """Forward, and with backward, in chunks of 64 tokens."""
+    forward = 2 * 64 * (K + V) + 4 * K * V
+    return B * T * H * forward, B * T * H * (forward + 64 * (6 * K + 4 * V) + 10 * K * V)
+
+
+def delta_products(B: int, T: int, H: int, K: int, V: int) -> tuple[float, float]:
+    forward = 64 * (6 * K + 4 * V) + 64 * 64 + 6 * K * V
+    return B * T * H * forward, 3.5 * B * T * H * forward
+
+
+def slopes(H: int, steepest: float) -> Tensor:
+    """[H] log decays that rise with the head."""
+    return (-steepest / H * torch.arange(H)).float().requires_grad_()
+
+
+def retention(B: int, T: int, H: int, K: int) -> Tensor:
+    return torch.log(1 - 2.0 ** (-5.0 - torch.arange(H))).float().requires_grad_()
+
+
+def fla(name: str) -> Any:
     import fla.ops.common.chunk_o as guard
-    from fla.ops.gla import chunk_gla
-    from fla.ops.linear_attn import chunk_linear_attn
-    from fla.ops.retention import chunk_retention
-    from fla.ops.simple_gla import chunk_simple_gla
+    from fla import ops
 
-    guard.TRITON_ABOVE_3_7_1 = True  # its refusal of Hopper's backward; its gradients are checked below
-    return {
-        "none": {"fla chunk_linear_attn": lambda q, k, v, g: chunk_linear_attn(q, k, v, normalize=False)[0]},
-        "constant": {"fla chunk_retention": lambda q, k, v, g: chunk_retention(q, k, v)[0]},
-        "scalar": {"fla chunk_simple_gla": lambda q, k, v, g: chunk_simple_gla(q, k, v, g)[0]},
-        "keywise": {"fla chunk_gla": lambda q, k, v, g: chunk_gla(q, k, v, g)[0]},
-        "tied": {"fla chunk_gla, k = 1 - f": lambda q, k, v, g: chunk_gla(q, 1 - g.exp(), v, g)[0]},
-        "forgetful": {"fla chunk_gla": lambda q, k, v, g: chunk_gla(q, k, v, g)[0]},
-    }[family]
+    guard.TRITON_ABOVE_3_7_1 = True  # its refusal of Hopper's gated backward; the errors here tell whether it was right
+    return getattr(ops, name)
 
 
-def graphed(call: Callable[[], object]) -> float:
+def fla_peer(name: str, call: Callable[..., Any]) -> dict[str, Peer]:
+    return {f"fla {name}": Peer("fla", lambda *tensors: call(fla(name), *tensors)[0])}
+
+
+def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
+    from mlstm_kernels.torch.chunkwise import mlstm_siging_chunkwise__xl_chunk as run
+
+    return run(q, k, v, i, f, normalize=False, chunk_size=128, autocast_kernel_dtype=BF16)
+
+
+def to_mlstm(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *_: None) -> Tensors:
+    """Heads before time, an input gate that is open, and the logit of the forget gate."""
+    heads_first = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v, g)]
+    logit = (heads_first[3] - torch.log(-torch.expm1(heads_first[3]))).detach().requires_grad_()
+    return [*heads_first[:3], torch.full_like(logit, 30.0).requires_grad_(), logit]
+
+
+SIGMOID = Peer("mlstm_kernels", mlstm, to_mlstm, lambda y: y.transpose(1, 2), grads=False)
+
+
+def log_to_gate(x: Tensor, g: Tensor) -> Tensors:
+    """[B T D] with log gates -> plain gates and inputs [B D T]."""
+    return [t.detach().mT.contiguous().requires_grad_() for t in (g.exp(), x)]
+
+
+def accelerated(module: str, a: Tensor, x: Tensor) -> Tensor:
+    from importlib import import_module
+
+    return import_module(f"accelerated_scan.{module}").scan(a, x)
+
+
+def gateloop(a: Tensor, x: Tensor) -> Tensor:
+    from gateloop_transformer.associative_scan import associative_scan
+    from gateloop_transformer.simplified_gate_loop import binary_operator
+
+    return associative_scan(binary_operator, (a, x))[1]
+
+
+def diagonal_peers(module: str, with_fla: bool) -> dict[str, Peer]:
+    turned = Peer("accelerated_scan", partial(accelerated, module), log_to_gate, lambda y: y.mT, grads=False)
+    tree = Peer(
+        "gateloop_transformer",
+        gateloop,
+        lambda x, g: [t.detach().requires_grad_() for t in (g.exp(), x)],
+        grads=False,
+    )
+    hgrn = fla_peer("chunk_hgrn", lambda run, x, g: run(x, g)) if with_fla else {}
+    return hgrn | {f"accelerated_scan {module}": turned, "gateloop_transformer associative_scan": tree}
+
+
+def complex_gates(*shape: int) -> Tensor:
+    return torch.complex(F.logsigmoid(torch.randn(*shape) + 2), torch.randn(*shape)).requires_grad_()
+
+
+# Elementwise states, [B T V N], and steps, [B H K V]
+
+
+def channels(B: int, T: int, V: int, N: int, *, mamba: bool) -> Tensors:
+    rate = (F.softplus if mamba else torch.sigmoid)(torch.randn(B, T, V) - 2).to(BF16).requires_grad_()
+    A = (-torch.rand(V, N) * 4 - 0.1).requires_grad_() if mamba else None
+    return [rand(B, T, V), rate, A, rand(B, T, N), rand(B, T, N)]
+
+
+def token(B: int, H: int, K: int, V: int, *, gate: Callable[..., Tensor], delta: bool = False) -> Tensors:
+    beta = torch.rand(B, H).to(BF16) if delta else None
+    tensors = rand(B, H, K), F.normalize(rand(B, H, K), dim=-1), rand(B, H, V), gate(B, H, K), beta
+    return [None if x is None else x.detach() for x in (*tensors, torch.randn(B, H, K, V))]
+
+
+def matrix_step(form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Any, state: Tensor) -> Tensor:
+    return recur.step(q, k, v, g, state, beta=beta, scale=q.shape[-1] ** -0.5)
+
+
+def fla_step(name: str, *names: str) -> Callable[[], dict[str, Peer]]:
+    """Its kernel for one token writes a new state and does not overwrite the old one."""
+
+    def call(run: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Any, state: Tensor) -> Any:
+        named = {n: x[:, None] for n, x in zip(names, (g, beta), strict=False)}
+        y, new = run(q[:, None], k[:, None], v[:, None], **named, initial_state=state, output_final_state=True)
+        return y[:, 0], new
+
+    return lambda: fla_peer(name, call)
+
+
+def by_key(**options: float) -> Callable[..., Tensor]:
+    return lambda *shape: gates(*shape, **options)
+
+
+def by_head(*shape: int) -> Tensor:
+    return gates(*shape[:-1], shift=2.0, dtype=torch.float32)
+
+
+def no_peers() -> dict[str, Peer]:
+    return {}
+
+
+def separable(peers: Callable[[], dict[str, Peer]], flops: Any = chunked_products, **options: Any) -> Family:
+    return Family(MATRIX, partial(matrix, **options), matrix_scan, peers, flops, like=2)
+
+
+FAMILIES = {
+    "keywise": separable(
+        lambda: fla_peer("chunk_gla", lambda run, q, k, v, g, *_: run(q, k, v, g)), gate=by_key(slow=16.0)
+    ),
+    "scalar": separable(
+        lambda: fla_peer("chunk_simple_gla", lambda run, q, k, v, g, *_: run(q, k, v, g))
+        | {"mlstm_kernels siging": SIGMOID},
+        gate=by_head,
+    ),
+    "tied": separable(
+        lambda: fla_peer("chunk_gla", lambda run, q, k, v, g, *_: run(q, 1 - g.exp(), v, g)),
+        gate=by_key(shift=3.0), tied=True,
+    ),
+    "none": separable(
+        lambda: fla_peer("chunk_linear_attn", lambda run, q, k, v, *_: run(q, k, v, normalize=False))
+    ),
+    "constant": separable(
+        lambda: fla_peer("chunk_retention", lambda run, q, k, v, *_: run(q, k, v)), gate=retention
+    ),
+    "lightning": separable(
+        lambda: fla_peer(
+            "chunk_lightning_attn", lambda run, q, k, v, *_: run(q, k, v, layer_idx=0, num_layers=12)
+        ),
+        gate=lambda B, T, H, K: slopes(H, 8.0),
+    ),
+    "gated_delta": separable(
+        lambda: fla_peer("chunk_gated_delta_rule", lambda run, q, k, v, g, beta, *_: run(q, k, v, g, beta)),
+        delta_products, gate=by_head, delta=True,
+    ),
+    "delta": separable(
+        lambda: fla_peer("chunk_delta_rule", lambda run, q, k, v, g, beta, *_: run(q, k, v, beta)),
+        delta_products, delta=True,
+    ),
+    "kda": separable(
+        lambda: fla_peer(
+            "chunk_kda", lambda run, q, k, v, g, beta, *_: run(q, k, v, g, beta, safe_gate=True, lower_bound=-5)
+        ),
+        delta_products, gate=lambda *shape: gates(*shape, shift=2.0).detach().clamp_min(-5).requires_grad_(),
+        delta=True,
+    ),
+    "bonus": separable(
+        lambda: fla_peer("chunk_rwkv6", lambda run, q, k, v, g, beta, bonus: run(q, k, v, g, bonus)),
+        gate=by_key(slow=16.0), bonus=True,
+    ),
+    "complex": separable(no_peers, gate=complex_gates),
+    "mamba": Family(
+        CHANNELS, partial(channels, mamba=True),
+        lambda form, x, rate, A, k, q: recur.selective_scan(x, rate, A, k, q, form=form).y,
+        absent=("mamba_ssm selective_scan_fn",),
+    ),
+    "longhorn": Family(
+        CHANNELS, partial(channels, mamba=False),
+        lambda form, x, rate, _, k, q: recur.online_scan(x, rate, k, q, form=form).y,
+        absent=("longhorn_cuda selective_scan_online7_fn",),
+    ),
+    "diagonal": Family(
+        DIAGONAL, lambda *shape: [rand(*shape), gates(*shape, shift=2.0)],
+        lambda form, x, g: recur.gated_scan(x, g, form=form).y, lambda: diagonal_peers("scalar", True),
+    ),
+    "diagonal float32": Family(
+        DIAGONAL, lambda *shape: [rand(*shape, dtype=torch.float32), gates(*shape, shift=2.0, dtype=torch.float32)],
+        lambda form, x, g: recur.gated_scan(x, g, form=form).y, lambda: diagonal_peers("scalar", True),
+    ),
+    "diagonal complex": Family(
+        DIAGONAL, lambda *shape: [torch.randn(*shape, dtype=torch.complex64).requires_grad_(), complex_gates(*shape)],
+        lambda form, x, g: recur.gated_scan(x, g, form=form).y, lambda: diagonal_peers("complex", False),
+    ),
+    "decode keywise": Family(
+        DECODE, partial(token, gate=by_key(slow=16.0)), matrix_step, fla_step("fused_recurrent_gla", "gk"), step=True
+    ),
+    "decode gated_delta": Family(
+        DECODE, partial(token, gate=by_head, delta=True), matrix_step,
+        fla_step("fused_recurrent_gated_delta_rule", "g", "beta"), step=True,
+    ),
+    "decode scalar": Family(
+        DECODE, partial(token, gate=by_head), matrix_step, step=True, absent=("mamba_ssm selective_state_update",)
+    ),
+}  # fmt: skip
+
+
+# Measuring
+
+
+def on_gpu() -> bool:
+    return torch.get_default_device().type == "cuda"
+
+
+def fewer_candidates(most: int) -> None:
+    """Let a peer's autotuner try at most so many of its candidates a kernel, evenly chosen, each for a short time."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.testing import do_bench
+
+    prune = Autotuner.prune_configs
+
+    def some(self: Any, kwargs: Any) -> Any:
+        found = prune(self, kwargs)
+        return found[:: math.ceil(len(found) / most)]
+
+    Autotuner.prune_configs = some
+    Autotuner.do_bench = property(lambda self: partial(do_bench, warmup=4, rep=14))
+
+
+def median_ms(call: Callable[[], object]) -> float:
+    if on_gpu():
+        from triton.testing import do_bench
+
+        return do_bench(call, warmup=20, rep=80, return_mode="median")
+    spent = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent) * 1e3
+
+
+def timed(name: str, call: Callable[[], object], times: int = 1) -> dict[str, Any]:
+    """Plain and, on a GPU, in a CUDA graph."""
+    figures: dict[str, Any] = {f"{name}_ms": median_ms(call)}
+    if on_gpu():
+        try:
+            figures[f"{name}_graph_ms"] = graphed_ms(call, times)
+        except RuntimeError as error:  # what reads the GPU from the host cannot be captured
+            figures["graph_failed"] = str(error)[:100]
+    return figures
+
+
+def graphed_ms(call: Callable[[], object], times: int) -> float:
+    """One call of a CUDA graph of so many; with one the L2 is flushed, with more it is what the calls leave."""
     from triton.testing import do_bench
 
     side = torch.cuda.Stream()
@@ -95,18 +365,49 @@ def graphed(call: Callable[[], object]) -> float:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = call()
-    median = do_bench(graph.replay, warmup=20, rep=80, return_mode="median")
+        kept = [call() for _ in range(times)]
+    if times == 1:
+        median = do_bench(graph.replay, warmup=20, rep=80, return_mode="median")
+    else:
+        spent = []
+        for _ in range(40):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            spent.append(start.elapsed_time(stop) / times)
+        median = statistics.median(spent)
     del kept
     return median
 
 
-def measure(run: Callable[..., Tensor], tensors: list[Tensor | None]) -> dict[str, float]:
-    from triton.testing import do_bench
+def launches(call: Callable[[], object]) -> int:
+    from torch.profiler import ProfilerActivity, profile
 
-    leaves = [x for x in tensors if x is not None]
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.count for event in seen.key_averages())
+
+
+def settle() -> None:
+    gc.collect()
+    if on_gpu():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def measure_step(call: Callable[[], Tensor]) -> dict[str, float]:
     start = time.perf_counter()
-    dy = torch.randn_like(run(*tensors))
+    call()
+    settle()
+    first = time.perf_counter() - start
+    return {"first_call_s": first, **timed("forward", call, 20)}
+
+
+def measure(run: Callable[..., Tensor], tensors: Tensors, short: bool) -> dict[str, float]:
+    leaves = [x for x in tensors if x is not None]
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -115,108 +416,230 @@ def measure(run: Callable[..., Tensor], tensors: list[Tensor | None]) -> dict[st
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(run(*tensors), leaves, dy, allow_unused=True)
 
+    start = time.perf_counter()
+    dy = torch.randn_like(forward())
     both()
-    torch.cuda.synchronize()
-    first = time.perf_counter() - start
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    both()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    figures = {"first_call_s": first, "peak_mib": peak}
-    for name, call in (("forward", forward), ("both", both)):
-        figures[f"{name}_ms"] = do_bench(call, warmup=20, rep=80, return_mode="median")
-        figures[f"{name}_graph_ms"] = graphed(call)
-    return figures
+    settle()
+    figures: dict[str, float] = {"first_call_s": time.perf_counter() - start}
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        figures["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        if short:
+            figures["forward_launches"] = launches(forward)
+    return figures | timed("forward", forward) | timed("both", both)
 
 
-def errors(family: str, run: Callable[..., Tensor], shape: tuple[int, ...]) -> dict[str, float]:
-    """Relative error of y and the worst gradient at T = 256."""
-    B, _, H, K, V = shape
-    tensors = inputs(family, min(B, 2), 256, H, K, V)
-    wide = [None if x is None else x.detach().double().requires_grad_() for x in tensors]
-    y, want = run(*tensors), loop(*wide)
-    dy = torch.randn_like(y)
-    got = torch.autograd.grad(y, [x for x in tensors if x is not None], dy, allow_unused=True)
-    exact = torch.autograd.grad(want, [x for x in wide if x is not None], dy.double())
-    off = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(got, exact, strict=True) if g is not None]
-    return {"y_error": ((y.double() - want).norm() / want.norm()).item(), "grad_error": max(off), "grad_errors": off}
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.to(want.dtype) - want).norm() / want.norm().clamp_min(1e-300)).item()
 
 
-def rates() -> tuple[float, float]:
+def errors(family: Family, peer: Peer | None, form: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    if family.step:
+        shape = (min(shape[0], 2), *shape[1:])
+    else:
+        shape = (min(shape[0], 2), min(shape[1], CHECKED), *shape[2:])
+    tensors = family.inputs(*shape)
+    wide = [x if x is None else x.detach().to(torch.complex128 if x.is_complex() else torch.float64) for x in tensors]
+    wide = [x if x is None or family.step else x.requires_grad_() for x in wide]
+    want = family.ours("recurrent", *wide)
+    inputs = peer.prepare(*tensors) if peer else tensors
+    y = peer.call(*inputs) if peer else family.ours(form, *inputs)
+    told: dict[str, Any] = {"y_error": relative(peer.answer(y) if peer else y, want)}
+    if not family.step and (peer is None or peer.grads):
+        dy = torch.randn_like(y)
+        got = torch.autograd.grad(y, [x for x in inputs if x is not None], dy, allow_unused=True)
+        exact = torch.autograd.grad(want, [x for x in wide if x is not None], dy.to(want.dtype))
+        told["grad_errors"] = [relative(g, e) for g, e in zip(got, exact, strict=True) if g is not None]
+        told["grad_error"] = max(told["grad_errors"])
+    return told
+
+
+def rates() -> dict[str, float]:
     """Bytes a second of a copy and FLOP a second of a bfloat16 product, here and now."""
-    from triton.testing import do_bench
-
-    x, m = torch.empty(2**31, dtype=torch.uint8, device="cuda"), torch.randn(4096, 4096, device="cuda").bfloat16()
-    y = torch.empty_like(x)
-    copy = do_bench(lambda: y.copy_(x), return_mode="median")
-    product = do_bench(lambda: m @ m, return_mode="median")
-    return 2 * x.numel() / copy * 1e3, 2 * 4096**3 / product * 1e3
+    size, bits = (4096, 31) if on_gpu() else (256, 24)
+    x, m = torch.empty(2, 2**bits, dtype=torch.uint8), torch.randn(size, size).bfloat16()
+    copy, product = median_ms(lambda: x[1].copy_(x[0])), median_ms(lambda: m @ m)
+    return {"copy": 2 * x[0].numel() / copy * 1e3, "matmul": 2 * size**3 / product * 1e3}
 
 
-def floors(tensors: list[Tensor | None], shape: tuple[int, ...], copy: float, product: float) -> dict[str, float]:
-    B, T, H, K, V = shape
-    read = sum(x.numel() * x.element_size() for x in tensors if x is not None)
-    write, tokens = tensors[2].numel() * 2, B * T * H
-    flops = tokens * (2 * 64 * (K + V) + 4 * K * V)
-    more = tokens * (64 * (6 * K + 4 * V) + 10 * K * V)
+def floors(family: Family, tensors: Tensors, shape: tuple[int, ...], rate: dict[str, float]) -> dict[str, float]:
+    moved = sum(x.numel() * x.element_size() for x in tensors if x is not None)
+    if family.step:
+        state = tensors[-1]
+        assert state is not None
+        return {"forward_floor_ms": 2e3 * state.numel() * state.element_size() / rate["copy"]}
+    like = tensors[family.like]
+    assert like is not None
+    out, flops = like.numel() * like.element_size(), family.flops(*shape)
     return {
-        "forward_floor_ms": 1e3 * max((read + write) / copy, flops / product),
-        "both_floor_ms": 1e3 * max((3 * read + 2 * write) / copy, (flops + more) / product),
+        "forward_floor_ms": 1e3 * max((moved + out) / rate["copy"], flops[0] / rate["matmul"]),
+        "both_floor_ms": 1e3 * max((3 * moved + 2 * out) / rate["copy"], flops[1] / rate["matmul"]),
     }
 
 
-def table(records: list[dict]) -> str:
+def case(
+    name: str, what: str, peer: Peer | None, form: str, shape: tuple[int, ...], rate: dict[str, float]
+) -> dict[str, Any]:
+    """One line of the table."""
+    family, record = FAMILIES[name], {"family": name, "shape": list(shape), "what": what}
+    torch.manual_seed(0)
+    try:
+        tensors = family.inputs(*shape)
+        record |= floors(family, tensors, shape, rate)
+        run = peer.call if peer else partial(family.ours, form)
+        inputs = peer.prepare(*tensors) if peer else tensors
+        if family.step:
+            with torch.no_grad():
+                record |= measure_step(lambda: run(*inputs)) | errors(family, peer, form, shape)
+        else:
+            record |= measure(run, inputs, shape[1] <= 256) | errors(family, peer, form, shape)
+    except Exception as error:  # what cannot run here is a result too
+        record["failed"] = f"{type(error).__name__}: {error}"[:300]
+    settle()
+    return record
+
+
+def growth(form: str, longest: int) -> list[dict[str, Any]]:
+    """Forward plus backward of one row from 1024 tokens up: what time and memory a token do as T grows."""
+    rows = []
+    cases = {"keywise": (4, 64, 64), "scalar": (4, 64, 64), "mamba": (256, 16), "diagonal": (256,)}
+    for name, sizes in cases.items():
+        for T in [2**i for i in range(10, 21, 2) if 2**i <= longest]:
+            tensors = FAMILIES[name].inputs(1, T, *sizes)
+            told = measure(partial(FAMILIES[name].ours, form), tensors, False)
+            rows.append({"family": name, "T": T, "ms": told["both_ms"], "peak_mib": told.get("peak_mib")})
+            print(json.dumps(rows[-1]), flush=True)
+            settle()
+    return rows
+
+
+# Results
+
+
+def table(found: dict[str, Any]) -> str:
     columns = (
-        "shape|gate|what|forward ms (graph)|× floor|forward+backward ms (graph)|× floor|peak MiB|error y|of gradients"
+        "family|shape|what|forward ms (graph)|× floor|both ms (graph)|× floor|peak MiB|error y|of gradients|first s"
     )
-    lines = ["| " + columns.replace("|", " | ") + " |", "|---|---|---|--:|--:|--:|--:|--:|--:|--:|"]
-    for r in records:
-        cells = [str(tuple(r["shape"])), r["family"], r["what"]]
+    rates = ", ".join(f"{name} {value / 1e12:.3g} T/s" for name, value in found["rates"].items())
+    lines = [
+        f"{found['device']}; {rates}",
+        "",
+        "| " + columns.replace("|", " | ") + " |",
+        "|---" * 3 + "|--:" * 8 + "|",
+    ]
+    for r in found["records"]:
+        cells = [r["family"], "×".join(map(str, r["shape"])), r["what"]]
         if "failed" in r:
-            cells += [r["failed"][:80].replace("|", "/"), *[""] * 6]
+            cells += [r["failed"].splitlines()[0][:80].replace("|", "/"), *[""] * 7]
         else:
             for name in ("forward", "both"):
-                graph = r[f"{name}_graph_ms"]
-                cells += [f"{r[f'{name}_ms']:.3f} ({graph:.3f})", f"{graph / r[f'{name}_floor_ms']:.1f}"]
-            cells += [f"{r['peak_mib']:.0f}", f"{r['y_error']:.1e}", f"{r['grad_error']:.1e}"]
+                plain, graph = r.get(f"{name}_ms"), best_ms(r, name)
+                if plain is None or graph is None:
+                    cells += ["", ""]
+                else:
+                    cells += [f"{plain:.4g} ({graph:.4g})", f"{graph / r[f'{name}_floor_ms']:.2f}"]
+            cells.append(f"{r['peak_mib']:.0f}" if "peak_mib" in r else "")
+            cells += [f"{r[name]:.1e}" if name in r else "" for name in ("y_error", "grad_error")]
+            cells.append(f"{r['first_call_s']:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
+    if found["growth"]:
+        lines += ["", "| family | T | forward + backward ms | ns a token | peak MiB |", "|---|--:|--:|--:|--:|"]
+        for r in found["growth"]:
+            peak = "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"
+            lines.append(f"| {r['family']} | {r['T']} | {r['ms']:.4g} | {r['ms'] / r['T'] * 1e6:.3g} | {peak} |")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--families", nargs="+", default=["keywise", "scalar", "tied", "none", "constant", "forgetful"])
-    parser.add_argument("--shapes", nargs="+", default=[",".join(map(str, shape)) for shape in SHAPES])
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop starting new cases after this long")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    begin, records = time.time(), []
-    copy, product = rates()
-    print(f"copy {copy / 1e9:.0f} GB/s, matmul {product / 1e12:.0f} TFLOP/s", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    for text in options.shapes:
-        shape = tuple(int(size) for size in text.split(","))
-        for family in options.families:
-            for what, run in {"recur": ours, **peers(family)}.items():
-                if time.time() - begin > options.seconds:
+def best_ms(record: dict[str, Any], name: str) -> float | None:
+    """The time in a CUDA graph, the plain one where that failed."""
+    return record.get(f"{name}_graph_ms", record.get(f"{name}_ms"))
+
+
+def leads(records: list[dict[str, Any]]) -> list[tuple[str, float, float]]:
+    """Family and shape, and how many times the best peer's time ours fits in: forward, forward plus backward."""
+    rows = []
+    good = [r for r in records if "failed" not in r]
+    for mine in (r for r in good if r["what"] == "recur"):
+        rivals = [r for r in good if (r["family"], r["shape"]) == (mine["family"], mine["shape"]) and r is not mine]
+        if rivals:
+            forward, both = (
+                min((time for r in rivals if (time := best_ms(r, name))), default=math.nan)
+                / (best_ms(mine, name) or math.nan)
+                for name in ("forward", "both")
+            )
+            rows.append((f"{mine['family']} {'×'.join(map(str, mine['shape']))}", forward, both))
+    return rows
+
+
+def draw(path: Path, records: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = leads(records)
+    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(rows) + 1.2), layout="constrained")
+    at = range(len(rows))
+    axes.barh([i - 0.2 for i in at], [r[1] for r in rows], 0.4, label="forward", color="#4477aa")
+    axes.barh([i + 0.2 for i in at], [r[2] for r in rows], 0.4, label="forward + backward", color="#ee7733")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(list(at), [r[0] for r in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("time of the best peer / time of recur, in a CUDA graph")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "gpu.json").write_text(json.dumps(found, indent=1))
+    (out / "gpu.md").write_text(table(found))
+    draw(out / "gpu.png", found["records"])
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what the options of `recur bench` ask for."""
+    with torch.device(options.device):
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    begin = time.time()
+    if on_gpu():
+        fewer_candidates(options.candidates)
+    before = [json.loads(path.read_text()) for path in options.have]
+    known = [r for run in before for r in run["records"] if "failed" not in r]
+    done = {(r["family"], tuple(r["shape"]), r["what"]) for r in known}
+    name = torch.cuda.get_device_name() if on_gpu() else "CPU"
+    found: dict[str, Any] = {"device": name, "torch": torch.__version__, "rates": rates()}
+    found |= {"records": known, "growth": [r for run in before for r in run["growth"]]}
+    if options.growth:
+        found["growth"] = growth(options.form, options.longest)
+    write(options.out, found)  # what cannot be written or drawn fails now
+    for family in options.families or FAMILIES:
+        rank = len(FAMILIES[family].shapes[0])
+        for shape in [s for s in options.shapes or FAMILIES[family].shapes if len(s) == rank]:
+            peers = {"recur": None, **FAMILIES[family].peers()}
+            for what, peer in peers.items():
+                missing = peer is not None and find_spec(peer.needs) is None
+                if missing or (family, shape, what) in done or time.time() - begin > options.seconds:
                     continue
-                torch.manual_seed(0)
-                record = {"shape": shape, "family": family, "what": what}
-                try:
-                    tensors = inputs(family, *shape)
-                    record |= measure(run, tensors) | floors(tensors, shape, copy, product)
-                    record |= errors(family, run, shape)
-                except Exception as error:  # a peer that cannot run here is a result too
-                    record["failed"] = f"{type(error).__name__}: {error}"
-                tensors = None
-                gc.collect()
-                torch.cuda.empty_cache()
-                records.append(record)
+                record = case(family, what, peer, options.form, shape, found["rates"])
+                found["records"].append(record)
                 print(json.dumps(record), flush=True)
-                (options.out / "gpu.json").write_text(json.dumps(records, indent=1))
-                (options.out / "gpu.md").write_text(table(records))
-    print(table(records))
+                write(options.out, found)
+            for what in FAMILIES[family].absent:
+                if (family, shape, what) not in done:
+                    note = {"family": family, "shape": list(shape), "what": what, "failed": "not run here"}
+                    found["records"].append(note)
+    write(options.out, found)
+    print(table(found))
 
 
 if __name__ == "__main__":
-    main()
+    from recur.cli import main
+
+    sys.exit(main(["bench", *sys.argv[1:]]))

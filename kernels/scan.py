@@ -1,5 +1,7 @@
 """The scan with a matrix state on a GPU: plan, launches, operators. What is launched is described in `chunk_scan`."""
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -36,8 +38,8 @@ class Plan(NamedTuple):
     gradient: Tiles
 
 
-# chunk; then block, warps and stages of forward and adjoint, of the same for the delta rule, and of gradient, for states
-# of at most 64, 128, 256 rows or columns; by trial on an H200
+# chunk; then block, warps and stages of forward and adjoint, of the same for the delta rule, and of gradient, for
+# states of at most 64, 128, 256 rows or columns; by trial on an H200
 _BFLOAT16 = {
     64: (64, ((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3)), (64, 4, 1)),
     128: (64, ((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2)), (64, 4, 1)),
@@ -119,7 +121,9 @@ class _Scan:
         }  # fmt: skip
         self.groups = H if self.decay == "key" else groups
         self.told, self.write, self.reach = x.q, x.k, x.k
-        self.near = self.far = self.calm = self.scores = self.rates = self.whole = self.overlap = self.solved = None
+        nothing: Tensor | None = None
+        self.near, self.far, self.calm, self.scores = nothing, nothing, nothing, nothing
+        self.rates, self.whole, self.overlap, self.solved = nothing, nothing, nothing, nothing
         self._prepare()
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

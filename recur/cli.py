@@ -1,16 +1,20 @@
-"""The command line: `recur list | show | check | convert`, and the commands of training; each with examples."""
+"""The command line: `recur list | show | check | convert | bench`, and the commands of training; with examples."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import NoReturn
+
+import torch
 
 import recur
 from recur.convert import files
 from recur.train import commands as commands_of_training
-from recur.train.config import InputError, count, unknown
+from recur.train.config import InputError, count, positive, several, unknown
 
 # what brings each optional package
 TRAIN = ("accelerate", "datasets", "matplotlib", "sklearn", "tensorboard", "tqdm", "transformers", "yaml")
@@ -66,6 +70,23 @@ def _check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    path = Path(recur.__file__).parents[1] / "benchmarks" / "gpu.py"
+    if not path.exists():
+        raise InputError(f"bench needs a checkout of the source: there is no {path}")
+    found = spec_from_file_location("recur_benchmarks_gpu", path)
+    assert found is not None
+    assert found.loader is not None
+    benchmark = module_from_spec(found)
+    found.loader.exec_module(benchmark)
+    if others := set(arguments.families) - set(benchmark.FAMILIES):
+        raise InputError(f"--families must be of {', '.join(benchmark.FAMILIES)}, got {', '.join(sorted(others))}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda is not available here; --device cpu --form chunked tries the script")
+    benchmark.run(arguments)
+    return 0
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line and exits with 2."""
 
@@ -107,6 +128,21 @@ def _parser() -> argparse.ArgumentParser:
 
     files.add(command)
     commands_of_training.add(command, lambda parser: _maker(parser, "TASK"))
+
+    about = "Measure scans and steps against every installed peer: gpu.json, gpu.md and gpu.png in a checkout."
+    small = "recur bench --families scalar tied --shapes 8,2048,16,128,128 --seconds 300"
+    tried = "recur bench --device cpu --form chunked --families scalar --shapes 1,64,2,8,8 --out runs/bench"
+    bench = command("bench", _bench, about, f"recur bench; {small}; {tried}")
+    bench.add_argument("--families", metavar="NAME", nargs="+", default=[], help="recurrences (all)")
+    bench.add_argument("--shapes", metavar="B,T,...", type=several(count), nargs="+", default=[], help="not its own")
+    bench.add_argument("--seconds", type=positive, default=3600.0, help="start no case after this long (3600)")
+    bench.add_argument("--out", metavar="FOLDER", type=Path, default=Path("benchmarks/results"), help="for the results")
+    bench.add_argument("--have", metavar="JSON", type=Path, nargs="+", default=[], help="results to go on from")
+    bench.add_argument("--candidates", type=count, default=8, help="a peer's autotuner tries this many a kernel (8)")
+    bench.add_argument("--growth", action="store_true", help="also time and memory from 1024 tokens up")
+    bench.add_argument("--longest", type=count, default=2**20, help="of --growth (1048576)")
+    bench.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the script (cuda)")
+    bench.add_argument("--form", default="triton", help="of our scans (triton)")
     return parser
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recur.primitives.forms import ScanOut
 
+TRITON = find_spec("triton") is not None
 WIDEST = 256  # rows and columns of a state that fit the registers of one program
 
 
@@ -47,7 +48,7 @@ def elementwise_refusal(slots: int, *inputs: Tensor | None) -> str | None:
 
 def _first(rules: tuple[tuple[bool, str], ...], device: torch.device) -> str | None:
     """The first broken rule in words."""
-    for broken, what in (*rules, (find_spec("triton") is None, "a machine without Triton")):
+    for broken, what in (*rules, (not TRITON, "a machine without Triton")):
         if broken:
             return f"form='triton' does not cover {what}; form='chunked' does"
     if device.type != "cuda":
@@ -64,6 +65,31 @@ def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, re
 
     scans = {"selective": walk.selective, "online": walk.online, "diagonal": diagonal.diagonal}
     return ScanOut(*scans[rule](*inputs, cu_seqlens, reverse))
+
+
+def takes_step(rows: int, state: Tensor, *given: Tensor | None) -> bool:
+    """Whether one launch computes a step of these tensors: on a GPU, nothing in float64, at most 1024 rows of state."""
+    narrow = all(x is None or x.dtype not in (torch.float64, torch.complex128) for x in (state, *given))
+    return TRITON and state.is_cuda and narrow and rows <= 1024
+
+
+def step(
+    rule: str,
+    state: Tensor,
+    v: Tensor,
+    *,
+    q: Tensor | None = None,
+    k: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    rate: Tensor | None = None,
+    bonus: Tensor | None = None,
+    scale: float = 1.0,
+    tied: bool = False,
+) -> Tensor:
+    """One token by the rule of that name in kernels/step.py, whose axes these are; the state is overwritten."""
+    from recur.kernels import step as kernels
+
+    return kernels.step(state, q, k, v, log_decay, rate, bonus, scale, rule, tied)
 
 
 def scan(

@@ -23,6 +23,7 @@ class Flow:
 
     tensors:    "x" is the input and stays; "y" is the result at the end.
     position:   [B] tokens each sequence has seen before these ([n] if packed).
+    in_place:   whether this is the one token of a step, which overwrites the states it is given.
     past:       what each shallower layer published, oldest first; `publish` collects what this layer hands down.
     """
 
@@ -33,6 +34,7 @@ class Flow:
     layer: int = 0
     grid: tuple[int, ...] | None = None
     past: tuple[Mapping[str, Tensor], ...] = ()
+    in_place: bool = False
     published: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -6,10 +6,13 @@ A pattern names one letter an axis, "*" any number of further axes, "|" separate
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class ShapeError(ValueError):
@@ -89,3 +92,10 @@ def check_given(function: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             raise TypeError(f"{function}: {name} must be a tensor, got None")
+
+
+def pick(function: str, argument: str, value: Any, choices: Mapping[Any, T]) -> T:
+    """What this value stands for. Raises: ValueError listing the values there are."""
+    if value not in choices:
+        raise ValueError(f"{function}: {argument} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    return choices[value]

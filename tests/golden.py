@@ -7,6 +7,7 @@ and "ok", "FAIL ..." or "unsupported ...". The exit code is 0 if all are ok and 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,10 +75,14 @@ def tolerance(vectors: Vectors) -> float:
 
 
 def case_of(vectors: Vectors) -> Case:
-    """The case of that name, or else the longest that begins it: what follows tells of sizes and options.
+    """The case of the class that the file names as its source, or of the file's case, or the longest name that begins
+    it: what follows tells of sizes and options.
 
     Raises: NotImplementedError for a module that is in no table.
     """
+    source = re.match(r"(?:\w+\.)*(\w+)", vectors.config.get("source", ""))
+    if source and source[1] in CASES:
+        return CASES[source[1]]
     near = [name for name in CASES if vectors.case.startswith(name)]
     if not near:
         raise NotImplementedError(f"no case {vectors.case!r}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import recur
 from recur import train
@@ -101,12 +103,38 @@ def test_check_tells_kept_and_broken_laws(capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().err == "longhorn breaks a law:\nsplit at 3 differs by 0.5\n"
 
 
-@pytest.mark.parametrize("command", ["list", "show", "check", "train", "task", "compare", "data", "generate"])
+@pytest.mark.parametrize("command", ["list", "show", "check", "train", "task", "compare", "data", "generate", "bench"])
 def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as leaving:
         main([command, "--help"])
     assert leaving.value.code == 0
     assert f"examples:\n  recur {command}" in capsys.readouterr().out
+
+
+BENCH = ["bench", "--device", "cpu", "--form", "chunked"]
+
+
+def test_bench_measures_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny = ["--families", "none", "decode scalar", "--shapes", "1,8,1,2,2", "2,1,2,2", "--out", str(tmp_path)]
+    assert main([*BENCH, *tiny]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [json.loads(line)["family"] for line in printed] == ["none", "decode scalar"]
+    assert all(json.loads(line)["y_error"] < 4e-3 for line in printed)  # one rounding to bfloat16
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "gpu.png"}
+    assert "| none | 1×8×1×2×2 | recur |" in (tmp_path / "gpu.md").read_text()
+    assert (
+        "| decode scalar | 2×1×2×2 | mamba_ssm selective_state_update | not run here |"
+        in (tmp_path / "gpu.md").read_text()
+    )
+    assert main([*BENCH, *tiny, "--have", str(tmp_path / "gpu.json")]) == 0
+    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+
+
+def test_bench_names_what_it_cannot_do(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--families must be of keywise, scalar, " in refused(capsys, *BENCH, "--families", "loud")
+    assert "argument --shapes: must be a whole number of at least 1, got 'x'" in refused(capsys, *BENCH, "--shapes=1,x")
+    if not torch.cuda.is_available():
+        assert "--device cuda is not available here" in refused(capsys, "bench")
 
 
 BAD_TEXTS = {

@@ -123,6 +123,10 @@ def test_arguments_are_checked_before_anything_is_built() -> None:
         convert.from_official("mamba", {}, {"d_stat": 4, "n_heads": 2})
     with pytest.raises(NotImplementedError, match="gate_activation must be 'sigmoid' so far, got 'relu'"):
         convert.from_official("gated_linear_rnn", {}, {"d_in": 4, "d_model": 4, "d_h": 4, "gate_activation": "relu"})
+    lm = dict.fromkeys(("n_layer", "d_model", "d_channel_mixing", "input_vocab_size", "output_vocab_size"), 4)
+    lm |= {"max_seq_length": 4, "d_h": 4, "positional_encoding_mode": "rotary"}
+    with pytest.raises(ValueError, match="positional_encoding_mode must be one of none, sinusoidal, learned, got 'rot"):
+        convert.build("gated_linear_rnn_lm", lm)
     with pytest.raises(ValueError, match="mode must be one of recurrent, parallel, chunk, got 'fast'"):
         convert.build("retnet_retention", {"decoder_embed_dim": 8, "mode": "fast"})
     with pytest.raises(NotImplementedError, match="layer must be 'Mamba1' or 'Mamba2' so far, got 'Mamba3'"):

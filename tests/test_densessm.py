@@ -11,6 +11,7 @@ from torch import Tensor
 
 from recur import LanguageModel, Mixer, convert, presets
 from recur.blocks import Decay, DenseCarry, DenseFusion, DenseRead, OnlineScan, OuterScan, Project, SelectiveScan
+from recur.convert.table import OFFICIAL
 from recur.presets.dense import dense, dense_states
 from recur.recipe import Recipe, RecipeError
 
@@ -177,8 +178,39 @@ def test_what_does_not_fit_is_refused() -> None:
         name = type(part).__name__
         with pytest.raises(RecipeError, match=f"{name}: layers must be at least 1, got 0"):
             type(part)(**{**part.__dict__, "layers": 0})
+    with pytest.raises(RecipeError, match="DenseCarry: scan must be a SelectiveScan, got OuterScan"):
+        dense_states(presets.hgrn2(), carry=True)
+    with pytest.raises(RecipeError, match="dense: the recipe must have one scan that a query reads, got 0"):
+        dense(presets.hgrn(), "i")
     with pytest.raises(RecipeError, match="DenseRead needs 'y' and 'g' of equal axes"):
         Recipe(Project("x", q="H K", k="H K", v="H V", g="H K"), DenseRead(OuterScan(decay=None), gate="g"), axes=AXES)
     sizes = {"hidden_size": 8, "query_key_dim": 4, "num_attention_heads": 2, "dense_block_layers": 1}
     with pytest.raises(ValueError, match="dense_gau_retnet: mode must be one of recurrent, parallel, got 'chunk'"):
         convert.from_official("densessm_retention", {}, {**sizes, "mode": "chunk"})
+
+
+RELEASED = {"vocab_size": 32000, "dense_block_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "parameters"),
+    [
+        (
+            "dense_gau_retnet",
+            {**RELEASED, "hidden_size": 1536, "query_key_dim": 768, "num_attention_heads": 2, "num_hidden_layers": 16},
+            367_965_696,
+        ),
+        (
+            "dense_gau_retnet",
+            {**RELEASED, "hidden_size": 2560, "query_key_dim": 1280, "num_attention_heads": 4, "num_hidden_layers": 25},
+            1_334_018_560,
+        ),
+        ("hgrn2_lm", {"expand_ratio": 128}, 359_784_448),
+    ],
+)
+def test_released_sizes_have_the_released_number_of_parameters(
+    name: str, config: dict[str, int], parameters: int
+) -> None:
+    with torch.device("meta"):
+        model = OFFICIAL[name].make(name, config)
+    assert sum(weight.numel() for weight in model.parameters()) == parameters

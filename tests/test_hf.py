@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import json
-import sys
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import recur.hf
-from recur import LanguageModel, Part, Recipe, RecipeError, convert, presets, train
+from recur import LanguageModel, Part, Recipe, RecipeError, cli, convert, presets, train
 from recur.blocks import Act, Attention, Norm, Project, Reverse, Rotary
 from recur.hf import RecurConfig, RecurForCausalLM, StateCache, projections
 from recur.hf.__main__ import main
 from recur.train.tokenize import Bytes, HubTokenizer
 
-# transformers renames it to activation_checkpointing, and warns itself when its Trainer uses it
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+# What packages warn of themselves: transformers renames gradient_checkpointing, and its Trainer uses it; it pins memory
+# without a GPU; PEFT before 0.19 does not know the owners of parameters, nor models that came from no folder.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{words}")
+    for words in (
+        ".*gradient_checkpointing:FutureWarning",
+        "'pin_memory' argument:UserWarning",
+        "Unsupported layer type:UserWarning",
+        "Could not find a config file:UserWarning",
+    )
+]
 
 ATTENTION = Recipe(
     Project("x", q="H K", k="G K", v="G K"),
@@ -34,6 +45,7 @@ VARIANTS = {
     "every setting": {
         "recipe": presets.gla(heads=2).to_dict(), "block": "post", "norm": Norm("x", kind="l2", eps=1e-12, to="y"),
         "final_norm": "layer", "ffn": ATTENTION, "positions": 40, "tie_word_embeddings": False,
+        "dropout": (0.1, 0.2, 0.3), "padding": 2, "embed_scale": 2.0, "head_bias": True,
     },
     "sinusoidal": {"recipe": "gateloop", "norm": None, "final_norm": None, "positions": "sinusoidal"},
     "dense": {"recipe": presets.dense_retnet(heads=2, layers=2), "dim": 32},
@@ -229,6 +241,18 @@ def test_sampling_draws_from_the_model():
     assert (found - chance).abs().max() < 4 * 0.5 / 4000**0.5  # four standard deviations of a fair coin
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_token_by_token_is_the_whole(name):
+    lm, ids = model(name), some_ids(2, 6)
+    state, logits = None, []
+    with torch.no_grad():
+        for token in ids.split(1, dim=1):
+            out = lm(token, state=state, use_cache=True)
+            state, logits = out.state, [*logits, out.logits]
+    torch.testing.assert_close(torch.cat(logits, 1), lm(ids).logits)
+    assert state.length == 6
+
+
 def test_a_conversation_goes_on_from_its_state():
     lm, ids = model("hybrid"), some_ids(3, 6)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
@@ -264,7 +288,6 @@ def test_a_trainer_trains_saves_and_resumes(checkpointing, tmp_path):
     assert losses["resumed"] == losses["whole"]
 
 
-@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT before 0.19, of any parameter's owner,
 @pytest.mark.filterwarnings(
     "ignore:Could not find a config file:UserWarning"
 )  # and of a model that came from no folder
@@ -315,11 +338,10 @@ def run(text, tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def test_a_run_becomes_a_folder_for_transformers(run, tmp_path, monkeypatch, capsys):
+def test_a_run_becomes_a_folder_for_transformers(run, tmp_path, capsys):
     from transformers import AutoTokenizer, pipeline
 
-    monkeypatch.setattr(sys, "argv", ["recur.hf", str(run), str(tmp_path)])
-    main()
+    assert main(str(run), str(tmp_path)) == 0
     assert f"wrote {tmp_path}" in capsys.readouterr().out
     lm, tokenizer = load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     trained, ours = train.load_model(run)
@@ -369,7 +391,6 @@ QUESTIONS = [
 
 def test_the_evaluation_harness_runs_a_local_task(run, tmp_path, monkeypatch):
     """It chooses by the summed log probability of the answer, as a loop over the answers does."""
-    import datasets
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -401,11 +422,35 @@ def test_the_evaluation_harness_runs_a_local_task(run, tmp_path, monkeypatch):
         assert sample["resps"] == [[tokenizer.decode(text).partition("\n")[0]]]
 
 
-def test_a_folder_without_a_run_is_said_in_a_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["recur.hf", str(tmp_path), str(tmp_path)])
+def test_a_folder_without_a_run_is_said_in_a_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main()
+        main(str(tmp_path), str(tmp_path))
     assert f"error: no checkpoint in {tmp_path}" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- docs/huggingface.md
+
+
+def test_the_page_runs_from_top_to_bottom(text, tmp_path, monkeypatch):
+    """Its commands at toy size; its code as it stands, in a folder with a text and a task."""
+    page = (Path(__file__).parent.parent / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    Path("book.txt").write_text(text)
+    Path("tasks").mkdir()
+    Path("questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    task = TASK.format(kind="multiple_choice", metric="acc", data=tmp_path / "questions.jsonl")
+    Path("tasks/choose.yaml").write_text(task.replace("task: multiple_choice", "task: choose"))
+    tiny = ["--dim", "16", "--depth", "1", "--steps", "2", "--length", "16", "--batch", "2"]
+    commands = {"recur": lambda *words: cli.main([*words, *tiny]), "python -m recur.hf": main}
+    names: dict[str, object] = {}
+    for language, code in re.findall(r"^```(\w+)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
+        if language == "python":
+            exec(code, names)
+            continue
+        for line in code.splitlines():
+            name = next(name for name in commands if line.startswith(name))
+            assert not commands[name](*shlex.split(line.removeprefix(name)))
 
 
 # ---------------------------------------------------------------------- bad input

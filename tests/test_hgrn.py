@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recur import LanguageModel, Mixer, convert, presets
 from recur.blocks import LowerBounds, both_ways, in_grid, in_series
+from recur.convert.table import OFFICIAL
 from recur.presets.hgrn import without_bounds
 from recur.primitives.gates import lower_bounds
 from recur.recipe import RecipeError
@@ -211,3 +212,45 @@ def test_a_transposed_image_gives_a_transposed_result_in_a_grid_but_not_in_serie
         there = layer(x.flatten(1, 2), grid=(3, 4)).y.view_as(x)
         back = layer(x.transpose(1, 2).flatten(1, 2), grid=(4, 3)).y.view(2, 4, 3, 8).transpose(1, 2)
         assert torch.allclose(there, back) is equal
+
+
+OPTIONS: list[tuple[str, dict[str, Any], set[str]]] = [  # official name, config, some keys it must have
+    ("hgru2_1d", {"norm_type": "simplermsnorm", "act_fun": "2+elu", "uv_act_fun": "leak"}, {"in_proj.bias"}),
+    ("bihgru2_1d", {"use_norm": False, "bias": False, "chunk_size": 64}, {"out_proj.weight"}),
+    ("hgru2_2d_series", {"act_fun": "exp", "use_norm": False}, {"in_proj.weight"}),
+    ("hgru1_2d", {"act_fun": "gelu"}, {"theta", "norm.bias"}),
+    ("hgrn2_hub_layer", {"use_short_conv": True, "conv_size": 3, "elementwise_affine": False}, {"f_conv1d.weight"}),
+    ("hgrn_hub_layer", {"use_short_conv": True, "conv_bias": True, "expand_ratio": 2}, {"i_conv1d.bias"}),
+    ("hgrn2_hub", {"use_short_conv": True, "hidden_ratio": 2}, {"model.layers.1.attn.q_conv1d.weight"}),
+    ("hgrn2_hub", {"use_lower_bound": False, "expand_ratio": None, "num_heads": 2}, {"lm_head.weight"}),
+    ("hgrn_hub", {"tie_word_embeddings": True, "pad_token_id": 3}, {"model.lower_bounds", "lm_head.weight"}),
+    ("hgrn2_lm", {"bias": True, "norm_type": "layernorm", "tie_word_embeddings": False}, {"model.final_norm.bias"}),
+]
+SIZES: dict[str, dict[str, Any]] = {
+    "hub": {"hidden_size": 8, "expand_ratio": 4, "num_hidden_layers": 2, "vocab_size": 11, "intermediate_size": 6},
+    "layer": {"hidden_size": 8, "expand_ratio": 4},
+    "lm": {"decoder_embed_dim": 8, "expand_ratio": 4, "decoder_layers": 2, "vocab_size": 11, "glu_dim": 6},
+}
+
+
+@pytest.mark.parametrize(("name", "config", "keys"), OPTIONS)
+def test_options_of_checkpoints_go_in_and_out(name: str, config: dict[str, Any], keys: set[str]) -> None:
+    torch.manual_seed(0)
+    config = {**SIZES.get(name.split("_")[-1], {"embed_dim": 8}), **config}
+    if name.endswith(("_hub", "_lm")):  # as their files have it
+        config |= {"model_type": "hgrn2", "architectures": ["HGRN2ForCausalLM"], "torch_dtype": "bfloat16"}
+    if "hidden_ratio" in config:
+        del config["intermediate_size"]
+    model = OFFICIAL[name].make(name, config)
+    state = convert.to_official(name, model)
+    assert keys <= set(state)
+    again = convert.from_official(name, state, config)
+    back = convert.to_official(name, again)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+    if isinstance(model, LanguageModel):
+        ids = torch.randint(4, 11, (B, 6))
+        torch.testing.assert_close(again(ids), model(ids))
+    else:
+        x, bound = torch.randn(B, 6, 8), torch.rand(1, 1, *model.recipe.site(8).size(model.recipe.inputs["bound"]))
+        torch.testing.assert_close(again(x, grid=(2, 3), bound=bound).y, model(x, grid=(2, 3), bound=bound).y)

@@ -111,13 +111,15 @@ def compile_launch(kernel: Any, args: tuple, kwargs: dict, capability: int) -> A
     from triton.compiler import ASTSource
 
     types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+    types[torch.int64] = "*i64"
     values = dict(zip(kernel.arg_names, args, strict=False))
     options = {"num_warps": kwargs.get("num_warps", 4)}
     values.update({name: value for name, value in kwargs.items() if name in kernel.arg_names})
     signature, constants, hints = {}, {}, {}
     for i, param in enumerate(kernel.params):
         value = values[param.name]
-        if param.is_constexpr or value is None:
+        one = isinstance(value, int) and value == 1 and not param.do_not_specialize
+        if param.is_constexpr or value is None or one:
             signature[param.name], constants[param.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[param.name], hints[(i,)] = types[value.dtype], [["tt.divisibility", 16]]

@@ -11,9 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 HARD = torch.tensor([0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf])
@@ -113,79 +116,80 @@ def compare(
             assert (g[a <= -700] == 0).all(), f"{case}: a reset has a gradient"
 
 
-@law
-def lengths_around_tiles() -> None:
-    for T in (1, 2, 15, 16, 17, 31, 32, 33, 63, 65, 130):
-        compare(1, T, 1, 1, 3, 5, "B T H K", initial=T % 2 == 0)
-    for T in (1, 17, 65):
-        compare(1, T, 1, 1, 3, 5, "B T H", initial=T % 2 == 1)
-        compare(1, T, 1, 1, 3, 5, None)
+AXES = (None, "H", "H K", "B T H", "B T H K")
+
+
+def drawn(T: st.SearchStrategy[int], examples: int, **fixed: Any) -> None:
+    """`compare` on drawn structure."""
+
+    @settings(max_examples=examples, derandomize=True, deadline=None, database=None)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        draw = data.draw
+        G = draw(st.integers(1, 2), "G")
+        write = draw(st.sampled_from(["", "beta", "bonus", "tied"]), "write")
+        axes = draw(st.sampled_from(AXES[2::2] if write == "tied" else AXES), "axes")
+        kinds = ["mild", "leaky", "hard"] if axes else ["mild"]
+        if axes and write != "tied":
+            kinds.append("complex")
+        length = draw(T, "T")
+        borders = None
+        if draw(st.booleans(), "packed"):
+            borders = (0, *sorted(draw(st.lists(st.integers(0, length), max_size=3), "borders")), length)
+        compare(
+            1 if borders else draw(st.integers(1, 2), "B"), length, G * draw(st.integers(1, 2), "heads a group"), G,
+            draw(st.integers(1, 9), "K"), draw(st.integers(1, 9), "V"), axes, draw(st.sampled_from(kinds), "gates"),
+            tied=write == "tied", beta=write == "beta", bonus="H K" if write == "bonus" else None,
+            initial=draw(st.booleans(), "initial"), reverse=draw(st.booleans(), "reverse"), borders=borders, **fixed,
+        )  # fmt: skip
+
+    run()
 
 
 @law
-def shapes_of_the_gate() -> None:
-    for axes in (None, "H", "H K", "B T H", "B T H K"):
-        compare(2, 37, 4, 2, 5, 35, axes)
-        compare(1, 33, 2, 1, 20, 8, axes, reverse=True)
+def every_structure() -> None:
+    drawn(st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 40]), 45)
 
 
 @law
-def the_gate_is_the_key() -> None:
-    compare(1, 40, 2, 1, 6, 7, "B T H K", tied=True)
-    compare(1, 20, 1, 1, 6, 7, "B T H K", "hard", tied=True)
-    compare(1, 20, 2, 2, 6, 7, "H K", tied=True, initial=False)
+def long_ones() -> None:
+    for T, axes in ((65, None), (130, "B T H"), (70, "B T H K")):
+        compare(1, T, 1, 1, 3, 5, axes, beta=T == 70)
+    compare(1, 33, 1, 1, 70, 66, "B T H K", beta=True)  # more than one tile of rows and of columns
+    compare(1, 33, 1, 1, 70, 66, "B T H K", "hard", bonus="H")
 
 
 @law
-def rotations() -> None:
-    compare(1, 33, 2, 1, 5, 7, "B T H K", "complex")
-    compare(1, 33, 2, 1, 5, 7, "B T H", "complex")
-    compare(1, 33, 2, 2, 5, 7, "H K", "complex", reverse=True)
-
-
-@law
-def hard_gates_by_key() -> None:
-    compare(1, 21, 1, 1, 5, 7, "B T H K", "hard")
-    compare(1, 50, 1, 1, 5, 7, "B T H K", "leaky")
-    compare(1, 18, 1, 1, 5, 7, "B T H K", "hard", reverse=True)
-
-
-@law
-def hard_gates_by_head() -> None:
-    compare(1, 21, 2, 1, 5, 7, "B T H", "hard")
-    compare(1, 50, 1, 1, 5, 7, "B T H", "leaky")
+def hard_gates() -> None:
+    for axes in ("B T H", "B T H K", "H K"):
+        for more in ({}, {"beta": True}, {"bonus": "H K", "reverse": True}):
+            compare(1, 21, 2 if axes == "B T H" else 1, 1, 5, 7, axes, "hard", **more)
+    compare(1, 50, 1, 1, 5, 7, "B T H K", "leaky", beta=True)
+    compare(1, 20, 1, 1, 6, 7, "B T H K", "hard", tied=True, reverse=True)
 
 
 @law
 def float16_keeps_its_digits() -> None:
     for axes in (None, "B T H", "B T H K"):
-        compare(1, 40, 2, 1, 8, 8, axes, dtype=torch.float16)
+        compare(1, 40, 2, 1, 8, 8, axes, dtype=torch.float16, beta=axes == "B T H")
 
 
 @law
 def segments_side_by_side() -> None:
-    from recur.kernels import chunk_scan
+    from recur.kernels import scan
 
-    whole = chunk_scan.plan
+    whole = scan.plan
 
-    def cut(*, T: int, **sizes: object) -> chunk_scan.Plan:
-        return whole(T=T, **sizes)._replace(segments=max(1, -(-T // 64)), span=64)
+    def cut(*, T: int, delta: bool, **sizes: Any) -> scan.Plan:
+        segments = 1 if delta else max(1, -(-T // 32))
+        return whole(T=T, delta=delta, **sizes)._replace(segments=segments, span=32 if segments > 1 else T)
 
-    chunk_scan.plan = cut
+    scan.plan = cut
     for axes in (None, "B T H", "B T H K"):
-        compare(1, 150, 2, 1, 5, 7, axes)
-    compare(1, 130, 1, 1, 5, 7, "B T H K", tied=True, initial=False)
-    compare(1, 90, 1, 1, 4, 4, "B T H K", "hard")
-
-
-@law
-def documents_in_one_row() -> None:
-    borders = (0, 0, 5, 22, 40, 40)
-    compare(1, 40, 2, 1, 5, 7, "B T H K", borders=borders)
-    compare(1, 40, 2, 2, 5, 7, "B T H", borders=borders, reverse=True)
-    compare(1, 40, 2, 1, 5, 7, None, borders=borders, initial=False)
-    compare(1, 40, 2, 1, 5, 7, "H K", borders=borders, tied=False)
-    compare(1, 40, 2, 1, 5, 7, "B T H K", "complex", borders=borders)
+        compare(1, 75, 2, 1, 5, 7, axes, bonus="H" if axes == "B T H" else None)
+    compare(1, 66, 1, 1, 5, 7, "B T H K", tied=True, initial=False, reverse=True)
+    compare(1, 70, 1, 1, 4, 4, "B T H K", "hard")
+    compare(1, 70, 1, 1, 4, 4, "B T H", "hard", reverse=True)
 
 
 @law
@@ -203,10 +207,26 @@ def second_order_is_refused() -> None:
 def two_runs_are_one() -> None:
     from recur import scan
 
-    q, k, v, a = (torch.randn(1, 40, 2, 5) for _ in range(4))
-    first, second = (scan(q, k, v, -a.abs(), form="triton") for _ in range(2))
-    assert torch.equal(first.y, second.y)
-    assert torch.equal(first.state, second.state)
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        q, k, v, a = (torch.randn(1, 40, 2, 5).requires_grad_() for _ in range(4))
+        y, state = scan(q, k, v, -a.square(), form="triton")
+        return [y, state, *torch.autograd.grad(y.sum() + state.sum(), (q, k, v, a))]
+
+    assert all(torch.equal(first, second) for first, second in zip(run(), run(), strict=True))
+
+
+@law
+def operators_keep_the_rules_of_torch() -> None:
+    from recur.kernels.scan import scan_forward
+
+    q, k, v = (torch.randn(1, 9, 2, 4, requires_grad=True) for _ in range(3))
+    a, beta = -torch.rand(1, 9, 2, 4), torch.rand(1, 9, 2)
+    for arguments in (
+        (q, k, v, a.requires_grad_(), None, None, None, None, 1.0, False),
+        (q, k, v, None, beta, None, torch.randn(2, 2, 4, 4), torch.tensor([0, 4, 9]), 0.5, True),
+    ):
+        torch.library.opcheck(scan_forward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @law
@@ -221,23 +241,20 @@ def what_it_lacks_is_named() -> None:
     ):
         with pytest.raises(NotImplementedError, match=match):
             scan(*arguments, form="triton")
-    with pytest.raises(NotImplementedError, match="beta; form='chunked' does"):
-        scan(q, q, q, beta=torch.rand(1, 4, 1), form="triton")
     assert scan(q[:, :0], q[:, :0], q[:, :0], form="triton").state.shape == (1, 1, 3, 3)
 
 
 GROUPS = [
-    ["lengths_around_tiles", "shapes_of_the_gate"],
+    ["every_structure"],
     [
-        "the_gate_is_the_key",
-        "rotations",
-        "documents_in_one_row",
+        "long_ones",
         "float16_keeps_its_digits",
         "second_order_is_refused",
         "two_runs_are_one",
+        "operators_keep_the_rules_of_torch",
         "what_it_lacks_is_named",
     ],
-    ["hard_gates_by_key", "hard_gates_by_head", "segments_side_by_side"],
+    ["hard_gates", "segments_side_by_side"],
 ]
 
 
@@ -260,18 +277,20 @@ def test_every_law_is_run() -> None:
 
 
 def test_plan_fills_the_machine() -> None:
-    """Two programs a processor: from the heads alone where they suffice, else from segments of at least 256 tokens."""
+    """Heads alone where they give most processors a program, else segments of at least 512 tokens; delta has one."""
     pytest.importorskip("triton")
-    from recur.kernels.chunk_scan import plan
+    from recur.kernels.scan import plan
 
     sizes = {"K": 128, "V": 128, "dtype": torch.bfloat16, "processors": 132}
     assert plan(heads=128, T=2048, **sizes).segments == 1
     long = plan(heads=16, T=32768, **sizes)
-    assert long.segments == 8
+    assert long.segments == 9
     assert long.segments * long.span >= 32768
-    short = plan(heads=1, T=256, **sizes)
-    assert short.segments == 1
+    assert long.span % long.chunk == 0
+    assert plan(heads=16, T=32768, delta=True, **sizes).segments == 1
+    assert plan(heads=1, T=256, **sizes).segments == 1
     assert plan(heads=1, T=0, **sizes).segments == 1
+    assert "segments=9" in repr(long)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import recur
 from recur import LanguageModel, Recipe, RecipeError, presets
@@ -59,6 +60,17 @@ def test_whole_equals_pieces_equals_steps_equals_packed(name):
     packed, states = lm(ids.reshape(1, -1), cu_seqlens=torch.tensor([0, 12, 12, 24]), return_state=True)
     torch.testing.assert_close(packed.reshape(whole.shape), whole)
     assert states["position"].tolist() == [12, 0, 12]
+
+
+@pytest.mark.parametrize("name", ["plain", "hybrid", "own norm"])
+def test_a_step_writes_into_the_memory_it_is_given(name):
+    lm = model(**VARIANTS[name])
+    state = lm.init_state(2, 12)
+    places = [leaf.data_ptr() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    for token in torch.randint(0, 11, (3, 2)):
+        lm.step(token, state)
+    assert places == [leaf.data_ptr() for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    assert state["position"].tolist() == [3, 3]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -152,8 +164,19 @@ def test_a_text_of_no_tokens_keeps_its_graph():
     assert x.grad is not None
 
 
-def test_generation_draws_anew_without_a_seed():
+def test_what_pads_a_prompt_is_not_read():
+    lm, ids = model(), torch.tensor([[1, 2, -100], [3, 4, 5]])
+    text = lm.generate(ids, 4, lengths=torch.tensor([2, 3]), seed=1)
+    assert torch.equal(text[:1, :6], lm.generate(ids[:1, :2], 4, seed=1))
+
+
+def test_generation_draws_anew_without_a_seed_and_as_torch_is_seeded():
     lm, ids = model(), torch.tensor([[1]])
+    torch.manual_seed(3)
+    first, after = lm.generate(ids, 12), torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(lm.generate(ids, 12), first)
+    assert torch.equal(torch.rand(1), after)
     assert len({tuple(lm.generate(ids, 12)[0].tolist()) for _ in range(4)}) > 1
 
 
@@ -174,6 +197,13 @@ def generators(rows: int) -> list[torch.Generator]:
 def test_sampling_keeps_what_it_promises(options, kept):
     logits = torch.tensor([0.5, 0.3, 0.1, 0.1]).log().expand(400, 4)
     assert set(sample_token(logits, generators(400), **options).tolist()) == kept
+
+
+@pytest.mark.parametrize("temperature", [1e-308, 1e308])
+def test_sampling_bears_any_temperature(temperature):
+    logits = torch.tensor([[3.0, 2.0, -torch.inf, 3.5]]).expand(400, 4)
+    kept = {3} if temperature < 1 else {0, 1, 3}
+    assert set(sample_token(logits, generators(400), temperature=temperature).tolist()) == kept
 
 
 def test_sampling_follows_the_distribution():
@@ -206,6 +236,8 @@ IDS = torch.ones(1, 2, dtype=torch.long)
             r"lengths must be an int32 or int64 tensor \[B\], got \[1\]",
         ),
         (lambda lm: sample_token(torch.full((1, 2), torch.nan), []), ValueError, "logits must be numbers"),
+        (lambda lm: sample_token(torch.tensor([[0.0, torch.inf]]), []), ValueError, "the largest of a row finite"),
+        (lambda lm: sample_token(torch.full((1, 2), -torch.inf), []), ValueError, "the largest of a row finite"),
         (
             lambda lm: sample_token(torch.ones(1, 2), [], temperature=math.nan),
             ValueError,
@@ -222,6 +254,7 @@ IDS = torch.ones(1, 2, dtype=torch.long)
         (lambda lm: model(depth=0), ValueError, "depth must be at least 1, got 0"),
         (lambda lm: model(recipe=[]), ValueError, "recipes must be at least 1, got 0"),
         (lambda lm: lm.generate(IDS, 1, window=0), ValueError, "window must be at least 1, got 0"),
+        (lambda lm: model(head_bias=True), ValueError, "outputs and head_bias need a head of its own: tie=False"),
         (lambda lm: model(drop="all"), RecipeError, 'drop must be "branch" or "sum", got \'all\''),
         (
             lambda lm: Block(presets.gated_linear_rnn(width=5), 4),

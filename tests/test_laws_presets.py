@@ -10,9 +10,12 @@ from hypothesis import settings
 import recur
 from recur import presets
 from recur.blocks import (
+    ComplexGate,
     GatedAttention,
     Norm,
+    OuterScan,
     OutputGate,
+    Reshape,
     RetentionScale,
     Rotary,
     both_ways,
@@ -38,10 +41,10 @@ IN_GRID = ("hgrn_complex, down and right", "hgrn2, in a grid", "hgrn2, in series
 # recipe, options of check, laws beyond the common ones
 CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "delta_net": (presets.delta_net(heads=2), {}, SMOOTH | {"steps"}),
-    "dense_mamba": (presets.dense_mamba(state=3), {"depth": 3}, SMOOTH),
+    "dense_mamba": (presets.dense_mamba(state=3), {"depth": 2}, SMOOTH),
     "dense_mamba, carried on": (presets.dense_mamba(state=3, carry=True), {"depth": 3}, SMOOTH),
     "dense_mamba, one layer": (presets.dense_mamba(state=2), {}, SMOOTH | {"steps"}),
-    "dense_retnet": (presets.dense_retnet(heads=2), {"depth": 3}, SMOOTH),
+    "dense_retnet": (presets.dense_retnet(heads=2), {"depth": 2}, SMOOTH),
     "dense_retnet, two below": (presets.dense_retnet(heads=2, layers=2), {"depth": 3}, SMOOTH),
     "dense_retnet, three below": (presets.dense_retnet(heads=2, layers=3), {"depth": 4}, SMOOTH),
     "dense_retnet, one layer": (presets.dense_retnet(heads=2), {}, SMOOTH | {"steps"}),
@@ -72,6 +75,21 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "gateloop": (presets.gateloop(), {}, {"steps"}),  # trains its gate slower, so its gradients are no derivatives
     "gateloop, plain gradients": (presets.gateloop(heads=4, gate_gradient=1.0), {}, SMOOTH | {"steps"}),
     "gateloop, amplitude and phase": (presets.gateloop(heads=4, law="amplitude_phase"), {}, {"steps"}),
+    "gateloop, normed before the gate": (
+        presets.gateloop(heads=2, inner=6, gate_gradient=1.0).insert_before("gate", Norm("y", kind="layer")),
+        {},
+        SMOOTH | {"steps"},
+    ),
+    "gateloop, no gate and no transition": (
+        presets.gateloop(heads=4)
+        .remove(OutputGate)
+        .remove("gate")
+        .replace("out", Reshape("y", "D"))
+        .replace(OuterScan, OuterScan(decay=None))
+        .remove(ComplexGate),
+        {},
+        {"steps"},
+    ),
     "gateloop, signed": (presets.gateloop(heads=2, law="signed"), {}, {"steps"}),
     "gla": (presets.gla(heads=2, rank=4), {}, SMOOTH | {"steps"}),
     "gss": (presets.gss(state=6), {}, SMOOTH | {"steps"}),

@@ -331,3 +331,16 @@ def test_bad_input_is_refused_in_the_letters_of_the_docstring(change: dict, erro
     with pytest.raises(error, match=words):
         scan(**{"q": q_, "k": q_, "v": v_, **change})
     scan(q_, q_, v_)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (None, "step: state must be a tensor, got None"),
+        (torch.zeros(2, 4, 3, 5).half(), "step: state must be torch.float32 for these inputs, got torch.float16"),
+        (torch.zeros(2, 4, 3, 5) + 0j, "step: state must be torch.float32"),
+    ],
+)
+def test_a_step_wants_a_state_it_can_overwrite(state: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        step(q_[:, 0], q_[:, 0], v_[:, 0], None, state)

@@ -122,6 +122,7 @@ def test_what_does_not_fit_is_named(parts, words):
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
+        (lambda: presets.gated_linear_rnn(forget="never"), ValueError, "forget must be one of tied, own, got 'never'"),
         (lambda: RelPos(law="absolute"), RecipeError, 'law must be "intended" or "literal", got \'absolute\''),
         (lambda: Recipe("Project"), TypeError, "parts must be of class Part, got str"),
         (lambda: Recipe(IN, OUT, axes={"E": "2*Q"}), RecipeError, r"axis E=2\*Q mentions Q"),

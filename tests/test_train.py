@@ -318,3 +318,73 @@ def test_pictures(tmp_path: Path) -> None:
     draw_comparison(tmp_path / "two.png", runs, title="two", x="width", y="nats", log=True)
     for name in ("one", "two"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+SHARDED = """
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from recur import LanguageModel, presets
+from recur.train import checkpoint
+from recur.train.trainer import decay_groups
+
+dist.init_process_group("gloo")
+mesh, folder, rank = init_device_mesh("cpu", (2,)), Path(sys.argv[1]), dist.get_rank()
+torch.manual_seed(0)
+model = LanguageModel(presets.hgrn2(heads=2), vocab_size=11, dim=16, depth=2, ffn="swiglu")
+ids = torch.randint(11, (4, 9))
+whole = model(ids).detach()
+for part in (*model.blocks, model):
+    fully_shard(part, mesh=mesh)
+optimizer = torch.optim.AdamW(decay_groups(model, 0.1), lr=1e-2)
+
+
+def update():
+    model(ids).square().mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def tensors():
+    weights = {name: checkpoint.whole(weight) for name, weight in checkpoint.named(model).items()}
+    both = weights, checkpoint.trainer_tensors(model, optimizer)
+    return [{name: tensor.clone() for name, tensor in content.items()} for content in both]
+
+
+assert torch.equal(model(ids), whole)
+update()
+saved = tensors()
+if rank == 0:
+    for name, content in zip((checkpoint.MODEL, checkpoint.TRAINER), saved):
+        save_file(content, folder / name)
+dist.barrier()
+update()
+expected = tensors()
+checkpoint.load_weights(folder, model)
+checkpoint.load_trainer(folder, model, optimizer, rank)
+for one, other in zip(saved, tensors()):
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+update()
+for one, other in zip(expected, tensors()):
+    assert all(torch.equal(one[name], other[name]) for name in one)
+print("sharded, saved and resumed")
+dist.destroy_process_group()
+"""
+
+
+def test_shards_of_two_processes_are_saved_whole_and_resumed(tmp_path: Path) -> None:
+    """FSDP's sharding over gloo, under the trainer's own groups and checkpoints."""
+    (tmp_path / "script.py").write_text(SHARDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launch, str(tmp_path / "script.py"), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, timeout=240, env=environment, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("sharded, saved and resumed") == 2

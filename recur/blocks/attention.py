@@ -56,11 +56,11 @@ class Rotary(Part):
         return rotary_frequencies(K, base=self.base, inclusive=self.inclusive, device=device)
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        turned = {}
+        turned, positions = {}, flow.positions()
         for name in self.names.split():
             K, device = flow[name].shape[-1], flow.position.device
             frequencies = weights.frequencies if self.stored else self._frequencies(K, device)
-            turned[name] = rotate(flow[name], flow.positions(), frequencies, layout=self.layout)
+            turned[name] = rotate(flow[name], positions, frequencies, layout=self.layout)
         return flow.set(**turned), None
 
     def formula(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from recur.recipe import Flow, State
 def extend(part: str, flow: Flow, state: State, **tokens: Tensor) -> dict[str, Any]:
     """The cache after these tokens [B T *]: every name [B L *], each sequence's tokens from slot 0 on.
 
+    A step writes into a cache of fixed length, where it is.
+
     Packed, it has one row [n L *] a document. Slots that are still free hold what does not matter.
     Raises: ValueError if a cache of fixed length is full (on a CPU).
     """
@@ -24,7 +27,8 @@ def extend(part: str, flow: Flow, state: State, **tokens: Tensor) -> dict[str, A
         state = empty(len(flow.position), **tokens)
     if flow.cu_seqlens is not None:
         return _packed(flow.position, flow.cu_seqlens, tokens, state)
-    return _appended(part, flow.position, tokens, state)
+    in_place = flow.in_place and not state["grows"]
+    return _appended(part, flow.position, tokens, state, Tensor.scatter_ if in_place else Tensor.scatter)
 
 
 def empty(rows: int, **tokens: Tensor) -> dict[str, Any]:
@@ -32,7 +36,9 @@ def empty(rows: int, **tokens: Tensor) -> dict[str, Any]:
     return {name: tensor.new_zeros(rows, 0, *tensor.shape[2:]) for name, tensor in tokens.items()} | {"grows": True}
 
 
-def _appended(part: str, seen: Tensor, tokens: dict[str, Tensor], state: dict[str, Any]) -> dict[str, Any]:
+def _appended(
+    part: str, seen: Tensor, tokens: dict[str, Tensor], state: dict[str, Any], scatter: Callable[..., Tensor]
+) -> dict[str, Any]:
     first = next(iter(tokens))
     T = tokens[first].shape[1]
     room = state[first].shape[1] + (T if state["grows"] else 0)
@@ -41,9 +47,11 @@ def _appended(part: str, seen: Tensor, tokens: dict[str, Tensor], state: dict[st
         raise ValueError(f"{part}: init_state(max_len={room}) is too short for {int(slots.max()) + 1} tokens")
     new: dict[str, Any] = {"grows": state["grows"]}
     for name, tensor in tokens.items():
-        cache = _lengthened(state[name].to(tensor.dtype), room)
+        cache = state[name]
+        if room > cache.shape[1]:
+            cache = _lengthened(cache.to(tensor.dtype), room)
         index = slots[(...,) + (None,) * (tensor.ndim - 2)].expand(-1, -1, *tensor.shape[2:])
-        new[name] = cache.scatter(1, index, tensor)
+        new[name] = scatter(cache, 1, index, tensor.to(cache.dtype))
     return new
 
 

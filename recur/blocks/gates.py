@@ -26,7 +26,7 @@ from recur.primitives.gates import (
 from recur.primitives.retention import chunkwise_scale, parallel_scale, retention_decay
 from recur.recipe import Axes, Flow, Part, Site, State
 from recur.shapes import accumulation_dtype
-from recur.weights import Param, by_index, constant, normal, spread_time_constants
+from recur.weights import Param, by_index, normal, ones, spread_time_constants
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,11 @@ class LowerBounds(Part):
 
     One table for the whole model; every layer takes its row.
 
-    Args:
-        law:   which shares layer l sums, "skip_first" (1 .. l) or "skip_last" (0 .. l - 1).
-        start: first value of the logits; any gives the same bounds, l / layers.
+    law: which shares layer l sums, "skip_first" (1 .. l) or "skip_last" (0 .. l - 1); at first both are l / layers.
     """
 
     axes: str
     law: str = "skip_first"
-    start: float = 1.0
     out: str = "bound"
     scope = "model"
 
@@ -72,8 +69,7 @@ class LowerBounds(Part):
         return {self.out: spec(self.axes)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        first = constant(self.start)
-        return {"logits": Param((site.depth, *site.size(self.axes)), first, decay=False, float32=True)}
+        return {"logits": Param((site.depth, *site.size(self.axes)), ones, decay=False, float32=True)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         return flow.set(**{self.out: lower_bounds(weights.logits, law=self.law)[flow.layer][None, None]}), None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,10 +93,11 @@ class DenseRead(Part):
         return self.scan.init_state(site, batch, max_len)
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        written, lane = self.scan.written(flow, weights), f"{type(self.scan).__name__}."
-        y, new = self.scan.scan(flow, weights, written, **scan_options(flow, state))
+        still = replace(flow, in_place=False)  # the layers above scan this token again from the same state
+        written, lane = self.scan.written(still, weights), f"{type(self.scan).__name__}."
+        y, new = self.scan.scan(still, weights, written, state)
         past = [_under(lane, layer) for layer in flow.past[-self.layers :]]
-        more = [self._again(flow, weights, layer) for layer in past if layer]
+        more = [self._again(still, weights, layer) for layer in past if layer]
         handed = {lane + name: tensor for name, tensor in {**written, "state": state}.items() if tensor is not None}
         fused = dense_fusion(y, more, activation(self.act)(flow[self.gate]))
         return flow.set(**{self.scan.out: fused}).publish(**handed), new  # type: ignore[attr-defined]
@@ -104,7 +105,7 @@ class DenseRead(Part):
     def _again(self, flow: Flow, weights: Any, written: dict[str, Tensor]) -> Tensor:
         """The states of a shallower layer, read with the query of this one."""
         state = written.pop("state", None)
-        return self.scan.scan(flow, weights, written, **scan_options(flow, state)).y
+        return self.scan.scan(flow, weights, written, state).y
 
     def formula(self) -> str:
         y = self.scan.out  # type: ignore[attr-defined]
@@ -133,6 +134,8 @@ class DenseCarry(Part):
 
     def __post_init__(self) -> None:
         at_least_one("DenseCarry", self.layers)
+        if not isinstance(self.scan, SelectiveScan):
+            raise RecipeError(f"DenseCarry: scan must be a SelectiveScan, got {type(self.scan).__name__}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         axes.same(self.scan.source, self.gate)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from recur.axes import RecipeError
 from recur.blocks.feedforward import feedforward
 from recur.blocks.glue import Norm
-from recur.blocks.mixer import Mixer, detach, overwrite
+from recur.blocks.mixer import Mixer, detach, overwrite, passed
 from recur.blocks.sampling import sample_token
 from recur.primitives.forms import check_packing
 from recur.recipe import Flow, Recipe, State
@@ -112,7 +112,8 @@ class StreamNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is None:
             return x
-        flow, _ = self.norm(Flow({"x": x}, x.new_zeros(x.shape[0], dtype=torch.long)), self.weights, None)
+        nowhere = x.new_empty(0, dtype=torch.long)  # norms read no positions
+        flow, _ = self.norm(Flow({"x": x}, nowhere), self.weights, None)
         return flow[self.norm.to or "x"]
 
 
@@ -182,7 +183,9 @@ class LanguageModel(nn.Module):
         head_bias: bool = False,
         frozen: bool = False,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.arguments = arguments  # all of them, to build its like
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
         for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("recipes", len(recipes))):
             if number < 1:
@@ -191,7 +194,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"LanguageModel: padding must be an id in 0 .. {vocab_size - 1}, got {padding}")
         self.vocab_size, self.dim, self.depth, self.checkpoint = vocab_size, dim, depth, checkpoint
         self.embed_scale, self.padding = embed_scale, padding
-        self.dropout, *inside = dropout if isinstance(dropout, tuple) else (dropout,) * 3
+        self.dropout, self.drop, self.frozen = dropout, drop, frozen
+        self._dropped, *inside = dropout if isinstance(dropout, (tuple, list)) else (dropout,) * 3
         table = Param((vocab_size, dim), embedding_init(embed_std, padding), trainable=not frozen)
         self.embedding = Weights({"weight": table})
         if not (positions is None or positions == "sinusoidal" or isinstance(positions, int)):
@@ -208,6 +212,9 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(recipes[i % len(recipes)], dim, layer=i, **common) for i in layers)
         last = (between if block == "pre" else None) if final_norm == "same" else stream_norm(final_norm)
         self.final_norm = StreamNorm(last, dim)
+        if tie and (outputs is not None or head_bias):
+            raise ValueError("LanguageModel: outputs and head_bias need a head of its own: tie=False")
+        self.outputs, self.head_bias = outputs, head_bias
         logits = vocab_size if outputs is None else outputs
         head = {"weight": Param((logits, dim), matrix_init(head_init, dim, logits, 1), trainable=not frozen)}
         if head_bias:
@@ -238,11 +245,11 @@ class LanguageModel(nn.Module):
         logits = self._logits(x)
         return (logits, state) if return_state else logits
 
-    def _hidden(self, ids: Tensor, state: State, *, cu_seqlens: Tensor | None, form: str) -> tuple[Tensor, State]:
+    def _hidden(self, ids: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
         self._check_ids(ids)
         x = F.embedding(ids, self.embedding.weight, self.padding) * self.embed_scale
-        return self.hidden(x, state, cu_seqlens=cu_seqlens, form=form)
+        return self.hidden(x, state, **options)
 
     def hidden(
         self,
@@ -252,32 +259,36 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         grid: tuple[int, ...] | None = None,
         form: str = "auto",
+        in_place: bool = False,
     ) -> tuple[Tensor, State]:
-        """The stack without its doors: embedded tokens [B T D] to the normalised stream [B T D], and the state."""
+        """The stack without its doors: embedded tokens [B T D] to the normalised stream [B T D], and the state.
+
+        in_place: T is 1, and the state may be overwritten.
+        """
         B, T, _ = x.shape
         check_packing("LanguageModel", cu_seqlens, B, T)
         rows = B if cu_seqlens is None else len(cu_seqlens) - 1
         position = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state["position"]
         x = self._add_positions(x, position, cu_seqlens)
-        x = F.dropout(x, self.dropout, self.training)
+        x = F.dropout(x, self._dropped, self.training)
         past: tuple[Mapping[str, Tensor], ...] = ()
         layers = []
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
             options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form, "past": past}
+            options["in_place"] = in_place
             if self.checkpoint and torch.is_grad_enabled():
                 x, after, published = checkpoint(block, x, before, use_reentrant=False, **options)
             else:
                 x, after, published = block(x, before, **options)
             past += (published,)
             layers.append(after)
-        length = T if cu_seqlens is None else cu_seqlens.diff()
-        return self.final_norm(x), {"position": position + length, "layers": layers}
+        return self.final_norm(x), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.head is None:
             return F.linear(x, self.embedding.weight)
-        return F.linear(x, self.head.weight, self.head.bias if "bias" in self.head.declared else None)
+        return F.linear(x, self.head.weight, self.head.bias if self.head_bias else None)
 
     def _add_positions(self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if self.positions is None and not self.sinusoidal:
@@ -316,21 +327,20 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def step(self, ids: Tensor, state: State) -> Tensor:
         """One token a sequence: ids [B] to logits [B vocab_size]; `state` is overwritten, no gradient."""
-        logits, new = self(ids[:, None], state, return_state=True)
+        x, new = self._hidden(ids[:, None], state, in_place=True)
         for old, after in zip(state["layers"], new["layers"], strict=True):
             overwrite(old, after)
-        state["position"].copy_(new["position"])
-        return logits[:, 0]
+        return self._logits(x[:, 0])
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, State]:
         """Read prompts [B T] in one pass, right-padded if `lengths` [B] are given: last logits and state."""
         if lengths is None:
-            x, state = self._hidden(ids, None, cu_seqlens=None, form="auto")
+            x, state = self._hidden(ids, None)
             return self._logits(x[:, -1]), detach(state)
         inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         borders = F.pad(lengths.cumsum(0), (1, 0))
-        x, state = self._hidden(ids[inside][None], None, cu_seqlens=borders, form="auto")
+        x, state = self._hidden(ids[inside][None], None, cu_seqlens=borders)
         return self._logits(x[0, borders[1:] - 1]), detach(state)
 
     @torch.no_grad()
@@ -351,18 +361,19 @@ class LanguageModel(nn.Module):
         """Continue prompts: the prompt is read in one pass, then every token costs one step.
 
         Args:
-            ids:            [B T] prompts, right-padded if `lengths` [B] gives their own lengths.
+            ids:            [B T] prompts, right-padded (with anything) if `lengths` [B] gives their own lengths.
             max_new_tokens: how many tokens to add.
             temperature:    0 takes the likeliest token.
             top_k, top_p, min_p: keep the k likeliest tokens, the fewest with probability p together, those with at
                             least min_p of the likeliest; applied in this order, after the temperature.
             eos:            a row that has produced this token repeats it.
             window:         forget what lies more than so many tokens back: the last `window` are read anew each time.
-            seed:           row i draws from its own generator (seed, i), so a batch equals its rows; None draws anew.
+            seed:           row i draws from its own generator (seed, i), so a batch equals its rows; None takes a seed
+                            from torch's own generator, which torch.manual_seed sets.
 
         Returns: [B T + max_new_tokens], each row its prompt, its new tokens, then (for shorter prompts) `eos` or 0.
         """
-        self._check_ids(ids)
+        bind("generate", ids=(ids, "B T"))
         if ids.shape[1] == 0 or max_new_tokens < 0:
             raise ValueError(
                 f"generate: needs a prompt and max_new_tokens >= 0, got {ids.shape[1]} tokens and {max_new_tokens}"
@@ -378,12 +389,13 @@ class LanguageModel(nn.Module):
             return ids.new_zeros(0, ids.shape[1] + max_new_tokens)
         if tuple(own.shape) != (len(ids),) or int(own.min()) < 1 or int(own.max()) > ids.shape[1]:
             raise ValueError(f"generate: lengths must be [B] within 1 .. T={ids.shape[1]}, got {own.tolist()}")
-        first = torch.seed() if seed is None else seed
+        rows, length = torch.arange(len(ids), device=ids.device), ids.shape[1]
+        inside = torch.arange(length, device=ids.device) < own[:, None]
+        self._check_ids(ids.where(inside, 0))  # whatever pads is not read
+        first = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         draws = [torch.Generator().manual_seed((first + (row << 32)) % 2**63) for row in range(len(ids))]
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        rows, length = torch.arange(len(ids), device=ids.device), ids.shape[1]
         text = torch.full((len(ids), length + max_new_tokens), eos or 0, device=ids.device, dtype=ids.dtype)
-        inside = torch.arange(length, device=ids.device) < own[:, None]
         text[:, :length] = torch.where(inside, ids, text[:, :length])
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         with evaluating(self):

@@ -76,8 +76,12 @@ class Mixer(nn.Module):
         grid: tuple[int, ...] | None = None,
         form: str = "auto",
         past: tuple[Mapping[str, Tensor], ...] = (),
+        in_place: bool = False,
     ) -> tuple[Flow, State]:
-        """The whole flow after the last part, for what wants more than "y" (layers that publish, tests)."""
+        """The whole flow after the last part, for what wants more than "y" (layers that publish, tests).
+
+        in_place: x is one token [B 1 D], and parts may overwrite the state they are given.
+        """
         bind("Mixer", x=(x, "B T D"))
         B, T, _ = x.shape
         expect("Mixer", "x", x, "B T D", (B, T, self.dim))
@@ -89,10 +93,9 @@ class Mixer(nn.Module):
         rows = B if cu_seqlens is None else len(cu_seqlens) - 1
         position = x.new_zeros(rows, dtype=torch.long) if state is None else state["position"]
         expect("Mixer", "state", position, "B" if cu_seqlens is None else "n", (rows,))
-        flow = Flow({"x": x, **inputs}, position, form, cu_seqlens, self.layer, grid, past)
+        flow = Flow({"x": x, **inputs}, position, form, cu_seqlens, self.layer, grid, past, in_place)
         flow, parts = self.recipe.body(flow, self._weights(), (state or {}).get("parts"))
-        length = T if cu_seqlens is None else cu_seqlens.diff()
-        return flow, {"position": position + length, "parts": parts}
+        return flow, {"position": passed(position, T, cu_seqlens, in_place), "parts": parts}
 
     def _weights(self) -> dict[str, nn.Module]:
         """The module of every part, own and shared."""
@@ -124,9 +127,9 @@ class Mixer(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, state: State, **inputs: Tensor) -> Tensor:
         """One token [B D] -> [B D]; `state` is overwritten, no gradient."""
-        y, new = self(x[:, None], state, **{name: tensor[:, None] for name, tensor in inputs.items()})
+        flow, new = self.run(x[:, None], state, {name: t[:, None] for name, t in inputs.items()}, in_place=True)
         overwrite(state, new)
-        return y[:, 0]
+        return flow["y"][:, 0]
 
     def __repr__(self) -> str:
         """Every stage with its sizes, parameters and bytes of state a sequence (a growing attention cache counts 0)."""
@@ -146,6 +149,13 @@ class Mixer(nn.Module):
         return f"Mixer at D={self.dim}\n" + "\n".join(lines)
 
 
+def passed(position: Tensor, length: int, cu_seqlens: Tensor | None, in_place: bool) -> Tensor:
+    """The positions after these tokens."""
+    if in_place:
+        return position.add_(length)
+    return position + (length if cu_seqlens is None else cu_seqlens.diff())
+
+
 def nbytes(state: State) -> int:
     """Bytes of all tensors of a state."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
@@ -162,7 +172,8 @@ def overwrite(state: dict[str, Any], new: dict[str, Any]) -> None:
         if isinstance(value, dict) and isinstance(old, dict):
             overwrite(old, value)
         elif isinstance(value, Tensor) and isinstance(old, Tensor) and old.shape == value.shape:
-            old.copy_(value)
+            if value is not old:
+                old.copy_(value)
         else:
             state[key] = value
 

@@ -32,11 +32,13 @@ def sample_token(
     for name, share in (("top_p", top_p), ("min_p", min_p)):
         if share is not None and not 0 < share <= 1:
             raise ValueError(f"sample_token: {name} must lie in (0, 1], got {share}")
-    if not bool(torch.isfinite(logits).any(-1).all()) or bool(logits.isnan().any()):
-        raise ValueError("sample_token: logits must be numbers with one finite entry a row, got NaN or infinities only")
+    best = logits.amax(-1, keepdim=True)  # NaN if one is there
+    if not bool(torch.isfinite(best).all()):
+        raise ValueError("sample_token: logits must be numbers, the largest of a row finite, got NaN or infinities")
     if temperature == 0:
         return logits.argmax(-1)
-    chance, token = torch.sort((logits.double() / temperature).softmax(-1), dim=-1, descending=True, stable=True)
+    chance = ((logits.double() - best) / temperature).softmax(-1)
+    chance, token = torch.sort(chance, dim=-1, descending=True, stable=True)
     keep = torch.ones_like(chance, dtype=torch.bool)
     if top_k is not None:
         keep[:, top_k:] = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur.axes import RecipeError, Spec
-from recur.primitives.diagonal import gated_scan
-from recur.primitives.elementwise import online_scan, selective_scan
-from recur.primitives.fixed import fixed_scan
+from recur.primitives.diagonal import gated_scan, gated_step
+from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
+from recur.primitives.fixed import fixed_scan, fixed_step
 from recur.primitives.forms import ScanOut
 from recur.primitives.poles import poles, zero_order_hold
-from recur.primitives.scan import scan
+from recur.primitives.scan import scan, step
 from recur.recipe import Axes, Flow, Part, Site, State
 from recur.weights import Param, by_index, constant, normal, spread_time_constants
 
@@ -26,9 +26,29 @@ def scan_options(flow: Flow, state: State) -> dict[str, Any]:
     return {"initial_state": state, "cu_seqlens": flow.cu_seqlens, "form": flow.form}
 
 
+def _run(
+    flow: Flow,
+    state: State,
+    scan: Callable[..., ScanOut],
+    step: Callable[..., Tensor],
+    tokens: Mapping[str, Tensor | None],
+    **always: Any,
+) -> ScanOut:
+    """The scan over tokens [B T ...]; in a step its one-token twin, which overwrites the state.
+
+    always: what else both take, the same for every token.
+    """
+    if not flow.in_place:
+        return scan(**tokens, **always, **scan_options(flow, state))
+    token = {name: None if tensor is None else tensor.squeeze(1) for name, tensor in tokens.items()}
+    return ScanOut(step(**token, **always, state=state).unsqueeze(1), state)
+
+
 def _decay(flow: Flow, name: str) -> Tensor:
-    """The log decay; without its B and T axes if it is constant (both of length 1)."""
+    """The log decay, in a step one for every row, else without its B and T axes if it is constant (both length 1)."""
     log_a = flow[name]
+    if flow.in_place:
+        return log_a.expand(len(flow["x"]), *log_a.shape[1:])
     constant_in_time = log_a.shape[:2] == (1, 1) and flow["x"].shape[:2] != (1, 1)
     return log_a[0, 0] if constant_in_time else log_a
 
@@ -58,7 +78,8 @@ class GatedScan(Part):
         return _complex(memory) if self.rotates else memory
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        y, state = gated_scan(flow[self.source], _decay(flow, self.decay), **scan_options(flow, state))
+        tokens = {"x": flow[self.source], "log_decay": _decay(flow, self.decay)}
+        y, state = _run(flow, state, gated_scan, gated_step, tokens)
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
@@ -73,12 +94,12 @@ class StateScan(Part):
         """The arguments of the scan that make its states."""
         raise NotImplementedError
 
-    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], **options: Any) -> ScanOut:
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
         """Read states made of `written` with the query of this flow."""
         raise NotImplementedError
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        y, state = self.scan(flow, weights, self.written(flow, weights), **scan_options(flow, state))
+        y, state = self.scan(flow, weights, self.written(flow, weights), state)
         return flow.set(**{self.out: y}), state  # type: ignore[attr-defined]
 
 
@@ -132,8 +153,10 @@ class OuterScan(StateScan):
         log_a = None if self.decay is None else _decay(flow, self.decay)
         return {"k": k, "v": flow[self.v], "log_decay": log_a, **self.write(flow)}
 
-    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], **options: Any) -> ScanOut:
-        return scan(flow[self.q], **{"k": None, **written}, scale=weights.scale, **options)
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
+        tokens = {"q": flow[self.q], "k": None, "log_decay": None, **written}
+        bonus = tokens.pop("bonus", None)
+        return _run(flow, state, scan, step, tokens, bonus=bonus, scale=weights.scale)
 
     def formula(self) -> str:
         k = self.k or "(1 - a)"
@@ -200,8 +223,9 @@ class OnlineScan(StateScan):
         rate = torch.sigmoid(flow[self.rate] + weights.rate_bias)
         return {"x": flow[self.source], "rate": rate, "k": flow[self.k]}
 
-    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], **options: Any) -> ScanOut:
-        return online_scan(q=flow[self.q], diagonal=self.diagonal, **written, **options)
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
+        tokens = {"q": flow[self.q], **written}
+        return _run(flow, state, online_scan, online_step, tokens, diagonal=self.diagonal)
 
     def formula(self) -> str:
         erase = f"{self.k}^2) * S" if self.diagonal else f"{self.k} {self.k}^T) S"
@@ -245,8 +269,10 @@ class SelectiveScan(StateScan):
         delta = F.softplus(flow[self.dt] + weights.dt_bias)
         return {"x": flow[self.source], "delta": delta, "A": -weights.A_log.exp(), "B": flow[self.B]}
 
-    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], **options: Any) -> ScanOut:
-        return selective_scan(C=flow[self.C], **written, **options)
+    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
+        tokens = {"C": flow[self.C], **written}
+        A = tokens.pop("A")
+        return _run(flow, state, selective_scan, selective_step, tokens, A=A)
 
     def formula(self) -> str:
         return (
@@ -289,7 +315,8 @@ class FixedScan(Part):
         omega = weights.eta.exp() if self.frequency == "exp" else weights.eta
         log_decay = poles(weights.rho, omega)
         readout = torch.complex(weights.C_real, weights.C_imag) * zero_order_hold(log_decay)
-        y, state = fixed_scan(flow[self.source], log_decay, readout, **scan_options(flow, state))
+        constant = {"log_decay": log_decay, "readout": readout}
+        y, state = _run(flow, state, fixed_scan, fixed_step, {"x": flow[self.source]}, **constant)
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
@@ -335,7 +362,8 @@ class PoleScan(Part):
         step = weights.log_dt.exp()[:, None]
         log_decay = step * poles(weights.r, weights.w)
         readout = 2 * step * torch.complex(weights.C_real, weights.C_imag) * zero_order_hold(log_decay)
-        y, state = fixed_scan(flow[self.source], log_decay, readout, **scan_options(flow, state))
+        constant = {"log_decay": log_decay, "readout": readout}
+        y, state = _run(flow, state, fixed_scan, fixed_step, {"x": flow[self.source]}, **constant)
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from recur.blocks import Block, LanguageModel, LowRank, Mixer, Norm, Project, RetentionScale
 from recur.convert.keys import Keys, merged, rows, under
-from recur.convert.official import Official
+from recur.convert.official import OF_A_FILE, Official
 from recur.presets.dense_retnet import dense_retnet
 from recur.recipe import Recipe
 
@@ -96,7 +96,7 @@ def projection(input_dim: int, mid_reduction_ratio: int = 32, final_reduction_ra
     return Mixer(Recipe(Project("x", y=maps, init="normal"), out=str(width)), input_dim)
 
 
-INERT = ("deepnorm", "retnorm", "layernorm_eps", "max_position_embeddings", "use_cache")
+INERT = (*OF_A_FILE, "deepnorm", "retnorm", "layernorm_eps", "max_position_embeddings", "initializer_range")
 OF_MODEL = ("num_hidden_layers", "vocab_size", "pad_token_id")
 ONLY = {"v_factor": (2,), "hidden_act": ("silu",), "tie_word_embeddings": (False,)}
 BLOCK_KEYS: Keys = {**under("mixer.", "self_attn.", MIXER_KEYS), "mixer_norm.weights.*": "input_layernorm.*"}

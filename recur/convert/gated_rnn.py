@@ -14,6 +14,7 @@ from recur.convert.official import Official
 from recur.presets.gated_rnn import gated_linear_rnn, gated_rnn
 from recur.presets.gateloop import gateloop_attention
 from recur.recipe import Recipe
+from recur.shapes import pick
 
 FLAX = {"gelu": "gelu_tanh", "swish": "silu"}  # activations of other names here
 
@@ -79,9 +80,11 @@ def _model(
     eps: float,
     input_vocab_size: int,
     output_vocab_size: int,
-    positions: str | int | None,
+    mode: str,
+    length: int,
     dropout: tuple[float, float, float],
 ) -> LanguageModel:
+    modes: dict[str, Any] = {"none": None, "sinusoidal": "sinusoidal", "learned": length}
     return LanguageModel(
         recipe,
         vocab_size=input_vocab_size,
@@ -92,7 +95,7 @@ def _model(
         final_norm=None,
         tie=False,
         outputs=output_vocab_size,
-        positions=positions,
+        positions=pick("gated_linear_rnn_lm", "positional_encoding_mode", mode, modes),
         dropout=dropout,
         drop="sum",
         embed_std=d_model**-0.5,
@@ -119,10 +122,9 @@ def model(
     use_tied_gates: bool = True,
 ) -> LanguageModel:
     recipe = _recipe(d_h, "D", input_activation, hidden_activation, use_true_recurrence, use_tied_gates)
-    positions = {"none": None, "sinusoidal": "sinusoidal", "learned": max_seq_length}[positional_encoding_mode]
     dropout = embedding_dropout, time_mixing_dropout, channel_mixing_dropout
     sizes = n_layer, d_model, d_channel_mixing, eps, input_vocab_size, output_vocab_size
-    return _model(recipe, *sizes, positions, dropout)
+    return _model(recipe, *sizes, positional_encoding_mode, max_seq_length, dropout)
 
 
 def transformer(
@@ -145,10 +147,9 @@ def transformer(
     recipe = recipe.replace("project", Project("x", qkv="H 3 K", bias=True, init="glorot"), Unbind("qkv", "q k v"))
     out = Project("y", y="D", bias=True, init="lecun", name="out")
     recipe = recipe.remove(OutputGate).remove("gate").replace("out", out)
-    positions = {"none": None, "sinusoidal": "sinusoidal", "learned": max_seq_length}[positional_encoding_mode]
     dropout = embedding_dropout, time_mixing_dropout, channel_mixing_dropout
     sizes = n_layer, d_model, d_channel_mixing, eps, input_vocab_size, output_vocab_size
-    return _model(recipe, *sizes, positions, dropout)
+    return _model(recipe, *sizes, positional_encoding_mode, max_seq_length, dropout)
 
 
 ONLY: dict[str, tuple[Any, ...]] = {"gate_activation": ("sigmoid",)}

@@ -21,14 +21,7 @@ from recur.blocks import (
 from recur.blocks.feedforward import gelu
 from recur.convert.keys import Keys, merged, rows, transposed, under
 from recur.convert.official import Official
-from recur.presets.gateloop import (
-    LINEAR,
-    RELATIVE_LINEAR,
-    gateloop,
-    gateloop_attention,
-    relative,
-    simple_gateloop,
-)
+from recur.presets.gateloop import LINEAR, RELATIVE_LINEAR, gateloop, gateloop_attention, relative, simple_gateloop
 from recur.recipe import Part, Recipe
 
 MIXER_KEYS: Keys = {

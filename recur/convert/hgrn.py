@@ -23,7 +23,7 @@ from recur.blocks import (
 )
 from recur.blocks.feedforward import gated
 from recur.convert.keys import Keys, merged, rows, taps, tied, under
-from recur.convert.official import Official
+from recur.convert.official import OF_A_FILE, Official
 from recur.presets.hgrn import hgrn, hgrn_complex, without_bounds
 from recur.recipe import Part, Recipe
 
@@ -55,12 +55,7 @@ def narrow_real(ways: Ways, embed_dim: int, act_fun: str = "silu", causal: bool 
 
 
 def turned(
-    ways: Ways,
-    phases: tuple[str, ...],
-    embed_dim: int,
-    act_fun: str = "silu",
-    causal: bool = True,
-    bias: bool = True,
+    ways: Ways, phases: tuple[str, ...], embed_dim: int, act_fun: str = "silu", causal: bool = True, bias: bool = True
 ) -> Mixer:
     act = activation_of(act_fun)
     leave = (NORM, OutputGate("g", act=act))
@@ -219,14 +214,9 @@ def hub(recipe_of: RecipeOf, expand: int, *names: str) -> dict[str, Official]:
     }
 
 
-HUB_INERT: tuple[str, ...] = (
-    "attn_mode",
-    "max_position_embeddings",
-    "use_cache",
-    "bos_token_id",
-    "eos_token_id",
-    "fuse_norm",
+HUB_INERT = (
+    *(*OF_A_FILE, "attn_mode", "max_position_embeddings", "initializer_range", "fuse_norm", "fuse_swiglu"),
+    *("fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp"),
 )
-HUB_INERT += ("fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp")
-HUB_ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("swish", "silu"), "attn": (None,)}
+HUB_ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("swish", "silu"), "attn": (None,), "attnres_block_size": (None,)}
 HUB = hub(hub_hgrn, 1, "i", "g", "f")

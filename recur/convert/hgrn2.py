@@ -10,7 +10,7 @@ from recur.blocks import LanguageModel, Mixer, Norm, both_ways, in_grid, in_seri
 from recur.blocks.feedforward import gated
 from recur.convert.hgrn import activation_of, alone, hub
 from recur.convert.keys import Keys, merged, rows, tied, under
-from recur.convert.official import Official
+from recur.convert.official import OF_A_FILE, Official
 from recur.presets.hgrn2 import hgrn2
 from recur.recipe import Recipe
 
@@ -113,6 +113,5 @@ UNITS = {
     "hgru2_2d_parallel": _unit(partial(hgrn2, scan=in_grid)),
     "hgru2_2d_series": _unit(series, "parts.body."),
 }
-TOKENS = ("bos_token_id", "eos_token_id", "add_bos_token", "use_cache", "causal", "init_std")
-MODEL = Official(model, KEYS, inert=TOKENS)
+MODEL = Official(model, KEYS, inert=(*OF_A_FILE, "add_bos_token", "causal", "init_std"))
 HUB = hub(hub_hgrn2, 128, "i", "q", "f")

@@ -8,7 +8,7 @@ from typing import Any
 from recur.blocks import LanguageModel, Mixer, Norm, OutputGate, Project
 from recur.blocks.feedforward import gated
 from recur.convert.keys import Keys, merged, taps, tied, under
-from recur.convert.official import Official
+from recur.convert.official import OF_A_FILE, Official
 from recur.presets.mamba import mamba
 from recur.presets.mamba2 import mamba2, mamba2_mlp
 from recur.recipe import Recipe
@@ -217,10 +217,8 @@ MIXER_2 = Official(
     only={"activation": ("swish", "silu"), "layer": ("Mamba2",)},
 )
 MODEL = model_of({"Mamba1": MIXER, "Mamba2": MIXER_2}, {**KEYS, **KEYS_2})
-CONFIG = (  # of transformers, none of which changes a number of ours
-    *("transformers_version", "architectures", "output_hidden_states", "output_attentions", "return_dict", "dtype"),
-    *("torch_dtype", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "problem_type"),
-    *("_name_or_path", "model_type", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache", "intermediate_size"),
+CONFIG = (
+    *(*OF_A_FILE, "pad_token_id", "intermediate_size"),
     *("initializer_range", "residual_in_fp32", "rescale_prenorm_residual", "time_step_min", "time_step_max"),
     *("time_step_floor", "time_step_scale", "time_step_init_scheme", "use_mambapy", "use_associative_scan"),
     *("chunk_size", "d_inner", "d_model", "n_layer", "ssm_cfg", "fused_add_norm", "pad_vocab_size_multiple"),
@@ -228,8 +226,5 @@ CONFIG = (  # of transformers, none of which changes a number of ours
 SILU = {"hidden_act": ("silu", "swish"), "rms_norm": (True,)}
 TRANSFORMERS = Official(transformers_model, frame("embeddings", KEYS), inert=CONFIG, only=SILU)
 TRANSFORMERS_2 = Official(
-    transformers_model_2,
-    frame("embeddings", KEYS_2),
-    inert=(*CONFIG, "time_step_rank", "norm_before_gate"),
-    only=SILU,
+    transformers_model_2, frame("embeddings", KEYS_2), inert=(*CONFIG, "time_step_rank", "norm_before_gate"), only=SILU
 )

@@ -16,6 +16,13 @@ def _nothing(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {}
 
 
+OF_A_FILE = (  # what a config.json of transformers holds besides, none of which changes a number of ours
+    *("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version", "dtype", "torch_dtype"),
+    *("return_dict", "output_hidden_states", "output_attentions", "use_cache", "chunk_size_feed_forward"),
+    *("is_encoder_decoder", "id2label", "label2id", "problem_type", "bos_token_id", "eos_token_id"),
+)
+
+
 @dataclass(frozen=True)
 class Official:
     """An official module.

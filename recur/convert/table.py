@@ -2,20 +2,7 @@
 
 from __future__ import annotations
 
-from recur.convert import (
-    dense_retnet,
-    gated_rnn,
-    gateloop,
-    gla,
-    gss,
-    hgrn,
-    hgrn2,
-    llama,
-    longhorn,
-    mamba,
-    retnet,
-    rwkv,
-)
+from recur.convert import dense_retnet, gated_rnn, gateloop, gla, gss, hgrn, hgrn2, llama, longhorn, mamba, retnet, rwkv
 from recur.convert.official import Official
 
 OFFICIAL: dict[str, Official] = {

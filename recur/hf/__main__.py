@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from recur.hf import from_run
 
 
-def main() -> None:
+def main(*words: str) -> int:
+    """Run the command with these words; 0 if it went well. A run that is no use exits with 2 and one line."""
     parser = argparse.ArgumentParser(prog="python -m recur.hf", description="A run of `recur train` for transformers.")
     parser.add_argument("run", metavar="RUN", type=Path, help="the --out of recur train")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         saved = from_run(arguments.run)
     except ValueError as error:
         parser.error(str(error))
     for part in saved:
         part.save_pretrained(arguments.out)
-    print(
-        f"wrote {arguments.out}: AutoModelForCausalLM.from_pretrained({str(arguments.out)!r}) after `import recur.hf`"
-    )
+    print(f"wrote {arguments.out}; `import recur.hf` before AutoModelForCausalLM.from_pretrained")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(*sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,14 +11,8 @@ from transformers import PretrainedConfig
 from recur import LanguageModel, Recipe, presets
 from recur.blocks import Norm
 
-SHARED = (
-    "vocab_size",
-    "dim",
-    "depth",
-    "dropout",
-    "embed_scale",
-    "padding",
-)  # which a LanguageModel keeps by these names
+ELSEWHERE = ("recipe", "tie", "checkpoint")  # arguments of a LanguageModel that are not settings of a RecurConfig
+SIZES = {"vocab_size": 256, "dim": 256, "depth": 2}
 
 
 class RecurConfig(PretrainedConfig):
@@ -26,9 +21,9 @@ class RecurConfig(PretrainedConfig):
     Args:
         recipe: the mixer: a preset's name, {"preset": name, option: value, ...}, a Recipe or its dict; or a list of
             these, cycled over the depth. Kept as dicts, so that a checkpoint outlives a change of a preset.
-        vocab_size, dim, depth, ffn, block, norm, final_norm, positions, dropout, embed_std, head_std, embed_scale,
-            padding: as for `LanguageModel`; a feed-forward may be given like a recipe.
         tie_word_embeddings: whether the head is the embedding.
+        settings: all other arguments of `LanguageModel`, by its names and with its defaults (vocab_size 256, dim 256,
+            depth 2); a feed-forward may be given like a recipe. What is none of them goes to PretrainedConfig.
 
     Recipes with parts of one's own load once these are listed: RecurConfig.parts = (MyPart,).
     Raises: ValueError for a preset that is not there; RecipeError for a recipe that does not fit.
@@ -39,33 +34,15 @@ class RecurConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["state"]  # noqa: RUF012
     parts: ClassVar[tuple[type, ...]] = ()
 
-    def __init__(
-        self,
-        recipe: Any = None,
-        vocab_size: int = 256,
-        dim: int = 256,
-        depth: int = 2,
-        ffn: Any = None,
-        block: str = "pre",
-        norm: Any = "rms",
-        final_norm: Any = "same",
-        positions: str | int | None = None,
-        dropout: float = 0.0,
-        embed_std: float = 0.02,
-        head_std: float | None = None,
-        embed_scale: float = 1.0,
-        padding: int | None = None,
-        tie_word_embeddings: bool = True,
-        **others: Any,
-    ) -> None:
+    def __init__(self, recipe: Any = None, tie_word_embeddings: bool = True, **settings: Any) -> None:
         several = isinstance(recipe, Sequence) and not isinstance(recipe, str)
         self.recipe = [self._plain(one) for one in recipe] if several else self._plain(recipe)
-        self.ffn = ffn if ffn is None or isinstance(ffn, str) else self._plain(ffn)
-        self.norm, self.final_norm = _norm(norm), _norm(final_norm)
-        self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
-        self.block, self.positions, self.dropout = block, positions, dropout
-        self.embed_std, self.head_std, self.embed_scale, self.padding = embed_std, head_std, embed_scale, padding
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **others)
+        given = {name: settings.pop(name, default) for name, default in _settings().items()}
+        given |= {name: _norm(given[name]) for name in ("norm", "final_norm")}
+        given["ffn"] = given["ffn"] if isinstance(given["ffn"], str) else self._plain(given["ffn"])
+        for name, value in given.items():
+            setattr(self, name, value)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **settings)
 
     def build(self) -> LanguageModel:
         """The model it describes.   Raises: ValueError if it names no recipe."""
@@ -73,37 +50,19 @@ class RecurConfig(PretrainedConfig):
             raise ValueError(
                 "RecurConfig: recipe must be a preset's name, a Recipe, its dict or a list of them, got None"
             )
-        recipe = (
-            [self._recipe(one) for one in self.recipe] if isinstance(self.recipe, list) else self._recipe(self.recipe)
-        )
-        return LanguageModel(
-            recipe,
-            ffn=self._recipe(self.ffn) if isinstance(self.ffn, dict) else self.ffn,
-            norm=self._norm(self.norm),
-            final_norm=self._norm(self.final_norm),
-            tie=self.tie_word_embeddings,
-            **{name: getattr(self, name) for name in (*SHARED, "block", "positions", "embed_std", "head_std")},
-        )
+        plain: Any = self.recipe
+        recipe = [self._recipe(one) for one in plain] if isinstance(plain, list) else self._recipe(plain)
+        settings = {name: getattr(self, name) for name in _settings()}
+        settings |= {name: self._norm(settings[name]) for name in ("norm", "final_norm")}
+        settings["ffn"] = self._recipe(settings["ffn"]) if isinstance(settings["ffn"], dict) else settings["ffn"]
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        return LanguageModel(recipe, tie=self.tie_word_embeddings, **settings)
 
     @classmethod
     def of(cls, model: LanguageModel) -> RecurConfig:
         """The configuration that a model was built from."""
-        layers: list[Any] = list(model.blocks)
-        first = layers[0]
-        return cls(
-            [layer.mixer.recipe for layer in layers],
-            ffn=None if first.ffn is None else first.ffn.recipe,
-            block=first.order,
-            norm=first.mixer_norm.norm,
-            final_norm=model.final_norm.norm,
-            positions="sinusoidal"
-            if model.sinusoidal
-            else None
-            if model.positions is None
-            else len(model.positions.weight),
-            tie_word_embeddings=model.head is None,
-            **{name: getattr(model, name) for name in SHARED},
-        )
+        settings = {name: value for name, value in model.arguments.items() if name not in ELSEWHERE}
+        return cls(model.arguments["recipe"], model.arguments["tie"], **settings)
 
     def _plain(self, given: Any) -> Any:
         """A recipe as a dict."""
@@ -127,3 +86,9 @@ class RecurConfig(PretrainedConfig):
 def _norm(norm: Any) -> Any:
     """A norm as a word, None, or the dict of a recipe of this one part."""
     return Recipe(norm).to_dict() if isinstance(norm, Norm) else norm
+
+
+def _settings() -> dict[str, Any]:
+    """The arguments of a LanguageModel that a configuration holds by their names, with defaults."""
+    known = inspect.signature(LanguageModel).parameters.values()
+    return {p.name: SIZES.get(p.name, p.default) for p in known if p.name not in ELSEWHERE}

@@ -94,7 +94,8 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: [B T], or [B L + T] after L columns in `state`; a token under 0 is not there: no state, no
                 position and no other token knows of it, wherever in the row it stands.
             labels:         [B T], input_ids themselves or -100 where nothing is to be learnt; shifted here.
-            state:          what `use_cache` returned for the columns before.
+            state:          what `use_cache` returned for the columns before; a single token, without gradients and with
+                `use_cache`, overwrites it.
             logits_to_keep: how many of the last columns get logits, or which; 0 for all.
             others:         what callers of transformers hand to every model, None or False (inputs_embeds, ...).
 
@@ -105,10 +106,19 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
                 f"RecurForCausalLM: {', '.join(asked)} must be left out, as recipes have no such thing"
             )
         there = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
-        x, after = self._read(input_ids, there, None if state is None else state.state, use_cache)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.model._logits(x[:, kept])
-        loss, sizes = None, {"vocab_size": self.config.vocab_size, "num_items_in_batch": num_items_in_batch}
+        if (
+            use_cache
+            and state is not None
+            and there is None
+            and input_ids.shape[1] == 1
+            and not torch.is_grad_enabled()
+        ):
+            logits, after = self.model.step(input_ids[:, 0], state.state)[:, None], state.state
+        else:
+            x, after = self._read(input_ids, there, None if state is None else state.state, use_cache)
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.model._logits(x[:, kept])
+        loss, sizes = None, {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items_in_batch}
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, **sizes)
         length = input_ids.shape[1] + (0 if state is None else state.length)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from recur.axes import Spec
+from recur.axes import RecipeError, Spec
 from recur.blocks import DenseCarry, DenseFusion, DenseRead, LowRank, Project
 from recur.blocks.scans import StateScan
 from recur.presets.mamba import mamba
@@ -12,8 +12,10 @@ from recur.recipe import Axes, Part, Recipe
 def _scan_of(recipe: Recipe) -> tuple[str, StateScan, Axes]:
     """The key, the part, and what is there before it, of its one scan with a query."""
     walk = zip(recipe.body.keys(), recipe.body.walk(recipe.site(1).axes), strict=True)
-    ((key, scan, axes),) = ((key, part, axes) for key, (part, axes, _) in walk if isinstance(part, StateScan))
-    return key, scan, axes
+    found = [(key, part, axes) for key, (part, axes, _) in walk if isinstance(part, StateScan)]
+    if len(found) != 1:
+        raise RecipeError(f"dense: the recipe must have one scan that a query reads, got {len(found)}")
+    return found[0]
 
 
 def _gates(**names: Spec) -> Project:
@@ -55,4 +57,5 @@ def dense_mamba(*, layers: int = 2, carry: bool = False, **options: Any) -> Reci
     Args: layers: how many layers below; carry: whether fused states are carried on; options: those of `mamba`.
     Source: after He et al. 2024, arXiv:2403.00818.
     """
-    return dense_states(mamba(**options), layers=layers, carry=carry)
+    recipe = dense_states(mamba(**options), layers=layers, carry=carry)
+    return Recipe(*recipe.parts, axes=recipe.axes, source="after He et al. 2024, arXiv:2403.00818")

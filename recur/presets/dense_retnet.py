@@ -18,12 +18,7 @@ from recur.recipe import Recipe
 
 
 def dense_retnet(
-    *,
-    heads: int = 4,
-    layers: int = 1,
-    dropout: float = 0.0,
-    eps: float = 1e-6,
-    scale: tuple[RetentionScale, ...] = (),
+    *, heads: int = 4, layers: int = 1, dropout: float = 0.0, eps: float = 1e-6, scale: tuple[RetentionScale, ...] = ()
 ) -> Recipe:
     """S_t = a_h S_{t-1} + k_t v_t^T, y_t = norm(S_t^T q_t) * g_t; k <- norm(k + silu(G x) * sum past k), v likewise.
 

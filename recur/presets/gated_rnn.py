@@ -2,6 +2,7 @@
 
 from recur.blocks import Act, Decay, GatedScan, Loop, OutputGate, Project, Scale, Sum
 from recur.recipe import Part, Recipe
+from recur.shapes import pick
 
 FORGET: dict[str, tuple[str, tuple[Part, ...]]] = {  # projections, and how log a comes from them
     "tied": ("z i o", (Scale("i", "-1"), Decay("i"))),
@@ -26,7 +27,7 @@ def gated_linear_rnn(
 
     Source: the author's code after Katsch 2023, arXiv:2311.01927.
     """
-    names, decay = FORGET[forget]
+    names, decay = pick("gated_linear_rnn", "forget", forget, FORGET)
     return Recipe(
         Project("x", tuple((name, "E") for name in names.split()), bias=True, init="lecun"),
         Act("z", input_act),

@@ -235,7 +235,8 @@ def gated_scan(
 def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """One token of `gated_scan`: h = exp(log_decay) * h + x, y = h. `state` is overwritten; no gradient.
 
-    Args: x [B *]; log_decay [B *] | [*]; state [B *] float32 (float64 if an input is), complex if x or the gate is.
+    Args: x [B *]; log_decay [B *] | [*]; state [B *] float32 (float64 if an input is) or bfloat16,
+        complex if x or the gate is.
     Returns: y [B *] of x's dtype, or complex if the gate is.   Raises: ShapeError, TypeError.   Cost: O(B *).
     """
     gates = _axes_of_gate(x, log_decay, "B *")
@@ -244,9 +245,21 @@ def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     number = _number("gated_step", x, log_decay, state=state)
     check_state("gated_step", state, number)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        y, new = _step(state, x=x.to(number), log_decay=_widen(log_decay, number))
+        if kernel.takes_step(1, state, x, log_decay):
+            return _launch(x, log_decay[None] if gates == "*" else log_decay, state)
+        y, new = _step(state.to(number), x=x.to(number), log_decay=_widen(log_decay, number))
         state.copy_(new)
         return y if y.is_complex() else y.to(x.dtype)
+
+
+def _launch(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
+    """`gated_step` by the kernel, to which all channels are the columns of one row; log_decay [B|1 *]."""
+    memory, columns = state.contiguous(), math.prod(x.shape[1:])
+    x_, a = (tensor.reshape(len(tensor), 1, 1, columns) for tensor in (x, log_decay))
+    y = kernel.step("outer", memory.view(len(x), 1, 1, columns), x_, log_decay=a)
+    if memory is not state:
+        state.copy_(memory)
+    return y.view(x.shape)
 
 
 def _step(state: Tensor, *, x: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,8 +316,8 @@ def check_documents(function: str, initial_state: Tensor | None, cu_seqlens: Ten
 
 
 def check_state(function: str, state: Tensor, number: torch.dtype) -> None:
-    """Raise TypeError unless a step can overwrite `state` without rounding it."""
-    if state.dtype != number:
+    """Raise TypeError unless a step can overwrite `state` without rounding it, or rounds it to bfloat16 as asked."""
+    if state.dtype != number and (state.dtype, number) != (torch.bfloat16, torch.float32):
         raise TypeError(f"{function}: state must be {number} for these inputs, got {state.dtype}")
 
 

@@ -82,28 +82,25 @@ def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     Args:
         x, delta: [B V]; A: [V N].
         B, C: [B N] | [B G N] | [V N]. Two axes are [B N] if the first has the size of the batch, else [V N].
-        state: [B V N] float32 (float64 if an input is).
+        state: [B V N] float32 (float64 if an input is), or bfloat16 (see `step`).
 
-    Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError.   Cost: O(V N) a row.
+    Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError.   Cost: O(V N) a row, one launch on a GPU.
     """
     check_given("selective_step", x=x, delta=delta, A=A, B=B, C=C, state=state)
     bind("selective_step", x=(x, "B V"))
     k, q = ("B N | B G N" if w.ndim != 2 or w.shape[0] == x.shape[0] else "V N" for w in (B, C))
     sizes = bind(
-        "selective_step",
-        x=(x, "B V"),
-        delta=(delta, "B V"),
-        A=(A, "V N"),
-        B=(B, k),
-        C=(C, q),
-        state=(state, "B V N"),
+        "selective_step", x=(x, "B V"), delta=(delta, "B V"), A=(A, "V N"), B=(B, k), C=(C, q), state=(state, "B V N")
     )
     check_float("selective_step", x=x, delta=delta, A=A, B=B, C=C, state=state)
     _check("selective_step", sizes, None, None)
+    check_state("selective_step", state, accumulation_dtype(x, delta, A, B, C, state))
     B, C = (w if letters == "V N" else w[:, None] for w, letters in ((B, k), (C, q)))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if kernel.takes_step(sizes["N"], state, x, delta, A, B, C):
+            return _launch("selective", sizes, state, x, delta, B, C, A)
         tokens = _selective(sizes, x[:, None], delta[:, None], A, B, C, state)
-        return _step("selective_step", "selective", sizes, state, *tokens).to(x.dtype)
+        return _step("selective", sizes, state, *tokens).to(x.dtype)
 
 
 def online_scan(
@@ -174,7 +171,8 @@ def online_scan(
 def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *, diagonal: bool = True) -> Tensor:
     """One token of `online_scan`. `state` is overwritten; no gradient.
 
-    Args: x, rate [B V]; k, q [B N] | [B G N]; state [B V N] float32 (float64 if an input is); diagonal as there.
+    Args: x, rate [B V]; k, q [B N] | [B G N]; state [B V N] float32 (float64 if an input is) or bfloat16 (see `step`);
+        diagonal as there.
     Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError, ValueError for rates.   Cost: O(V N) a row.
     """
     keys = "B N | B G N"
@@ -183,15 +181,17 @@ def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *,
     check_float("online_step", x=x, rate=rate, k=k, q=q, state=state)
     _check("online_step", sizes, None, None)
     _check_rate("online_step", rate)
+    check_state("online_step", state, accumulation_dtype(x, rate, k, q, state))
     x_t, rate_t, k_t, q_t = (token[:, None] for token in (x, rate, k, q))
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        if kernel.takes_step(sizes["N"], state, x, rate, k, q):
+            return _launch("online" if diagonal else "exact", sizes, state, x, rate, k_t, q_t)
         if diagonal:
             tokens = _online(sizes, x_t, rate_t, k_t, q_t, state)
-            return _step("online_step", "online", sizes, state, *tokens).to(x.dtype)
+            return _step("online", sizes, state, *tokens).to(x.dtype)
         from recur.primitives.scan import step  # here, because only this case needs it
 
         query, key, value, beta = (token[:, 0] for token in _delta(sizes, x_t, rate_t, k_t, q_t, state))
-        check_state("online_step", state, value.dtype)
         return step(query, key, value, None, state[..., None], beta=beta)[..., 0].to(x.dtype)
 
 
@@ -284,9 +284,26 @@ def _delta(
 # Forms
 
 
-def _step(function: str, family: str, sizes: dict[str, Any], state: Tensor, *tokens: Tensor) -> Tensor:
-    check_state(function, state, tokens[0].dtype)
-    y, S = update(family, _enter(state, sizes), **_named(*(token[:, 0] for token in tokens)))
+def _launch(
+    rule: str,
+    sizes: dict[str, Any],
+    state: Tensor,
+    x: Tensor,
+    rate: Tensor,
+    k: Tensor,
+    q: Tensor,
+    log_decay: Tensor | None = None,
+) -> Tensor:
+    """A step by the kernel: x, rate [B V]; k, q [B 1 N] | [B 1 G N] | [V N]; log_decay [V N]."""
+    q, k = (_slots(weights, sizes)[:, 0] for weights in (q, k))
+    log_decay = None if log_decay is None else _slots(log_decay, sizes)[:, 0]
+    x, rate = _channels(x, sizes), _channels(rate, sizes)
+    return kernel.step(rule, _enter(state, sizes), x, q=q, k=k, log_decay=log_decay, rate=rate).flatten(1)
+
+
+def _step(family: str, sizes: dict[str, Any], state: Tensor, *tokens: Tensor) -> Tensor:
+    entered = _enter(state, sizes).to(tokens[0].dtype)
+    y, S = update(family, entered, **_named(*(token[:, 0] for token in tokens)))
     state.copy_(_leave(S))
     return y.flatten(1)
 

@@ -120,7 +120,10 @@ def fixed_step(x: Tensor, log_decay: Tensor, readout: Tensor, state: Tensor, *, 
     x_, log_decay, readout, write, number = _prepare("fixed_step", x, log_decay, readout, write, state=state)
     check_state("fixed_step", state, number)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        y, new = _update(gate(log_decay), readout, write, state, x=x_)
+        if kernel.takes_step(state.shape[2], state, x, log_decay, readout, write):
+            q, k, a = (tensor.mT[None, None] for tensor in (readout, write, log_decay))
+            return kernel.step("outer", state.mT[:, None], x[:, None, None], q=q, k=k, log_decay=a)[:, 0]
+        y, new = _update(gate(log_decay), readout, write, state.to(number), x=x_)
         state.copy_(new)
         return y.to(x.dtype)
 

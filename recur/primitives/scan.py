@@ -13,7 +13,7 @@ from recur.primitives.delta import delta_scan, delta_step
 from recur.primitives.diagonal import check_state, number_of, right_to_left
 from recur.primitives.forms import ScanOut, check_packing, choose_form, unroll, unroll_documents
 from recur.primitives.outer import narrow_scan, outer_scan, outer_step
-from recur.shapes import ShapeError, accumulation_dtype, bind, check_float
+from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given
 
 CHUNK = 64  # tokens a chunk, and twice what the delta rule takes: measured on a CPU
 
@@ -111,26 +111,54 @@ def step(
     Args:
         q: [B G K]; k: [B G K] or None, tied; v: [B H V]; beta: [B H]; bonus: [H] | [H K]; all as in `scan`.
         log_decay: None | [H] | [H K] | [B H] | [B H K]. Two axes are [B H] if their sizes are B and H, else [H K].
-        state: [B H K V] float32 (float64 if an input is), complex if log_decay is.
+        state: [B H K V] float32 (float64 if an input is), complex if log_decay is; or bfloat16 where it would be
+            float32: half the bytes, rounded after every token (0.6% of y and S where some 16 tokens are remembered).
 
-    Returns: y [B H V] of v's dtype.   Raises: as `scan`.   Cost: O(H K V) a row.
+    Returns: y [B H V] of v's dtype.   Raises: as `scan`.
+    Cost: O(H K V) a row; on a GPU one launch that reads the state once and writes it once.
     """
+    check_given("step", q=q, v=v, state=state)
     bind("step", v=(v, "B H V"))
     token_decay = log_decay is not None and (log_decay.ndim == 3 or log_decay.shape == v.shape[:2])
     decays = "H | B H | B H K" if token_decay else "H | H K"
     _check("step", "B", q, k, v, log_decay, decays, beta, bonus, state=(state, "B H K V"))
     real = accumulation_dtype(q, k, v, log_decay, beta, bonus, state)
-    check_state("step", state, number_of(real, log_decay))
-    if log_decay is not None:
-        log_decay = log_decay[:, None] if token_decay else log_decay[None, None]
-    k, beta = (None if x is None else x[:, None] for x in (k, beta))
+    number = number_of(real, log_decay)
+    check_state("step", state, number)
+    if log_decay is not None and not token_decay:
+        log_decay = log_decay[None]
     with torch.no_grad(), torch.autocast(state.device.type, enabled=False):
+        if kernel.takes_step(q.shape[-1], state, q, k, v, log_decay, beta, bonus):
+            return _launch(q, k, v, log_decay, state, beta, bonus, scale)
+        k, log_decay, beta = (None if x is None else x[:, None] for x in (k, log_decay, beta))
         tokens = _tokens(real, q[:, None], k, v[:, None], log_decay, beta, scale)
         weight = None if bonus is None else bonus.to(real).reshape(state.shape[1], -1)
         advance = _step_of("beta" in tokens, weight)
-        y, new = advance(state, **{name: token.squeeze(1) for name, token in tokens.items()})
+        y, new = advance(state.to(number), **{name: token.squeeze(1) for name, token in tokens.items()})
         state.copy_(new)
         return y.to(v.dtype)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`step` by the kernel, with log_decay [B|1 H] | [B|1 H K]."""
+
+    def matrix(x: Tensor | None) -> Tensor | None:
+        """[B H] | [B H K] -> [B H 1|K 1]."""
+        return None if x is None else x[..., None, None] if x.ndim == 2 else x[..., None]
+
+    operands = {"q": matrix(q), "k": matrix(k), "log_decay": matrix(log_decay), "rate": matrix(beta)}
+    operands["bonus"] = None if bonus is None else matrix(bonus[None])
+    rule = "outer" if beta is None else "delta"
+    return kernel.step(rule, state, v[:, :, None], **operands, scale=scale, tied=k is None)
 
 
 def _check(

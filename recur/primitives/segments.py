@@ -76,10 +76,7 @@ def _affine_gradients(
     return [grad.sum_to_size(kept.shape), _over_slots(others, grad, step), _over_channels(grad, step, others)]
 
 
-GATES = {
-    "selective": _Gate(_exponential, _exponential_gradients),
-    "online": _Gate(_affine, _affine_gradients),
-}
+GATES = {"selective": _Gate(_exponential, _exponential_gradients), "online": _Gate(_affine, _affine_gradients)}
 
 
 def _over_slots(weights: Tensor, S: Tensor, like: Tensor) -> Tensor:

@@ -39,7 +39,6 @@ class Record:
     task: dict[str, Any]
     step: int
     curve: list[dict[str, Any]]
-    world: int = 1
 
 
 def save(

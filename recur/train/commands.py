@@ -30,7 +30,7 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     _run_flags(command("train", _task, about, f"recur train longhorn; {fresh}; {again}; {LAUNCH}"), "lm")
 
     mqar, parity = "recur task mqar longhorn --pairs 4", "recur task tracking mamba --group s5"
-    tasks = nested(command("task", _no_task, "Train a recipe on one of the papers' tasks.", f"{mqar}; {parity}"))
+    tasks = nested(command("task", _task, "Train a recipe on one of the papers' tasks.", f"{mqar}; {parity}"))
     for name, task in TASKS.items():
         example = f"recur task {name} longhorn"
         examples = "; ".join([example, *(f"{example} --setup {setup}" for setup in task.setups)])
@@ -105,10 +105,6 @@ def _below(arguments: argparse.Namespace) -> list[Any]:
     return [setup(arguments.task, arguments.setup), file]
 
 
-def _no_task(arguments: argparse.Namespace) -> int:
-    raise InputError(f"name a task: {', '.join(TASKS)}")
-
-
 def _task(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
@@ -137,9 +133,10 @@ def _task(arguments: argparse.Namespace) -> int:
         show(f"\nstopped after --seconds {settings.seconds:g}, at step {run.step} of {settings.steps}")
     finals = finish(run)
     show("\n" + told(run, finals))
-    sample = task.epilogue(run.plain_model) if run.is_main else ""
-    if sample:
-        show(f"\n{'-' * 80}\n{sample}\n{'-' * 80}")
+    if run.is_main:
+        sharded = getattr(run.accelerator, "is_fsdp2", False)  # one process cannot write with its shard alone
+        if sample := task.epilogue(load_model(out)[0] if sharded and "tokenizer" in task.record() else run.plain_model):
+            show(f"\n{'-' * 80}\n{sample}\n{'-' * 80}")
     show(f"\nloss curve: {out / 'curve.png'}\ncheckpoint: {out}")
     run.accelerator.end_training()
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recur.train.config import Settings, checked, known, resolved
+from recur.train.config import InputError, Settings, checked, known, resolved
 from recur.train.models import parameters, solve_width, with_paper_depth
 from recur.train.run import TASKS, finish
 from recur.train.trainer import fit, prepare
@@ -50,13 +51,19 @@ def compare(
 
     With `parameters` the width of each recipe is solved for, to within a tenth. `depth` counts layers of a mixer and a
     feed-forward; a recipe without one gets twice as many. A run that fails is recorded and the rest go on. All numbers
-    lie in results.json, which grows run by run.
+    lie in results.json, which grows run by run; called again with the same choices, it makes what is not there yet.
+
+    Raises: InputError if `out` holds a comparison of other choices.
     """
     out.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
+    choices = {"task": task, "parameters": parameters, "choices": {k: v for layer in layers for k, v in layer.items()}}
+    results = [result for result in _before(out, choices) if "error" not in result]
+    there = {(result["recipe"], result["width"], result["seed"]) for result in results}
     for recipe in recipes:
         for width in widths or (None,):
             for seed in range(seeds):
+                if (recipe, width, seed) in there:
+                    continue
                 label = f"{recipe}{'' if width is None else f', width {width}'}, seed {seed}"
                 began = time.perf_counter()
                 try:
@@ -71,9 +78,23 @@ def compare(
                 gc.collect()
                 result["seconds"] = round(time.perf_counter() - began, 1)
                 results.append(result)
-                (out / "results.json").write_text(json.dumps(results), encoding="utf-8")
+                content = json.dumps({**choices, "runs": results})
+                (out / "results.json").write_text(content, encoding="utf-8")
                 report(f"{label}: {_short(result)}")
+    order = {recipe: place for place, recipe in enumerate(recipes)}
+    results.sort(key=lambda result: order.get(result["recipe"], len(order)))
     return _report(task, results, out)
+
+
+def _before(out: Path, choices: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs that are in the folder already."""
+    if not (out / "results.json").exists():
+        return []
+    known = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    runs = known.pop("runs")
+    if known != json.loads(json.dumps(choices)):
+        raise InputError(f"{out} holds a comparison of other choices: choose another --out")
+    return list(runs)
 
 
 def _one(
@@ -95,6 +116,7 @@ def _one(
         made.open(settings)
         settings = solve_width(made, settings, target)
     name = f"{recipe}-{settings.dim}-{seed}".replace(":", "-").replace("/", "-")
+    shutil.rmtree(out / "runs" / name, ignore_errors=True)  # what a run that failed has left
     run = prepare(made, settings, out / "runs" / name)
     fit(run)
     finals = finish(run)
@@ -192,6 +214,8 @@ def _order(task: str, done: Sequence[Mapping[str, Any]], shown: str, better: Cal
 
 def _seen(first: Sequence[float], second: Sequence[float], better: Callable[..., Any]) -> str:
     """Whether the first runs are better than the second: beyond the spread of seeds, or by the mean alone."""
+    if statistics.fmean(first) == statistics.fmean(second):
+        return "equal here"
     ahead = better(statistics.fmean(first), statistics.fmean(second)) != statistics.fmean(second)
     worst, best = (min(first), max(second)) if better is max else (max(first), min(second))
     if ahead and len(first) > 1 and len(second) > 1:

@@ -153,8 +153,8 @@ def parameters(model: nn.Module) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-def solve_width(task: Any, settings: Settings, target: int, multiple: int = 8) -> Settings:
-    """The settings with the width, a multiple of `multiple`, whose model comes nearest to `target` parameters.
+def solve_width(task: Any, settings: Settings, target: int) -> Settings:
+    """The settings with the width, even below 64 and a multiple of 8 above, whose model is nearest to `target`.
 
     Raises: InputError if no width of the recipe comes within a tenth of it.
     """
@@ -166,18 +166,26 @@ def solve_width(task: Any, settings: Settings, target: int, multiple: int = 8) -
         except InputError:
             return None
 
-    sizes: dict[int, int] = {}
-    for dim in range(multiple, 8193, multiple):
-        found = size(dim)
-        if found is not None:
-            sizes[dim] = found
-            if found > 1.5 * target:
-                break
-    best = min(sizes, key=lambda dim: abs(sizes[dim] - target), default=None)
-    if best is None or abs(sizes[best] - target) > target / 10:
-        near = "none fits" if best is None else f"the nearest is {sizes[best]:,} at width {best}"
-        raise InputError(f"no width of {settings.recipe} has about {target:,} parameters: {near}")
-    return replace(settings, dim=best)
+    widths = (*range(4, 64, 2), *range(64, 8193, 8))
+    # in strides to the first that is too large, then one by one (two strides back: a width may not divide)
+    high = next((at for at in range(0, len(widths), 8) if (size(widths[at]) or 0) > target), len(widths) - 1)
+    sizes = {dim: found for dim in widths[max(0, high - 15) : high + 1] if (found := size(dim)) is not None}
+    nearest = sorted(sizes, key=lambda dim: abs(sizes[dim] - target))
+    for dim in nearest:
+        if abs(sizes[dim] - target) <= target / 10 and _runs(task, replace(settings, dim=dim)):
+            return replace(settings, dim=dim)
+    near = f"the nearest is {sizes[nearest[0]]:,} at width {nearest[0]}" if nearest else "none fits"
+    raise InputError(f"no width of {settings.recipe} has about {target:,} parameters: {near}")
+
+
+def _runs(task: Any, settings: Settings) -> bool:
+    """Whether a model of this width reads a row: some parts find only then that an axis must be even."""
+    try:
+        with torch.no_grad():
+            task.build(settings)(**task.inputs(task.batch("valid", 0, 1)))
+    except ValueError:
+        return False
+    return True
 
 
 def with_paper_depth(settings: Settings) -> Settings:

@@ -47,7 +47,7 @@ def draw_curve(
             ax.plot(*zip(*measured, strict=True), "o-", color=ORANGE, markersize=4, label=label)
         ax.set(ylabel=unit if name == "loss" else name, xlim=(0, steps[-1]), ylim=(0, None if name == "loss" else 1.02))
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, loc="lower left" if name == "loss" else "best")
+        ax.legend(frameon=False, loc="best")
     for name, level in levels.items():
         axes[0].axhline(level, color=GREY, linestyle="--", linewidth=1)
         place = {"xytext": (-4, 3), "textcoords": "offset points", "ha": "right", "color": GREY, "fontsize": 9}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def prepare(task: Task, settings: Settings, out: Path, *, resume: dict[str, Any]
         checkpoint.load_trainer(folder, run.plain_model, optimizer.optimizer, accelerator.process_index)
         run.curve = record.curve
     if run.is_main:
-        (out / checkpoint.CONFIG).write_text(_json({"task": task.name, **plain(settings, task)}), encoding="utf-8")
+        config = json.dumps({"task": task.name, **plain(settings, task)}, indent=1) + "\n"
+        (out / checkpoint.CONFIG).write_text(config, encoding="utf-8")
     return run
 
 
@@ -203,7 +205,6 @@ def save(run: Training) -> None:
             task=run.task.record(),
             step=run.step,
             curve=run.curve,
-            world=accelerator.num_processes,
         )
         checkpoint.save(run.out, record, weights, trainer, run.settings.keep)
     accelerator.wait_for_everyone()
@@ -332,12 +333,3 @@ def _write(writer: Any, points: list[dict[str, Any]], speed: float) -> None:
             if name != "step":
                 writer.add_scalar(name, value, point["step"])
     writer.add_scalar("tokens_per_second", speed, points[-1]["step"])
-
-
-def _json(value: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(value, indent=1) + "\n"
-
-
-__all__ = ["Training", "decay_groups", "evaluate", "fit", "learning_rate", "mfu", "prepare", "replace", "save"]

@@ -139,7 +139,8 @@ class Module(Case):
         return vectors.arguments
 
     def make(self, vectors: Vectors) -> Any:
-        return recur.convert.from_official(self.name, vectors.section("param"), self.arguments(vectors))
+        module = recur.convert.from_official(self.name, vectors.section("param"), self.arguments(vectors))
+        return module.eval()  # recorded without dropout
 
     def inputs(self, vectors: Vectors, module: Any) -> tuple[Tensor, dict[str, Tensor], tuple[dict[str, Tensor], ...]]:
         """x or ids, batch first; further inputs; what shallower layers published."""
@@ -154,6 +155,10 @@ class Module(Case):
     def start(self, vectors: Vectors, module: Any, batch: int) -> Any:
         """The state before the first token."""
         return module.init_state(batch)
+
+    def given(self, vectors: Vectors, module: Any) -> Any:
+        """The recorded state that a whole run starts from."""
+        return None
 
     def run(self, module: Any, x: Tensor, state: Any, form: str, extra: Any, past: Any) -> tuple[Tensor, Any, Any]:
         """The output, the state, and what the layer published."""
@@ -178,7 +183,7 @@ class Module(Case):
     def whole(self, vectors: Vectors, form: str) -> Run:
         module = self.make(vectors)
         x, extra, past = self.inputs(vectors, module)
-        y, state, published = self.run(module, x, None, form, extra, past)
+        y, state, published = self.run(module, x, self.given(vectors, module), form, extra, past)
         states = self.all_states(vectors, state, x.shape[1])
         results = {"output": self.output(vectors, y), **states, **self.further(vectors, y, published)}
         return Run(results, lambda: gradients(self.name, module))

@@ -62,41 +62,36 @@ class Generation(Module):
         return Run({"output": text[:, ids.shape[1] :]})
 
 
-class Recurrent(Module):
-    """The author's unit: it may be given a state, and leaves one."""
-
-    def start(self, vectors: Vectors, module: Any, batch: int) -> Any:
-        state = module.init_state(batch)
-        if "carry" in vectors.inputs:
-            parts, carry = state["parts"], vectors.inputs["carry"]
-            state["parts"] = (
-                {"loop": {"last": carry, "parts": {"gated_scan": carry}}} if "loop" in parts else {"gated_scan": carry}
-            )
-        return state
-
-    def whole(self, vectors: Vectors, form: str) -> Run:
-        module = self.make(vectors)
-        x = vectors.inputs["0"]
-        y, state, _ = self.run(module, x, self.start(vectors, module, len(x)), form, {}, ())
-        return Run({"output": y, "output.carry": state_of(state)}, lambda: gradients(self.name, module))
-
-    def all_states(self, vectors: Vectors, state: Any, length: int) -> dict[str, Tensor]:
-        return {"output.carry": state_of(state)}
-
-
-def state_of(state: Any) -> Tensor:
-    """[B E], or [B layers E] of a model."""
+def carried(state: Any, carry: Tensor) -> Any:
+    """The state of the author's unit that holds this [B E], or of a model of it [B layers E]."""
     if "layers" in state:
-        return torch.stack([state_of(layer["mixer"]) for layer in state["layers"]], 1)
+        layers = [{**layer, "mixer": carried(layer["mixer"], carry[:, i])} for i, layer in enumerate(state["layers"])]
+        return {**state, "layers": layers}
+    scan = {"gated_scan": carry}
+    return {**state, "parts": {"loop": {"last": carry, "parts": scan}} if "loop" in state["parts"] else scan}
+
+
+def carry_of(state: Any) -> Tensor:
+    """What such a state holds."""
+    if "layers" in state:
+        return torch.stack([carry_of(layer["mixer"]) for layer in state["layers"]], 1)
     parts = state["parts"]
     return (parts["loop"]["parts"] if "loop" in parts else parts)["gated_scan"]
 
 
-class RecurrentModel(Model):
-    """It leaves a state a layer."""
+class Recurrent(Module):
+    """The author's unit or a model of it: it may be given a state, and leaves one."""
+
+    def start(self, vectors: Vectors, module: Any, batch: int) -> Any:
+        state, given = module.init_state(batch), vectors.inputs
+        return carried(state, given["carry"].detach().clone()) if "carry" in given else state
+
+    def given(self, vectors: Vectors, module: Any) -> Any:
+        given = vectors.inputs
+        return carried(module.init_state(len(given["carry"])), given["carry"]) if "carry" in given else None
 
     def all_states(self, vectors: Vectors, state: Any, length: int) -> dict[str, Tensor]:
-        return {"output.carry": state_of(state)}
+        return {"output.carry": carry_of(state)}
 
 
 class Simple(EitherWay):
@@ -115,8 +110,15 @@ class Simple(EitherWay):
 
 RUNNING_PRODUCTS = ("_a",)  # of gates: nothing reads them
 
+LANGUAGE_MODELS = {
+    "dsconv.GatedDsConvLM": "gated_ds_conv_lm",
+    "gss.GatedStateSpacesLM": "gated_state_space_lm",
+    "mhesa.GatedExponentialSmoothingLM": "gated_exponential_smoothing_lm",
+}
 CASES: dict[str, Case] = {
-    "AutoregressiveWrapper.generate over gss.GatedStateSpacesLM": Generation("gated_state_space_lm", streams=False),
+    **{module: Model(name) for module, name in LANGUAGE_MODELS.items()},
+    **{f"{module} in AutoregressiveWrapper": Model(name) for module, name in LANGUAGE_MODELS.items()},
+    **{f"AutoregressiveWrapper.generate over {m}": Generation(n, streams=False) for m, n in LANGUAGE_MODELS.items()},
     "CausalFullAttention": Module("gateloop_full_attention"),
     "GateLoopedAttention": Module("gateloop_attention"),
     "SimpleGateLoopLayer": Simple("simple_gate_loop", unread=RUNNING_PRODUCTS),
@@ -126,17 +128,11 @@ CASES: dict[str, Case] = {
     "gate_loop_operator": Operator(gateloop_complex),
     "dsconv.EfficientDsConv": Module("ds_conv"),
     "dsconv.GatedDsConv": EitherWay("gated_ds_conv"),
-    "dsconv.GatedDsConvLM": Model("gated_ds_conv_lm"),
     "flax_gated_linear_rnn.GatedLinearRNN": Recurrent("gated_linear_rnn"),
-    "flax_gated_linear_rnn.GatedLinearRNNLM": RecurrentModel("gated_linear_rnn_lm"),
+    "flax_gated_linear_rnn.GatedLinearRNNLM": Recurrent("gated_linear_rnn_lm"),
     "flax_gated_linear_rnn.TransformerLM": Model("gateloop_author_transformer"),
     "gss.DSS": Module("dss"),
     "gss.GSS": EitherWay("gss_block"),
-    "gss.GatedStateSpacesLM": Model("gated_state_space_lm"),
-    "gss.GatedStateSpacesLM in AutoregressiveWrapper": Model("gated_state_space_lm"),
-    "mhesa.GatedExponentialSmoothingLM": Model("gated_exponential_smoothing_lm"),
-    "mhesa.GatedExponentialSmoothingLM in AutoregressiveWrapper": Model("gated_exponential_smoothing_lm"),
-    "dsconv.GatedDsConvLM in AutoregressiveWrapper": Model("gated_ds_conv_lm"),
     "mhesa.GatedMHESA": Module("gated_exponential_smoothing"),
     "mhesa.MHESA": EitherWay("exponential_smoothing"),
     "simplified gate_loop_operator": Operator(gateloop_real, unread=RUNNING_PRODUCTS),

@@ -25,15 +25,15 @@ def late_retention(parts: Parts, length: int) -> dict[str, Tensor]:
 
 
 def one_state(parts: Parts, _: int) -> dict[str, Tensor]:
-    """Of a real unit."""
-    return {"h": parts["gated_scan"]}
+    """Of a real unit: one, or one a direction."""
+    if "reverse" not in parts:
+        return {"h": parts["gated_scan"]}
+    return {"forward": parts["gated_scan"], "reverse": parts["reverse"]["gated_scan"]}
 
 
-def two_parts(parts: Parts, _: int) -> dict[str, Tensor]:
+def two_parts(parts: Parts, length: int) -> dict[str, Tensor]:
     """Of a complex unit; theirs is a real and an imaginary part."""
-    found = {"h": parts["gated_scan"]}
-    if "reverse" in parts:
-        found = {"forward": parts["gated_scan"], "reverse": parts["reverse"]["gated_scan"]}
+    found = one_state(parts, length)
     return {f"{key}_{part}": getattr(h, part) for key, h in found.items() for part in ("real", "imag")}
 
 
@@ -160,10 +160,10 @@ CASES: dict[str, Case] = {
     "hgrn_fla_layer": Unit("hgrn_hub_layer", one_state),
     "hgrn_fla_lm": Module("hgrn_hub", one_state),
     "hgrn_hgru1d": TimeFirst("hgru1_1d", two_parts),
-    "hgrn_hgru1dv2": TimeFirst("hgru1_1d_v2", two_parts),
-    "hgrn_hgru1dv3": TimeFirst("hgru1_1d_v3", two_parts),
-    "hgrn_hgru2d": Image("hgru1_2d", streams=False),
     "hgrn_hgrureal1d": TimeFirst("hgru1_real_v6", one_state),
-    "hgrn_hgrureal2d": Image("hgru1_real_2d", streams=False),
     "hgrn_real1d": TimeFirst("hgru1_real_1d", one_state),
+    "Hgru1dV2": TimeFirst("hgru1_1d_v2", two_parts),
+    "Hgru1dV3": TimeFirst("hgru1_1d_v3", two_parts),
+    "Hgru2d": Image("hgru1_2d", streams=False),
+    "HgruReal2d": Image("hgru1_real_2d", streams=False),
 }
