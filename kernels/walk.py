@@ -635,14 +635,12 @@ def _walk_adjoint(
         _adjoint[w.grid](
             *read, *written, w.B, *w.sizes, w.gate, w.gradients, w.FIXED_K, w.FIXED_Q, **p.tile
         )  # fmt: skip
-    da, dk, dq = (_summed(part, like) for part, like in ((da, a), (dk, k), (dq, q)))
-    return dx, drate, da, dk, dq, dinitial
+    da = x.new_empty(0) if a is None or da is None else _summed(da, a)
+    return dx, drate, da, _summed(dk, k), _summed(dq, q), dinitial
 
 
-def _summed(parts: Tensor | None, like: Tensor | None) -> Tensor:
+def _summed(parts: Tensor, like: Tensor) -> Tensor:
     """[parts ...] summed to the axes and dtype of `like`, whose last two are turned around if it has no others."""
-    if parts is None or like is None:
-        return torch.empty(0)
     total = parts.sum(0)
     return (total if like.ndim > 2 else total.T).to(like.dtype).contiguous()
 
@@ -653,7 +651,7 @@ def _fake_adjoint(
     initial: Tensor | None, cu_seqlens: Tensor | None, kept: Tensor, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, drate, dk, dq = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, rate, k, q))
-    da = torch.empty(0) if a is None else torch.empty_like(a, memory_format=torch.contiguous_format)
+    da = x.new_empty(0) if a is None else torch.empty_like(a, memory_format=torch.contiguous_format)
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return dx, drate, da, dk, dq, x.new_empty((rows, k.shape[-1], x.shape[2]), dtype=torch.float32)
 
