@@ -71,13 +71,15 @@ def scan(
     real = accumulation_dtype(q, k, v, log_decay, beta, bonus, initial_state)
     number = number_of(real, log_decay)
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    given = initial_state
-    if initial_state is None:
+    if initial_state is not None:
+        if initial_state.is_complex() and not number.is_complex:
+            raise TypeError(
+                f"scan: initial_state must be real because log_decay is not complex, got {initial_state.dtype}"
+            )
+        if initial_state.shape[0] != rows:
+            raise ShapeError(f"scan: initial_state must be [n H K V], n={rows}, got shape {tuple(initial_state.shape)}")
+    elif T == 0 or form != "triton":  # the kernel starts from zeros by itself
         initial_state = torch.zeros(rows, H, q.shape[3], V, dtype=number, device=v.device)
-    if initial_state.is_complex() and not number.is_complex:
-        raise TypeError(f"scan: initial_state must be real because log_decay is not complex, got {initial_state.dtype}")
-    if initial_state.shape[0] != rows:
-        raise ShapeError(f"scan: initial_state must be [n H K V], n={rows}, got shape {tuple(initial_state.shape)}")
     if T == 0:
         given_tokens = [x for x in (q, k, log_decay, beta, bonus) if x is not None]
         nothing = sum(x.real.sum() if x.is_complex() else x.sum() for x in given_tokens)  # keeps y in their graph
@@ -87,7 +89,7 @@ def scan(
     with torch.autocast(v.device.type, enabled=False):
         if form == "triton":
             gates = {"log_decay": log_decay, "beta": beta, "bonus": bonus}
-            return kernel.scan(given, cu_seqlens, q=q, k=k, v=v, **gates, scale=scale, reverse=reverse)
+            return kernel.scan(initial_state, cu_seqlens, q=q, k=k, v=v, **gates, scale=scale, reverse=reverse)
         tokens = _tokens(real, q, k, v, log_decay, beta, scale)
         weight = None if bonus is None else bonus.to(real).reshape(H, -1)
         run = _choose(form, "beta" in tokens, tokens["k"].shape, weight)
