@@ -78,12 +78,16 @@ def scan(
             )
         if initial_state.shape[0] != rows:
             raise ShapeError(f"scan: initial_state must be [n H K V], n={rows}, got shape {tuple(initial_state.shape)}")
-    elif T == 0 or form != "triton":  # the kernel starts from zeros by itself
-        initial_state = torch.zeros(rows, H, q.shape[3], V, dtype=number, device=v.device)
+
+    def start() -> Tensor:
+        if initial_state is None:
+            return torch.zeros(rows, H, q.shape[3], V, dtype=number, device=v.device)
+        return initial_state.to(number)
+
     if T == 0:
         given_tokens = [x for x in (q, k, log_decay, beta, bonus) if x is not None]
         nothing = sum(x.real.sum() if x.is_complex() else x.sum() for x in given_tokens)  # keeps y in their graph
-        return ScanOut((v * nothing).to(v.dtype), initial_state.to(number, copy=True))
+        return ScanOut((v * nothing).to(v.dtype), start().clone())
     if log_decay is not None and log_decay.ndim <= 2:
         log_decay = log_decay[None, None]
     with torch.autocast(v.device.type, enabled=False):
@@ -93,7 +97,7 @@ def scan(
         tokens = _tokens(real, q, k, v, log_decay, beta, scale)
         weight = None if bonus is None else bonus.to(real).reshape(H, -1)
         run = _choose(form, "beta" in tokens, tokens["k"].shape, weight)
-        y, state = (right_to_left(run) if reverse else run)(initial_state.to(number), cu_seqlens, **tokens)
+        y, state = (right_to_left(run) if reverse else run)(start(), cu_seqlens, **tokens)
     return ScanOut(y.to(v.dtype), state)
 
 
