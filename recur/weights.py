@@ -132,6 +132,7 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
 
     "linear":   U(-b, b), b = 1/sqrt(fan_in), as torch's Linear, biases too.
     "residual": the same divided by sqrt(depth), for what adds to the residual stream; biases are 0, as of all others.
+    "residual_twice": the same for what adds to it twice a layer.
     "linear_zero": "linear" with biases of 0.
     "normal":   N(0, 0.02^2).
     "normal_residual": N(0, 0.02^2 / (2 depth)), for what adds to the residual stream twice a layer.
@@ -146,6 +147,7 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
     laws = {
         "linear": uniform(fan_in**-0.5),
         "residual": uniform((fan_in * depth) ** -0.5),
+        "residual_twice": uniform((fan_in * 2 * depth) ** -0.5),
         "linear_zero": uniform(fan_in**-0.5),
         "normal": normal(0.02),
         "normal_residual": normal(0.02 * (2 * depth) ** -0.5),

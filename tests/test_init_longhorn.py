@@ -181,6 +181,20 @@ def test_first_values_follow_their_laws(case: str) -> None:
     assert used == set(laws)
 
 
+def test_two_branches_a_layer_divide_by_both() -> None:
+    """With a feed-forward beside it, what leaves the mixer and what leaves the feed-forward count as two."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        config = {**MAMBA_LM, "d_intermediate": 128}
+        state = convert.to_official("mamba_lm", convert.build("mamba_lm", config))
+    branches = 2 * config["n_layer"]
+    for end in ("mixer.out_proj.weight", "mlp.fc2.weight"):
+        found = [weight for key, weight in state.items() if key.endswith(end)]
+        assert len(found) == config["n_layer"]
+        for weight in found:
+            uniform((weight.shape[1] * branches) ** -0.5)(weight.double())
+
+
 def test_one_layer_and_one_head_divide_by_nothing() -> None:
     model = convert.build("rwkv", {"vocab_size": 8, "n_embd": 8, "n_head": 1, "n_layer": 1, "block_size": 4})
     assert all(weight.isfinite().all() for weight in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from recur.blocks import LanguageModel, Mixer, Norm, OutputGate, Project
@@ -120,9 +121,12 @@ def model_of(
         layer = options.pop("layer")
         if layer not in mixers:
             raise NotImplementedError(f"ssm_cfg: layer must be {' or '.join(map(repr, mixers))} so far, got {layer!r}")
-        beside = gated(hidden=f"{-(-d_intermediate // 128) * 128}", out_init="residual")
+        recipe = mixers[layer].make("ssm_cfg", options).recipe
+        beside = gated(hidden=f"{-(-d_intermediate // 128) * 128}", out_init="residual_twice")
+        if d_intermediate:  # two branches a layer
+            recipe = recipe.replace(recipe.body.keys()[-1], replace(recipe.parts[-1], init="residual_twice"))
         return LanguageModel(
-            mixers[layer].make("ssm_cfg", options).recipe,
+            recipe,
             vocab_size=-(-vocab_size // pad_vocab_size_multiple) * pad_vocab_size_multiple,
             dim=d_model,
             depth=n_layer,
