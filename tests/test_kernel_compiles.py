@@ -38,6 +38,11 @@ QUICK = [
     (90, Case(BF16, "B T H K", 64, 64, ("prepare", "forward", "adjoint", "gradient"))),
     (90, Case(BF16, "B T H", 64, 64, ("forward", "gradient"))),
     (80, Case(BF16, None, 64, 64, ("forward", "adjoint"))),
+    (90, Case(BF16, "B T H", 128, 128, ("pace", "prepare", "solve", "forward", "adjoint", "gradient"), beta=True)),
+    (80, Case(BF16, "B T H K", 64, 64, ("prepare", "forward", "gradient", "repair"), bonus=True)),
+    (90, Case(FP16, "B T H", 64, 64, ("forward", "gradient"))),
+    (80, Case(FP32, "B T H K", 64, 64, ("forward", "adjoint"), tied=True)),
+    (90, Case(BF16, "H K", 128, 128, ("forward", "combine"), T=4096)),
 ]
 WHOLE = [
     (90, Case(BF16, "B T H K", 128, 128)),

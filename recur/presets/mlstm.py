@@ -20,13 +20,10 @@ def mlstm(*, heads: int = 4) -> Recipe:
         Sum("f b", out="f"),
         Decay("f"),
         Scale("k", "1/sqrt(K)"),
-        Stabilise(),
-        Count("v"),
-        OuterScan(),
-        Normalise("floor"),
+        Stabilise(), Count("v"), OuterScan(), Normalise("floor"),
         Norm("y", kind="layer", over="K", affine="weight"),
         OutputGate("o", act="sigmoid"),
         Project("y", y="D"),
         axes={"H": heads, "K": "D/H"},
         source="Beck et al. 2024, arXiv:2405.04517",
-    )
+    )  # fmt: skip
