@@ -23,7 +23,7 @@ k and q [V N] that do not change in time are tiles like the state, loaded once, 
 
 # Jitted functions take no annotations but constexpr, and join tuples with +.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="no-untyped-def, assignment, var-annotated"
+# mypy: disable-error-code="no-untyped-def, assignment, var-annotated, annotation-unchecked"
 
 from __future__ import annotations
 
