@@ -104,7 +104,7 @@ class _Scan:
         self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=x.v.dtype, delta=delta, processors=processors)
         if packed:
             self.plan = self.plan._replace(segments=1, span=T)
-        self.x, self.scale, self.flip, self.sizes = x, scale, flip, (B, T, H, K, V)
+        self.x, self.flip, self.sizes = x, flip, (B, T, H, K, V)
         self.documents = len(x.cu_seqlens) - 1 if x.cu_seqlens is not None else B
         self.chunks = T // self.plan.chunk + self.documents if packed else B * triton.cdiv(T, self.plan.chunk)
         self.decay, strides = "none", [0, 0, 0, 0]
@@ -112,12 +112,12 @@ class _Scan:
             width = x.log_decay.shape[-1]
             self.decay = "one" if width == 1 and x.k is not None else "key"
             strides = list(x.log_decay.expand(B, T, H, width).stride())
-        dot, self.precision, self.limit = _numbers(x.v.dtype)
-        self.dot, self.kept = dot, torch.bfloat16 if dot == tl.bfloat16 else torch.float32
+        dot, precision, self.limit = _numbers(x.v.dtype)
+        self.kept = torch.bfloat16 if dot == tl.bfloat16 else torch.float32
         self.gates = {"gate_sb": strides[0], "gate_sh": strides[2], "gate_st": strides[1], "gate_sd": strides[3]}
         self.common = {
             **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "scale": scale, "H": H, "K": K, "FLIP": flip, "DOT": dot,
-            "PRECISION": self.precision, "BLOCK_C": self.plan.chunk,
+            "PRECISION": precision, "BLOCK_C": self.plan.chunk,
         }  # fmt: skip
         self.groups = H if self.decay == "key" else groups
         self.told, self.write, self.reach = x.q, x.k, x.k

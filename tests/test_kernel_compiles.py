@@ -111,6 +111,7 @@ def launches(case: Case) -> list[tuple[str, Any, tuple, dict]]:
 
 
 def compile_launch(kernel: Any, args: tuple, kwargs: dict, capability: int) -> Any:
+    """The launch, compiled as it would be on a GPU of this capability."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -118,7 +119,7 @@ def compile_launch(kernel: Any, args: tuple, kwargs: dict, capability: int) -> A
     types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
     types[torch.int64] = "*i64"
     values = dict(zip(kernel.arg_names, args, strict=False))
-    options = {"num_warps": kwargs.get("num_warps", 4)}
+    options = {"num_warps": 4, **{name: kwargs[name] for name in ("num_warps", "maxnreg") if name in kwargs}}
     values.update({name: value for name, value in kwargs.items() if name in kernel.arg_names})
     signature, constants, hints = {}, {}, {}
     for i, param in enumerate(kernel.params):
@@ -153,8 +154,8 @@ def test_launches_compile_and_fit(capability: int, case: Case) -> None:
             assert shared <= SHARED[capability], f"{name} of {case} needs {shared} bytes of shared memory"
 
 
-def resources(kernel: Any) -> str:
-    """Registers and stack (spilled bytes) as the assembler reports them."""
+def resources(kernel: Any) -> tuple[int, int, int]:
+    """Registers, spilled bytes (the stack) and shared bytes, as the assembler reports them."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -162,19 +163,20 @@ def resources(kernel: Any) -> str:
         file.write(kernel.asm["cubin"])
     report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     os.unlink(file.name)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
-    return f"{registers} registers, {stack} bytes spilled, {kernel.metadata.shared} bytes shared"
+    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    assert found is not None
+    return int(found[1]), int(found[2]), kernel.metadata.shared
 
 
 def report(capability: int, case: Case) -> None:
     """Print what every launch needs."""
     for name, *launch in launches(case):
         if name in case.launches:
-            try:
-                told = resources(compile_launch(*launch, capability))
-            except Exception as error:
-                told = f"FAILED {error!r}"[:200]
-            print(f"sm_{capability}", *case[:4], "beta" * case.beta, "bonus" * case.bonus, f"{name}:", told, flush=True)
+            registers, spilled, shared = resources(compile_launch(*launch, capability))
+            needs = f"{registers} registers, {spilled} bytes spilled, {shared} bytes shared"
+            print(
+                f"sm_{capability}", *case[:4], "beta" * case.beta, "bonus" * case.bonus, f"{name}: {needs}", flush=True
+            )
 
 
 if __name__ == "__main__":

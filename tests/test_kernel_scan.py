@@ -6,17 +6,15 @@ Laws run in a process of their own: `TRITON_INTERPRET=1 python tests/test_kernel
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import run_laws
 from torch import Tensor
 
 HARD = torch.tensor([0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf])
@@ -261,15 +259,7 @@ GROUPS = [
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
 def test_kernel_agrees_with_the_token_loop(names: list[str]) -> None:
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, __file__, *names],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    run_laws(__file__, names)
 
 
 def test_every_law_is_run() -> None:

@@ -6,14 +6,12 @@ Laws run in processes of their own: `TRITON_INTERPRET=1 python tests/test_kernel
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import run_laws
 from torch import Tensor
 
 from recur import ScanOut, fixed_scan, gated_scan, online_scan, selective_scan
@@ -258,14 +256,7 @@ QUICK = [name for name in LAWS if name not in SLOW]
 
 @pytest.mark.parametrize("names", [*([name] for name in SLOW), QUICK], ids=[*SLOW, "quick"])
 def test_laws(names: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__)), *names],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_laws(__file__, names)
 
 
 def test_plan_cuts_time_only_where_the_machine_would_idle() -> None:

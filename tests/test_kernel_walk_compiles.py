@@ -6,22 +6,15 @@ Operators run on CPU tensors with their kernels replaced by recorders, and what 
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from test_kernel_compiles import BF16, FP16, FP32, SHARED, compile_launch, resources
 
 triton = pytest.importorskip("triton")
 
-SHARED = {80: 166_912, 90: 232_448}  # bytes one program may have
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KERNELS = ("_emit", "_adjoint", "_summary", "_diagonal")
-NAMES = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int64: "*i64"}
 
 
 class Case(NamedTuple):
@@ -91,40 +84,9 @@ def launches(case: Case) -> list[tuple[str, tuple, dict]]:
 
 
 def compiled(name: str, args: tuple, kwargs: dict, capability: int) -> Any:
-    """The launch, compiled as it would be on a GPU of this capability."""
     from recur.kernels import diagonal, walk
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel = getattr(diagonal if name == "_diagonal" else walk, name)
-    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-    options = {option: values[option] for option in ("num_warps", "maxnreg") if option in values}
-    signature, constants, hints = {}, {}, {}
-    for i, param in enumerate(kernel.params):
-        value = values[param.name]
-        single = isinstance(value, int) and value == 1 and not param.do_not_specialize
-        if param.is_constexpr or value is None or single:
-            signature[param.name], constants[param.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name], hints[(i,)] = NAMES[value.dtype], [["tt.divisibility", 16]]
-        else:
-            signature[param.name] = "i32"
-            if value % 16 == 0 and not param.do_not_specialize:
-                hints[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, hints)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def resources(kernel: Any) -> tuple[int, int, int]:
-    """Registers, spilled bytes (the stack) and shared bytes, as the assembler reports them."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
-        file.write(kernel.asm["cubin"])
-    report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    os.unlink(file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
-    assert found is not None
-    return int(found[1]), int(found[2]), kernel.metadata.shared
+    return compile_launch(getattr(diagonal if name == "_diagonal" else walk, name), args, kwargs, capability)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"sm{case.capability}-{case.rule}-{case.dtype}-N{case.N}")
