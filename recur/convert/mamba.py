@@ -154,6 +154,12 @@ def frame(embedding: str, keys: Keys) -> Keys:
     }
 
 
+def _of_transformers(recipe: Recipe, vocab: int, dim: int, depth: int, tie: bool, eps: float) -> LanguageModel:
+    """The frame that transformers puts around either mixer."""
+    norm = Norm("x", eps=eps, to="y")
+    return LanguageModel(recipe, vocab_size=vocab, dim=dim, depth=depth, tie=tie, norm=norm, embed_std=0.1)
+
+
 def transformers_model(
     vocab_size: int = 50280,
     hidden_size: int = 768,
@@ -169,14 +175,8 @@ def transformers_model(
 ) -> LanguageModel:
     options: dict[str, Any] = {"expand": expand, "conv": conv_kernel, "bias": use_bias, "conv_bias": use_conv_bias}
     rank = "ceil(D/16)" if time_step_rank == "auto" else time_step_rank
-    sizes: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "dim": hidden_size,
-        "depth": num_hidden_layers,
-        "tie": tie_word_embeddings,
-    }
-    sizes |= {"norm": Norm("x", eps=layer_norm_epsilon, to="y"), "embed_std": 0.1}
-    return LanguageModel(mamba(state=state_size, rank=rank, **options), **sizes)
+    sizes = vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings, layer_norm_epsilon
+    return _of_transformers(mamba(state=state_size, rank=rank, **options), *sizes)
 
 
 def transformers_model_2(
@@ -203,14 +203,8 @@ def transformers_model_2(
     leave = (OutputGate("z"), Norm("y", groups="G", eps=layer_norm_epsilon))
     options: dict[str, Any] = {"head": head_dim, "groups": n_groups, "limit": limits(*time_step_limit), "leave": leave}
     options |= {"expand": expand, "conv": conv_kernel, "bias": use_bias, "conv_bias": use_conv_bias}
-    sizes: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "dim": hidden_size,
-        "depth": num_hidden_layers,
-        "tie": tie_word_embeddings,
-    }
-    sizes |= {"norm": Norm("x", eps=layer_norm_epsilon, to="y"), "embed_std": 0.1}
-    return LanguageModel(mamba2(state=state_size, **options), **sizes)
+    sizes = vocab_size, hidden_size, num_hidden_layers, tie_word_embeddings, layer_norm_epsilon
+    return _of_transformers(mamba2(state=state_size, **options), *sizes)
 
 
 MIXER = mixer_of(mamba, KEYS)
