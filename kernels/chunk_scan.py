@@ -195,25 +195,45 @@ def prepare(
                 M = M * between(log_a, rise, since, FLIP, False, False, DOT)
             M = tl.where(strict(seen), M, 0.0)
             tl.store(_square(overlap_ptr, chunk, h, H, BLOCK_C), M, mask=(inside & (calm != 0))[:, None])
-    if DECAY == "key":
-        if calm == 0:
-            # E [s K]: the key of token s times the gates after it, up to the token that reads
-            E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-            at = pid * (BLOCK_C * BLOCK_C) + offs
-            for i in tl.range(0, length, num_stages=1):
-                t = length - 1 - i if FLIP else i
-                log_t, a = _gate_row(gates, start + t, offs_k, K)
-                query = load_row(q, row + t, offs_k)
-                key = tied(log_t) if TIED else load_row(k, row + t, offs_k)
-                if BEFORE:
-                    scores = tl.sum(E * query[None, :], 1)
-                E = E * a[None, :]
-                if DELTA:
-                    tl.store(overlap_ptr + at + t * BLOCK_C, tl.sum(E * key[None, :], 1))
-                E = tl.where((offs == t)[:, None], key[None, :], E)
-                if not BEFORE:
-                    scores = tl.sum(E * query[None, :], 1)
-                tl.store(scores_ptr + at + t * BLOCK_C, (scores * scale).to(scores_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "documents"])
+def exact(
+    q_ptr, k_ptr, gate_ptr, calm_ptr, scores_ptr, overlap_ptr,  # what `prepare` left out
+    cu_ptr, T, documents, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
+    FLIP: tl.constexpr, BEFORE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """P, and M of the delta rule, of every chunk that is not calm, with products of gates."""
+    pid = tl.program_id(0).to(tl.int64)
+    chunk, h = pid // H, pid % H
+    first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
+    if start >= stop:
+        return
+    if tl.load(calm_ptr + pid) != 0:
+        return
+    TIED: tl.constexpr = k_ptr is None
+    offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+    length, row = tl.minimum(stop - start, BLOCK_C).to(tl.int32), first + start
+    k, q = (k_ptr, GROUPS, h * GROUPS // H, K), (q_ptr, GROUPS, h * GROUPS // H, K)
+    gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+    # E [s K]: the key of token s times the gates after it, up to the token that reads
+    E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+    at = pid * (BLOCK_C * BLOCK_C) + offs
+    for i in tl.range(0, length, num_stages=1):
+        t = length - 1 - i if FLIP else i
+        log_t, a = _gate_row(gates, start + t, offs_k, K)
+        query = load_row(q, row + t, offs_k)
+        key = tied(log_t) if TIED else load_row(k, row + t, offs_k)
+        if BEFORE:
+            scores = tl.sum(E * query[None, :], 1)
+        E = E * a[None, :]
+        if overlap_ptr is not None:
+            tl.store(overlap_ptr + at + t * BLOCK_C, tl.sum(E * key[None, :], 1))
+        E = tl.where((offs == t)[:, None], key[None, :], E)
+        if not BEFORE:
+            scores = tl.sum(E * query[None, :], 1)
+        tl.store(scores_ptr + at + t * BLOCK_C, (scores * scale).to(scores_ptr.dtype.element_ty))
 
 
 @triton.jit

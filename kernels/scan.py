@@ -166,8 +166,14 @@ class _Scan:
             x.q, x.k, x.log_decay, x.beta, x.bonus,
             *hats, self.near, self.far, self.calm, self.scores, self.rates, self.overlap,
             documents=self.documents, GROUPS=x.q.shape[2], DECAY=self.decay, LIMIT=self.limit,
-            BLOCK_K=self.plan.block_k, PART=64, num_warps=4, **self.common,
+            BLOCK_K=self.plan.block_k, PART=32 if self.decay == "key" else 64, num_warps=4, **self.common,
         )  # fmt: skip
+        if self.decay == "key":
+            kernels.exact[(self.chunks * H,)](
+                x.q, x.k, x.log_decay, self.calm, self.scores, self.overlap,
+                documents=self.documents, GROUPS=x.q.shape[2], BEFORE=before, BLOCK_K=self.plan.block_k, num_warps=4,
+                **{name: value for name, value in self.common.items() if name not in ("DOT", "PRECISION")},
+            )  # fmt: skip
         if delta:
             kernels.solve[(self.chunks * H,)](
                 self.overlap, x.beta, self.solved, x.cu_seqlens, T, self.documents,

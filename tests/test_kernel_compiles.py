@@ -26,7 +26,7 @@ class Case(NamedTuple):
     decay: str | None
     K: int
     V: int
-    launches: tuple[str, ...] = ("pace", "prepare", "solve", "forward", "adjoint", "gradient", "repair")
+    launches: tuple[str, ...] = ("pace", "prepare", "exact", "solve", "forward", "adjoint", "gradient", "repair")
     beta: bool = False
     bonus: bool = False
     tied: bool = False
@@ -66,7 +66,7 @@ WHOLE = [
     (80, Case(FP32, "B T H", 64, 32)),
     (80, Case(BF16, "B T H K", 256, 256)),
 ]
-NAMES = ("pace", "prepare", "solve", "forward", "combine", "adjoint", "gradient", "repair")
+NAMES = ("pace", "prepare", "exact", "solve", "forward", "combine", "adjoint", "gradient", "repair")
 
 
 class Recorder:
