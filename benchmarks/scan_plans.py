@@ -60,8 +60,8 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
         "keep": lambda: run.forward(keep=S, e=options.get("e")),
         "adjoint": lambda: run.adjoint(dy, dv, G, **options),
         "gradient": lambda: run.gradient(e if delta else v, dy, dv, S, G, dq, dk, dgate, None),
-        "forward_all": lambda: scan.scan_forward._init_fn(*x, K**-0.5, False),
-        "backward_all": lambda: scan.scan_backward._init_fn(dy, None, *x, K**-0.5, False),
+        "forward_all": lambda: scan.scan_forward(*x, K**-0.5, False),
+        "backward_all": lambda: scan.scan_backward(dy, None, *x, K**-0.5, False),
     }
 
 

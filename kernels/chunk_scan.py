@@ -36,7 +36,7 @@ No kernel branches on that in its loop: a calm chunk masks the load of P away.
 """
 
 # Jitted functions take no annotations but constexpr, join tuples with +, and choose at compile time before run time.
-# ruff: noqa: RUF005, SIM102
+# ruff: noqa: RUF005
 # mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from recur.kernels.operators import cdiv, fake, operator, power_of_2, processors
 from recur.kernels.tiles import tied
 from torch import Tensor
 
@@ -169,9 +170,9 @@ class Plan(NamedTuple):
 
 def plan(*, states: int, K: int, V: int, planes: int = 1, processors: int = 132) -> Plan:
     """The widest tiles that still give every processor two programs; complex numbers have two planes."""
-    block_k = triton.next_power_of_2(K)
-    block_v = min(triton.next_power_of_2(V), max(1, TILE // block_k // planes), WIDEST)
-    while block_v > NARROWEST and states * triton.cdiv(V, block_v) < 2 * processors:
+    block_k = power_of_2(K)
+    block_v = min(power_of_2(V), max(1, TILE // block_k // planes), WIDEST)
+    while block_v > NARROWEST and states * cdiv(V, block_v) < 2 * processors:
         block_v //= 2
     return Plan(block_k, block_v, min(4, max(1, block_k * block_v // 256)))
 
@@ -195,7 +196,7 @@ def _answer(state: Tensor, q: Tensor | None, v: Tensor) -> Tensor:
     return torch.empty(state.shape[0], state.shape[1], state.shape[3], dtype=dtype, device=state.device)
 
 
-@torch.library.custom_op("recur::step", mutates_args=("state",))
+@operator("step", mutates=("state",))
 def step(
     state: Tensor,
     q: Tensor | None,
@@ -215,13 +216,13 @@ def step(
         bonus [1 H K|1 1]. Any strides. Complex values need a complex state.
     Returns: y [B H V] of v's dtype; of the state's without q.
     """
+    torch.autograd.graph.increment_version(state)
     (B, H, K, V), y = state.shape, _answer(state, q, v)
     if y.numel() == 0:
         return y
-    processors = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else 1
-    tile = plan(states=B * H, K=K, V=V, planes=1 + state.is_complex(), processors=processors)
+    tile = plan(states=B * H, K=K, V=V, planes=1 + state.is_complex(), processors=processors(v.device))
     group = H // max((x.shape[1] for x in (q, k) if x is not None), default=H)
-    _step[(triton.cdiv(V, tile.block_v) * B * H,)](
+    _step[(cdiv(V, tile.block_v) * B * H,)](
         *map(_numbers, (state, q, k, v, log_decay, rate, bonus, y)),
         *state.stride(), *_strides(q, 0, 1, 2), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 3),
         *_strides(log_decay, 0, 1, 2), *_strides(rate, 0, 1), *_strides(bonus, 1, 2), scale,
@@ -231,6 +232,6 @@ def step(
     return y
 
 
-@step.register_fake
+@fake("step")
 def _(state, q, k, v, log_decay, rate, bonus, scale, rule, tied):
     return _answer(state, q, v)

@@ -162,6 +162,9 @@ def the_operator_is_one_of_torch() -> None:
         (transposed, q, None, v, a, None, None, 1.0, "outer", True),
     ):
         torch.library.opcheck(step, case)
+    version = state._version
+    step(state, q, q, v, a, None, None, 1.0, "outer", False)
+    assert state._version > version  # a backward that has saved it will notice
 
 
 GROUPS = [
