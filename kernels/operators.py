@@ -79,4 +79,4 @@ def cdiv(x: int, y: int) -> int:
 
 def power_of_2(x: int) -> int:
     """The least that is not below x."""
-    return 1 << max(0, x - 1).bit_length()
+    return 1 << max(0, int(x) - 1).bit_length()
