@@ -180,9 +180,9 @@ def plan(*, states: int, K: int, V: int, planes: int = 1, processors: int = 132)
 TILE, WIDEST, NARROWEST = 4096, 1024, 8  # numbers of a tile, and its columns
 
 
-def _strides(x: Tensor | None, *axes: int) -> list[int]:
-    """What to add for the next entry along these axes: nothing where all share one."""
-    return [0 if x is None or x.shape[axis] == 1 else x.stride(axis) for axis in axes]
+def _strides(x: Tensor | None) -> list[int]:
+    """What to add for the next entry along each of four axes: nothing where all share one."""
+    return [0] * 4 if x is None else [0 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True)]
 
 
 def _numbers(x: Tensor | None) -> Tensor | None:
@@ -221,12 +221,14 @@ def step(
     if y.numel() == 0:
         return y
     tile = plan(states=B * H, K=K, V=V, planes=1 + state.is_complex(), processors=processors(v.device))
-    group = H // max((x.shape[1] for x in (q, k) if x is not None), default=H)
+    group = H // (H if q is None and k is None else max(1 if x is None else x.shape[1] for x in (q, k)))
+    tensors = (state, q, k, v, log_decay, rate, bonus, y)
+    (*qs, q_v), (*ks, k_v), (*vs, _, v_v), (*decays, a_v), (*rates, _, rate_v), (_, *weights, _) = map(
+        _strides, tensors[1:-1]
+    )
     _step[(cdiv(V, tile.block_v) * B * H,)](
-        *map(_numbers, (state, q, k, v, log_decay, rate, bonus, y)),
-        *state.stride(), *_strides(q, 0, 1, 2), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 3),
-        *_strides(log_decay, 0, 1, 2), *_strides(rate, 0, 1), *_strides(bonus, 1, 2), scale,
-        *_strides(q, 3), *_strides(k, 3), *_strides(log_decay, 3), *_strides(rate, 3),
+        *(map(_numbers, tensors) if state.is_complex() else tensors), *state.stride(), *qs, *ks, *vs, v_v, *decays,
+        *rates, *weights, scale, q_v, k_v, a_v, rate_v,
         group, H, K, V, RULE=rule, TIED=tied, BLOCK_K=tile.block_k, BLOCK_V=tile.block_v, num_warps=tile.warps,
     )  # fmt: skip
     return y
