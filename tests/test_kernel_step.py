@@ -255,14 +255,17 @@ def test_step_compiles_for_older_machines(name: str) -> None:
 
 
 def test_plan_fills_the_machine() -> None:
-    """Two programs a processor where columns suffice; then tiles of at most 4096 numbers."""
+    """Two programs a processor where columns suffice; tiles of at most 4096 numbers, twice that for many states."""
     pytest.importorskip("triton")
     from recur.kernels.step import plan
 
-    assert plan(states=4096, K=128, V=128).block_v == 32
-    assert plan(states=16, K=128, V=128).block_v == 8  # 256 programs, as many as there can be
-    assert plan(states=256, K=16, V=4096)[:2] == (16, 256)
-    assert plan(states=1, K=1, V=3)[:2] == (1, 4)
+    assert plan(states=16, K=128, V=128) == (128, 16, 4)  # 128 programs, as many as there can be
+    assert plan(states=1024, K=128, V=128) == (128, 32, 4)
+    assert plan(states=4096, K=128, V=128) == (128, 64, 8)
+    assert plan(states=64, K=16, V=4096) == (16, 128, 4)
+    assert plan(states=256, K=16, V=4096) == (16, 256, 8)
+    assert plan(states=1024, K=128, V=128, planes=2) == (128, 32, 8)
+    assert plan(states=1, K=1, V=3) == (1, 4, 1)
 
 
 def test_every_law_is_run() -> None:
