@@ -101,8 +101,8 @@ def launches(case: Case) -> list[tuple[str, Any, tuple, dict]]:
     scan.plan = lambda **sizes: describe(**{**sizes, "processors": 132})
     try:
         inputs = (q, None if case.tied else q, v, a, beta, bonus, torch.zeros(1, 16, case.K, case.V), None, 0.5, False)
-        y, final, *kept = scan.scan_forward._init_fn(*inputs, True)
-        scan.scan_backward._init_fn(torch.empty_like(y), torch.zeros_like(final), *inputs, *kept)
+        y, final, *kept = scan.scan_forward(*inputs, True)
+        scan.scan_backward(torch.empty_like(y), torch.zeros_like(final), *inputs, *kept)
     finally:
         for name, kernel in originals.items():
             setattr(kernels, name, kernel)
