@@ -1,6 +1,7 @@
 """Steps on a GPU: `python tests/gpu_step.py check`, `... time`.
 
-check runs the laws of test_kernel_step.py, bfloat16 states included, and captures `model.step` of every preset and of
+check runs the laws of test_kernel_step.py, in which every rule meets every kind of gate, key, bonus, group and state,
+bfloat16 and complex ones included, and captures `model.step` of every preset and of
 hybrids in a CUDA graph, whose replays must equal eager steps; it tells the launches a step takes and exits with 1 if
 anything is wrong. time prints one JSON line a decode shape, the fastest tiles first.
 """
