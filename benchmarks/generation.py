@@ -153,11 +153,12 @@ def draw(points: list[Point], batches: list[int], contexts: list[int], title: st
         (wide, f"speed by batch, context {contexts[0]:,}", "texts at once", "tokens/s"),
         (memory, "memory of one text", "tokens read before", "MiB"),
     ):
-        axis.set(title=heading, xlabel=x, ylabel=y, xscale="log", yscale="log")
+        axis.set(title=heading, xlabel=x, ylabel=y, xscale="log", yscale="linear" if axis is speed else "log")
         ticks = batches if axis is wide else contexts
         axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
+    speed.set_ylim(bottom=0)
     figure.suptitle(title)
     figure.legend(loc="outside lower center", ncols=len(MODELS), frameon=False)
     figure.savefig(path, dpi=120)

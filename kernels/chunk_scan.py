@@ -36,7 +36,7 @@ No kernel branches on that in its loop: a calm chunk masks the load of P away.
 """
 
 # Jitted functions take no annotations but constexpr, join tuples with +, and choose at compile time before run time.
-# ruff: noqa: RUF005, SIM102
+# ruff: noqa: RUF005
 # mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def pace(
 def prepare(
     q_ptr, k_ptr, gate_ptr, beta_ptr, bonus_ptr,  # tensors [B T heads *], bonus [H K]
     told_ptr, write_ptr, reach_ptr, near_ptr, far_ptr, calm_ptr, scores_ptr,  # if the gates are a key's
-    rates_ptr, overlap_ptr,  # from `pace` if a head has one gate; M [chunks H C C] if DELTA
+    rates_ptr, overlap_ptr,  # from `pace` if a head has one gate; M [chunks H C C], if T is not known
     cu_ptr, T, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
     DECAY: tl.constexpr, FLIP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
@@ -144,6 +144,7 @@ def prepare(
     if start >= stop:
         return
     DELTA: tl.constexpr = beta_ptr is not None
+    MEET: tl.constexpr = overlap_ptr is not None
     BEFORE: tl.constexpr = bonus_ptr is not None
     TIED: tl.constexpr = k_ptr is None
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
@@ -159,7 +160,7 @@ def prepare(
         total = tl.sum(load_gates(gates, start, offs, inside, offs_k, K, DECAY).to(tl.float32), 0) * LOG2E
         calm = tl.where(tl.max(tl.abs(total), 0) <= 2 * LIMIT, 1, 0)
         tl.store(calm_ptr + pid, calm)
-    if DECAY == "key" or DELTA or BEFORE:
+    if DECAY == "key" or MEET or BEFORE:
         M = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
         now = tl.zeros([BLOCK_C], tl.float32)
         for part in tl.range(0, BLOCK_K, PART, num_stages=1):
@@ -184,11 +185,11 @@ def prepare(
                 tl.store(far_ptr + pid * K + offs_p, tl.exp2(whole - middle), mask=offs_p < K)
                 if DELTA:
                     store_tile((reach_ptr, H, h, K), row, offs, inside, offs_p, reach)
-            if DELTA:
+            if MEET:
                 M = tl.dot(reach.to(DOT), tl.trans(key.to(DOT)), M, input_precision=PRECISION)
         if BEFORE:
             tl.store(rates_ptr + pid * (4 * BLOCK_C) + 3 * BLOCK_C + offs, now)
-        if DELTA:
+        if MEET:
             if DECAY == "one":
                 log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
                 rise, since = _rates(rates_ptr, pid, BLOCK_C, 0), _rates(rates_ptr, pid, BLOCK_C, 1)
@@ -197,21 +198,40 @@ def prepare(
             tl.store(_square(overlap_ptr, chunk, h, H, BLOCK_C), M, mask=(inside & (calm != 0))[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "documents"])
+@triton.jit(do_not_specialize=["T", "documents", "squares"])
 def exact(
     q_ptr, k_ptr, gate_ptr, calm_ptr, scores_ptr, overlap_ptr,  # what `prepare` left out
-    cu_ptr, T, documents, gate_sb, gate_sh, scale,
+    cu_ptr, T, documents, squares, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
+    FLIP: tl.constexpr, BEFORE: tl.constexpr, FEW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """P, and M of the delta rule, of every chunk that is not calm, with products of gates; FEW chunks a program, which
+    mostly finds that all are calm."""
+    pid = tl.program_id(0).to(tl.int64) * FEW
+    if _all_calm(calm_ptr, pid, squares, FEW):
+        return
+    for square in range(pid, tl.minimum(pid + FEW, squares)):
+        if tl.load(calm_ptr + square) == 0:
+            _exact_scores(
+                q_ptr, k_ptr, gate_ptr, scores_ptr, overlap_ptr, square, cu_ptr, T, documents, gate_sb, gate_sh, scale,
+                H, GROUPS, K, gate_st, gate_sd, FLIP, BEFORE, BLOCK_C, BLOCK_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def _all_calm(calm_ptr, square, squares, FEW: tl.constexpr):
+    offs = square + tl.arange(0, FEW)
+    return tl.min(tl.load(calm_ptr + offs, mask=offs < squares, other=1), 0) != 0
+
+
+@triton.jit
+def _exact_scores(
+    q_ptr, k_ptr, gate_ptr, scores_ptr, overlap_ptr, pid, cu_ptr, T, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
     FLIP: tl.constexpr, BEFORE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """P, and M of the delta rule, of every chunk that is not calm, with products of gates."""
-    pid = tl.program_id(0).to(tl.int64)
     chunk, h = pid // H, pid % H
     first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
-    if start >= stop:
-        return
-    if tl.load(calm_ptr + pid) != 0:
-        return
     TIED: tl.constexpr = k_ptr is None
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     length, row = tl.minimum(stop - start, BLOCK_C).to(tl.int32), first + start
@@ -664,29 +684,45 @@ def gradient(
 # ------------------------------------------------------------------------------------------------------------ repair
 
 
-@triton.jit(do_not_specialize=["T", "documents"])
+@triton.jit(do_not_specialize=["T", "documents", "squares"])
 def repair(
     q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr,  # tensors [B T heads *]
     calm_ptr, dP_ptr, dM_ptr,  # [chunks H C C] float32, room for what the scores owe
     dq_ptr, dk_ptr, dgate_ptr,  # added to
+    cu_ptr, T, documents, squares, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, FEW: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """What the scores of a chunk that is not calm owe to q, k and log a, with products of gates."""
+    pid = tl.program_id(0).to(tl.int64) * FEW
+    if _all_calm(calm_ptr, pid, squares, FEW):
+        return
+    for square in range(pid, tl.minimum(pid + FEW, squares)):
+        if tl.load(calm_ptr + square) == 0:
+            _repair_chunk(
+                q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr, dP_ptr, dM_ptr, dq_ptr, dk_ptr, dgate_ptr,
+                square, cu_ptr, T, documents, gate_sb, gate_sh, scale, H, GROUPS, K, V, gate_st, gate_sd, FLIP,
+                BEFORE, DOT, PRECISION, BLOCK_C, BLOCK_K, BLOCK_V,
+            )  # fmt: skip
+
+
+@triton.jit
+def _repair_chunk(
+    q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr, dP_ptr, dM_ptr, dq_ptr, dk_ptr, dgate_ptr, square,
     cu_ptr, T, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     gate_st: tl.constexpr, gate_sd: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """What the scores of a chunk that is not calm owe to q, k and log a, with products of gates."""
-    square = tl.program_id(0).to(tl.int64)
     chunk, h = square // H, square % H
     first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
-    if start >= stop:
-        return
-    if tl.load(calm_ptr + square) != 0:
-        return
     DELTA: tl.constexpr = beta_ptr is not None
     TIED: tl.constexpr = k_ptr is None
     offs, offs_k, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)
+    length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)  # none for a number that no document uses
     row, inside = first + start, offs < length
     seen, later = order(BLOCK_C, FLIP), order(BLOCK_C, not FLIP)
     q, k = (q_ptr, GROUPS, h * GROUPS // H, K), (k_ptr, GROUPS, h * GROUPS // H, K)

@@ -195,5 +195,7 @@ def _run(
 
     k, log_decay, beta = (None if x is None else x.contiguous() for x in (k, log_decay, beta))
     initial = None if initial is None else initial.float().contiguous()
-    out = scan_forward(q.contiguous(), k, v.contiguous(), log_decay, beta, bonus, initial, cu_seqlens, scale, reverse)
-    return ScanOut(*out)
+    tensors = (q.contiguous(), k, v.contiguous(), log_decay, beta, bonus, initial)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    y, state, *_ = scan_forward(*tensors, cu_seqlens, scale, reverse, keep)
+    return ScanOut(y, state)

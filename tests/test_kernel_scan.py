@@ -221,8 +221,8 @@ def operators_keep_the_rules_of_torch() -> None:
     q, k, v = (torch.randn(1, 9, 2, 4, requires_grad=True) for _ in range(3))
     a, beta = -torch.rand(1, 9, 2, 4), torch.rand(1, 9, 2)
     for arguments in (
-        (q, k, v, a.requires_grad_(), None, None, None, None, 1.0, False),
-        (q, k, v, None, beta, None, torch.randn(2, 2, 4, 4), torch.tensor([0, 4, 9]), 0.5, True),
+        (q, k, v, a.requires_grad_(), None, None, None, None, 1.0, False, True),
+        (q, k, v, None, beta, None, torch.randn(2, 2, 4, 4), torch.tensor([0, 4, 9]), 0.5, True, True),
     ):
         torch.library.opcheck(scan_forward, arguments, test_utils=("test_schema", "test_faketensor"))
 
