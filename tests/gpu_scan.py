@@ -46,7 +46,8 @@ class Case(NamedTuple):
         if self.kind == "complex":
             return torch.complex(-torch.rand(shape), 3 * torch.randn(shape))
         if self.kind == "mild":
-            return torch.nn.functional.logsigmoid(torch.randn(shape) + 3).to(self.dtype if self.narrow else None)
+            mild = torch.nn.functional.logsigmoid(torch.randn(shape) + 3)
+            return mild.to(self.dtype) if self.narrow else mild
         values = HARD if self.kind == "hard" else LEAKY
         return values.to(torch.get_default_device())[torch.randint(len(values), shape)]
 
@@ -139,6 +140,7 @@ def errors(case: Any) -> dict[str, float]:
 
 
 def cases() -> list[Case]:
+    """Few tokens and many, borders, odd sizes, and gates from mild to resets."""
     bf16, fp32 = torch.bfloat16, torch.float32
     sizes = [(2, 300, 2, 2, 64, 64), (1, 200, 2, 1, 128, 128)]
     found = [
@@ -163,24 +165,23 @@ def cases() -> list[Case]:
     return [*found, Case((1, 200, 2, 1, 256, 256), "B T H K", beta=True, narrow=True)]
 
 
-def attempt(job: tuple[Any, dict[torch.dtype, float]]) -> bool:
-    case, limits = job
+def attempt(job: tuple[Any, dict[torch.dtype, float], float]) -> bool:
+    case, limits, slack = job
     torch.set_default_device("cuda")
     found = errors(case)
-    # the gate's gradient is a difference of sums, added up over time
-    good = all(error < limits[case.dtype] * (4 if name == "dlog_decay" else 1) for name, error in found.items())
+    good = all(e < limits[case.dtype] * (slack if name == "dlog_decay" else 1) for name, e in found.items())
     label = " ".join(f"{name}={value}" for name, value in case._asdict().items() if value not in (False, ()))
     print("ok " if good else "BAD", label, {name: f"{error:.1e}" for name, error in found.items()}, flush=True)
     return good
 
 
-def main(cases: list[Any], limits: dict[torch.dtype, float]) -> int:
-    """In parallel, because compiling takes longer than running."""
+def main(cases: list[Any], limits: dict[torch.dtype, float], slack: float = 1) -> int:
+    """In parallel, because compiling takes longer than running; gradients of gates may err by `slack` more."""
     with torch.multiprocessing.get_context("spawn").Pool(15) as pool:
-        good = pool.map(attempt, [(case, limits) for case in cases], chunksize=1)
+        good = pool.map(attempt, [(case, limits, slack) for case in cases], chunksize=1)
     print(f"{sum(good)} of {len(good)} good")
     return int(not all(good))
 
 
 if __name__ == "__main__":
-    sys.exit(main(listed() + cases(), LIMITS))
+    sys.exit(main(listed() + cases(), LIMITS, slack=4))  # differences of sums, added up over time

@@ -89,10 +89,10 @@ def listed() -> list[Case]:
                 rule,
                 (1 if packed else 2 if more else 4, T, *sizes),
                 getattr(torch, row["dtype"]),
-                row["way"] == "left",
-                (0, 20, T - 20) if packed else (),
-                "".join(w for w in "kq" if row.get(w) == "fixed"),
-                row["states"] == "given",
+                reverse=row["way"] == "left",
+                lengths=(0, 20, T - 20) if packed else (),
+                fixed="".join(w for w in "kq" if row.get(w) == "fixed"),
+                initial=row["states"] == "given",
             )
         )
     return found

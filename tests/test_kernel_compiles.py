@@ -33,11 +33,11 @@ SHARED = {80: 166_912, 90: 232_448}  # bytes one program may have
 # for matmuls. A complex step has the library's cos and sin, with room for phases of many turns.
 SPILLS = {
     "mamba2 forward": 24,
-    "gla gradient": 400, "gla repair": 816,
-    "hgrn2 gradient": 536, "hgrn2 repair": 816,
-    "rwkv5 gradient": 816, "rwkv5 repair": 888,
+    "gla gradient": 400, "gla repair": 1288,
+    "hgrn2 gradient": 536, "hgrn2 repair": 1288,
+    "rwkv5 gradient": 816, "rwkv5 repair": 1176,
     "gated-delta-net forward": 32, "gated-delta-net gradient": 304,
-    "kda forward": 16, "kda adjoint": 160, "kda gradient": 840, "kda repair": 832,
+    "kda forward": 16, "kda adjoint": 160, "kda gradient": 840, "kda repair": 1256,
     "simple-gate-loop _step": 32,
 }  # fmt: skip
 Launch = tuple[Any, tuple, dict]
