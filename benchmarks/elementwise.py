@@ -36,9 +36,9 @@ WALKS = {
     False: [(2, 8, 4, 255), (4, 8, 4, 255), (2, 8, 8, 255)],
     True: [(4, 8, 2, 255), (2, 8, 4, 255), (2, 8, 2, 128)],
 }
-# Shapes B T D; bytes a row, bytes a thread, UNROLL, warps
-DIAGONALS = {(8, 2048, 2048): (1,), (1, 65536, 1024): (1, 4)}
-ROWS = [(128, 8, 8, 4), (128, 8, 4, 4), (64, 8, 4, 8)]
+# Shapes B T D, loops (1) or chains (2); bytes a row, bytes a thread, UNROLL, registers, stages
+DIAGONALS = {(8, 2048, 2048): (1, 2), (1, 65536, 1024): (2,)}
+ROWS = [(128, 16, 8, None, 3), (128, 8, 8, 168, 1), (64, 16, 8, None, 1), (128, 16, 4, None, 2), (128, 16, 4, 128, 1)]
 
 
 def use(tile: tuple[int, ...], segments: int, adjoint: bool) -> None:
@@ -56,15 +56,14 @@ def use(tile: tuple[int, ...], segments: int, adjoint: bool) -> None:
     walk.plan = plan
 
 
-def use_diagonal(tile: tuple[int, ...], segments: int, adjoint: bool) -> None:
-    row, thread, UNROLL, warps = tile
+def use_diagonal(tile: tuple[Any, ...], segments: int, adjoint: bool) -> None:
+    row, thread, UNROLL, registers, stages = tile
 
     def plan(B: int, T: int, D: int, *, itemsize: int = 2, **options: Any) -> diagonal.DiagonalPlan:
-        BLOCK_D, ROWS = row // itemsize, 32 * warps * thread // row
-        length = triton.cdiv(triton.cdiv(T, ROWS * UNROLL), segments) * ROWS * UNROLL
-        return diagonal.DiagonalPlan(
-            ROWS, UNROLL, BLOCK_D, warps, triton.cdiv(D, BLOCK_D), triton.cdiv(T, length), length
-        )
+        BLOCK_D, ROWS = row // itemsize, 32 * diagonal.WARPS * thread // row
+        length = T if segments == 1 else ROWS * UNROLL
+        cut = triton.cdiv(D, BLOCK_D), triton.cdiv(T, length), length
+        return diagonal.DiagonalPlan(ROWS, UNROLL, BLOCK_D, registers, stages, *cut)
 
     diagonal.plan_diagonal = plan
 
@@ -86,7 +85,7 @@ def outputs(scan: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
 
-def warm(job: tuple[str, bool, tuple[int, ...]]) -> tuple[Any, float]:
+def warm(job: tuple[str, bool, tuple[Any, ...]]) -> tuple[Any, float]:
     """Compile for one plan on a small problem and compare with the token loop: the largest relative error."""
     rule, adjoint, tile = job
     torch.manual_seed(0)
@@ -122,7 +121,7 @@ def milliseconds(rule: str, tensors: list[Tensor], *, backward: bool) -> float:
 
 
 def sweep(
-    rule: str, shape: tuple[int, ...], segments: tuple[int, ...], tiles: list[tuple[int, ...]], backward: bool
+    rule: str, shape: tuple[int, ...], segments: tuple[int, ...], tiles: list[tuple[Any, ...]], backward: bool
 ) -> dict[str, Any]:
     """The shipped plan and the candidates, the fastest first."""
     walk.plan, diagonal.plan_diagonal = PLAN, PLAN_DIAGONAL
@@ -134,7 +133,14 @@ def sweep(
             found.append((round(milliseconds(rule, tensors, backward=backward), 4), *tile, n))
     floor = (5 if backward else 3) * tensors[0].numel() * tensors[0].element_size() / COPY * 1e3
     way = "bwd" if backward else "fwd"
-    return {"rule": rule, "shape": shape, "way": way, "floor": floor, "shipped": shipped, "found": sorted(found)}
+    return {
+        "rule": rule,
+        "shape": shape,
+        "way": way,
+        "floor": floor,
+        "shipped": shipped,
+        "found": sorted(found, key=lambda row: row[0]),
+    }
 
 
 def fixed(B: int, T: int, V: int, N: int) -> dict[str, Any]:

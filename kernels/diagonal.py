@@ -1,11 +1,12 @@
 """The diagonal scan, h_t = a_t h_{t-1} + x_t, one number a channel: nothing is used twice, so bytes decide.
 
-    summary (segments > 1)   a, x          -> P, R [B segments D]: what a segment does to the state, h -> P h + R
-    combine (segments > 1)   P, R          -> the state entering each segment
-    emit                     a, x, h       -> y, final states
-    adjoint                  the same from the other end, H -> conj(a_t) (H + dy_t); dx, dlog_decay instead of y
+    scan       x, log_decay             -> y, final states
+    adjoint    dy, log_decay, y         -> dx, dlog_decay, gradients of initial states: H -> conj(a_t) (H + dy_t)
 
-Complex numbers are two planes side by side in D. Packed documents open with their own state, and empty ones hand it on.
+One kernel walks both, the adjoint from the other end. A program loops over all tokens of its channels; where channels
+are too few for that, every tile of tokens has a program, and a chain of words carries what tiles do to the state.
+Everything is read once. Complex numbers are two planes side by side in D. Packed documents open with their own state,
+and empty ones hand it on.
 """
 
 # Jitted functions take no annotations but constexpr, and join tuples with +.
@@ -39,12 +40,17 @@ def _times(ar, ai, br, bi, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _load_planes(ptr, row, cols, here, COMPLEX: tl.constexpr):
-    """Rows of a tensor [rows cols] -> real and imaginary part, which lie side by side."""
-    tile = tl.load(ptr + row[:, None] * cols[1] + cols[0][None, :], mask=here, other=0.0).to(tl.float32)
-    re, im = tile, tl.zeros_like(tile)
+def _load(ptr, row, cols, here):
+    """Rows of a tensor [rows cols]."""
+    return tl.load(ptr + row[:, None] * cols[1] + cols[0][None, :], mask=here, other=0.0)
+
+
+@triton.jit
+def _planes(tile, COMPLEX: tl.constexpr):
+    """Real and imaginary part, which lie side by side in memory."""
+    re, im = tile.to(tl.float32), tl.zeros_like(tile.to(tl.float32))
     if COMPLEX:
-        re, im = tl.split(tile.reshape(tile.shape[0], tile.shape[1] // 2, 2))
+        re, im = tl.split(re.reshape(tile.shape[0], tile.shape[1] // 2, 2))
     return re, im
 
 
@@ -53,24 +59,6 @@ def _store_planes(ptr, row, cols, here, re, im, COMPLEX: tl.constexpr):
     if COMPLEX:
         re = tl.join(re, im).reshape(re.shape[0], re.shape[1] * 2)
     tl.store(ptr + row[:, None] * cols[1] + cols[0][None, :], re, mask=here)
-
-
-@triton.jit
-def _combine(P_ptr, R_ptr, size, segments, COMPLEX: tl.constexpr, ADJOINT: tl.constexpr, BLOCK: tl.constexpr):
-    """R [B segments size] becomes the state that enters each segment; where a row starts P is 0."""
-    blocks = tl.cdiv(size, BLOCK)
-    pid = tl.program_id(0).to(tl.int64)
-    b, offs = pid // blocks + tl.zeros((1,), tl.int64), pid % blocks * BLOCK + tl.arange(0, BLOCK)
-    cols, here = (offs, size), (offs < size)[None, :]
-    re = tl.zeros((1, BLOCK // 2 if COMPLEX else BLOCK), tl.float32)
-    im = re
-    for i in range(0, segments):
-        at = b * segments + (segments - 1 - i if ADJOINT else i)
-        Pr, Pi = _load_planes(P_ptr, at, cols, here, COMPLEX)
-        Rr, Ri = _load_planes(R_ptr, at, cols, here, COMPLEX)
-        _store_planes(R_ptr, at, cols, here, re, im, COMPLEX)
-        re, im = _times(Pr, Pi, re, im, COMPLEX)
-        re, im = re + Rr, im + Ri
 
 
 @triton.jit
@@ -100,23 +88,66 @@ def _polar(log, COMPLEX: tl.constexpr, CONJUGATE: tl.constexpr):
 
 
 @triton.jit
-def _then(P, R, E, F, P2, R2, E2, F2):
-    """S -> P S + R, then the same with P2, R2. E, F is what has acted before the last of the rows so far."""
-    return P2 * P, P2 * R + R2, E2 * P, E2 * R + F2
+def _then(P, R, P2, R2):
+    """h -> P h + R, then the same with P2, R2."""
+    return P2 * P, P2 * R + R2
 
 
 @triton.jit
-def _then_complex(Pr, Pi, Rr, Ri, Er, Ei, Fr, Fi, Pr2, Pi2, Rr2, Ri2, Er2, Ei2, Fr2, Fi2):
-    return (
-        Pr2 * Pr - Pi2 * Pi,
-        Pr2 * Pi + Pi2 * Pr,
-        Pr2 * Rr - Pi2 * Ri + Rr2,
-        Pr2 * Ri + Pi2 * Rr + Ri2,
-        Er2 * Pr - Ei2 * Pi,
-        Er2 * Pi + Ei2 * Pr,
-        Er2 * Rr - Ei2 * Ri + Fr2,
-        Er2 * Ri + Ei2 * Rr + Fi2,
-    )
+def _then_complex(Pr, Pi, Rr, Ri, Pr2, Pi2, Rr2, Ri2):
+    return Pr2 * Pr - Pi2 * Pi, Pr2 * Pi + Pi2 * Pr, Pr2 * Rr - Pi2 * Ri + Rr2, Pr2 * Ri + Pi2 * Rr + Ri2
+
+
+@triton.jit
+def _both(P, R, E, F, P2, R2, E2, F2):
+    """The same, and E, F for what has acted before the last of the rows so far."""
+    return _then(P, R, P2, R2) + _then(P, R, E2, F2)
+
+
+@triton.jit
+def _both_complex(Pr, Pi, Rr, Ri, Er, Ei, Fr, Fi, Pr2, Pi2, Rr2, Ri2, Er2, Ei2, Fr2, Fi2):
+    return _then_complex(Pr, Pi, Rr, Ri, Pr2, Pi2, Rr2, Ri2) + _then_complex(Pr, Pi, Rr, Ri, Er2, Ei2, Fr2, Fi2)
+
+
+@triton.jit
+def _put(ptrs, x, y, here):
+    """Two float32 in one word, so that both are seen or neither."""
+    high, low = x.to(tl.int32, bitcast=True).to(tl.int64), y.to(tl.uint32, bitcast=True).to(tl.int64)
+    tl.store(ptrs, (high << 32) | low, mask=here)
+
+
+@triton.jit
+def _await(ptrs, here):
+    """The two float32 of every word, once it is there: −1 until then, two NaNs that no arithmetic makes."""
+    words = tl.load(ptrs, mask=here, other=0, volatile=True)
+    while tl.max((words == -1).to(tl.int32)) > 0:
+        words = tl.load(ptrs, mask=here, other=0, volatile=True)
+    high, low = (words >> 32).to(tl.int32), words.to(tl.int32)
+    return high.to(tl.float32, bitcast=True), low.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _tell(ptrs, apart, Pr, Pi, Rr, Ri, here, COMPLEX: tl.constexpr):
+    """h -> P h + R in one word a number, or in two that lie `apart`."""
+    if COMPLEX:
+        _put(ptrs, Pr, Pi, here)
+        _put(ptrs + apart, Rr, Ri, here)
+    else:
+        _put(ptrs, Pr, Rr, here)
+
+
+@triton.jit
+def _entering(ptrs, apart, here, COMPLEX: tl.constexpr):
+    """[1 D]: the state that rows of words [ROWS D] make of nothing, one after the other."""
+    first, second = _await(ptrs, here)
+    Pr = tl.where(here, first, 1.0)
+    if COMPLEX:
+        Rr, Ri = _await(ptrs + apart, here)
+        _, _, Rr, Ri = tl.associative_scan((Pr, second, Rr, Ri), 0, _then_complex)
+    else:
+        _, Rr = tl.associative_scan((Pr, second), 0, _then)
+        Ri = tl.zeros_like(Rr)
+    return _last(Rr, ptrs.shape[0]), _last(Ri, ptrs.shape[0])
 
 
 @triton.jit
@@ -126,163 +157,170 @@ def _last(tile, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _border(borders_ptr, position, inside):
-    """[ROWS]: the packed document that opens, or closes, at these tokens; −1 if none does."""
-    return tl.load(borders_ptr + position, mask=inside, other=-1)
-
-
-@triton.jit
 def _replaced(re, im, ptr, document, cols, in_d, COMPLEX: tl.constexpr):
     """Rows that name a document are replaced by its state, zeros where there is no tensor."""
     here = (document >= 0)[:, None]
     sr, si = tl.zeros_like(re), tl.zeros_like(im)
     if ptr is not None:
-        sr, si = _load_planes(ptr, document.to(tl.int64), cols, here & in_d, COMPLEX)
+        sr, si = _planes(_load(ptr, document.to(tl.int64), cols, here & in_d), COMPLEX)
     return tl.where(here, sr, re), tl.where(here, si, im)
 
 
 @triton.jit(do_not_specialize=["T", "segments", "length", "first", "step"])
 def _diagonal(
-    value_ptr, log_ptr, y_ptr, initial_ptr, open_ptr, close_ptr, start_ptr, enter_ptr,  # read
-    P_ptr, R_ptr, out_ptr, dlog_ptr, state_ptr,  # written
+    value_ptr, log_ptr, y_ptr, initial_ptr, open_ptr, close_ptr, start_ptr,  # read
+    out_ptr, dlog_ptr, state_ptr, words_ptr,  # written
     T, D, segments, length, first, step,  # sizes; D counts both planes; token t lies at first + step t
-    COMPLEX: tl.constexpr, ADJOINT: tl.constexpr, EMIT: tl.constexpr,  # variants
-    ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr,  # tile
+    COMPLEX: tl.constexpr, ADJOINT: tl.constexpr,  # variants
+    ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,  # tile
 ):  # fmt: skip
     """h_t = a_t h_{t-1} + x_t, or its adjoint H -> conj(a_t) (H + dy_t), walked from the other end.
 
     A tile is ROWS stretches of UNROLL tokens, one a row. Each row is walked by itself, rows are joined by one scan, and
     the tokens, still in registers, are walked again from the state that enters their row. Rows and packed documents
     open with their state of start [B D] and leave one in state; open and close [T] name the document at its borders.
+
+    With words the segments, a tile each, are a chain: a segment tells what it does to the state as soon as it knows,
+    the first of every ROWS, once it is entered, the state it leaves, and is entered with what the last such state and
+    those between make of it. Segments are drawn by number, so whoever is waited for has begun.
     """
-    tiles = tl.cdiv(D, BLOCK_D)
     pid = tl.program_id(0).to(tl.int64)
-    tile, segment, b = pid % tiles, pid // tiles % segments, pid // (tiles * segments)
+    if words_ptr is not None:
+        pid = tl.atomic_add(words_ptr, 1, sem="relaxed") + 1
+    tiles, lanes = tl.cdiv(D, BLOCK_D), tl.num_programs(0) // segments
+    segment, tile, b = pid // lanes, pid % lanes % tiles, pid % lanes // tiles
     channel = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     cols, in_d, base = (channel, D), (channel < D)[None, :], b * T + first
     WIDTH: tl.constexpr = BLOCK_D // 2 if COMPLEX else BLOCK_D
     only = tl.zeros((1,), tl.int64)
-    at = b * segments + segment + only
     start = (segment * length).to(tl.int32)
     stop = tl.minimum(start + length, T)
     one, none = tl.full((ROWS, WIDTH), 1.0, tl.float32), tl.zeros((ROWS, WIDTH), tl.float32)
     hr, hi = tl.zeros((1, WIDTH), tl.float32), tl.zeros((1, WIDTH), tl.float32)
-    wr, wi = hr + 1.0, hi  # the product of all gates, for the summary
-    if enter_ptr is not None:
-        hr, hi = _load_planes(enter_ptr, at, cols, in_d, COMPLEX)
     if open_ptr is None:
-        opening = b + only if start == 0 else only - 1
-        hr, hi = _replaced(hr, hi, start_ptr, opening, cols, in_d, COMPLEX)
-        wr = tl.where((opening >= 0)[:, None], 0.0, wr)
-    for t0 in range(start, stop, ROWS * UNROLL):
+        hr, hi = _replaced(hr, hi, start_ptr, b + only if start == 0 else only - 1, cols, in_d, COMPLEX)
+    for t0 in tl.range(start, stop, ROWS * UNROLL, num_stages=STAGES):
         t = t0 + tl.arange(0, ROWS) * UNROLL
-        gates, values = (), ()
+        logs, values, before, gates, openings, closings = (), (), (), (), (), ()
         for u in tl.static_range(UNROLL):
-            row, here = base + step * (t + u), (t + u < stop)[:, None] & in_d
-            gates = gates + (_polar(_load_planes(log_ptr, row, cols, here, COMPLEX), COMPLEX, ADJOINT),)
-            values = values + (_load_planes(value_ptr, row, cols, here, COMPLEX),)
+            row, inside = base + step * (t + u), t + u < stop
+            here = inside[:, None] & in_d
+            logs = logs + (_load(log_ptr, row, cols, here),)
+            values = values + (_load(value_ptr, row, cols, here),)
+            closing = tl.where(t + u + 1 == T, b, -1)
+            if open_ptr is not None:
+                openings = openings + (tl.load(open_ptr + first + step * (t + u), mask=inside, other=-1),)
+                closing = tl.load(close_ptr + first + step * (t + u), mask=inside, other=-1)
+            closings = closings + (closing,)
+            if ADJOINT:
+                before = before + (_load(y_ptr, row + step, cols, here & (closing < 0)[:, None]),)
         Pr, Pi, Rr, Ri = one, none, none, none
         for u in tl.static_range(UNROLL):
             if open_ptr is not None:
-                opening = _border(open_ptr, first + step * (t + u), t + u < stop)
-                Rr, Ri = _replaced(Rr, Ri, start_ptr, opening, cols, in_d, COMPLEX)
-                Pr, Pi = _replaced(Pr, Pi, None, opening, cols, in_d, COMPLEX)
-            ar, ai = gates[u]
+                Rr, Ri = _replaced(Rr, Ri, start_ptr, openings[u], cols, in_d, COMPLEX)
+                Pr, Pi = _replaced(Pr, Pi, None, openings[u], cols, in_d, COMPLEX)
+            ar, ai = _polar(_planes(logs[u], COMPLEX), COMPLEX, ADJOINT)
+            gates = gates + ((ar, ai),)
+            xr, xi = _planes(values[u], COMPLEX)
             if ADJOINT:
-                Rr, Ri = _times(ar, ai, Rr + values[u][0], Ri + values[u][1], COMPLEX)
+                Rr, Ri = _times(ar, ai, Rr + xr, Ri + xi, COMPLEX)
             else:
                 Rr, Ri = _times(ar, ai, Rr, Ri, COMPLEX)
-                Rr, Ri = Rr + values[u][0], Ri + values[u][1]
+                Rr, Ri = Rr + xr, Ri + xi
             Pr, Pi = _times(ar, ai, Pr, Pi, COMPLEX)
         if COMPLEX:
             Pr, Pi, Rr, Ri, Er, Ei, Fr, Fi = tl.associative_scan(
-                (Pr, Pi, Rr, Ri, one, none, none, none), 0, _then_complex
+                (Pr, Pi, Rr, Ri, one, none, none, none), 0, _both_complex
             )
         else:
-            Pr, Rr, Er, Fr = tl.associative_scan((Pr, Rr, one, none), 0, _then)
+            Pr, Rr, Er, Fr = tl.associative_scan((Pr, Rr, one, none), 0, _both)
             Pi, Ri, Ei, Fi = none, none, none, none
-        if EMIT:
-            sr, si = _times(Er, Ei, hr, hi, COMPLEX)
-            sr, si = sr + Fr, si + Fi
-            for u in tl.static_range(UNROLL):
-                row, inside = base + step * (t + u), t + u < stop
-                here = inside[:, None] & in_d
-                ar, ai = gates[u]
-                if open_ptr is None:
-                    closing = tl.where(t + u + 1 == T, b, -1)
-                else:
-                    opening = _border(open_ptr, first + step * (t + u), inside)
-                    closing = _border(close_ptr, first + step * (t + u), inside)
-                    sr, si = _replaced(sr, si, start_ptr, opening, cols, in_d, COMPLEX)
-                if ADJOINT:
-                    sr, si = sr + values[u][0], si + values[u][1]
-                    _store_planes(out_ptr, row, cols, here, sr, si, COMPLEX)
-                    br, bi = _load_planes(y_ptr, row + step, cols, here & (closing < 0)[:, None], COMPLEX)
-                    br, bi = _replaced(br, bi, initial_ptr, closing, cols, in_d, COMPLEX)
-                    sr, si = _times(ar, ai, sr, si, COMPLEX)
-                    gr, gi = _times(sr, si, br, -bi, COMPLEX)
-                    _store_planes(dlog_ptr, row, cols, here, gr, gi, COMPLEX)
-                else:
-                    sr, si = _times(ar, ai, sr, si, COMPLEX)
-                    sr, si = sr + values[u][0], si + values[u][1]
-                    _store_planes(out_ptr, row, cols, here, sr, si, COMPLEX)
-                if open_ptr is not None:
-                    leaving = (closing >= 0)[:, None] & in_d
-                    _store_planes(state_ptr, closing.to(tl.int64), cols, leaving, sr, si, COMPLEX)
-        pr, pi = _last(Pr, ROWS), _last(Pi, ROWS)
+        pr, pi, rr, ri = _last(Pr, ROWS), _last(Pi, ROWS), _last(Rr, ROWS), _last(Ri, ROWS)
+        if words_ptr is not None:
+            number, count = tile * WIDTH + tl.arange(0, WIDTH)[None, :], D // 2 if COMPLEX else D
+            mine, apart = words_ptr + 2 + (b * segments + segment) * count + number, lanes // tiles * segments * count
+            _tell(mine, apart, pr, pi, rr, ri, (number < count) & (segment % ROWS != 0), COMPLEX)
+            if segment > 0:
+                back = (segment - 1) % ROWS + 1 - tl.arange(0, ROWS)[:, None]  # from the last state to my neighbour
+                hr, hi = _entering(mine - back * count, apart, (number < count) & (back > 0), COMPLEX)
+        sr, si = _times(Er, Ei, hr, hi, COMPLEX)
+        sr, si = sr + Fr, si + Fi
         hr, hi = _times(pr, pi, hr, hi, COMPLEX)
-        hr, hi = hr + _last(Rr, ROWS), hi + _last(Ri, ROWS)
-        if not EMIT:
-            wr, wi = _times(pr, pi, wr, wi, COMPLEX)
-    if not EMIT:
-        _store_planes(P_ptr, at, cols, in_d, wr, wi, COMPLEX)
-        _store_planes(R_ptr, at, cols, in_d, hr, hi, COMPLEX)
-    elif open_ptr is None:  # noqa: SIM102, decided when compiled
+        hr, hi = hr + rr, hi + ri
+        if words_ptr is not None:
+            zero = tl.zeros_like(hr)
+            _tell(mine, apart, zero, zero, hr, hi, (number < count) & (segment % ROWS == 0), COMPLEX)
+        for u in tl.static_range(UNROLL):
+            row, here = base + step * (t + u), (t + u < stop)[:, None] & in_d
+            if open_ptr is not None:
+                sr, si = _replaced(sr, si, start_ptr, openings[u], cols, in_d, COMPLEX)
+            ar, ai = gates[u]
+            xr, xi = _planes(values[u], COMPLEX)
+            if ADJOINT:
+                sr, si = sr + xr, si + xi
+                _store_planes(out_ptr, row, cols, here, sr, si, COMPLEX)
+                br, bi = _planes(before[u], COMPLEX)
+                br, bi = _replaced(br, bi, initial_ptr, closings[u], cols, in_d, COMPLEX)
+                sr, si = _times(ar, ai, sr, si, COMPLEX)
+                gr, gi = _times(sr, si, br, -bi, COMPLEX)
+                _store_planes(dlog_ptr, row, cols, here, gr, gi, COMPLEX)
+            else:
+                sr, si = _times(ar, ai, sr, si, COMPLEX)
+                sr, si = sr + xr, si + xi
+                _store_planes(out_ptr, row, cols, here, sr, si, COMPLEX)
+            if open_ptr is not None:
+                document = closings[u].to(tl.int64)
+                _store_planes(state_ptr, document, cols, (document >= 0)[:, None] & in_d, sr, si, COMPLEX)
+    if open_ptr is None:  # noqa: SIM102, decided when compiled
         if stop == T:
             _store_planes(state_ptr, b + only, cols, in_d, hr, hi, COMPLEX)
 
 
 # Plan and launch
 
+# By bytes of a number and whether adjoint, in a loop and in a chain: bytes a row, bytes a thread, UNROLL, registers,
+# stages. Measured in bfloat16 and complex; float32 has the tiles of the latter, and less to compute.
+TILES = {
+    (2, False): ((128, 16, 8, None, 3), (64, 16, 8, None, 1)),
+    (2, True): ((128, 8, 8, 168, 1), (128, 8, 8, 168, 1)),
+    (4, False): ((128, 16, 4, None, 2), (128, 16, 4, 128, 1)),
+    (4, True): ((128, 16, 4, None, 2), (128, 16, 4, 128, 1)),
+}
+WARPS = 4
+
 
 class DiagonalPlan(NamedTuple):
-    """How a diagonal scan is cut up: tiles of ROWS stretches of UNROLL tokens; segments of `length` tokens."""
+    """How a diagonal scan is cut up: tiles of ROWS stretches of UNROLL tokens, their loads stages − 1 tiles ahead;
+    one segment of all tokens, or a chain of segments that are a tile each."""
 
     ROWS: int
     UNROLL: int
     BLOCK_D: int
-    warps: int
+    registers: int | None
+    stages: int
     tiles: int
     segments: int
     length: int
 
     @property
-    def tile(self) -> dict[str, int]:
-        return {"ROWS": self.ROWS, "UNROLL": self.UNROLL, "BLOCK_D": self.BLOCK_D, "num_warps": self.warps}
+    def tile(self) -> dict[str, int | None]:
+        tile = {"ROWS": self.ROWS, "UNROLL": self.UNROLL, "BLOCK_D": self.BLOCK_D, "STAGES": self.stages}
+        return tile | {"num_warps": WARPS, "maxnreg": self.registers}
 
 
-def plan_diagonal(B: int, T: int, D: int, *, itemsize: int = 2, processors: int = 132) -> DiagonalPlan:
-    """Rows of 128 bytes, 16 bytes a thread; where rows are few, shorter ones and more stretches side by side; segments,
-    which read everything twice, only where processors would still idle (measured on an H200, benchmarks/LOG.md).
+def plan_diagonal(
+    B: int, T: int, D: int, *, itemsize: int = 2, adjoint: bool = False, processors: int = 132
+) -> DiagonalPlan:
+    """Loops, unless they would leave a fourth of the processors without a program: then a chain.
 
     Args: sizes (D counts both planes of complex numbers); bytes of a number; processors.   Returns: DiagonalPlan.
     """
-    few = B * D * itemsize < 2 * 128 * processors
-    warps, row, UNROLL = (8, 32, 8) if few else (4, 128, 16 // itemsize)
+    few = 4 * B * cdiv(D * itemsize, 128) < 3 * processors
+    row, thread, UNROLL, registers, stages = TILES[itemsize, adjoint][few]
     BLOCK_D = max(2, min(row // itemsize, power_of_2(D)))
-    ROWS = min(32 * warps * 16 // itemsize // BLOCK_D, power_of_2(cdiv(T, UNROLL)))
-    tiles, span = cdiv(D, BLOCK_D), ROWS * UNROLL
-    spans, programs = cdiv(T, span), B * tiles
-    segments = 1 if 2 * programs >= processors else cdiv(2 * processors, programs)
-    length = cdiv(spans, min(spans, segments)) * span
-    return DiagonalPlan(ROWS, UNROLL, BLOCK_D, warps, tiles, cdiv(T, length), length)
-
-
-def join(P: Tensor, R: Tensor, complex_: bool, adjoint: bool) -> None:
-    """Turn R [B segments ...] into the states that enter the segments."""
-    B, segments = R.shape[:2]
-    size, block = R[0, 0].numel(), 256
-    _combine[(B * cdiv(size, block),)](P, R, size, segments, complex_, adjoint, block, num_warps=2)
+    ROWS = min(32 * WARPS * thread // itemsize // BLOCK_D, power_of_2(cdiv(T, UNROLL)))
+    length = ROWS * UNROLL if few else T
+    return DiagonalPlan(ROWS, UNROLL, BLOCK_D, registers, stages, cdiv(D, BLOCK_D), cdiv(T, length), length)
 
 
 def _run_diagonal(
@@ -291,25 +329,21 @@ def _run_diagonal(
 ) -> None:  # fmt: skip
     """Launch the scan, or its adjoint; outs are (y, state), or (dx, dlog_decay, dinitial); `start` enters first."""
     B, T, D = value.shape
-    p = plan_diagonal(B, T, D, itemsize=value.element_size(), processors=processors(value.device))
+    p = plan_diagonal(B, T, D, itemsize=value.element_size(), adjoint=adjoint, processors=processors(value.device))
     turned = reverse != adjoint
     sizes = (T, D, p.segments, p.length, *((T - 1, -1) if turned else (0, 1)))
-    grid = (p.tiles * p.segments * B,)
     out, dlog, state = outs if adjoint else (outs[0], None, outs[1])
     borders: tuple[Tensor | None, ...] = (None, None)
     if cu_seqlens is not None:
         document, starts = document_of(cu_seqlens, T), document_starts(cu_seqlens, T)
         borders = tuple(torch.where(at, document, -1) for at in (starts, torch.cat([starts[1:], starts[:1]])))
         borders = borders[::-1] if turned else borders
-    P = R = enter = None
-    read = (value, log_decay, y, initial, *borders, start)
-    if p.segments > 1:
-        P, R = (value.new_empty((B, p.segments, D), dtype=torch.float32) for _ in range(2))
-        written = (P, R, out, dlog, state)
-        _diagonal[grid](*read, None, *written, *sizes, complex_, adjoint, False, **p.tile)
-        join(P, R, complex_, False)
-        enter = R
-    _diagonal[grid](*read, enter, P, R, out, dlog, state, *sizes, complex_, adjoint, True, **p.tile)
+        state.copy_(torch.zeros_like(state) if start is None else start)  # of documents without tokens
+        p = p._replace(stages=1)  # loads of documents' states would be staged with the others
+    count = 2 + B * p.segments * D  # the number drawn last, nothing, what segments tell
+    words = value.new_full((count,), -1, dtype=torch.int64) if p.segments > 1 else None
+    tensors = (value, log_decay, y, initial, *borders, start, out, dlog, state, words)
+    _diagonal[(p.tiles * p.segments * B,)](*tensors, *sizes, complex_, adjoint, **p.tile)
 
 
 @operator("diagonal")
@@ -317,13 +351,10 @@ def _diagonal_scan(
     x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, complex_: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """y [B T D] and the final states [B D]; with complex_ both planes of a number lie side by side in D."""
-    x = x.contiguous()
-    y, state = _fake_diagonal(x, log_decay, initial, cu_seqlens, complex_, reverse)
-    if cu_seqlens is not None:
-        state = torch.zeros_like(state) if initial is None else initial.clone()
-    log_decay = log_decay.contiguous()
-    _run_diagonal(x, log_decay, None, None, initial, cu_seqlens, (y, state), complex_, reverse, False)
-    return y, state
+    x, log_decay = x.contiguous(), log_decay.contiguous()
+    outs = _fake_diagonal(x, log_decay, initial, cu_seqlens, complex_, reverse)
+    _run_diagonal(x, log_decay, None, None, initial, cu_seqlens, outs, complex_, reverse, False)
+    return outs
 
 
 @fake("diagonal")
@@ -342,10 +373,7 @@ def _diagonal_adjoint(
     """Gradients of x, log_decay and the initial states."""
     dy, log_decay = dy.contiguous(), log_decay.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
-    dx, dlog, dinitial = _fake_diagonal_adjoint(dy, dstate, log_decay, y, initial, cu_seqlens, complex_, reverse)
-    if cu_seqlens is not None:
-        dinitial = torch.zeros_like(dinitial) if dstate is None else dstate.clone()
-    outs = (dx, dlog, dinitial)
+    outs = _fake_diagonal_adjoint(dy, dstate, log_decay, y, initial, cu_seqlens, complex_, reverse)
     _run_diagonal(dy, log_decay, y, initial, dstate, cu_seqlens, outs, complex_, reverse, True)
     return outs
 

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from recur.kernels.diagonal import LOG2E, join
+from recur.kernels.diagonal import LOG2E
 from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
 from torch import Tensor
 
@@ -352,6 +352,21 @@ def _summary(
     _store_state(S, R_ptr, b * segments + segment, where, R, Q, BLOCK_N, W)
 
 
+@triton.jit
+def _combine(P_ptr, R_ptr, size, segments, ADJOINT: tl.constexpr, BLOCK: tl.constexpr):
+    """R [B segments size] becomes the state that enters each segment; where a row starts P is 0."""
+    blocks = tl.cdiv(size, BLOCK)
+    pid = tl.program_id(0).to(tl.int64)
+    b, offs = pid // blocks, pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    S = tl.zeros((BLOCK,), tl.float32)
+    for i in range(0, segments):
+        at = (b * segments + (segments - 1 - i if ADJOINT else i)) * size + offs
+        P = tl.load(P_ptr + at, mask=offs < size, other=0.0)
+        R = tl.load(R_ptr + at, mask=offs < size, other=0.0)
+        tl.store(R_ptr + at, S, mask=offs < size)
+        S = P * S + R
+
+
 @walker
 def _emit(
     x_ptr, rate_ptr, a_ptr, k_ptr, q_ptr, others_ptr, norm_ptr, cu_ptr, initial_ptr, enter_ptr,  # read
@@ -563,7 +578,8 @@ class _Walk:
         P, R = (self.new(self.B, self.plan.segments, self.N, self.V) for _ in range(2))
         tensors = (value, self.rate, self.a, write, self.others, self.norm, self.cu_seqlens, initial, P, R)
         _summary[self.grid](*tensors, *self.sizes, self.gate, fixed, self.adjoint, **self.plan.tile)
-        join(P, R, False, self.adjoint)
+        size, block = self.N * self.V, 256
+        _combine[(self.B * cdiv(size, block),)](P, R, size, self.plan.segments, self.adjoint, block, num_warps=2)
         return R
 
 

@@ -143,7 +143,7 @@ def online_is_the_token_loop() -> None:
 def diagonal_is_the_token_loop() -> None:
     for T in (1, 2, 15, 16, 17, 63, 64, 65, 130):
         diagonal(f"T={T}", 2, T, 5, reverse=T % 2 == 0)
-    diagonal("segments", 1, 300, 3)
+    diagonal("chain", 1, 520, 3)
     diagonal("fresh, float16", 1, 40, 3, fresh=True, half=True)
 
 
@@ -151,7 +151,34 @@ def diagonal_is_the_token_loop() -> None:
 def complex_diagonal_is_the_token_loop() -> None:
     for T in (1, 17, 64, 130):
         diagonal(f"T={T}", 2, T, 3, turn=True, reverse=T % 2 == 0)
-    diagonal("segments, fresh", 1, 300, 2, turn=True, fresh=True)
+    diagonal("chain, fresh", 1, 520, 2, turn=True, fresh=True)
+
+
+@law
+def chain_is_the_token_loop() -> None:
+    """Tiles of two rows of two tokens, so that every other segment tells a state."""
+    from recur.kernels import diagonal as home
+
+    def plan(B: int, T: int, D: int, **options: object) -> home.DiagonalPlan:
+        return shipped(B, T, D, **options)._replace(ROWS=2, UNROLL=2, segments=-(-T // 4), length=4)
+
+    shipped, home.plan_diagonal = home.plan_diagonal, plan
+    for T in (4, 5, 8, 9, 23):
+        diagonal(f"T={T}", 2, T, 3, reverse=T % 2 == 0)
+        diagonal(f"complex, T={T}", 2, T, 3, turn=True, reverse=T % 2 == 1)
+    diagonal("fresh, float16", 1, 23, 70, fresh=True, half=True)
+    diagonal("packed", 1, 23, 3, 0, 7, 0, 1, 14, 1)
+    diagonal("packed, complex, fresh, right to left", 1, 23, 3, 9, 0, 14, turn=True, reverse=True, fresh=True)
+
+
+@law
+def loops_are_the_token_loop() -> None:
+    """What a machine of one processor walks: many tiles in one program."""
+    from recur.kernels import diagonal as home
+
+    home.processors = lambda device: 1
+    diagonal("real", 3, 520, 3)
+    diagonal("complex, packed, right to left", 1, 520, 2, 250, 0, 269, 1, turn=True, reverse=True)
 
 
 @law
@@ -162,7 +189,7 @@ def packed_documents_are_the_token_loop() -> None:
     online("one document over three segments", 1, 20, 2, 1, 2, 2, 16, 2)
     online("right to left", 1, 20, 4, 2, 3, 7, 0, 13, reverse=True)
     diagonal("borders in tiles", 1, 40, 3, 0, 7, 0, 1, 32, 0)
-    diagonal("segments, right to left", 1, 300, 2, 150, 0, 149, 1, reverse=True)
+    diagonal("chain, right to left", 1, 520, 3, 250, 0, 269, 1, reverse=True)
     diagonal("complex", 1, 40, 2, 9, 31, turn=True)
     diagonal("complex, fresh, right to left", 1, 40, 2, 9, 0, 31, turn=True, reverse=True, fresh=True)
 
@@ -267,6 +294,17 @@ def test_plan_cuts_time_only_where_the_machine_would_idle() -> None:
     assert long.segments > 1
     assert long.length % STRETCH == 0
     assert (long.segments - 1) * long.length < 1 << 20 <= long.segments * long.length
+
+
+def test_diagonal_plan_takes_a_chain_only_where_a_loop_would_leave_processors_idle() -> None:
+    from recur.kernels.diagonal import plan_diagonal
+
+    for adjoint in (False, True):
+        for B, T, D in ((8, 2048, 2048), (8, 2048, 1024), (32, 1024, 4096), (1, 8, 1024)):
+            assert plan_diagonal(B, T, D, adjoint=adjoint).segments == 1
+        chain = plan_diagonal(1, 65536, 1024, adjoint=adjoint)
+        assert chain.length == chain.ROWS * chain.UNROLL
+        assert (chain.segments - 1) * chain.length < 65536 <= chain.segments * chain.length
 
 
 def test_plan_reads_neighbours_at_once_only_where_they_are_of_one_group() -> None:
