@@ -36,8 +36,8 @@ SPILLS = {
     "gla gradient": 400, "gla repair": 1288,
     "hgrn2 gradient": 536, "hgrn2 repair": 1288,
     "rwkv5 gradient": 816, "rwkv5 repair": 1176,
-    "gated-delta-net forward": 32, "gated-delta-net gradient": 304,
-    "kda forward": 16, "kda adjoint": 160, "kda gradient": 840, "kda repair": 1256,
+    "gated-delta-net forward": 32, "gated-delta-net gradient": 336,
+    "kda forward": 16, "kda adjoint": 160, "kda gradient": 896, "kda repair": 1256,
     "simple-gate-loop _step": 32,
 }  # fmt: skip
 Launch = tuple[Any, tuple, dict]
