@@ -5,10 +5,16 @@ Legend
     C           tokens of a chunk; chunks lie at fixed places of a row, so every kernel finds the same ones
     q k v u     u is v, or with beta the error u_t = β_t (v_t − (a_t S_{t-1})ᵀ k_t) of the delta rule
     P           [C C] scores of the chunk, q_t·k_s weighed by the gates between; of the delta rule also M, k_t·k_s
+    e           u = β e: what the forward pass keeps for d β
     S, G        state that enters a chunk; gradient of the state that leaves it
     strand      one segment of one head, walked by one program with the state on chip
     FLIP        the scan itself runs from right to left
     rise, fall  see `tiles`
+    told        q as its gates leave it, by its rise, if there is a gate a key; then too
+    write       k by its fall, and
+    reach       k by its rise; otherwise they are q, k and k
+    near, far   2^half and 2^(whole − half) of a gate a key: a chunk reads near S and leaves near (far S + writeᵀ u)
+    square      number of a chunk of a head, chunk H + h
 
 With R = rise(q), R' = rise(k), F = fall(k) and A all gates of a chunk, its whole action is
 
@@ -21,7 +27,8 @@ which is linear in S, so its derivative has the same shape from right to left:
 
 Kernels
     pace        a gate a head: rise and fall of every chunk
-    prepare     a gate a key: q and k as their gates leave them; is the chunk calm? if not, its P token by token; M
+    prepare     a gate a key: q and k as their gates leave them, and is the chunk calm? M; what a bonus adds
+    exact       every chunk that is not calm: P and M, token by token
     solve       T
     forward     left to right: y; or what a segment leaves by itself; or S before every chunk
     combine     what enters each segment
@@ -130,7 +137,7 @@ def pace(
 @triton.jit(do_not_specialize=["T", "documents"])
 def prepare(
     q_ptr, k_ptr, gate_ptr, beta_ptr, bonus_ptr,  # tensors [B T heads *], bonus [H K]
-    told_ptr, write_ptr, reach_ptr, near_ptr, far_ptr, calm_ptr, scores_ptr,  # if the gates are a key's
+    told_ptr, write_ptr, reach_ptr, near_ptr, far_ptr, calm_ptr,  # if the gates are a key's
     rates_ptr, overlap_ptr,  # from `pace` if a head has one gate; M [chunks H C C], if T is not known
     cu_ptr, T, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
@@ -313,7 +320,7 @@ def solve(
 @triton.jit(do_not_specialize=["T", "tiles", "segments", "span"])  # not worth a compilation each
 def forward(
     told_ptr, write_ptr, reach_ptr, v_ptr, gate_ptr, beta_ptr,  # [B T heads *]; q and k as the gates leave them
-    near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, overlap_ptr, solve_ptr,  # from `prepare`, `solve`
+    near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, overlap_ptr, solve_ptr,  # from those above
     y_ptr, e_ptr, keep_ptr,  # [B T H V]; states before every chunk [chunks H K V]
     enter_ptr, leave_ptr, share_ptr,  # [B H segments K V] states, [B H segments K] product of the gates
     cu_ptr, T, tiles, segments, span, gate_sb, gate_sh, scale,
@@ -632,8 +639,10 @@ def gradient(
 
     # what writers owe: to the state that leaves, and to the scores
     G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
-    if DECAY != "none":
+    if DECAY == "key":
         passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
+    elif DECAY == "one":
+        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32))
     dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
     dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
     if DECAY == "key":
@@ -646,7 +655,7 @@ def gradient(
     if DECAY == "key":
         passed = passed * tl.exp2(whole) + tl.sum(write * dk, 0)
     elif DECAY == "one":
-        passed = tl.sum(passed) * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
+        passed = passed * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
     dk = tl.dot(dPt.to(DOT), query, dk, input_precision=PRECISION)
     if DELTA:
         dMt = tl.where(behind, -tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
@@ -657,14 +666,14 @@ def gradient(
     # d log a_t: reads from t on that reach back before t, writes before t that leave, and what passes all of the chunk
     if DECAY == "key":
         sums -= write * dk
-        dgate = sums_along(order(BLOCK_C, not FLIP), sums, DOT) + passed[None, :]
+        dgate = tl.cumsum(sums, 0, reverse=not FLIP) + passed[None, :]
         if BEFORE:
             dgate -= own
         dgate = tl.where(log_a <= RESET, 0.0, dgate)
         dk = dk * fall
     elif DECAY == "one":
         sums = tl.sum(sums - write * dk, 1)
-        dgate = tl.sum(tl.where(order(BLOCK_C, not FLIP), sums[None, :], 0.0), 1) + passed
+        dgate = tl.cumsum(sums, 0, reverse=not FLIP) + passed
         if BEFORE:
             dgate -= tl.sum(own, 1)
         at = tile * B * T * H + (row + offs) * H + h

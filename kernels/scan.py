@@ -179,7 +179,7 @@ class _Scan:
         hats = (self.told, self.write, self.reach) if self.decay == "key" else (None, None, None)
         kernels.prepare[(self.chunks * H,)](
             x.q, x.k, x.log_decay, x.beta, x.bonus,
-            *hats, self.near, self.far, self.calm, self.scores, self.rates, overlap,
+            *hats, self.near, self.far, self.calm, self.rates, overlap,
             documents=self.documents, GROUPS=x.q.shape[2], DECAY=self.decay, LIMIT=self.limit,
             BLOCK_K=self.plan.block_k, PART=32 if self.decay == "key" else 64, num_warps=4, **self.common,
         )  # fmt: skip

@@ -510,11 +510,14 @@ class Plan(NamedTuple):
         return {**tile, "STRETCH": STRETCH, "num_warps": self.warps, "maxnreg": self.registers}
 
 
-def plan(B: int, T: int, V: int, G: int, N: int, *, adjoint: bool = False, processors: int = 132) -> Plan:
+def plan(
+    B: int, T: int, V: int, G: int, N: int, *, adjoint: bool = False, keyed: bool = False, processors: int = 132
+) -> Plan:  # fmt: skip
     """8 entries of the state a thread, or 16 right to left, where more of what is loaded is shared; one segment where
     that fills the machine, else enough for 64 a processor: a token's latency hides behind other programs only.
 
-    Args: sizes; whether the walk is the backward one; processors of the device.   Returns: Plan.
+    Args: sizes; whether the walk is the backward one, and its gate made of the key, which takes registers that would
+    else hold more tokens; processors of the device.   Returns: Plan.
     """
     Q, BLOCK_N = math.gcd(4, N), power_of_2(N)
     W, warps = 32 // min(4, BLOCK_N // Q), max(1, BLOCK_N // 32)
@@ -523,7 +526,8 @@ def plan(B: int, T: int, V: int, G: int, N: int, *, adjoint: bool = False, proce
     programs = B * G * tiles * warps
     segments = 1 if programs >= 7 * processors else cdiv(64 * processors, programs)
     length = cdiv(stretches, min(stretches, segments)) * STRETCH
-    return Plan(R, Q, BLOCK_N, W, 2 if adjoint else 4, warps, 255, tiles, cdiv(T, length), length)
+    UNROLL = 2 if adjoint else 4 if keyed else 8
+    return Plan(R, Q, BLOCK_N, W, UNROLL, warps, 255, tiles, cdiv(T, length), length)
 
 
 class _Walk:
@@ -535,8 +539,8 @@ class _Walk:
     ) -> None:  # fmt: skip
         (self.B, self.T, self.V), self.N = x.shape, k.shape[-1]
         self.G = max(w.shape[2] if w.ndim == 4 else 1 for w in (k, q))
-        count = processors(x.device)
-        self.plan = plan(self.B, self.T, self.V, self.G, self.N, adjoint=adjoint, processors=count)
+        kind = {"adjoint": adjoint, "keyed": a is None, "processors": processors(x.device)}
+        self.plan = plan(self.B, self.T, self.V, self.G, self.N, **kind)
         self.gate, self.gradients = SELECTIVE if a is not None else ONLINE
         self.x, self.rate, self.cu_seqlens, self.adjoint = _aligned(x), _aligned(rate), cu_seqlens, adjoint
         self.k, self.q = (_aligned(w if w.ndim == 4 else w.T) for w in (k, q))  # [B T G N] | [N V]
