@@ -59,6 +59,7 @@ def recorded() -> Iterator[list[Launch]]:
     """What is launched meanwhile, by doors that take CPU tensors and plan for a machine of 132 processors."""
     from recur.kernels import chunk_scan, diagonal, scan, step, walk
 
+    assert not scan.INTERPRETED, "unset TRITON_INTERPRET: kernels are compiled here"
     log: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
         for home in (chunk_scan, diagonal, step, walk):
