@@ -639,8 +639,10 @@ def gradient(
 
     # what writers owe: to the state that leaves, and to the scores
     G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
-    if DECAY != "none":
+    if DECAY == "key":
         passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
+    elif DECAY == "one":
+        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32))
     dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
     dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
     if DECAY == "key":
@@ -653,7 +655,7 @@ def gradient(
     if DECAY == "key":
         passed = passed * tl.exp2(whole) + tl.sum(write * dk, 0)
     elif DECAY == "one":
-        passed = tl.sum(passed) * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
+        passed = passed * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
     dk = tl.dot(dPt.to(DOT), query, dk, input_precision=PRECISION)
     if DELTA:
         dMt = tl.where(behind, -tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
@@ -664,14 +666,14 @@ def gradient(
     # d log a_t: reads from t on that reach back before t, writes before t that leave, and what passes all of the chunk
     if DECAY == "key":
         sums -= write * dk
-        dgate = sums_along(order(BLOCK_C, not FLIP), sums, DOT) + passed[None, :]
+        dgate = tl.cumsum(sums, 0, reverse=not FLIP) + passed[None, :]
         if BEFORE:
             dgate -= own
         dgate = tl.where(log_a <= RESET, 0.0, dgate)
         dk = dk * fall
     elif DECAY == "one":
         sums = tl.sum(sums - write * dk, 1)
-        dgate = tl.sum(tl.where(order(BLOCK_C, not FLIP), sums[None, :], 0.0), 1) + passed
+        dgate = tl.cumsum(sums, 0, reverse=not FLIP) + passed
         if BEFORE:
             dgate -= tl.sum(own, 1)
         at = tile * B * T * H + (row + offs) * H + h

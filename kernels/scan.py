@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from recur.kernels import chunk_scan as kernels
+from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
 from torch import Tensor
 
 FEW = 8  # chunks that one program of `exact` or `repair` looks at
@@ -59,16 +60,16 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
     One segment if the heads alone give three processors of four a program; otherwise as many as give every processor
     two, none below 512 tokens. The delta rule has one: what a stretch of it does to a state is a matrix [K K].
     """
-    block_k, block_v = (max(64, triton.next_power_of_2(size)) for size in (K, V))
+    block_k, block_v = (max(64, power_of_2(size)) for size in (K, V))
     chunk, plain, erasing, rows = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[max(block_k, block_v)]
     forward, adjoint, gradient = (
-        Tiles(block, triton.cdiv(size, block), warps, stages)
+        Tiles(block, cdiv(size, block), warps, stages)
         for (block, warps, stages), size in zip((*(erasing if delta else plain), rows), (V, V, K), strict=True)
     )
     programs = heads * forward.parts
-    wanted = 1 if delta or 4 * programs >= 3 * processors else triton.cdiv(2 * processors, max(1, programs))
-    span = chunk * triton.cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
-    return Plan(chunk, max(1, triton.cdiv(T, span)), span, block_k, block_v, forward, adjoint, gradient)
+    wanted = 1 if delta or 4 * programs >= 3 * processors else cdiv(2 * processors, max(1, programs))
+    span = chunk * cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
+    return Plan(chunk, max(1, cdiv(T, span)), span, block_k, block_v, forward, adjoint, gradient)
 
 
 def _numbers(dtype: torch.dtype) -> tuple[Any, str, float]:
@@ -110,9 +111,8 @@ class _Scan:
     def __init__(self, x: Inputs, scale: float, flip: bool, *solved: Tensor | None) -> None:
         B, T, H, V = x.v.shape
         groups, K = x.q.shape[2:]
-        processors = torch.cuda.get_device_properties(x.v.device).multi_processor_count if x.v.is_cuda else 1
         delta, packed = x.beta is not None, x.cu_seqlens is not None
-        self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=x.v.dtype, delta=delta, processors=processors)
+        self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=x.v.dtype, delta=delta, processors=processors(x.v.device))
         if packed:
             self.plan = self.plan._replace(segments=1, span=T)
         self.x, self.flip, self.sizes = x, flip, (B, T, H, K, V)
@@ -163,8 +163,8 @@ class _Scan:
         if self.decay == "one" or before:
             self.rates = self.new(self.chunks, H, 4, self.plan.chunk)
         if self.decay == "one":
-            self.whole, block_h = self.new(self.chunks, H), min(16, triton.next_power_of_2(H))
-            kernels.pace[(self.chunks, triton.cdiv(H, block_h))](
+            self.whole, block_h = self.new(self.chunks, H), min(16, power_of_2(H))
+            kernels.pace[(self.chunks, cdiv(H, block_h))](
                 x.log_decay, self.rates, self.whole, x.cu_seqlens, T, self.documents,
                 self.gates["gate_sb"], self.gates["gate_sh"],
                 H=H, gate_st=self.gates["gate_st"], FLIP=self.flip, BEFORE=before,
@@ -184,7 +184,7 @@ class _Scan:
             BLOCK_K=self.plan.block_k, PART=32 if self.decay == "key" else 64, num_warps=4, **self.common,
         )  # fmt: skip
         if self.decay == "key":
-            kernels.exact[(triton.cdiv(self.chunks * H, FEW),)](
+            kernels.exact[(cdiv(self.chunks * H, FEW),)](
                 x.q, x.k, x.log_decay, self.calm, self.scores, overlap, documents=self.documents,
                 squares=self.chunks * H, GROUPS=x.q.shape[2], BEFORE=before, FEW=FEW, BLOCK_K=self.plan.block_k,
                 num_warps=4, **{name: value for name, value in self.common.items() if name not in ("DOT", "PRECISION")},
@@ -242,7 +242,7 @@ class _Scan:
             num_warps=tiles.warps, **self.common,
         )  # fmt: skip
         if self.decay == "key":
-            kernels.repair[(triton.cdiv(self.chunks * H, FEW),)](
+            kernels.repair[(cdiv(self.chunks * H, FEW),)](
                 x.q, x.k, x.log_decay, x.beta, dy, u, dv, self.calm, self.squares(torch.float32),
                 self.squares(torch.float32) if x.beta is not None else None, dq, dk, dgate,
                 documents=self.documents, squares=self.chunks * H, GROUPS=x.q.shape[2], V=V,
@@ -258,23 +258,15 @@ class _Scan:
         B, _, H, K, V = self.sizes
         states, share = self.new(B, H, segments, K, V), self.new(B, H, segments, K)
         self.forward(leave=states, share=share, back=back)
-        block_k, block_v = min(16, triton.next_power_of_2(K)), min(64, triton.next_power_of_2(V))
-        kernels.combine[(B * H, triton.cdiv(K, block_k), triton.cdiv(V, block_v))](
+        block_k, block_v = min(16, power_of_2(K)), min(64, power_of_2(V))
+        kernels.combine[(B * H, cdiv(K, block_k), cdiv(V, block_v))](
             states, share, initial, K, V, segments,
             LEFT=self.flip != (back is not None), BLOCK_K=block_k, BLOCK_V=block_v,
         )  # fmt: skip
         return states
 
 
-_INPUTS = (
-    "Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? bonus, Tensor? initial, "
-    "Tensor? cu_seqlens, float scale, bool flip"
-)
-
-
-@torch.library.custom_op(
-    "recur::scan", mutates_args=(), schema=f"({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+@operator("scan")
 def scan_forward(
     q: Tensor,
     k: Tensor | None,
@@ -303,7 +295,7 @@ def scan_forward(
     return y, state, overlap, solved
 
 
-@scan_forward.register_fake
+@fake("scan")
 def _(q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, keep):
     (B, T, H, V), K = v.shape, q.shape[3]
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -315,12 +307,7 @@ def _(q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, keep):
     return torch.empty_like(v), v.new_empty(rows, H, K, V, dtype=torch.float32), overlap, solved
 
 
-@torch.library.custom_op(
-    "recur::scan_backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor? dstate, {_INPUTS}, Tensor overlap, Tensor solved) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@operator("scan_backward")
 def scan_backward(
     dy: Tensor,
     dstate: Tensor | None,
@@ -376,7 +363,7 @@ def _sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
 
 
-@scan_backward.register_fake
+@fake("scan_backward")
 def _(dy, dstate, q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, overlap, solved):
     inputs = (q, k, v, log_decay, beta, bonus, initial)
     return tuple(v.new_empty(0) if x is None else torch.empty_like(x) for x in inputs)
@@ -388,7 +375,7 @@ def _remember(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy: Tensor | None, dstate: Tensor | None, *_):
+def _gradients(ctx, dy: Tensor | None, dstate: Tensor | None, *_):
     *tensors, overlap, solved = ctx.saved_tensors
     dy = torch.zeros_like(tensors[2]) if dy is None else dy.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
@@ -396,4 +383,5 @@ def _differentiate(ctx, dy: Tensor | None, dstate: Tensor | None, *_):
     return *(None if x is None else g for x, g in zip(tensors[:7], gradients, strict=True)), None, None, None, None
 
 
-scan_forward.register_autograd(_differentiate, setup_context=_remember)
+differentiable("scan", _gradients, _remember)
+differentiable("scan_backward")

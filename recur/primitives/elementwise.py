@@ -67,10 +67,10 @@ def selective_scan(
     check_float("selective_scan", x=x, delta=delta, A=A, B=B, C=C, initial_state=initial_state)
     _check("selective_scan", sizes, initial_state, cu_seqlens)
     form = _choose("selective_scan", form, sizes["N"], x, delta, A, B, C, initial_state)
+    if form == "triton":
+        tensors = (x, delta, A, B, C, initial_state)
+        return kernel.elementwise("selective", *tensors, cu_seqlens=cu_seqlens, reverse=reverse)
     with torch.autocast(x.device.type, enabled=False):
-        if form == "triton":
-            tensors = (x, delta, A, B, C, initial_state)
-            return kernel.elementwise("selective", *tensors, cu_seqlens=cu_seqlens, reverse=reverse)
         tokens = _selective(sizes, x, delta, A, B, C, initial_state)
         y, state = _scan(form, "selective", sizes, initial_state, cu_seqlens, reverse, *tokens)
     return ScanOut(y.to(x.dtype), state)
@@ -96,9 +96,9 @@ def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     _check("selective_step", sizes, None, None)
     check_state("selective_step", state, accumulation_dtype(x, delta, A, B, C, state))
     B, C = (w if letters == "V N" else w[:, None] for w, letters in ((B, k), (C, q)))
+    if kernel.takes_step(sizes["N"], state):
+        return _launch("selective", sizes, state, x, delta, B, C, A)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if kernel.takes_step(sizes["N"], state, x, delta, A, B, C):
-            return _launch("selective", sizes, state, x, delta, B, C, A)
         tokens = _selective(sizes, x[:, None], delta[:, None], A, B, C, state)
         return _step("selective", sizes, state, *tokens).to(x.dtype)
 
@@ -149,6 +149,11 @@ def online_scan(
     check_float("online_scan", x=x, rate=rate, k=k, q=q, initial_state=initial_state)
     _check("online_scan", sizes, initial_state, cu_seqlens)
     _check_rate("online_scan", rate)
+    if diagonal:
+        form = _choose("online_scan", form, sizes["N"], x, rate, k, q, initial_state)
+        if form == "triton":
+            tensors = (x, rate, k, q, initial_state)
+            return kernel.elementwise("online", *tensors, cu_seqlens=cu_seqlens, reverse=reverse)
     with torch.autocast(x.device.type, enabled=False):
         if not diagonal:
             from recur.primitives.scan import scan  # here, because only this case needs it
@@ -159,10 +164,6 @@ def online_scan(
                 query, key, value, beta=beta, initial_state=initial, cu_seqlens=cu_seqlens, reverse=reverse, form=form
             )
             return ScanOut(y[..., 0].to(x.dtype), state[..., 0])
-        form = _choose("online_scan", form, sizes["N"], x, rate, k, q, initial_state)
-        if form == "triton":
-            tensors = (x, rate, k, q, initial_state)
-            return kernel.elementwise("online", *tensors, cu_seqlens=cu_seqlens, reverse=reverse)
         tokens = _online(sizes, x, rate, k, q, initial_state)
         y, state = _scan(form, "online", sizes, initial_state, cu_seqlens, reverse, *tokens)
     return ScanOut(y.to(x.dtype), state)
@@ -183,9 +184,9 @@ def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *,
     _check_rate("online_step", rate)
     check_state("online_step", state, accumulation_dtype(x, rate, k, q, state))
     x_t, rate_t, k_t, q_t = (token[:, None] for token in (x, rate, k, q))
+    if kernel.takes_step(sizes["N"], state):
+        return _launch("online" if diagonal else "exact", sizes, state, x, rate, k_t, q_t)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if kernel.takes_step(sizes["N"], state, x, rate, k, q):
-            return _launch("online" if diagonal else "exact", sizes, state, x, rate, k_t, q_t)
         if diagonal:
             tokens = _online(sizes, x_t, rate_t, k_t, q_t, state)
             return _step("online", sizes, state, *tokens).to(x.dtype)
@@ -209,7 +210,7 @@ def _check(function: str, sizes: dict[str, Any], initial_state: Tensor | None, c
 
 
 def _choose(function: str, form: str, slots: int, x: Tensor, *inputs: Tensor | None) -> str:
-    refusal = partial(kernel.elementwise_refusal, slots, x, *inputs)
+    refusal = partial(kernel.refusal, accumulation_dtype(x, *inputs), x.device, N=slots)
     return choose_form(function, form, ("recurrent", "chunked", "triton"), device=x.device, refusal=refusal)
 
 
@@ -224,21 +225,21 @@ def _check_rate(function: str, rate: Tensor) -> None:
 def _channels(tensor: Tensor, sizes: dict[str, Any]) -> Tensor:
     """[B T V] -> [B T G 1 W]."""
     G = sizes.get("G", 1)
-    return tensor.unflatten(-1, (G, sizes["V"] // G)).unsqueeze(-2)
+    return tensor.reshape(*tensor.shape[:-1], G, 1, sizes["V"] // G)
 
 
 def _slots(tensor: Tensor, sizes: dict[str, Any]) -> Tensor:
     """[B T N] | [B T G N] -> [B T G N 1], [V N] -> [1 1 G N W]; one group stays one."""
     if tensor.ndim == 2:
         G = sizes.get("G", 1)
-        return tensor.unflatten(0, (G, sizes["V"] // G)).transpose(1, 2)[None, None]
-    return (tensor if tensor.ndim == 4 else tensor[:, :, None])[..., None]
+        return tensor.reshape(1, 1, G, sizes["V"] // G, sizes["N"]).mT
+    return (tensor if tensor.ndim == 4 else tensor.unsqueeze(2)).unsqueeze(-1)
 
 
 def _enter(state: Tensor, sizes: dict[str, Any]) -> Tensor:
     """[B V N] -> [B G N W]."""
     G = sizes.get("G", 1)
-    return state.unflatten(1, (G, sizes["V"] // G)).transpose(2, 3)
+    return state.reshape(state.shape[0], G, sizes["V"] // G, sizes["N"]).mT
 
 
 def _leave(state: Tensor) -> Tensor:

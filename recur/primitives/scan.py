@@ -63,13 +63,13 @@ def scan(
     states = "B H K V" if cu_seqlens is None else "n H K V"
     decays = "H | H K | B T H | B T H K"
     _check("scan", "B T", q, k, v, log_decay, decays, beta, bonus, initial_state=(initial_state, states))
-    refusal = partial(kernel.refusal, q, k, v, log_decay, beta, bonus, initial_state)
-    forms = ("recurrent", "chunked", "parallel", "triton")
-    form = choose_form("scan", form, forms, device=v.device, refusal=refusal)
-    B, T, H, V = v.shape
-    check_packing("scan", cu_seqlens, B, T)
+    (B, T, H, V), K = v.shape, q.shape[3]
     real = accumulation_dtype(q, k, v, log_decay, beta, bonus, initial_state)
     number = number_of(real, log_decay)
+    refusal = partial(kernel.refusal, number, v.device, **{"2 K" if number.is_complex else "K": K}, V=V)
+    forms = ("recurrent", "chunked", "parallel", "triton")
+    form = choose_form("scan", form, forms, device=v.device, refusal=refusal)
+    check_packing("scan", cu_seqlens, B, T)
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:
         if initial_state.is_complex() and not number.is_complex:
@@ -81,7 +81,7 @@ def scan(
 
     def start() -> Tensor:
         if initial_state is None:
-            return torch.zeros(rows, H, q.shape[3], V, dtype=number, device=v.device)
+            return torch.zeros(rows, H, K, V, dtype=number, device=v.device)
         return initial_state.to(number)
 
     if T == 0:
@@ -90,10 +90,10 @@ def scan(
         return ScanOut((v * nothing).to(v.dtype), start().clone())
     if log_decay is not None and log_decay.ndim <= 2:
         log_decay = log_decay[None, None]
+    if form == "triton":
+        gates = {"log_decay": log_decay, "beta": beta, "bonus": bonus}
+        return kernel.scan(initial_state, cu_seqlens, q=q, k=k, v=v, **gates, scale=scale, reverse=reverse)
     with torch.autocast(v.device.type, enabled=False):
-        if form == "triton":
-            gates = {"log_decay": log_decay, "beta": beta, "bonus": bonus}
-            return kernel.scan(initial_state, cu_seqlens, q=q, k=k, v=v, **gates, scale=scale, reverse=reverse)
         tokens = _tokens(real, q, k, v, log_decay, beta, scale)
         weight = None if bonus is None else bonus.to(real).reshape(H, -1)
         run = _choose(form, "beta" in tokens, tokens["k"].shape, weight)
@@ -124,7 +124,6 @@ def step(
     Cost: O(H K V) a row; on a GPU one launch that reads the state once and writes it once.
     """
     check_given("step", q=q, v=v, state=state)
-    bind("step", v=(v, "B H V"))
     token_decay = log_decay is not None and (log_decay.ndim == 3 or log_decay.shape == v.shape[:2])
     decays = "H | B H | B H K" if token_decay else "H | H K"
     _check("step", "B", q, k, v, log_decay, decays, beta, bonus, state=(state, "B H K V"))
@@ -133,9 +132,9 @@ def step(
     check_state("step", state, number)
     if log_decay is not None and not token_decay:
         log_decay = log_decay[None]
+    if kernel.takes_step(q.shape[-1], state):
+        return _launch(q, k, v, log_decay, state, beta, bonus, scale)
     with torch.no_grad(), torch.autocast(state.device.type, enabled=False):
-        if kernel.takes_step(q.shape[-1], state, q, k, v, log_decay, beta, bonus):
-            return _launch(q, k, v, log_decay, state, beta, bonus, scale)
         k, log_decay, beta = (None if x is None else x[:, None] for x in (k, log_decay, beta))
         tokens = _tokens(real, q[:, None], k, v[:, None], log_decay, beta, scale)
         weight = None if bonus is None else bonus.to(real).reshape(state.shape[1], -1)
@@ -159,12 +158,12 @@ def _launch(
 
     def matrix(x: Tensor | None) -> Tensor | None:
         """[B H] | [B H K] -> [B H 1|K 1]."""
-        return None if x is None else x[..., None, None] if x.ndim == 2 else x[..., None]
+        return None if x is None else (x if x.ndim == 3 else x.unsqueeze(-1)).unsqueeze(-1)
 
     operands = {"q": matrix(q), "k": matrix(k), "log_decay": matrix(log_decay), "rate": matrix(beta)}
     operands["bonus"] = None if bonus is None else matrix(bonus[None])
     rule = "outer" if beta is None else "delta"
-    return kernel.step(rule, state, v[:, :, None], **operands, scale=scale, tied=k is None)
+    return kernel.step(rule, state, v.unsqueeze(2), **operands, scale=scale, tied=k is None)
 
 
 def _check(
