@@ -8,7 +8,7 @@ Legend
     e           u = β e: what the forward pass keeps for d β
     S, G        state that enters a chunk; gradient of the state that leaves it
     strand      one segment of one head, walked by one program with the state on chip
-    FLIP        the scan itself runs from right to left
+    FLIP, LEFT  the scan itself runs from right to left; this walk of it does
     rise, fall  see `tiles`
     told        q as its gates leave it, by its rise, if there is a gate a key; then too
     write       k by its fall, and

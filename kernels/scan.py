@@ -151,7 +151,7 @@ class _Scan:
         return self.new(self.chunks, H, K, V, dtype=self.kept)
 
     def _prepare(self) -> None:
-        """Run `kernels.prepare`, and `kernels.solve` for the delta rule unless its M and T are known."""
+        """Run what looks at gates, q and k alone: `pace`, `prepare`, `exact`, and `solve` unless M and T are known."""
         x, (B, T, H, K, _) = self.x, self.sizes
         delta, before = x.beta is not None, x.bonus is not None
         unsolved = delta and self.solved is None
