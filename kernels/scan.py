@@ -1,6 +1,6 @@
 """The scan with a matrix state on a GPU: plan, launches, operators. What is launched is described in `chunk_scan`."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, annotation-unchecked"
 
 from __future__ import annotations
 
