@@ -130,6 +130,8 @@ class _Scan:
             **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "scale": scale, "H": H, "K": K, "FLIP": flip, "DOT": dot,
             "PRECISION": precision, "BLOCK_C": self.plan.chunk,
         }  # fmt: skip
+        if dot != tl.bfloat16:  # the assembler would give up on some and take 32 registers
+            self.common["maxnreg"] = 255
         self.groups = H if self.decay == "key" else groups
         self.told, self.write, self.reach = x.q, x.k, x.k
         nothing: Tensor | None = None
