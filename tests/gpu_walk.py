@@ -124,5 +124,21 @@ def cases() -> list[Case]:
     return found + [Case("complex", size, reverse=i % 2 == 1) for i, size in enumerate(scans)]
 
 
+def replays() -> bool:
+    """A chain in a CUDA graph gives the same bits at every replay."""
+    x, log = torch.randn(1, 3000, 72, device="cuda"), -torch.rand(1, 3000, 72, device="cuda")
+    want = recur.gated_scan(x, log, form="triton").y
+    graph, good = torch.cuda.CUDAGraph(), True
+    with torch.cuda.graph(graph):
+        got = recur.gated_scan(x, log, form="triton").y
+    for _ in range(3):
+        got.zero_()
+        graph.replay()
+        good = good and torch.equal(got, want)
+    print("ok " if good else "BAD", "a chain in a CUDA graph")
+    return good
+
+
 if __name__ == "__main__":
-    sys.exit(main(listed() + cases(), LIMITS))
+    failed = main(listed() + cases(), LIMITS)
+    sys.exit(failed or not replays())
