@@ -6,7 +6,7 @@ from typing import Any
 
 from recur.blocks import LanguageModel, Mixer
 from recur.blocks.feedforward import swiglu
-from recur.convert.keys import Keys, rows, tied, under
+from recur.convert.keys import Keys, rows, stack, tied
 from recur.convert.official import Official
 from recur.presets.gla import gla
 
@@ -19,14 +19,10 @@ MIXER_KEYS: Keys = {
     "parts.project_4.*": "g_proj.*",
     "parts.project_5.weight": "out_proj.weight",
 }
+FFN_KEYS: Keys = {"parts.project.weight": rows("w1.weight", "w3.weight"), "parts.project_2.weight": "w2.weight"}
 KEYS: Keys = {
     "embedding.weight": tied("transformer.wte.weight", "lm_head.weight"),
-    **under("blocks.*.mixer.", "transformer.h.*.attn.", MIXER_KEYS),
-    "blocks.*.mixer_norm.weights.*": "transformer.h.*.ln_1.*",
-    "blocks.*.ffn.parts.project.weight": rows("transformer.h.*.w1.weight", "transformer.h.*.w3.weight"),
-    "blocks.*.ffn.parts.project_2.weight": "transformer.h.*.w2.weight",
-    "blocks.*.ffn_norm.weights.*": "transformer.h.*.ln_2.*",
-    "final_norm.weights.*": "transformer.ln_f.*",
+    **stack("transformer.h.*.", ("attn.", MIXER_KEYS), ("", FFN_KEYS), ("ln_1", "ln_2"), "transformer.ln_f"),
 }
 
 

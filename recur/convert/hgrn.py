@@ -22,7 +22,7 @@ from recur.blocks import (
     one_way,
 )
 from recur.blocks.feedforward import gated
-from recur.convert.keys import Keys, merged, rows, taps, tied, under
+from recur.convert.keys import Keys, merged, rows, stack, taps, tied, under
 from recur.convert.official import OF_A_FILE, Official
 from recur.presets.hgrn import hgrn, hgrn_complex, without_bounds
 from recur.recipe import Part, Recipe
@@ -165,16 +165,15 @@ def hub(recipe_of: RecipeOf, expand: int, *names: str) -> dict[str, Official]:
         "parts.norm.weight": merged("g_norm.weight"),
         "parts.project_2.weight": "o_proj.weight",
     }
-    mlp: Keys = {"project.weight": rows("gate_proj.weight", "up_proj.weight"), "project_2.weight": "down_proj.weight"}
+    mlp: Keys = {
+        "parts.project.weight": rows("gate_proj.weight", "up_proj.weight"),
+        "parts.project_2.weight": "down_proj.weight",
+    }
     model: Keys = {
         "embedding.weight": tied("model.embeddings.weight", "lm_head.weight"),
         "head.weight": "lm_head.weight",
         "shared.lower_bounds.logits": merged("model.lower_bounds", first=1),
-        **under("blocks.*.mixer.", "model.layers.*.attn.", layer),
-        "blocks.*.mixer_norm.weights.*": "model.layers.*.attn_norm.*",
-        **under("blocks.*.ffn.parts.", "model.layers.*.mlp.", mlp),
-        "blocks.*.ffn_norm.weights.*": "model.layers.*.mlp_norm.*",
-        "final_norm.weights.*": "model.norm.*",
+        **stack("model.layers.*.", ("attn.", layer), ("mlp.", mlp), ("attn_norm", "mlp_norm"), "model.norm"),
     }
     given = {"expand_ratio": expand}
     return {

@@ -9,7 +9,7 @@ from typing import Any
 from recur.blocks import LanguageModel, Mixer, Norm, both_ways, in_grid, in_series, one_way
 from recur.blocks.feedforward import gated
 from recur.convert.hgrn import activation_of, alone, hub
-from recur.convert.keys import Keys, merged, rows, tied, under
+from recur.convert.keys import Keys, merged, rows, stack, tied, under
 from recur.convert.official import OF_A_FILE, Official
 from recur.presets.hgrn2 import hgrn2
 from recur.recipe import Recipe
@@ -20,20 +20,18 @@ UNIT: Keys = {
     "norm.bias": merged("norm.bias"),
     "project_2.*": "out_proj.*",
 }
+MIXER_KEYS = under("parts.", "", UNIT)
 FFN_KEYS: Keys = {
-    "project.weight": rows("l1.weight", "l2.weight"),
-    "project.bias": rows("l1.bias", "l2.bias"),
-    "project_2.*": "l3.*",
+    "parts.project.weight": rows("l1.weight", "l2.weight"),
+    "parts.project.bias": rows("l1.bias", "l2.bias"),
+    "parts.project_2.*": "l3.*",
 }
+NORMS = ("token_norm", "channel_norm")
 KEYS: Keys = {
     "embedding.weight": tied("model.embed_tokens.weight", "lm_head.weight"),
     "head.weight": "lm_head.weight",
     "shared.lower_bounds.logits": merged("model.lower_bounds", first=1),
-    **under("blocks.*.mixer.parts.", "model.layers.*.token_mixer.", UNIT),
-    "blocks.*.mixer_norm.weights.*": "model.layers.*.token_norm.*",
-    **under("blocks.*.ffn.parts.", "model.layers.*.channel_mixer.", FFN_KEYS),
-    "blocks.*.ffn_norm.weights.*": "model.layers.*.channel_norm.*",
-    "final_norm.weights.*": "model.final_norm.*",
+    **stack("model.layers.*.", ("token_mixer.", MIXER_KEYS), ("channel_mixer.", FFN_KEYS), NORMS, "model.final_norm"),
 }
 
 

@@ -6,19 +6,15 @@ from typing import Any
 
 from recur.blocks import LanguageModel, Mixer
 from recur.blocks.feedforward import swiglu
-from recur.convert.keys import Keys, rows, tied, under
+from recur.convert.keys import Keys, rows, stack, tied
 from recur.convert.official import Official
 from recur.presets.llama import llama
 
 MIXER_KEYS: Keys = {"parts.project.*": "c_attn.*", "parts.project_2.*": "c_proj.*"}
+FFN_KEYS: Keys = {"parts.project.weight": rows("fc_2.weight", "fc_1.weight"), "parts.project_2.weight": "c_proj.weight"}
 KEYS: Keys = {
     "embedding.weight": tied("transformer.wte.weight", "lm_head.weight"),
-    **under("blocks.*.mixer.", "transformer.h.*.attn.", MIXER_KEYS),
-    "blocks.*.mixer_norm.weights.*": "transformer.h.*.ln_1.*",
-    "blocks.*.ffn.parts.project.weight": rows("transformer.h.*.mlp.fc_2.weight", "transformer.h.*.mlp.fc_1.weight"),
-    "blocks.*.ffn.parts.project_2.weight": "transformer.h.*.mlp.c_proj.weight",
-    "blocks.*.ffn_norm.weights.*": "transformer.h.*.ln_2.*",
-    "final_norm.weights.*": "transformer.ln_f.*",
+    **stack("transformer.h.*.", ("attn.", MIXER_KEYS), ("mlp.", FFN_KEYS), ("ln_1", "ln_2"), "transformer.ln_f"),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from recur.blocks import LanguageModel, Mixer, Norm, OutputGate, Project
 from recur.blocks.feedforward import gated
-from recur.convert.keys import Keys, merged, taps, tied, under
+from recur.convert.keys import Keys, merged, stack, taps, tied, under
 from recur.convert.official import OF_A_FILE, Official
 from recur.presets.mamba import mamba
 from recur.presets.mamba2 import mamba2, mamba2_mlp
@@ -120,15 +120,12 @@ def model_of(
 
 def frame(embedding: str, keys: Keys) -> Keys:
     """A backbone of such mixers, its embedding called so."""
+    mlp: Keys = {"parts.project.weight": "fc1.weight", "parts.project_2.weight": "fc2.weight"}
+    mixer = under("parts.", "", keys)
     return {
         "embedding.weight": tied(f"backbone.{embedding}.weight", "lm_head.weight"),
         "head.weight": "lm_head.weight",
-        **under("blocks.*.mixer.parts.", "backbone.layers.*.mixer.", keys),
-        "blocks.*.mixer_norm.weights.*": "backbone.layers.*.norm.*",
-        "blocks.*.ffn.parts.project.weight": "backbone.layers.*.mlp.fc1.weight",
-        "blocks.*.ffn.parts.project_2.weight": "backbone.layers.*.mlp.fc2.weight",
-        "blocks.*.ffn_norm.weights.*": "backbone.layers.*.norm2.*",
-        "final_norm.weights.*": "backbone.norm_f.*",
+        **stack("backbone.layers.*.", ("mixer.", mixer), ("mlp.", mlp), ("norm", "norm2"), "backbone.norm_f"),
     }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from recur.blocks import LanguageModel, Mixer, Norm, RetentionScale
 from recur.blocks.feedforward import gated
-from recur.convert.keys import Keys, rows, tied, under
+from recur.convert.keys import Keys, rows, stack, tied
 from recur.convert.official import Official
 from recur.presets.retnet import retnet
 from recur.recipe import Recipe
@@ -16,16 +16,13 @@ MIXER_KEYS: Keys = {
     "parts.project.weight": rows("q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight"),
     "parts.project_2.weight": "out_proj.weight",
 }
-FFN_KEYS: Keys = {"project.weight": rows("fc1.weight", "gate.weight"), "project_2.weight": "fc2.weight"}
+FFN_KEYS: Keys = {"parts.project.weight": rows("fc1.weight", "gate.weight"), "parts.project_2.weight": "fc2.weight"}
+NORMS = ("retention_layer_norm", "final_layer_norm")
 KEYS: Keys = {
     "embedding.weight": tied(
         "embed_tokens.weight", "transformer.embed_tokens.weight", "transformer.output_projection.weight"
     ),
-    **under("blocks.*.mixer.", "transformer.layers.*.retention.", MIXER_KEYS),
-    "blocks.*.mixer_norm.weights.*": "transformer.layers.*.retention_layer_norm.*",
-    **under("blocks.*.ffn.parts.", "transformer.layers.*.ffn.", FFN_KEYS),
-    "blocks.*.ffn_norm.weights.*": "transformer.layers.*.final_layer_norm.*",
-    "final_norm.weights.*": "transformer.layer_norm.*",
+    **stack("transformer.layers.*.", ("retention.", MIXER_KEYS), ("ffn.", FFN_KEYS), NORMS, "transformer.layer_norm"),
 }
 
 

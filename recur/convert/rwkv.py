@@ -6,7 +6,7 @@ from typing import Any
 
 from recur.blocks import LanguageModel, Mixer, Norm
 from recur.blocks.feedforward import channel_mix
-from recur.convert.keys import Keys, merged, shaped, tied, under
+from recur.convert.keys import Keys, merged, shaped, stack, tied
 from recur.convert.official import Official
 from recur.presets.rwkv import rwkv
 
@@ -31,11 +31,7 @@ CHANNEL_KEYS: Keys = {
 KEYS: Keys = {
     "embedding.weight": tied("transformer.wte.weight", "lm_head.weight"),
     "positions.weight": "transformer.wpe.weight",
-    **under("blocks.*.mixer.", "transformer.h.*.tmix.", TIME_KEYS),
-    "blocks.*.mixer_norm.weights.*": "transformer.h.*.ln_1.*",
-    **under("blocks.*.ffn.", "transformer.h.*.cmix.", CHANNEL_KEYS),
-    "blocks.*.ffn_norm.weights.*": "transformer.h.*.ln_2.*",
-    "final_norm.weights.*": "transformer.ln_f.*",
+    **stack("transformer.h.*.", ("tmix.", TIME_KEYS), ("cmix.", CHANNEL_KEYS), ("ln_1", "ln_2"), "transformer.ln_f"),
 }
 
 
