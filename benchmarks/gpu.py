@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ def fla(name: str) -> Any:
     from fla import ops
 
     guard.TRITON_ABOVE_3_7_1 = True  # its refusal of Hopper's gated backward; the errors here tell whether it was right
-    return getattr(ops, name)
+    return attrgetter(name)(ops)
 
 
 def fla_peer(name: str, call: Callable[..., Any]) -> dict[str, Peer]:
@@ -173,7 +174,9 @@ def diagonal_peers(module: str, with_fla: bool) -> dict[str, Peer]:
         lambda x, g: [t.detach().requires_grad_() for t in (g.exp(), x)],
         grads=False,
     )
-    hgrn = fla_peer("chunk_hgrn", lambda run, x, g: run(x, g)) if with_fla else {}
+    hgrn: dict[str, Peer] = {}
+    for name in ("hgrn.chunk_hgrn", "fused_recurrent_hgrn") if with_fla else ():
+        hgrn |= fla_peer(name, lambda run, x, g: run(x, g))
     return hgrn | {f"accelerated_scan {module}": turned, "gateloop_transformer associative_scan": tree}
 
 

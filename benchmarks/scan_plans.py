@@ -51,6 +51,7 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
     y, S, G, dy = new(v), run.states(), run.states(), torch.randn_like(v)
     e, dv, dq, dk = new(v), new(v), new(q), new(k)
     options = {"e": e, "dbeta": run.new(2, *v.shape[:3])} if delta else {}
+    kept = scan.scan_forward(*x, K**-0.5, False, True)[2:]
     run.forward(keep=S, e=options.get("e"))
     run.adjoint(dy, dv, G, **options)
     dgate = None if a is None else new(a) if family in ("key", "kda") else run.new(4, *a.shape[:3])
@@ -60,8 +61,8 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
         "keep": lambda: run.forward(keep=S, e=options.get("e")),
         "adjoint": lambda: run.adjoint(dy, dv, G, **options),
         "gradient": lambda: run.gradient(e if delta else v, dy, dv, S, G, dq, dk, dgate, None),
-        "forward_all": lambda: scan.scan_forward._init_fn(*x, K**-0.5, False),
-        "backward_all": lambda: scan.scan_backward._init_fn(dy, None, *x, K**-0.5, False),
+        "forward_all": lambda: scan.scan_forward(*x, K**-0.5, False, True),
+        "backward_all": lambda: scan.scan_backward(dy, None, *x, K**-0.5, False, *kept),
     }
 
 

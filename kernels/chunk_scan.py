@@ -5,10 +5,16 @@ Legend
     C           tokens of a chunk; chunks lie at fixed places of a row, so every kernel finds the same ones
     q k v u     u is v, or with beta the error u_t = β_t (v_t − (a_t S_{t-1})ᵀ k_t) of the delta rule
     P           [C C] scores of the chunk, q_t·k_s weighed by the gates between; of the delta rule also M, k_t·k_s
+    e           u = β e: what the forward pass keeps for d β
     S, G        state that enters a chunk; gradient of the state that leaves it
     strand      one segment of one head, walked by one program with the state on chip
-    FLIP        the scan itself runs from right to left
+    FLIP, LEFT  the scan itself runs from right to left; this walk of it does
     rise, fall  see `tiles`
+    told        q as its gates leave it, by its rise, if there is a gate a key; then too
+    write       k by its fall, and
+    reach       k by its rise; otherwise they are q, k and k
+    near, far   2^half and 2^(whole − half) of a gate a key: a chunk reads near S and leaves near (far S + writeᵀ u)
+    square      number of a chunk of a head, chunk H + h
 
 With R = rise(q), R' = rise(k), F = fall(k) and A all gates of a chunk, its whole action is
 
@@ -21,7 +27,8 @@ which is linear in S, so its derivative has the same shape from right to left:
 
 Kernels
     pace        a gate a head: rise and fall of every chunk
-    prepare     a gate a key: q and k as their gates leave them; is the chunk calm? if not, its P token by token; M
+    prepare     a gate a key: q and k as their gates leave them, and is the chunk calm? M; what a bonus adds
+    exact       every chunk that is not calm: P and M, token by token
     solve       T
     forward     left to right: y; or what a segment leaves by itself; or S before every chunk
     combine     what enters each segment
@@ -36,7 +43,7 @@ No kernel branches on that in its loop: a calm chunk masks the load of P away.
 """
 
 # Jitted functions take no annotations but constexpr, join tuples with +, and choose at compile time before run time.
-# ruff: noqa: RUF005, SIM102
+# ruff: noqa: RUF005
 # mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
@@ -130,8 +137,8 @@ def pace(
 @triton.jit(do_not_specialize=["T", "documents"])
 def prepare(
     q_ptr, k_ptr, gate_ptr, beta_ptr, bonus_ptr,  # tensors [B T heads *], bonus [H K]
-    told_ptr, write_ptr, reach_ptr, near_ptr, far_ptr, calm_ptr, scores_ptr,  # if the gates are a key's
-    rates_ptr, overlap_ptr,  # from `pace` if a head has one gate; M [chunks H C C] if DELTA
+    told_ptr, write_ptr, reach_ptr, near_ptr, far_ptr, calm_ptr,  # if the gates are a key's
+    rates_ptr, overlap_ptr,  # from `pace` if a head has one gate; M [chunks H C C], if T is not known
     cu_ptr, T, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
     DECAY: tl.constexpr, FLIP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
@@ -144,6 +151,7 @@ def prepare(
     if start >= stop:
         return
     DELTA: tl.constexpr = beta_ptr is not None
+    MEET: tl.constexpr = overlap_ptr is not None
     BEFORE: tl.constexpr = bonus_ptr is not None
     TIED: tl.constexpr = k_ptr is None
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
@@ -159,7 +167,7 @@ def prepare(
         total = tl.sum(load_gates(gates, start, offs, inside, offs_k, K, DECAY).to(tl.float32), 0) * LOG2E
         calm = tl.where(tl.max(tl.abs(total), 0) <= 2 * LIMIT, 1, 0)
         tl.store(calm_ptr + pid, calm)
-    if DECAY == "key" or DELTA or BEFORE:
+    if DECAY == "key" or MEET or BEFORE:
         M = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
         now = tl.zeros([BLOCK_C], tl.float32)
         for part in tl.range(0, BLOCK_K, PART, num_stages=1):
@@ -184,11 +192,11 @@ def prepare(
                 tl.store(far_ptr + pid * K + offs_p, tl.exp2(whole - middle), mask=offs_p < K)
                 if DELTA:
                     store_tile((reach_ptr, H, h, K), row, offs, inside, offs_p, reach)
-            if DELTA:
+            if MEET:
                 M = tl.dot(reach.to(DOT), tl.trans(key.to(DOT)), M, input_precision=PRECISION)
         if BEFORE:
             tl.store(rates_ptr + pid * (4 * BLOCK_C) + 3 * BLOCK_C + offs, now)
-        if DELTA:
+        if MEET:
             if DECAY == "one":
                 log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
                 rise, since = _rates(rates_ptr, pid, BLOCK_C, 0), _rates(rates_ptr, pid, BLOCK_C, 1)
@@ -197,21 +205,40 @@ def prepare(
             tl.store(_square(overlap_ptr, chunk, h, H, BLOCK_C), M, mask=(inside & (calm != 0))[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "documents"])
+@triton.jit(do_not_specialize=["T", "documents", "squares"])
 def exact(
     q_ptr, k_ptr, gate_ptr, calm_ptr, scores_ptr, overlap_ptr,  # what `prepare` left out
-    cu_ptr, T, documents, gate_sb, gate_sh, scale,
+    cu_ptr, T, documents, squares, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
+    FLIP: tl.constexpr, BEFORE: tl.constexpr, FEW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """P, and M of the delta rule, of every chunk that is not calm, with products of gates; FEW chunks a program, which
+    mostly finds that all are calm."""
+    pid = tl.program_id(0).to(tl.int64) * FEW
+    if _all_calm(calm_ptr, pid, squares, FEW):
+        return
+    for square in range(pid, tl.minimum(pid + FEW, squares)):
+        if tl.load(calm_ptr + square) == 0:
+            _exact_scores(
+                q_ptr, k_ptr, gate_ptr, scores_ptr, overlap_ptr, square, cu_ptr, T, documents, gate_sb, gate_sh, scale,
+                H, GROUPS, K, gate_st, gate_sd, FLIP, BEFORE, BLOCK_C, BLOCK_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def _all_calm(calm_ptr, square, squares, FEW: tl.constexpr):
+    offs = square + tl.arange(0, FEW)
+    return tl.min(tl.load(calm_ptr + offs, mask=offs < squares, other=1), 0) != 0
+
+
+@triton.jit
+def _exact_scores(
+    q_ptr, k_ptr, gate_ptr, scores_ptr, overlap_ptr, pid, cu_ptr, T, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
     FLIP: tl.constexpr, BEFORE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """P, and M of the delta rule, of every chunk that is not calm, with products of gates."""
-    pid = tl.program_id(0).to(tl.int64)
     chunk, h = pid // H, pid % H
     first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
-    if start >= stop:
-        return
-    if tl.load(calm_ptr + pid) != 0:
-        return
     TIED: tl.constexpr = k_ptr is None
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     length, row = tl.minimum(stop - start, BLOCK_C).to(tl.int32), first + start
@@ -293,7 +320,7 @@ def solve(
 @triton.jit(do_not_specialize=["T", "tiles", "segments", "span"])  # not worth a compilation each
 def forward(
     told_ptr, write_ptr, reach_ptr, v_ptr, gate_ptr, beta_ptr,  # [B T heads *]; q and k as the gates leave them
-    near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, overlap_ptr, solve_ptr,  # from `prepare`, `solve`
+    near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, overlap_ptr, solve_ptr,  # from those above
     y_ptr, e_ptr, keep_ptr,  # [B T H V]; states before every chunk [chunks H K V]
     enter_ptr, leave_ptr, share_ptr,  # [B H segments K V] states, [B H segments K] product of the gates
     cu_ptr, T, tiles, segments, span, gate_sb, gate_sh, scale,
@@ -612,8 +639,10 @@ def gradient(
 
     # what writers owe: to the state that leaves, and to the scores
     G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
-    if DECAY != "none":
+    if DECAY == "key":
         passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
+    elif DECAY == "one":
+        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32))
     dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
     dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
     if DECAY == "key":
@@ -626,7 +655,7 @@ def gradient(
     if DECAY == "key":
         passed = passed * tl.exp2(whole) + tl.sum(write * dk, 0)
     elif DECAY == "one":
-        passed = tl.sum(passed) * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
+        passed = passed * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
     dk = tl.dot(dPt.to(DOT), query, dk, input_precision=PRECISION)
     if DELTA:
         dMt = tl.where(behind, -tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
@@ -637,14 +666,14 @@ def gradient(
     # d log a_t: reads from t on that reach back before t, writes before t that leave, and what passes all of the chunk
     if DECAY == "key":
         sums -= write * dk
-        dgate = sums_along(order(BLOCK_C, not FLIP), sums, DOT) + passed[None, :]
+        dgate = tl.cumsum(sums, 0, reverse=not FLIP) + passed[None, :]
         if BEFORE:
             dgate -= own
         dgate = tl.where(log_a <= RESET, 0.0, dgate)
         dk = dk * fall
     elif DECAY == "one":
         sums = tl.sum(sums - write * dk, 1)
-        dgate = tl.sum(tl.where(order(BLOCK_C, not FLIP), sums[None, :], 0.0), 1) + passed
+        dgate = tl.cumsum(sums, 0, reverse=not FLIP) + passed
         if BEFORE:
             dgate -= tl.sum(own, 1)
         at = tile * B * T * H + (row + offs) * H + h
@@ -664,29 +693,45 @@ def gradient(
 # ------------------------------------------------------------------------------------------------------------ repair
 
 
-@triton.jit(do_not_specialize=["T", "documents"])
+@triton.jit(do_not_specialize=["T", "documents", "squares"])
 def repair(
     q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr,  # tensors [B T heads *]
     calm_ptr, dP_ptr, dM_ptr,  # [chunks H C C] float32, room for what the scores owe
     dq_ptr, dk_ptr, dgate_ptr,  # added to
+    cu_ptr, T, documents, squares, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, FEW: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """What the scores of a chunk that is not calm owe to q, k and log a, with products of gates."""
+    pid = tl.program_id(0).to(tl.int64) * FEW
+    if _all_calm(calm_ptr, pid, squares, FEW):
+        return
+    for square in range(pid, tl.minimum(pid + FEW, squares)):
+        if tl.load(calm_ptr + square) == 0:
+            _repair_chunk(
+                q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr, dP_ptr, dM_ptr, dq_ptr, dk_ptr, dgate_ptr,
+                square, cu_ptr, T, documents, gate_sb, gate_sh, scale, H, GROUPS, K, V, gate_st, gate_sd, FLIP,
+                BEFORE, DOT, PRECISION, BLOCK_C, BLOCK_K, BLOCK_V,
+            )  # fmt: skip
+
+
+@triton.jit
+def _repair_chunk(
+    q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr, dP_ptr, dM_ptr, dq_ptr, dk_ptr, dgate_ptr, square,
     cu_ptr, T, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     gate_st: tl.constexpr, gate_sd: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """What the scores of a chunk that is not calm owe to q, k and log a, with products of gates."""
-    square = tl.program_id(0).to(tl.int64)
     chunk, h = square // H, square % H
     first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
-    if start >= stop:
-        return
-    if tl.load(calm_ptr + square) != 0:
-        return
     DELTA: tl.constexpr = beta_ptr is not None
     TIED: tl.constexpr = k_ptr is None
     offs, offs_k, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)
+    length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)  # none for a number that no document uses
     row, inside = first + start, offs < length
     seen, later = order(BLOCK_C, FLIP), order(BLOCK_C, not FLIP)
     q, k = (q_ptr, GROUPS, h * GROUPS // H, K), (k_ptr, GROUPS, h * GROUPS // H, K)

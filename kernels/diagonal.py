@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
 from torch import Tensor
 
 from recur.primitives.diagonal import document_starts
@@ -268,24 +269,20 @@ def plan_diagonal(B: int, T: int, D: int, *, itemsize: int = 2, processors: int 
     """
     few = B * D * itemsize < 2 * 128 * processors
     warps, row, UNROLL = (8, 32, 8) if few else (4, 128, 16 // itemsize)
-    BLOCK_D = max(2, min(row // itemsize, triton.next_power_of_2(D)))
-    ROWS = min(32 * warps * 16 // itemsize // BLOCK_D, triton.next_power_of_2(triton.cdiv(T, UNROLL)))
-    tiles, span = triton.cdiv(D, BLOCK_D), ROWS * UNROLL
-    spans, programs = triton.cdiv(T, span), B * tiles
-    segments = 1 if 2 * programs >= processors else triton.cdiv(2 * processors, programs)
-    length = triton.cdiv(spans, min(spans, segments)) * span
-    return DiagonalPlan(ROWS, UNROLL, BLOCK_D, warps, tiles, triton.cdiv(T, length), length)
-
-
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    BLOCK_D = max(2, min(row // itemsize, power_of_2(D)))
+    ROWS = min(32 * warps * 16 // itemsize // BLOCK_D, power_of_2(cdiv(T, UNROLL)))
+    tiles, span = cdiv(D, BLOCK_D), ROWS * UNROLL
+    spans, programs = cdiv(T, span), B * tiles
+    segments = 1 if 2 * programs >= processors else cdiv(2 * processors, programs)
+    length = cdiv(spans, min(spans, segments)) * span
+    return DiagonalPlan(ROWS, UNROLL, BLOCK_D, warps, tiles, cdiv(T, length), length)
 
 
 def join(P: Tensor, R: Tensor, complex_: bool, adjoint: bool) -> None:
     """Turn R [B segments ...] into the states that enter the segments."""
     B, segments = R.shape[:2]
     size, block = R[0, 0].numel(), 256
-    _combine[(B * triton.cdiv(size, block),)](P, R, size, segments, complex_, adjoint, block, num_warps=2)
+    _combine[(B * cdiv(size, block),)](P, R, size, segments, complex_, adjoint, block, num_warps=2)
 
 
 def _run_diagonal(
@@ -304,19 +301,18 @@ def _run_diagonal(
         document, starts = document_of(cu_seqlens, T), document_starts(cu_seqlens, T)
         borders = tuple(torch.where(at, document, -1) for at in (starts, torch.cat([starts[1:], starts[:1]])))
         borders = borders[::-1] if turned else borders
-    with torch.cuda.device_of(value):
-        P = R = enter = None
-        read = (value, log_decay, y, initial, *borders, start)
-        if p.segments > 1:
-            P, R = (value.new_empty((B, p.segments, D), dtype=torch.float32) for _ in range(2))
-            written = (P, R, out, dlog, state)
-            _diagonal[grid](*read, None, *written, *sizes, complex_, adjoint, False, **p.tile)
-            join(P, R, complex_, False)
-            enter = R
-        _diagonal[grid](*read, enter, P, R, out, dlog, state, *sizes, complex_, adjoint, True, **p.tile)
+    P = R = enter = None
+    read = (value, log_decay, y, initial, *borders, start)
+    if p.segments > 1:
+        P, R = (value.new_empty((B, p.segments, D), dtype=torch.float32) for _ in range(2))
+        written = (P, R, out, dlog, state)
+        _diagonal[grid](*read, None, *written, *sizes, complex_, adjoint, False, **p.tile)
+        join(P, R, complex_, False)
+        enter = R
+    _diagonal[grid](*read, enter, P, R, out, dlog, state, *sizes, complex_, adjoint, True, **p.tile)
 
 
-@torch.library.custom_op("recur::diagonal", mutates_args=())
+@operator("diagonal")
 def _diagonal_scan(
     x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, complex_: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -330,7 +326,7 @@ def _diagonal_scan(
     return y, state
 
 
-@_diagonal_scan.register_fake
+@fake("diagonal")
 def _fake_diagonal(
     x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, complex_: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -338,7 +334,7 @@ def _fake_diagonal(
     return x.new_empty(x.shape), x.new_empty((rows, x.shape[2]), dtype=torch.float32)
 
 
-@torch.library.custom_op("recur::diagonal_adjoint", mutates_args=())
+@operator("diagonal_adjoint")
 def _diagonal_adjoint(
     dy: Tensor, dstate: Tensor | None, log_decay: Tensor, y: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
     complex_: bool, reverse: bool,
@@ -354,7 +350,7 @@ def _diagonal_adjoint(
     return outs
 
 
-@_diagonal_adjoint.register_fake
+@fake("diagonal_adjoint")
 def _fake_diagonal_adjoint(
     dy: Tensor, dstate: Tensor | None, log_decay: Tensor, y: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
     complex_: bool, reverse: bool,
@@ -377,12 +373,8 @@ def _diagonal_gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> t
     return dx, dlog, None if initial is None else dinitial, None, None, None
 
 
-def refuse(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("form='triton' has first derivatives only; form='chunked' has second ones")
-
-
-_diagonal_scan.register_autograd(_diagonal_gradients, setup_context=_save_diagonal)
-_diagonal_adjoint.register_autograd(refuse)
+differentiable("diagonal", _diagonal_gradients, _save_diagonal)
+differentiable("diagonal_adjoint")
 
 
 def diagonal(

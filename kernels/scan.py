@@ -1,6 +1,6 @@
 """The scan with a matrix state on a GPU: plan, launches, operators. What is launched is described in `chunk_scan`."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, annotation-unchecked"
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from recur.kernels import chunk_scan as kernels
+from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
 from torch import Tensor
 
+FEW = 8  # chunks that one program of `exact` or `repair` looks at
 INTERPRETED = not isinstance(kernels.forward, triton.JITFunction)  # Triton's interpreter was asked for, on a CPU
 
 
@@ -58,16 +60,16 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
     One segment if the heads alone give three processors of four a program; otherwise as many as give every processor
     two, none below 512 tokens. The delta rule has one: what a stretch of it does to a state is a matrix [K K].
     """
-    block_k, block_v = (max(64, triton.next_power_of_2(size)) for size in (K, V))
+    block_k, block_v = (max(64, power_of_2(size)) for size in (K, V))
     chunk, plain, erasing, rows = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[max(block_k, block_v)]
     forward, adjoint, gradient = (
-        Tiles(block, triton.cdiv(size, block), warps, stages)
+        Tiles(block, cdiv(size, block), warps, stages)
         for (block, warps, stages), size in zip((*(erasing if delta else plain), rows), (V, V, K), strict=True)
     )
     programs = heads * forward.parts
-    wanted = 1 if delta or 4 * programs >= 3 * processors else triton.cdiv(2 * processors, max(1, programs))
-    span = chunk * triton.cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
-    return Plan(chunk, max(1, triton.cdiv(T, span)), span, block_k, block_v, forward, adjoint, gradient)
+    wanted = 1 if delta or 4 * programs >= 3 * processors else cdiv(2 * processors, max(1, programs))
+    span = chunk * cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
+    return Plan(chunk, max(1, cdiv(T, span)), span, block_k, block_v, forward, adjoint, gradient)
 
 
 def _numbers(dtype: torch.dtype) -> tuple[Any, str, float]:
@@ -78,6 +80,16 @@ def _numbers(dtype: torch.dtype) -> tuple[Any, str, float]:
     if dtype == torch.float32:
         return tl.float32, "tf32x3", 10.0
     return (tl.bfloat16, "ieee", 60.0) if dtype == torch.bfloat16 else (tl.float32, "tf32", 60.0)
+
+
+def _kept(dtype: torch.dtype) -> torch.dtype:
+    """What is written to memory between kernels."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def _chunks(B: int, T: int, chunk: int, cu_seqlens: Tensor | None) -> int:
+    """How many numbers of chunks there are; see `tiles.place_of`."""
+    return B * ((T + chunk - 1) // chunk) if cu_seqlens is None else T // chunk + cu_seqlens.shape[0] - 1
 
 
 class Inputs(NamedTuple):
@@ -96,24 +108,23 @@ class Inputs(NamedTuple):
 class _Scan:
     """One scan laid out and prepared: allocates and launches."""
 
-    def __init__(self, x: Inputs, scale: float, flip: bool) -> None:
+    def __init__(self, x: Inputs, scale: float, flip: bool, *solved: Tensor | None) -> None:
         B, T, H, V = x.v.shape
         groups, K = x.q.shape[2:]
-        processors = torch.cuda.get_device_properties(x.v.device).multi_processor_count if x.v.is_cuda else 1
         delta, packed = x.beta is not None, x.cu_seqlens is not None
-        self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=x.v.dtype, delta=delta, processors=processors)
+        self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=x.v.dtype, delta=delta, processors=processors(x.v.device))
         if packed:
             self.plan = self.plan._replace(segments=1, span=T)
         self.x, self.flip, self.sizes = x, flip, (B, T, H, K, V)
         self.documents = len(x.cu_seqlens) - 1 if x.cu_seqlens is not None else B
-        self.chunks = T // self.plan.chunk + self.documents if packed else B * triton.cdiv(T, self.plan.chunk)
+        self.chunks = _chunks(B, T, self.plan.chunk, x.cu_seqlens)
         self.decay, strides = "none", [0, 0, 0, 0]
         if x.log_decay is not None:
             width = x.log_decay.shape[-1]
             self.decay = "one" if width == 1 and x.k is not None else "key"
             strides = list(x.log_decay.expand(B, T, H, width).stride())
         dot, precision, self.limit = _numbers(x.v.dtype)
-        self.kept = torch.bfloat16 if dot == tl.bfloat16 else torch.float32
+        self.kept = _kept(x.v.dtype)
         self.gates = {"gate_sb": strides[0], "gate_sh": strides[2], "gate_st": strides[1], "gate_sd": strides[3]}
         self.common = {
             **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "scale": scale, "H": H, "K": K, "FLIP": flip, "DOT": dot,
@@ -123,7 +134,8 @@ class _Scan:
         self.told, self.write, self.reach = x.q, x.k, x.k
         nothing: Tensor | None = None
         self.near, self.far, self.calm, self.scores = nothing, nothing, nothing, nothing
-        self.rates, self.whole, self.overlap, self.solved = nothing, nothing, nothing, nothing
+        self.rates, self.whole = nothing, nothing
+        self.overlap, self.solved = solved or (None, None)
         self._prepare()
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -139,9 +151,10 @@ class _Scan:
         return self.new(self.chunks, H, K, V, dtype=self.kept)
 
     def _prepare(self) -> None:
-        """Run `kernels.prepare`, and `kernels.solve` for the delta rule."""
+        """Run what looks at gates, q and k alone: `pace`, `prepare`, `exact`, and `solve` unless M and T are known."""
         x, (B, T, H, K, _) = self.x, self.sizes
         delta, before = x.beta is not None, x.bonus is not None
+        unsolved = delta and self.solved is None
         if self.decay == "key":
             self.told, self.write = (self.new(B, T, H, K, dtype=self.kept) for _ in range(2))
             self.reach = torch.empty_like(self.told) if delta else None
@@ -150,33 +163,35 @@ class _Scan:
         if self.decay == "one" or before:
             self.rates = self.new(self.chunks, H, 4, self.plan.chunk)
         if self.decay == "one":
-            self.whole, block_h = self.new(self.chunks, H), min(16, triton.next_power_of_2(H))
-            kernels.pace[(self.chunks, triton.cdiv(H, block_h))](
+            self.whole, block_h = self.new(self.chunks, H), min(16, power_of_2(H))
+            kernels.pace[(self.chunks, cdiv(H, block_h))](
                 x.log_decay, self.rates, self.whole, x.cu_seqlens, T, self.documents,
                 self.gates["gate_sb"], self.gates["gate_sh"],
                 H=H, gate_st=self.gates["gate_st"], FLIP=self.flip, BEFORE=before,
                 BLOCK_C=self.plan.chunk, BLOCK_H=block_h, num_warps=1,
             )  # fmt: skip
-        if delta:
-            self.overlap, self.solved = self.squares(torch.float32), self.squares(self.kept)
-        if self.decay != "key" and not delta and not before:
+        overlap: Tensor | None = None  # to be found
+        if unsolved:
+            overlap, self.solved = self.squares(torch.float32), self.squares(self.kept)
+            self.overlap = overlap
+        if self.decay != "key" and not unsolved and not before:
             return
         hats = (self.told, self.write, self.reach) if self.decay == "key" else (None, None, None)
         kernels.prepare[(self.chunks * H,)](
             x.q, x.k, x.log_decay, x.beta, x.bonus,
-            *hats, self.near, self.far, self.calm, self.scores, self.rates, self.overlap,
+            *hats, self.near, self.far, self.calm, self.rates, overlap,
             documents=self.documents, GROUPS=x.q.shape[2], DECAY=self.decay, LIMIT=self.limit,
             BLOCK_K=self.plan.block_k, PART=32 if self.decay == "key" else 64, num_warps=4, **self.common,
         )  # fmt: skip
         if self.decay == "key":
-            kernels.exact[(self.chunks * H,)](
-                x.q, x.k, x.log_decay, self.calm, self.scores, self.overlap,
-                documents=self.documents, GROUPS=x.q.shape[2], BEFORE=before, BLOCK_K=self.plan.block_k, num_warps=4,
-                **{name: value for name, value in self.common.items() if name not in ("DOT", "PRECISION")},
+            kernels.exact[(cdiv(self.chunks * H, FEW),)](
+                x.q, x.k, x.log_decay, self.calm, self.scores, overlap, documents=self.documents,
+                squares=self.chunks * H, GROUPS=x.q.shape[2], BEFORE=before, FEW=FEW, BLOCK_K=self.plan.block_k,
+                num_warps=4, **{name: value for name, value in self.common.items() if name not in ("DOT", "PRECISION")},
             )  # fmt: skip
-        if delta:
+        if unsolved:
             kernels.solve[(self.chunks * H,)](
-                self.overlap, x.beta, self.solved, x.cu_seqlens, T, self.documents,
+                overlap, x.beta, self.solved, x.cu_seqlens, T, self.documents,
                 H=H, FLIP=self.flip, BLOCK_C=self.plan.chunk, num_warps=1,
             )  # fmt: skip
 
@@ -227,11 +242,12 @@ class _Scan:
             num_warps=tiles.warps, **self.common,
         )  # fmt: skip
         if self.decay == "key":
-            kernels.repair[(self.chunks * H,)](
+            kernels.repair[(cdiv(self.chunks * H, FEW),)](
                 x.q, x.k, x.log_decay, x.beta, dy, u, dv, self.calm, self.squares(torch.float32),
                 self.squares(torch.float32) if x.beta is not None else None, dq, dk, dgate,
-                documents=self.documents, GROUPS=x.q.shape[2], V=V, BEFORE=x.bonus is not None,
-                BLOCK_K=self.plan.block_k, BLOCK_V=self.plan.block_v, num_warps=8, **self.common,
+                documents=self.documents, squares=self.chunks * H, GROUPS=x.q.shape[2], V=V,
+                BEFORE=x.bonus is not None, FEW=FEW, BLOCK_K=self.plan.block_k, BLOCK_V=self.plan.block_v, num_warps=8,
+                **self.common,
             )  # fmt: skip
 
     def entering(self, initial: Tensor | None, back: Tensor | None = None) -> Tensor | None:
@@ -242,21 +258,15 @@ class _Scan:
         B, _, H, K, V = self.sizes
         states, share = self.new(B, H, segments, K, V), self.new(B, H, segments, K)
         self.forward(leave=states, share=share, back=back)
-        block_k, block_v = min(16, triton.next_power_of_2(K)), min(64, triton.next_power_of_2(V))
-        kernels.combine[(B * H, triton.cdiv(K, block_k), triton.cdiv(V, block_v))](
+        block_k, block_v = min(16, power_of_2(K)), min(64, power_of_2(V))
+        kernels.combine[(B * H, cdiv(K, block_k), cdiv(V, block_v))](
             states, share, initial, K, V, segments,
             LEFT=self.flip != (back is not None), BLOCK_K=block_k, BLOCK_V=block_v,
         )  # fmt: skip
         return states
 
 
-_INPUTS = (
-    "Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? bonus, Tensor? initial, "
-    "Tensor? cu_seqlens, float scale, bool flip"
-)
-
-
-@torch.library.custom_op("recur::scan", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
+@operator("scan")
 def scan_forward(
     q: Tensor,
     k: Tensor | None,
@@ -268,32 +278,36 @@ def scan_forward(
     cu_seqlens: Tensor | None,
     scale: float,
     flip: bool,
-) -> tuple[Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`recur.scan` without complex gates; T is at least 1.
 
     Args: q, k [B T G K] (k None: 1 − exp(log_decay), not with beta); v [B T H V], all of one dtype; log_decay
         [B|1 T|1 H K|1]; beta [B T H]; bonus [H K] float32; initial [B H K V] float32, or [n H K V] for the n documents
-        of cu_seqlens [n+1]; all contiguous. flip: from right to left.
-    Returns: y [B T H V]; state like initial.
+        of cu_seqlens [n+1]; all contiguous. flip: from right to left; keep: for a derivative.
+    Returns: y [B T H V]; state like initial; of the delta rule, with `keep`, M and T [chunks H C C].
     """
     run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip)
     _, _, H, K, V = run.sizes
     y, state = torch.empty_like(v), run.new(run.documents, H, K, V)
     run.forward(y=y, enter=run.entering(initial), leave=state)
-    return y, state
+    overlap, solved = (x if keep and x is not None else v.new_empty(0) for x in (run.overlap, run.solved))
+    return y, state, overlap, solved
 
 
-@scan_forward.register_fake
-def _(q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip):
-    rows = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.empty_like(v), v.new_empty(rows, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+@fake("scan")
+def _(q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, keep):
+    (B, T, H, V), K = v.shape, q.shape[3]
+    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape: tuple[int, ...] = (0,)
+    if keep and beta is not None:
+        chunk = plan(heads=B * H, T=T, K=K, V=V, dtype=v.dtype, delta=True).chunk
+        shape = (_chunks(B, T, chunk, cu_seqlens), H, chunk, chunk)
+    overlap, solved = (v.new_empty(shape, dtype=x if shape[0] else v.dtype) for x in (torch.float32, _kept(v.dtype)))
+    return torch.empty_like(v), v.new_empty(rows, H, K, V, dtype=torch.float32), overlap, solved
 
 
-@torch.library.custom_op(
-    "recur::scan_backward",
-    mutates_args=(),
-    schema=f"(Tensor dy, Tensor? dstate, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@operator("scan_backward")
 def scan_backward(
     dy: Tensor,
     dstate: Tensor | None,
@@ -307,13 +321,16 @@ def scan_backward(
     cu_seqlens: Tensor | None,
     scale: float,
     flip: bool,
+    overlap: Tensor,
+    solved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay, beta, bonus and initial; empty for what is None. Has no derivative itself."""
-    run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip)
+    known = () if beta is None else (overlap, solved)
+    run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip, *known)
     B, T, H, K, _ = run.sizes
-    S, G, delta, parts = run.states(), run.states(), beta is not None, run.plan.gradient.parts
+    S, G, parts = run.states(), run.states(), run.plan.gradient.parts
     dv, dinitial = torch.empty_like(v), None if initial is None else torch.empty_like(initial)
-    e, dbeta = (torch.empty_like(v), run.new(run.plan.adjoint.parts, B, T, H)) if delta else (None, None)
+    e, dbeta = (torch.empty_like(v), run.new(run.plan.adjoint.parts, B, T, H)) if known else (None, None)
     run.forward(keep=S, e=e, enter=run.entering(initial))
     run.adjoint(dy, dv, G, e=e, dbeta=dbeta, enter=run.entering(dstate, back=dy), leave=dinitial)
 
@@ -346,24 +363,25 @@ def _sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
 
 
-@scan_backward.register_fake
-def _(dy, dstate, q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip):
+@fake("scan_backward")
+def _(dy, dstate, q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, overlap, solved):
     inputs = (q, k, v, log_decay, beta, bonus, initial)
     return tuple(v.new_empty(0) if x is None else torch.empty_like(x) for x in inputs)
 
 
 def _remember(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.flip = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.scale, ctx.flip, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy: Tensor | None, dstate: Tensor | None):
-    tensors = ctx.saved_tensors
+def _gradients(ctx, dy: Tensor | None, dstate: Tensor | None, *_):
+    *tensors, overlap, solved = ctx.saved_tensors
     dy = torch.zeros_like(tensors[2]) if dy is None else dy.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
-    gradients = scan_backward(dy, dstate, *tensors, ctx.scale, ctx.flip)
-    return *(None if x is None else g for x, g in zip(tensors[:7], gradients, strict=True)), None, None, None
+    gradients = scan_backward(dy, dstate, *tensors, ctx.scale, ctx.flip, overlap, solved)
+    return *(None if x is None else g for x, g in zip(tensors[:7], gradients, strict=True)), None, None, None, None
 
 
-scan_forward.register_autograd(_differentiate, setup_context=_remember)
+differentiable("scan", _gradients, _remember)
+differentiable("scan_backward")

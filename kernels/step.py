@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from recur.kernels.operators import cdiv, fake, operator, power_of_2, processors
 from recur.kernels.tiles import tied
 from torch import Tensor
 
@@ -168,20 +169,24 @@ class Plan(NamedTuple):
 
 
 def plan(*, states: int, K: int, V: int, planes: int = 1, processors: int = 132) -> Plan:
-    """The widest tiles that still give every processor two programs; complex numbers have two planes."""
-    block_k = triton.next_power_of_2(K)
-    block_v = min(triton.next_power_of_2(V), max(1, TILE // block_k // planes), WIDEST)
-    while block_v > NARROWEST and states * triton.cdiv(V, block_v) < 2 * processors:
+    """Tiles of 2048 numbers, or of 32 columns (128 bytes of a row) where 4096 numbers hold them; twice as wide where
+    every processor then still has 16 programs, narrower where it has not two. Complex numbers have two planes.
+
+    By trial on an H100.
+    """
+    block_k = power_of_2(K)
+    block_v = min(power_of_2(V), max(32, 2048 // block_k), max(1, 4096 // block_k // planes), 1024)
+    warps = min(4, max(1, block_k * block_v // 256))
+    if 2 * block_v <= V and states * cdiv(V, 2 * block_v) >= 16 * processors:
+        return Plan(block_k, 2 * block_v, 2 * warps)
+    while block_v > 16 and states * cdiv(V, block_v) < 2 * processors:
         block_v //= 2
-    return Plan(block_k, block_v, min(4, max(1, block_k * block_v // 256)))
+    return Plan(block_k, block_v, min(warps, max(1, block_k * block_v // 256)))
 
 
-TILE, WIDEST, NARROWEST = 4096, 1024, 8  # numbers of a tile, and its columns
-
-
-def _strides(x: Tensor | None, *axes: int) -> list[int]:
-    """What to add for the next entry along these axes: nothing where all share one."""
-    return [0 if x is None or x.shape[axis] == 1 else x.stride(axis) for axis in axes]
+def _strides(x: Tensor | None) -> list[int]:
+    """What to add for the next entry along each of four axes: nothing where all share one."""
+    return [0] * 4 if x is None else [0 if n == 1 else step for n, step in zip(x.shape, x.stride(), strict=True)]
 
 
 def _numbers(x: Tensor | None) -> Tensor | None:
@@ -195,7 +200,7 @@ def _answer(state: Tensor, q: Tensor | None, v: Tensor) -> Tensor:
     return torch.empty(state.shape[0], state.shape[1], state.shape[3], dtype=dtype, device=state.device)
 
 
-@torch.library.custom_op("recur::step", mutates_args=("state",))
+@operator("step", mutates=("state",))
 def step(
     state: Tensor,
     q: Tensor | None,
@@ -215,22 +220,24 @@ def step(
         bonus [1 H K|1 1]. Any strides. Complex values need a complex state.
     Returns: y [B H V] of v's dtype; of the state's without q.
     """
+    torch.autograd.graph.increment_version(state)
     (B, H, K, V), y = state.shape, _answer(state, q, v)
     if y.numel() == 0:
         return y
-    processors = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else 1
-    tile = plan(states=B * H, K=K, V=V, planes=1 + state.is_complex(), processors=processors)
-    group = H // max((x.shape[1] for x in (q, k) if x is not None), default=H)
-    _step[(triton.cdiv(V, tile.block_v) * B * H,)](
-        *map(_numbers, (state, q, k, v, log_decay, rate, bonus, y)),
-        *state.stride(), *_strides(q, 0, 1, 2), *_strides(k, 0, 1, 2), *_strides(v, 0, 1, 3),
-        *_strides(log_decay, 0, 1, 2), *_strides(rate, 0, 1), *_strides(bonus, 1, 2), scale,
-        *_strides(q, 3), *_strides(k, 3), *_strides(log_decay, 3), *_strides(rate, 3),
+    tile = plan(states=B * H, K=K, V=V, planes=1 + state.is_complex(), processors=processors(v.device))
+    group = H // (H if q is None and k is None else max(1 if x is None else x.shape[1] for x in (q, k)))
+    tensors = (state, q, k, v, log_decay, rate, bonus, y)
+    (*qs, q_v), (*ks, k_v), (*vs, _, v_v), (*decays, a_v), (*rates, _, rate_v), (_, *weights, _) = map(
+        _strides, tensors[1:-1]
+    )
+    _step[(cdiv(V, tile.block_v) * B * H,)](
+        *(map(_numbers, tensors) if state.is_complex() else tensors), *state.stride(), *qs, *ks, *vs, v_v, *decays,
+        *rates, *weights, scale, q_v, k_v, a_v, rate_v,
         group, H, K, V, RULE=rule, TIED=tied, BLOCK_K=tile.block_k, BLOCK_V=tile.block_v, num_warps=tile.warps,
     )  # fmt: skip
     return y
 
 
-@step.register_fake
+@fake("step")
 def _(state, q, k, v, log_decay, rate, bonus, scale, rule, tied):
     return _answer(state, q, v)

@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from recur.kernels.diagonal import LOG2E, join, processors, refuse
+from recur.kernels.diagonal import LOG2E, join
+from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
 from torch import Tensor
 
 from recur.primitives.forms import mirror
@@ -509,20 +510,24 @@ class Plan(NamedTuple):
         return {**tile, "STRETCH": STRETCH, "num_warps": self.warps, "maxnreg": self.registers}
 
 
-def plan(B: int, T: int, V: int, G: int, N: int, *, adjoint: bool = False, processors: int = 132) -> Plan:
+def plan(
+    B: int, T: int, V: int, G: int, N: int, *, adjoint: bool = False, keyed: bool = False, processors: int = 132
+) -> Plan:  # fmt: skip
     """8 entries of the state a thread, or 16 right to left, where more of what is loaded is shared; one segment where
     that fills the machine, else enough for 64 a processor: a token's latency hides behind other programs only.
 
-    Args: sizes; whether the walk is the backward one; processors of the device.   Returns: Plan.
+    Args: sizes; whether the walk is the backward one, and its gate made of the key, which takes registers that would
+    else hold more tokens; processors of the device.   Returns: Plan.
     """
-    Q, BLOCK_N = math.gcd(4, N), triton.next_power_of_2(N)
+    Q, BLOCK_N = math.gcd(4, N), power_of_2(N)
     W, warps = 32 // min(4, BLOCK_N // Q), max(1, BLOCK_N // 32)
     R = math.gcd(4 if adjoint else 2, V // G)
-    tiles, stretches = triton.cdiv(V // G, R * W), triton.cdiv(T, STRETCH)
+    tiles, stretches = cdiv(V // G, R * W), cdiv(T, STRETCH)
     programs = B * G * tiles * warps
-    segments = 1 if programs >= 7 * processors else triton.cdiv(64 * processors, programs)
-    length = triton.cdiv(stretches, min(stretches, segments)) * STRETCH
-    return Plan(R, Q, BLOCK_N, W, 2 if adjoint else 4, warps, 255, tiles, triton.cdiv(T, length), length)
+    segments = 1 if programs >= 7 * processors else cdiv(64 * processors, programs)
+    length = cdiv(stretches, min(stretches, segments)) * STRETCH
+    UNROLL = 2 if adjoint else 4 if keyed else 8
+    return Plan(R, Q, BLOCK_N, W, UNROLL, warps, 255, tiles, cdiv(T, length), length)
 
 
 class _Walk:
@@ -534,8 +539,8 @@ class _Walk:
     ) -> None:  # fmt: skip
         (self.B, self.T, self.V), self.N = x.shape, k.shape[-1]
         self.G = max(w.shape[2] if w.ndim == 4 else 1 for w in (k, q))
-        count = processors(x.device)
-        self.plan = plan(self.B, self.T, self.V, self.G, self.N, adjoint=adjoint, processors=count)
+        kind = {"adjoint": adjoint, "keyed": a is None, "processors": processors(x.device)}
+        self.plan = plan(self.B, self.T, self.V, self.G, self.N, **kind)
         self.gate, self.gradients = SELECTIVE if a is not None else ONLINE
         self.x, self.rate, self.cu_seqlens, self.adjoint = _aligned(x), _aligned(rate), cu_seqlens, adjoint
         self.k, self.q = (_aligned(w if w.ndim == 4 else w.T) for w in (k, q))  # [B T G N] | [N V]
@@ -572,9 +577,9 @@ def _key_norms(k: Tensor) -> tuple[Tensor, Tensor]:
     """For k [B T G N]: the sum of the other slots' squares [B T G N], and the sum of all [B T G]."""
     rows, N = k.numel() // k.shape[-1], k.shape[-1]
     others, norm = torch.empty_like(k, dtype=torch.float32), k.new_empty(k.shape[:3], dtype=torch.float32)
-    BLOCK_N = triton.next_power_of_2(N)
+    BLOCK_N = power_of_2(N)
     BLOCK_C, warps = max(1, 4096 // BLOCK_N**2), max(4, BLOCK_N // 16)
-    _others[(triton.cdiv(rows, BLOCK_C),)](k, others, norm, rows, N, BLOCK_C, BLOCK_N, num_warps=warps)
+    _others[(cdiv(rows, BLOCK_C),)](k, others, norm, rows, N, BLOCK_C, BLOCK_N, num_warps=warps)
     return others, norm
 
 
@@ -582,7 +587,7 @@ def _key_norms(k: Tensor) -> tuple[Tensor, Tensor]:
 # are [B T G N] | [V N]; a [V N] makes the gate, or k does. Documents lie in the order in which they are walked.
 
 
-@torch.library.custom_op("recur::walk", mutates_args=())
+@operator("walk")
 def _walk(
     x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
     reverse: bool, keep: bool,
@@ -591,16 +596,15 @@ def _walk(
     y, state, kept = _fake_walk(x, rate, a, k, q, initial, cu_seqlens, reverse, keep)
     if cu_seqlens is not None:  # empty documents hand on their state
         state = torch.zeros_like(state) if initial is None else initial.clone()
-    with torch.cuda.device_of(x):
-        w = _Walk(x, rate, a, k, q, cu_seqlens, reverse, False)
-        enter = w.enter(w.x, w.k, initial, w.FIXED_K)
-        tensors = (w.x, w.rate, w.a, w.k, w.q, w.others, w.norm, cu_seqlens, initial, enter)
-        written = (y, state, kept if keep else None)
-        _emit[w.grid](*tensors, *written, *w.sizes, w.gate, w.FIXED_K, w.FIXED_Q, **w.plan.tile)
+    w = _Walk(x, rate, a, k, q, cu_seqlens, reverse, False)
+    enter = w.enter(w.x, w.k, initial, w.FIXED_K)
+    tensors = (w.x, w.rate, w.a, w.k, w.q, w.others, w.norm, cu_seqlens, initial, enter)
+    written = (y, state, kept if keep else None)
+    _emit[w.grid](*tensors, *written, *w.sizes, w.gate, w.FIXED_K, w.FIXED_Q, **w.plan.tile)
     return y, state, kept
 
 
-@_walk.register_fake
+@fake("walk")
 def _fake_walk(
     x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
     reverse: bool, keep: bool,
@@ -612,7 +616,7 @@ def _fake_walk(
     return x.new_empty((B, T, V)), state, kept
 
 
-@torch.library.custom_op("recur::walk_adjoint", mutates_args=())
+@operator("walk_adjoint")
 def _walk_adjoint(
     dy: Tensor, dstate: Tensor | None, x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor,
     initial: Tensor | None, cu_seqlens: Tensor | None, kept: Tensor, reverse: bool,
@@ -622,19 +626,18 @@ def _walk_adjoint(
     dy, dstate = _aligned(dy), None if dstate is None else dstate.contiguous()
     if cu_seqlens is not None:
         dinitial = torch.zeros_like(dinitial) if dstate is None else dstate.clone()
-    with torch.cuda.device_of(x):
-        w = _Walk(x, rate, a, k, q, cu_seqlens, reverse, True)
-        p = w.plan
-        whole = (w.B * p.segments, w.N, w.V)
-        da = None if a is None else w.new(*whole)
-        dk, dq = (w.new(*whole) if t.ndim == 2 else w.new(p.tiles, *t.shape) for t in (k, q))
-        enter = w.enter(dy, w.q, dstate, w.FIXED_Q)
-        scratch = w.new(w.B, p.segments, STRETCH // p.UNROLL, w.N, w.V)
-        read = (w.x, w.rate, w.a, w.k, w.q, w.others, w.norm, cu_seqlens, initial, dy, dstate, kept, enter, scratch)
-        written = (dx, drate, da, dk, dq, dinitial)
-        _adjoint[w.grid](
-            *read, *written, w.B, *w.sizes, w.gate, w.gradients, w.FIXED_K, w.FIXED_Q, **p.tile
-        )  # fmt: skip
+    w = _Walk(x, rate, a, k, q, cu_seqlens, reverse, True)
+    p = w.plan
+    whole = (w.B * p.segments, w.N, w.V)
+    da = None if a is None else w.new(*whole)
+    dk, dq = (w.new(*whole) if t.ndim == 2 else w.new(p.tiles, *t.shape) for t in (k, q))
+    enter = w.enter(dy, w.q, dstate, w.FIXED_Q)
+    scratch = w.new(w.B, p.segments, STRETCH // p.UNROLL, w.N, w.V)
+    read = (w.x, w.rate, w.a, w.k, w.q, w.others, w.norm, cu_seqlens, initial, dy, dstate, kept, enter, scratch)
+    written = (dx, drate, da, dk, dq, dinitial)
+    _adjoint[w.grid](
+        *read, *written, w.B, *w.sizes, w.gate, w.gradients, w.FIXED_K, w.FIXED_Q, **p.tile
+    )  # fmt: skip
     da = x.new_empty(0) if a is None or da is None else _summed(da, a)
     return dx, drate, da, _summed(dk, k), _summed(dq, q), dinitial
 
@@ -645,7 +648,7 @@ def _summed(parts: Tensor, like: Tensor) -> Tensor:
     return (total if like.ndim > 2 else total.T).to(like.dtype).contiguous()
 
 
-@_walk_adjoint.register_fake
+@fake("walk_adjoint")
 def _fake_adjoint(
     dy: Tensor, dstate: Tensor | None, x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor,
     initial: Tensor | None, cu_seqlens: Tensor | None, kept: Tensor, reverse: bool,
@@ -671,8 +674,8 @@ def _gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: None) -> t
     return dx, drate, None if a is None else da, dk, dq, None if initial is None else dinitial, None, None, None
 
 
-_walk.register_autograd(_gradients, setup_context=_save)
-_walk_adjoint.register_autograd(refuse)
+differentiable("walk", _gradients, _save)
+differentiable("walk_adjoint")
 
 
 # Doors

@@ -13,44 +13,17 @@ from torch import Tensor
 from recur.primitives.forms import ScanOut
 
 TRITON = find_spec("triton") is not None
+WIDE = (torch.float64, torch.complex128)
 WIDEST = 256  # rows and columns of a state that fit the registers of one program
 
 
-def refusal(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    initial_state: Tensor | None,
-) -> str | None:
-    """Why form="triton" cannot compute this scan, in words that name a form which can; None if it can."""
-    given = [x for x in (q, k, v, log_decay, initial_state) if x is not None]
-    rows = q.shape[-1] * (2 if log_decay is not None and log_decay.is_complex() else 1)
-    rules = (
-        (any(x.dtype in (torch.float64, torch.complex128) for x in given), "float64"),
-        (rows > WIDEST, f"K={q.shape[-1]}, {rows} real rows of state, more than {WIDEST}"),
-        (v.shape[-1] > WIDEST, f"V={v.shape[-1]}, more than {WIDEST}"),
-    )
-    return _first(rules, v.device)
-
-
-def elementwise_refusal(slots: int, *inputs: Tensor | None) -> str | None:
-    """The same for the elementwise scans; slots is the N of a channel."""
-    given = [x for x in inputs if x is not None]
-    rules = (
-        (any(x.dtype in (torch.float64, torch.complex128) for x in given), "float64"),
-        (slots > WIDEST, f"N={slots}, more than {WIDEST}"),
-    )
-    return _first(rules, given[0].device)
-
-
-def _first(rules: tuple[tuple[bool, str], ...], device: torch.device) -> str | None:
-    """The first broken rule in words."""
-    for broken, what in (*rules, (not TRITON, "a machine without Triton")):
-        if broken:
-            return f"form='triton' does not cover {what}; form='chunked' does"
+def refusal(number: torch.dtype, device: torch.device, **sizes: int) -> str | None:
+    """Why form="triton" cannot compute a scan whose states are of these numbers and sizes, in words that name a form
+    which can; None if it can."""
+    wide = [f"{axis}={size}, more than {WIDEST}" for axis, size in sizes.items() if size > WIDEST]
+    lacks = ["float64"] * (number in WIDE) + wide + ["a machine without Triton"] * (not TRITON)
+    if lacks:
+        return f"form='triton' does not cover {lacks[0]}; form='chunked' does"
     if device.type != "cuda":
         from recur.kernels.scan import INTERPRETED
 
@@ -67,10 +40,9 @@ def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, re
     return ScanOut(*scans[rule](*inputs, cu_seqlens, reverse))
 
 
-def takes_step(rows: int, state: Tensor, *given: Tensor | None) -> bool:
-    """Whether one launch computes a step of these tensors: on a GPU, nothing in float64, at most 1024 rows of state."""
-    narrow = all(x is None or x.dtype not in (torch.float64, torch.complex128) for x in (state, *given))
-    return TRITON and state.is_cuda and narrow and rows <= 1024
+def takes_step(rows: int, state: Tensor) -> bool:
+    """Whether one launch computes a step: on a GPU, nothing in float64 (the state would be), at most 1024 rows."""
+    return TRITON and state.is_cuda and state.dtype not in WIDE and rows <= 1024
 
 
 def step(
@@ -89,7 +61,8 @@ def step(
     """One token by the rule of that name in kernels/step.py, whose axes these are; the state is overwritten."""
     from recur.kernels import step as kernels
 
-    return kernels.step(state, q, k, v, log_decay, rate, bonus, scale, rule, tied)
+    with torch.no_grad():
+        return kernels.step(state, q, k, v, log_decay, rate, bonus, scale, rule, tied)
 
 
 def scan(
@@ -105,7 +78,8 @@ def scan(
     scale: float = 1.0,
     reverse: bool = False,
 ) -> ScanOut:
-    """`recur.scan` by the Triton kernel; arguments as there, already checked. T is at least 1.
+    """`recur.scan` by the Triton kernel; arguments as there, already checked, log_decay [B|1 T|1 H] or with an axis K.
+    T is at least 1.
 
     Operands are read in their own dtype, the widest of q, k and v; states and gates are float32.
     """
@@ -115,8 +89,6 @@ def scan(
     for x in (q, k):
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
     if log_decay is not None:
-        if log_decay.ndim <= 2:
-            log_decay = log_decay[None, None]
         log_decay = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
         if k is None and beta is not None:
             k = -torch.expm1(log_decay.float()).expand(*v.shape[:3], -1)
@@ -195,5 +167,7 @@ def _run(
 
     k, log_decay, beta = (None if x is None else x.contiguous() for x in (k, log_decay, beta))
     initial = None if initial is None else initial.float().contiguous()
-    out = scan_forward(q.contiguous(), k, v.contiguous(), log_decay, beta, bonus, initial, cu_seqlens, scale, reverse)
-    return ScanOut(*out)
+    tensors = (q.contiguous(), k, v.contiguous(), log_decay, beta, bonus, initial)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    y, state, *_ = scan_forward(*tensors, cu_seqlens, scale, reverse, keep)
+    return ScanOut(y, state)

@@ -27,45 +27,43 @@ def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any
     Raises: TypeError if an argument is no tensor, ShapeError if ranks or sizes disagree, ValueError if devices do.
     """
     sizes: dict[str, Any] = {}
-    owner: dict[str, tuple[str, str]] = {}
     device, device_of = None, ""
     for name, (tensor, patterns) in arguments.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor [{patterns}], got {type(tensor).__name__}")
-        letters = _fitting(patterns, tensor.ndim)
-        if letters is None:
-            raise ShapeError(f"{function}: {name} must be [{patterns}], got shape {tuple(tensor.shape)}")
-        for letter, size in zip(letters, _split(letters, tuple(tensor.shape)), strict=True):
+        shape = tensor.shape
+        letters = _fitting(patterns, len(shape))
+        if not letters:
+            raise ShapeError(f"{function}: {name} must be [{patterns}], got shape {tuple(shape)}")
+        for letter, size in zip(letters, _split(letters, shape) if "*" in letters else shape, strict=True):
             if sizes.setdefault(letter, size) != size:
-                other, pattern = owner[letter]
+                other = next(o for o, (x, p) in arguments.items() if x is not None and letter in _fitting(p, x.ndim))
                 raise ShapeError(
-                    f"{function}: {other} has {letter}={sizes[letter]} but {name} has {letter}={size}; "
-                    f"expected {other}: [{pattern}] and {name}: [{patterns}], got {name} of shape {tuple(tensor.shape)}"
+                    f"{function}: {other} has {letter}={sizes[letter]} but {name} has {letter}={size}; expected "
+                    f"{other}: [{arguments[other][1]}] and {name}: [{patterns}], got {name} of shape {tuple(shape)}"
                 )
-            owner.setdefault(letter, (name, patterns))
-        if device is not None and tensor.device != device:
+        if device is None:
+            device, device_of = tensor.device, name
+        elif tensor.device != device:
             raise ValueError(f"{function}: {device_of} is on {device} but {name} is on {tensor.device}")
-        device, device_of = tensor.device, name
     return sizes
 
 
-def _fitting(patterns: str, rank: int) -> list[str] | None:
-    """The first alternative that has this rank."""
-    for pattern in patterns.split("|"):
-        letters = pattern.split()
+def _fitting(patterns: str, rank: int) -> str:
+    """The letters of the first alternative that has this rank, or none."""
+    for pattern in patterns.split(" | "):
+        letters = pattern[::2]
         if len(letters) == rank or ("*" in letters and rank >= len(letters) - 1):
             return letters
-    return None
+    return ""
 
 
-def _split(letters: list[str], shape: tuple[int, ...]) -> list[int | tuple[int, ...]]:
+def _split(letters: str, shape: torch.Size) -> list[Any]:
     """One size a letter; the sizes that "*" stands for as a tuple."""
-    if "*" not in letters:
-        return list(shape)
     at, extra = letters.index("*"), len(shape) - len(letters) + 1
-    return [*shape[:at], shape[at : at + extra], *shape[at + extra :]]
+    return [*shape[:at], tuple(shape[at : at + extra]), *shape[at + extra :]]
 
 
 def expect(function: str, name: str, tensor: Tensor | None, letters: str, shape: tuple[int, ...]) -> None:
@@ -95,10 +93,10 @@ def check_number(function: str, **tensors: Tensor | None) -> None:
 
 
 def check_given(function: str, **tensors: Tensor | None) -> None:
-    """Raise TypeError if an argument that has no default is None, which `bind` would take for one left out."""
+    """Raise TypeError if an argument that has no default is no tensor; `bind` would take None for one left out."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            raise TypeError(f"{function}: {name} must be a tensor, got None")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{function}: {name} must be a tensor, got {tensor and type(tensor).__name__}")
 
 
 def readable(tensor: Tensor) -> bool:

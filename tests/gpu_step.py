@@ -1,8 +1,9 @@
 """Steps on a GPU: `python tests/gpu_step.py check`, `... time`.
 
-check runs the laws of test_kernel_step.py, bfloat16 states included, and captures `model.step` of every preset and of
-hybrids in a CUDA graph, whose replays must equal eager steps; it tells the launches a step takes and exits with 1 if
-anything is wrong. time prints one JSON line a decode shape, the fastest tiles first.
+check runs the laws of test_kernel_step.py, which take every rule, gate, kind of key, bonus, group and state, bfloat16
+and complex ones too, and captures `model.step` of every preset and of hybrids in a CUDA graph, whose replays must equal
+eager steps; it tells the launches a step takes and exits with 1 if anything is wrong. The step of each specialisation
+is in gpu_scan.py and gpu_walk.py. time prints one JSON line a decode shape, the fastest tiles first.
 """
 
 from __future__ import annotations

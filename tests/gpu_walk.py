@@ -1,26 +1,25 @@
 """On a GPU: the elementwise kernels against the token loop in float64, twice, with every gradient.
 
-`python tests/gpu_walk.py FOLDER` writes FOLDER/walk_check.json and exits 1 if an error is too large or two runs differ.
+`python tests/gpu_walk.py` prints one line a case and exits with 1 if an error is too large or two runs differ. The
+specialisations of the elementwise kernels are among the cases, so every rule, dtype, direction, size of state, fixed
+weight, border of documents and of segments meets every other.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import specialisations
 import torch
+from gpu_scan import HARD, main
+from interpreted import widen
 from torch import Tensor
 
-from recur import ScanOut, gated_scan, online_scan, selective_scan
+import recur
+from recur import ScanOut
 
-LIMIT = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
-HARD = torch.tensor([0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf])
+LIMITS = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
 
 class Case(NamedTuple):
@@ -32,53 +31,72 @@ class Case(NamedTuple):
     reverse: bool = False
     lengths: tuple[int, ...] = ()
     fixed: str = ""
+    initial: bool = True
 
-    def inputs(self) -> list[Tensor]:
-        """The tensors of the scan in order; the initial state is the last."""
+    def inputs(self) -> dict[str, Tensor]:
+        """What the scan takes by name."""
+        torch.manual_seed(0)
         B, T, V = self.sizes[:3]
         rows = len(self.lengths) or B
         if self.rule in ("gated", "complex"):
-            x, log, h = torch.randn(B, T, V), HARD[torch.randint(0, 7, (B, T, V))], torch.randn(rows, V)
-            tensors = [x.to(self.dtype), log.to(self.dtype), h]
+            hard = HARD.to(torch.get_default_device())[torch.randint(0, 7, (B, T, V))]
+            tensors = {"x": torch.randn(B, T, V).to(self.dtype), "log_decay": hard.to(self.dtype)}
+            tensors["initial_state"] = torch.randn(rows, V)
             if self.rule == "complex":
-                turned = zip(tensors, (1, 20, 1), strict=True)
-                tensors = [torch.complex(t, torch.randn_like(t) * scale) for t, scale in turned]
-            return [t.cuda() for t in tensors]
-        G, N = self.sizes[3:]
-        x, rate, state = torch.randn(B, T, V), torch.rand(B, T, V), torch.randn(rows, V, N)
-        k, q = (torch.randn(V, N) if w in self.fixed else torch.randn(B, T, G, N) for w in "kq")
-        tokens = [t.to(self.dtype) for t in (x, rate, k, q)]
-        if self.rule == "selective":
-            tokens.insert(2, -torch.rand(V, N) * 8)
-        return [t.cuda() for t in (*tokens, state)]
+                turned = zip(tensors.items(), (1, 20, 1), strict=True)
+                tensors = {name: torch.complex(t, torch.randn_like(t) * scale) for (name, t), scale in turned}
+        else:
+            G, N = self.sizes[3:]
+            kq = [torch.randn(V, N) if w in self.fixed else torch.randn(B, T, G, N) for w in "kq"]
+            tokens = [t.to(self.dtype) for t in (torch.randn(B, T, V), torch.rand(B, T, V), *kq)]
+            names = ("x", "delta", "B", "C") if self.rule == "selective" else ("x", "rate", "k", "q")
+            tensors = dict(zip(names, tokens, strict=True))
+            if self.rule == "selective":
+                tensors["A"] = -torch.rand(V, N) * 8
+            tensors["initial_state"] = torch.randn(rows, V, N)
+        return {name: t for name, t in tensors.items() if self.initial or name != "initial_state"}
 
-    def run(self, form: str, *tensors: Tensor) -> ScanOut:
-        scan: Callable[..., ScanOut] = {"selective": selective_scan, "online": online_scan}.get(self.rule, gated_scan)
-        cu = torch.tensor([0, *self.lengths], device="cuda").cumsum(0) if self.lengths else None
-        *tokens, state = tensors
-        return scan(*tokens, initial_state=state, cu_seqlens=cu, reverse=self.reverse, form=form)
+    def run(self, form: str, **tensors: Tensor) -> ScanOut:
+        scans = {"selective": recur.selective_scan, "online": recur.online_scan}
+        cu = torch.tensor([0, *self.lengths]).cumsum(0) if self.lengths else None
+        return scans.get(self.rule, recur.gated_scan)(**tensors, cu_seqlens=cu, reverse=self.reverse, form=form)
+
+    def steps(self, **tensors: Tensor) -> dict[str, Tensor]:
+        """y of the first token alone, of Longhorn also with the whole k kᵀ; the state as in gpu_scan.py."""
+        B, T, *sizes = self.sizes
+        x = {name: t[:, 0] if t.shape[:2] == (B, T) else t for name, t in tensors.items() if name != "initial_state"}
+        dtype = torch.bfloat16 if self.initial else torch.float32
+        state = torch.randn(B, *sizes[::2], dtype=torch.complex64 if self.rule == "complex" else dtype)
+        state = widen(state) if x["x"].dtype in (torch.float64, torch.complex128) else state
+        if self.rule == "online":
+            whole = recur.online_step(**x, state=state.clone(), diagonal=False)
+            return {"exact step": whole, "step": recur.online_step(**x, state=state)}
+        return {"step": (recur.selective_step if self.rule == "selective" else recur.gated_step)(**x, state=state)}
 
 
-def outputs(case: Case, form: str, tensors: list[Tensor]) -> list[Tensor]:
-    """y, state, and the gradient of every input, the outputs weighed by fixed noise."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    results = case.run(form, *leaves)
-    noise = torch.Generator("cuda").manual_seed(1)
-    weights = [torch.randn(t.shape, generator=noise, dtype=torch.float64, device="cuda") for t in results]
-    loss = sum((t * w).sum().real for t, w in zip(results, weights, strict=True))
-    return [*results, *torch.autograd.grad(loss, leaves)]
-
-
-def checked(case: Case) -> dict[str, Any]:
-    torch.manual_seed(0)
-    tensors = case.inputs()
-    wide = [t.to(torch.complex128 if t.is_complex() else torch.float64) for t in tensors]
-    got, again = outputs(case, "triton", tensors), outputs(case, "triton", tensors)
-    same = all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
-    want = outputs(case, "recurrent", wide)
-    errors = [((g.to(w.dtype) - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True)]
-    ok = same and all(error < LIMIT[case.dtype] for error in errors)
-    return {**case._asdict(), "dtype": str(case.dtype), "errors": errors, "same": same, "ok": ok}
+def listed() -> list[Case]:
+    """The specialisations of the walk and of the diagonal scan."""
+    found = []
+    for row in specialisations.WALK.rows + specialisations.DIAGONAL.rows:
+        more, packed, walks = row["segments"] == "more", row["rows"] == "packed", "rule" in row
+        T = (200 if more else 50) if walks else (3000 if more else 300)
+        if walks:
+            groups = 1 if row["groups"] == "one" else 5 if row["V"] == "95" else 2
+            sizes, rule = (int(row["V"]), groups, int(row["N"])), row["rule"]
+        else:
+            sizes, rule = (int(row["D"]),), "gated" if row["number"] == "real" else "complex"
+        found.append(
+            Case(
+                rule,
+                (1 if packed else 2 if more else 4, T, *sizes),
+                getattr(torch, row["dtype"]),
+                reverse=row["way"] == "left",
+                lengths=(0, 20, T - 20) if packed else (),
+                fixed="".join(w for w in "kq" if row.get(w) == "fixed"),
+                initial=row["states"] == "given",
+            )
+        )
+    return found
 
 
 def cases() -> list[Case]:
@@ -86,7 +104,7 @@ def cases() -> list[Case]:
     sizes = [(2, 300, 200, 1, 16), (3, 130, 66, 2, 7), (1, 257, 96, 3, 64), (1, 65, 40, 1, 256), (16, 129, 4096, 1, 16)]
     found = [
         Case(rule, size, dtype, i % 2 == 1)
-        for dtype in LIMIT
+        for dtype in LIMITS
         for rule in ("selective", "online")
         for i, size in enumerate(sizes if dtype == torch.float32 else sizes[:2])
     ]
@@ -101,24 +119,9 @@ def cases() -> list[Case]:
             Case(rule, (1, 3000, 72), torch.float32, reverse, (0, 50, 0, 2700, 249, 1)) for rule in ("gated", "complex")
         ]
     scans = [(2, 1000, 70), (8, 513, 1024), (1, 2100, 32), (64, 65, 256)]
-    found += [Case("gated", size, dtype, i % 2 == 1) for dtype in LIMIT for i, size in enumerate(scans)]
+    found += [Case("gated", size, dtype, i % 2 == 1) for dtype in LIMITS for i, size in enumerate(scans)]
     return found + [Case("complex", size, reverse=i % 2 == 1) for i, size in enumerate(scans)]
 
 
-def main() -> int:
-    """In parallel, because most of the time goes to compiling."""
-    rows = []
-    with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
-        for row in pool.map(checked, cases()):
-            rows.append(row)
-            if not row["ok"]:
-                print("BAD", row["rule"], row["sizes"], row["dtype"], row["lengths"], row["fixed"], row["errors"])
-    print(sum(row["ok"] for row in rows), "of", len(rows), "cases are right; the worst errors by dtype:")
-    for dtype, limit in LIMIT.items():
-        print(dtype, max(max(row["errors"]) for row in rows if row["dtype"] == str(dtype)), "limit", limit)
-    Path(sys.argv[1], "walk_check.json").write_text(json.dumps(rows, indent=1))
-    return int(not all(row["ok"] for row in rows))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(listed() + cases(), LIMITS))

@@ -1,20 +1,18 @@
-"""One token by the kernel against the same step in float64, in Triton's interpreter; and the kernel compiles for GPUs.
+"""One token by the kernel against the same step in float64, in Triton's interpreter.
 
 Laws run in a process of their own: `TRITON_INTERPRET=1 python tests/test_kernel_step.py LAW...`. There the doors take
-the kernel on a CPU too. `python tests/test_kernel_step.py` prints registers, spilled bytes and shared memory.
+the kernel on a CPU too.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from interpreted import run_laws
-from test_kernel_compiles import SHARED, Recorder, compile_launch, resources
+from interpreted import Laws, run_laws, widen
 from torch import Tensor
 
 import recur
@@ -23,16 +21,7 @@ from recur import kernel
 EXACT = 2e-6  # float32 sums of a few hundred terms
 HARD = (0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf)
 
-LAWS: dict[str, Callable[[], None]] = {}
-
-
-def law(check: Callable[[], None]) -> Callable[[], None]:
-    LAWS[check.__name__] = check
-    return check
-
-
-def widen(x: Any) -> Any:
-    return x.to(torch.complex128 if x.is_complex() else torch.float64) if isinstance(x, Tensor) else x
+LAWS = law = Laws()
 
 
 def compare(step: Callable[..., Tensor], state: Tensor, *inputs: Tensor | None, **options: Any) -> None:
@@ -162,6 +151,9 @@ def the_operator_is_one_of_torch() -> None:
         (transposed, q, None, v, a, None, None, 1.0, "outer", True),
     ):
         torch.library.opcheck(step, case)
+    version = state._version
+    step(state, q, q, v, a, None, None, 1.0, "outer", False)
+    assert state._version > version  # a backward that has saved it will notice
 
 
 GROUPS = [
@@ -189,77 +181,18 @@ def test_a_bfloat16_state_drifts_little() -> None:
         assert 1e-3 < (got - true).norm() / true.norm() < 1e-2
 
 
-CASES: dict[str, Callable[[], Any]] = {
-    "key-wise": lambda: matrices(16, 128, 128, (1, 16, 128, 1), torch.bfloat16),
-    "scalar 256": lambda: matrices(8, 256, 256, (1, 8, 1, 1), torch.float16),
-    "odd": lambda: matrices(4, 100, 72, (1, 4, 1, 1), torch.float32),
-    "gated delta": lambda: matrices(16, 128, 128, (1, 16, 1, 1), torch.bfloat16, rate=(1, 16, 1, 1)),
-    "complex": lambda: matrices(4, 64, 64, (1, 4, 1, 1), torch.bfloat16, number=torch.complex64),
-    "selective": lambda: channels("selective", 4096, 16),
-    "online": lambda: channels("online", 4096, 16),
-    "diagonal": lambda: {"state": torch.empty(8, 1, 1, 2048), "v": torch.empty(8, 1, 1, 2048),
-                         "log_decay": torch.empty(8, 1, 1, 2048)},
-}  # fmt: skip
-
-
-def matrices(
-    H: int, K: int, V: int, gate: tuple[int, ...], dtype: torch.dtype, *,
-    rate: tuple[int, ...] | None = None, number: torch.dtype = torch.float32,
-) -> dict[str, Any]:  # fmt: skip
-    q, v = torch.empty(64, H, K, 1, dtype=dtype), torch.empty(64, H, 1, V, dtype=dtype)
-    operands = {"q": q, "k": q, "v": v, "log_decay": torch.empty(gate, dtype=number)}
-    operands["rate"] = None if rate is None else torch.empty(rate)
-    rule = "outer" if rate is None else "delta"
-    return {"state": torch.empty(64, H, K, V, dtype=number), **operands, "rule": rule}
-
-
-def channels(rule: str, V: int, N: int) -> dict[str, Any]:
-    x, k, A = torch.empty(64, 1, 1, V).bfloat16(), torch.empty(64, 1, N, 1).bfloat16(), torch.empty(1, 1, V, N).mT
-    operands = {"q": k, "k": k, "v": x, "rate": x, "log_decay": A if rule == "selective" else None}
-    return {"state": torch.empty(64, 1, V, N).mT, **operands, "rule": rule}
-
-
-def launched(case: dict[str, Any]) -> tuple[Any, tuple, dict]:
-    """The kernel and what it would have been launched with."""
-    from recur.kernels import step as kernels
-
-    nothing = dict.fromkeys(("q", "k", "log_decay", "rate", "bonus"))
-    original, log = kernels._step, []
-    kernels._step = Recorder("step", original, log)
-    try:
-        kernels.step(**{**nothing, "scale": 1.0, "rule": "outer", "tied": False, **case})
-    finally:
-        kernels._step = original
-    return log[0][1:]
-
-
-def compiled(name: str, capability: int) -> Any:
-    return compile_launch(*launched(CASES[name]()), capability)
-
-
-@pytest.mark.parametrize("name", ["key-wise", "gated delta", "selective"])
-def test_step_compiles_without_spilling(name: str) -> None:
-    pytest.importorskip("triton")
-    kernel = compiled(name, 90)
-    assert kernel.metadata.shared <= SHARED[90]
-    assert resources(kernel)[1] == 0
-
-
-@pytest.mark.parametrize("name", ["key-wise", "complex"])
-def test_step_compiles_for_older_machines(name: str) -> None:
-    pytest.importorskip("triton")
-    assert compiled(name, 80).metadata.shared <= SHARED[80]
-
-
 def test_plan_fills_the_machine() -> None:
-    """Two programs a processor where columns suffice; then tiles of at most 4096 numbers."""
+    """Two programs a processor where columns suffice; tiles of at most 4096 numbers, twice that for many states."""
     pytest.importorskip("triton")
     from recur.kernels.step import plan
 
-    assert plan(states=4096, K=128, V=128).block_v == 32
-    assert plan(states=16, K=128, V=128).block_v == 8  # 256 programs, as many as there can be
-    assert plan(states=256, K=16, V=4096)[:2] == (16, 256)
-    assert plan(states=1, K=1, V=3)[:2] == (1, 4)
+    assert plan(states=16, K=128, V=128) == (128, 16, 4)  # 128 programs, as many as there can be
+    assert plan(states=1024, K=128, V=128) == (128, 32, 4)
+    assert plan(states=4096, K=128, V=128) == (128, 64, 8)
+    assert plan(states=64, K=16, V=4096) == (16, 128, 4)
+    assert plan(states=256, K=16, V=4096) == (16, 256, 8)
+    assert plan(states=1024, K=128, V=128, planes=2) == (128, 32, 8)
+    assert plan(states=1, K=1, V=3) == (1, 4, 1)
 
 
 def test_every_law_is_run() -> None:
@@ -267,15 +200,9 @@ def test_every_law_is_run() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # and fresh memory holds NaN
 
-    def takes_step(rows: int, *given: Tensor | None) -> bool:
-        return all(x is None or x.dtype not in (torch.float64, torch.complex128) for x in given)
+    def takes_step(rows: int, state: Tensor) -> bool:
+        return state.dtype not in kernel.WIDE
 
     kernel.takes_step = takes_step
-    for name in sys.argv[1:]:
-        LAWS[name]()
-    for name in CASES if len(sys.argv) == 1 else ():
-        for capability in SHARED:
-            print(f"sm_{capability} {name}: {resources(compiled(name, capability))}", flush=True)
+    LAWS.main()

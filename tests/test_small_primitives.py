@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from recur.primitives.conv import causal_conv, token_shift
 from recur.primitives.fixed import tap_conv
 from recur.primitives.gates import (
+    ACTIVATIONS,
     activation,
     complex_gate,
     lower_bounded_decay,
@@ -106,6 +108,27 @@ def test_output_gate_and_scaled_gradient():
 def test_activations_are_pointwise(name):
     x = draw(7)
     close(activation(name)(x)[3], activation(name)(x[3]))
+
+
+@pytest.mark.parametrize("name", ["elu", "softplus"])
+def test_activations_are_those_of_torch(name):
+    x = torch.tensor([-800.0, -30, -1, -1e-9, 0, 1e-9, 1, 30, 800], dtype=torch.float64, requires_grad=True)
+    mine, torchs = activation(name)(x), getattr(torch.nn.functional, name)(x)
+    close(mine, torchs)
+    close(*(torch.autograd.grad(y.sum(), x)[0] for y in (mine, torchs)))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gradients_of_activations_lie_where_a_compiler_expects_them(name):
+    """A gradient that comes in transposed leaves with the strides that its fake has."""
+
+    def strides():
+        x, dy = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 4, 3).mT
+        return torch.autograd.grad(activation(name)(x), x, dy)[0].stride()
+
+    with FakeTensorMode():
+        promised = strides()
+    assert strides() == promised
 
 
 def test_dense_fusion_adds_the_past_through_the_gate():

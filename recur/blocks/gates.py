@@ -22,6 +22,7 @@ from recur.primitives.gates import (
     power_decay,
     sigmoid_decay,
     signed_gate,
+    softplus,
 )
 from recur.primitives.retention import chunkwise_scale, parallel_scale, retention_decay
 from recur.recipe import Axes, Flow, Part, Site, State
@@ -350,7 +351,7 @@ class PowerDecay(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         r = flow[self.source]
-        log_a, keep = power_decay(r, F.softplus(weights.Lambda), power=self.power)
+        log_a, keep = power_decay(r, softplus(weights.Lambda), power=self.power)
         return flow.set(**{self.out: log_a, self.keep: keep.to(r.dtype)}), None
 
     def formula(self) -> str:
@@ -407,7 +408,7 @@ class StepDecay(Part):
         }
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        delta = F.softplus(flow[self.source] + weights.dt_bias)
+        delta = softplus(flow[self.source] + weights.dt_bias)
         delta = delta if self.limit is None else delta.clamp(*self.limit)
         rate = weights.A_log.exp().unflatten(0, (-1,) + (1,) * (weights.dt_bias.ndim - 1))
         return flow.set(**{self.step: delta, self.out: -rate * delta}), None

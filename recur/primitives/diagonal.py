@@ -218,7 +218,7 @@ def gated_scan(
     bind("gated_scan", x=(x, "B T *"), log_decay=(log_decay, gates), initial_state=(initial_state, states))
     check_packing("gated_scan", cu_seqlens, x.shape[0], x.shape[1], initial_state)
     number = _number("gated_scan", x, log_decay, initial_state=initial_state)
-    refusal = partial(kernel.elementwise_refusal, 1, x, log_decay, initial_state)
+    refusal = partial(kernel.refusal, number, x.device)
     form = choose_form("gated_scan", form, ("recurrent", "chunked", "triton"), x.device, refusal)
     if form == "triton":
         return kernel.elementwise("diagonal", x, log_decay, initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
@@ -247,9 +247,9 @@ def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     bind("gated_step", x=(x, "B *"), log_decay=(log_decay, gates), state=(state, "B *"))
     number = _number("gated_step", x, log_decay, state=state)
     check_state("gated_step", state, number)
+    if kernel.takes_step(1, state):
+        return _launch(x, log_decay[None] if gates == "*" else log_decay, state)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if kernel.takes_step(1, state, x, log_decay):
-            return _launch(x, log_decay[None] if gates == "*" else log_decay, state)
         wide = log_decay.to(number_of(accumulation_dtype(x, log_decay, state), log_decay))
         y, new = _step(state.to(number), x=x.to(number), log_decay=wide)
         state.copy_(new)

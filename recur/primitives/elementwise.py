@@ -76,9 +76,9 @@ def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     sizes = _check("selective_step", given, None, state=(state, "B V N"))
     check_state("selective_step", state, accumulation_dtype(x, delta, A, B, C, state))
     B, C = (w if letters == "V N" else w[:, None] for w, letters in ((B, k), (C, q)))
+    if kernel.takes_step(sizes["N"], state):
+        return _launch("selective", sizes, state, x, delta, B, C, A)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if kernel.takes_step(sizes["N"], state, x, delta, A, B, C):
-            return _launch("selective", sizes, state, x, delta, B, C, A)
         return _step("selective", sizes, (x[:, None], delta[:, None], A, B, C), state)
 
 
@@ -143,9 +143,9 @@ def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *,
     _check_rate("online_step", rate)
     check_state("online_step", state, accumulation_dtype(x, rate, k, q, state))
     x_t, rate_t, k_t, q_t = (token[:, None] for token in (x, rate, k, q))
+    if kernel.takes_step(sizes["N"], state):
+        return _launch("online" if diagonal else "exact", sizes, state, x, rate, k_t, q_t)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if kernel.takes_step(sizes["N"], state, x, rate, k, q):
-            return _launch("online" if diagonal else "exact", sizes, state, x, rate, k_t, q_t)
         if diagonal:
             return _step("online", sizes, (x_t, rate_t, k_t, q_t), state)
         from recur.primitives.scan import step  # here, because only this case needs it
@@ -167,9 +167,10 @@ def _check(
     check_given(function, **{name: tensor for name, (tensor, _) in given.items()})
     sizes = bind(function, **given, **state)
     check_float(function, **{name: tensor for name, (tensor, _) in {**given, **state}.items()})
-    V, G = sizes["V"], sizes.get("G", 1)
+    V, G = sizes["V"], sizes.setdefault("G", 1)
     if G == 0 or V % G != 0:
         raise ShapeError(f"{function}: G must divide V, got G={G} and V={V}")
+    sizes["W"] = V // G
     if "T" in sizes:
         check_packing(function, cu_seqlens, sizes["B"], sizes["T"], *(tensor for tensor, _ in state.values()))
     return sizes
@@ -184,22 +185,19 @@ def _check_rate(function: str, rate: Tensor) -> None:
 
 def _channels(tensor: Tensor, sizes: dict[str, Any]) -> Tensor:
     """[B T V] -> [B T G 1 W]."""
-    G = sizes.get("G", 1)
-    return tensor.unflatten(-1, (G, sizes["V"] // G)).unsqueeze(-2)
+    return tensor.reshape(*tensor.shape[:-1], sizes["G"], 1, sizes["W"])
 
 
 def _slots(tensor: Tensor, sizes: dict[str, Any]) -> Tensor:
     """[B T N] | [B T G N] -> [B T G N 1], [V N] -> [1 1 G N W]; one group stays one."""
     if tensor.ndim == 2:
-        G = sizes.get("G", 1)
-        return tensor.unflatten(0, (G, sizes["V"] // G)).transpose(1, 2)[None, None]
-    return (tensor if tensor.ndim == 4 else tensor[:, :, None])[..., None]
+        return tensor.reshape(1, 1, sizes["G"], sizes["W"], sizes["N"]).mT
+    return (tensor if tensor.ndim == 4 else tensor.unsqueeze(2)).unsqueeze(-1)
 
 
 def _enter(state: Tensor, sizes: dict[str, Any]) -> Tensor:
     """[B V N] -> [B G N W]."""
-    G = sizes.get("G", 1)
-    return state.unflatten(1, (G, sizes["V"] // G)).transpose(2, 3)
+    return state.reshape(state.shape[0], sizes["G"], sizes["W"], sizes["N"]).mT
 
 
 def _leave(state: Tensor) -> Tensor:
@@ -241,7 +239,7 @@ def _delta(
     x, rate = x.to(real), rate.to(real)
     k, q = (_slots(tensor.to(real), sizes)[..., 0] for tensor in (k, q))
     norm = k.square().sum(-1).repeat_interleave(sizes["V"] // k.shape[2], dim=2)
-    k, q = (tensor.expand(-1, -1, sizes.get("G", 1), -1) for tensor in (k, q))
+    k, q = (tensor.expand(-1, -1, sizes["G"], -1) for tensor in (k, q))
     return q, k, x[..., None], rate / (1 + rate * norm)
 
 
@@ -285,12 +283,11 @@ def _scan(
 ) -> ScanOut:
     """y [B T V] and the state [B V N]."""
     x, V, N = inputs[0], sizes["V"], sizes["N"]
-    refusal = partial(kernel.elementwise_refusal, N, *inputs, initial_state)
-    available = ("recurrent", "chunked", "triton")
-    form = choose_form(f"{family}_scan", form, available, x.device, refusal)
+    refusal = partial(kernel.refusal, accumulation_dtype(*inputs, initial_state), x.device, N=N)
+    form = choose_form(f"{family}_scan", form, ("recurrent", "chunked", "triton"), x.device, refusal)
+    if form == "triton":
+        return kernel.elementwise(family, *inputs, initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
     with torch.autocast(x.device.type, enabled=False):
-        if form == "triton":
-            return kernel.elementwise(family, *inputs, initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
         tokens = _tokens(family, sizes, inputs, initial_state)
         initial = None
         if initial_state is not None or form == "recurrent" or sizes["T"] == 0:
@@ -298,12 +295,7 @@ def _scan(
         if sizes["T"] == 0 and initial is not None:
             return ScanOut(tokens["u"].flatten(2).to(x.dtype), initial.clone())
         entered = None if initial is None else _enter(initial, sizes).contiguous()
-        run: Callable[..., ScanOut] = partial(_chunked, family)
-        if form == "recurrent":
-            run = partial(unroll, partial(update, family))
+        recurrent = partial(unroll, partial(update, family))
+        run: Callable[..., ScanOut] = recurrent if form == "recurrent" else partial(segments, family)
         y, state = (right_to_left(run) if reverse else run)(entered, cu_seqlens, **tokens)
     return ScanOut(y.flatten(2).to(x.dtype), _leave(state))
-
-
-def _chunked(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
-    return segments(family, initial, cu_seqlens, list(tokens.values()))

@@ -67,7 +67,8 @@ def fixed_scan(
     forms = ("recurrent", "chunked", "triton", "parallel")[: 3 if cu_seqlens is not None else 4]
     if form == "auto" and cu_seqlens is None:
         form = "parallel"
-    refusal = partial(kernel.elementwise_refusal, 1, x, log_decay, readout, write, initial_state)
+    real = accumulation_dtype(x, log_decay, readout, write, initial_state)
+    refusal = partial(kernel.refusal, real, x.device)
     form = choose_form("fixed_scan", form, forms, x.device, refusal)
     x_, log_decay, readout, write, number = _prepare(
         "fixed_scan", x, log_decay, readout, write, initial_state=initial_state
@@ -98,10 +99,10 @@ def fixed_step(x: Tensor, log_decay: Tensor, readout: Tensor, state: Tensor, *, 
     bind("fixed_step", x=(x, "B V"), **given, state=(state, "B V N"))
     x_, log_decay, readout, write, number = _prepare("fixed_step", x, log_decay, readout, write, state=state)
     check_state("fixed_step", state, number)
+    if kernel.takes_step(state.shape[2], state):
+        q, k, a = (tensor.mT[None, None] for tensor in (readout, write, log_decay))
+        return kernel.step("outer", state.mT[:, None], x[:, None, None], q=q, k=k, log_decay=a)[:, 0]
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        if kernel.takes_step(state.shape[2], state, x, log_decay, readout, write):
-            q, k, a = (tensor.mT[None, None] for tensor in (readout, write, log_decay))
-            return kernel.step("outer", state.mT[:, None], x[:, None, None], q=q, k=k, log_decay=a)[:, 0]
         y, new = _update(gate(log_decay), readout, write, state.to(number), x=x_)
         state.copy_(new)
         return y.to(x.dtype)

@@ -11,6 +11,17 @@ from torch import Tensor
 
 from recur.shapes import accumulation_dtype, bind, check_float, pick
 
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)). The gradients of torch's own softplus and elu lie in memory as a compiler does not expect."""
+    return -F.logsigmoid(-x)
+
+
+def elu(x: Tensor) -> Tensor:
+    """x, and exp(x) - 1 where that is negative."""
+    return torch.where(x > 0, x, x.clamp(max=0).expm1())
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "silu": F.silu,
@@ -19,14 +30,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
-    "elu": F.elu,
-    "1+elu": lambda x: 1 + F.elu(x),
-    "2+elu": lambda x: 2 + F.elu(x),
+    "elu": elu,
+    "1+elu": lambda x: 1 + elu(x),
+    "2+elu": lambda x: 2 + elu(x),
     "leak": F.leaky_relu,
     "tanh": torch.tanh,
     "exp": torch.exp,
     "-exp": lambda x: -x.exp(),
-    "softplus": F.softplus,
+    "softplus": softplus,
 }
 
 

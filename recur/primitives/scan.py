@@ -75,27 +75,26 @@ def scan(
     states = "B H K V" if cu_seqlens is None else "n H K V"
     given = Given(q, k, v, log_decay, beta, bonus)
     _check("scan", "B T", given, "H | H K | B T H | B T H K", initial_state=(initial_state, states))
-    refusal = partial(kernel.refusal, *given, initial_state)
-    forms = ("recurrent", "chunked", "parallel", "triton")
-    form = choose_form("scan", form, forms, v.device, refusal)
-    B, T, H, V = v.shape
-    check_packing("scan", cu_seqlens, B, T, initial_state)
+    (B, T, H, V), K = v.shape, q.shape[3]
     real = accumulation_dtype(*given, initial_state)
     number = state_number("scan", real, "log_decay is not complex", (log_decay,), initial_state=initial_state)
+    refusal = partial(kernel.refusal, number, v.device, **{"2 K" if number.is_complex else "K": K}, V=V)
+    form = choose_form("scan", form, ("recurrent", "chunked", "parallel", "triton"), v.device, refusal)
+    check_packing("scan", cu_seqlens, B, T, initial_state)
     if T == 0:
         there = [x for x in given if x is not None]
         nothing = sum(x.real.sum() if x.is_complex() else x.sum() for x in there)  # keeps y in their graph
-        initial = first_state(v, (H, q.shape[3], V), number, initial_state, cu_seqlens)
+        initial = first_state(v, (H, K, V), number, initial_state, cu_seqlens)
         return ScanOut((v * nothing).to(v.dtype), initial.clone())
     if log_decay is not None and log_decay.ndim <= 2:
         given = given._replace(log_decay=log_decay[None, None])
+    if form == "triton":
+        return kernel.scan(initial_state, cu_seqlens, **given._asdict(), scale=scale, reverse=reverse)
     with torch.autocast(v.device.type, enabled=False):
-        if form == "triton":
-            return kernel.scan(initial_state, cu_seqlens, **given._asdict(), scale=scale, reverse=reverse)
         tokens = _tokens(real, given, scale)
         weight = None if bonus is None else bonus.to(real).reshape(H, -1)
         run = _choose(form, "beta" in tokens, tokens["k"].shape, weight)
-        initial = first_state(v, (H, q.shape[3], V), number, initial_state, cu_seqlens)
+        initial = first_state(v, (H, K, V), number, initial_state, cu_seqlens)
         y, state = (right_to_left(run) if reverse else run)(initial, cu_seqlens, **tokens)
     return ScanOut(y.to(v.dtype), state)
 
@@ -123,7 +122,6 @@ def step(
     Cost: O(H K V) a row; on a GPU one launch that reads the state once and writes it once.
     """
     check_given("step", q=q, v=v, state=state)
-    bind("step", v=(v, "B H V"))
     token_decay = log_decay is not None and (log_decay.ndim == 3 or log_decay.shape == v.shape[:2])
     decays = "H | B H | B H K" if token_decay else "H | H K"
     given = Given(q, k, v, log_decay, beta, bonus)
@@ -133,9 +131,9 @@ def step(
     check_state("step", state, number)
     if log_decay is not None and not token_decay:
         given = given._replace(log_decay=log_decay[None])
+    if kernel.takes_step(q.shape[-1], state):
+        return _launch(given, state, scale)
     with torch.no_grad(), torch.autocast(state.device.type, enabled=False):
-        if kernel.takes_step(q.shape[-1], state, *given):
-            return _launch(given, state, scale)
         present = {name: x for name, x in given._asdict().items() if x is not None and name != "bonus"}
         tokens = _tokens(real, given._replace(**{name: x[:, None] for name, x in present.items()}), scale)
         weight = None if bonus is None else bonus.to(real).reshape(state.shape[1], -1)
@@ -150,13 +148,13 @@ def _launch(given: Given, state: Tensor, scale: float) -> Tensor:
 
     def matrix(x: Tensor | None) -> Tensor | None:
         """[B H] | [B H K] -> [B H 1|K 1]."""
-        return None if x is None else x[..., None, None] if x.ndim == 2 else x[..., None]
+        return None if x is None else (x if x.ndim == 3 else x.unsqueeze(-1)).unsqueeze(-1)
 
     q, k, v, log_decay, beta, bonus = given
     operands = {"q": matrix(q), "k": matrix(k), "log_decay": matrix(log_decay), "rate": matrix(beta)}
     operands["bonus"] = None if bonus is None else matrix(bonus[None])
     rule = "outer" if beta is None else "delta"
-    return kernel.step(rule, state, v[:, :, None], **operands, scale=scale, tied=k is None)
+    return kernel.step(rule, state, v.unsqueeze(2), **operands, scale=scale, tied=k is None)
 
 
 def _check(function: str, lead: str, given: Given, decays: str, **state: tuple[Tensor | None, str]) -> None:

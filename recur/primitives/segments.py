@@ -32,12 +32,12 @@ def update(family: str, S: Tensor, *, u: Tensor, k: Tensor, q: Tensor, **rates: 
     return (q * S).sum(-2, keepdim=True), S
 
 
-def segments(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: list[Tensor]) -> ScanOut:
+def segments(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
     """All tokens u, k, q and what the gate is made of: y [B T G 1 W], state [B G N W], or one a document.
 
     Time O(B T V N); memory for one segment, and for one state a segment, from which the backward computes it again.
     """
-    y, state, _ = _segments(family, initial, cu_seqlens, tokens)
+    y, state, _ = _segments(family, initial, cu_seqlens, list(tokens.values()))
     return ScanOut(y, state)
 
 
