@@ -496,28 +496,32 @@ def adjoint(
             near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
             far = tl.load(far_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
             state, G = G * near[:, None], G * far[:, None]
-        du = tl.dot(key, state.to(DOT), input_precision=PRECISION)
+        state = state.to(DOT)
+        moved = given
+        if DECAY == "one":
+            rise = _rates(rates_ptr, square, BLOCK_C, 0)
+            moved = given * (tl.exp2(rise) * scale)[:, None]
+            G = G * tl.exp2(tl.load(whole_ptr + square))
+        elif DECAY == "none":
+            moved = given * scale
+        G = tl.dot(tl.trans(query), moved.to(DOT), G, input_precision=PRECISION)
+        du = tl.dot(key, state, input_precision=PRECISION)
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [s t]
         if DECAY == "one":
             log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
-            rise, since = _rates(rates_ptr, square, BLOCK_C, 0), _rates(rates_ptr, square, BLOCK_C, 1)
+            since = _rates(rates_ptr, square, BLOCK_C, 1)
             scores = scores * (between(log_a, rise, since, FLIP, BEFORE, True, DOT) * scale)
             du = du * tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2))[:, None]
-            moved = given * (tl.exp2(rise) * scale)[:, None]
-            G = G * tl.exp2(tl.load(whole_ptr + square))
         elif DECAY == "key":
             calm = tl.load(calm_ptr + square) != 0
             turned = scores_ptr + square * (BLOCK_C * BLOCK_C) + offs[None, :] * BLOCK_C + offs[:, None]
             exact = tl.load(turned, mask=inside[None, :] & ~calm, other=0.0)
             scores = tl.where(calm, tl.where(unread, scores, 0.0), exact.to(tl.float32))
-            moved = given
         else:
             scores = tl.where(unread, scores, 0.0) * scale
-            moved = given * scale
         du = tl.dot(scores.to(DOT), given, du, input_precision=PRECISION)
         if BEFORE:
             du += _rates(rates_ptr, square, BLOCK_C, 3)[:, None] * given.to(tl.float32)
-        G = tl.dot(tl.trans(query), moved.to(DOT), G, input_precision=PRECISION)
         if DELTA:
             X = tl.load(solve_ptr + square * (BLOCK_C * BLOCK_C) + offs[None, :] * BLOCK_C + offs[:, None])  # Tᵀ
             du = tl.dot(X, du.to(DOT), input_precision=PRECISION)
@@ -592,6 +596,9 @@ def gradient(
 
     # what readers owe: to the state that enters, and to the scores; `repair` has those of a chunk that is not calm
     S = tl.load(S_ptr + cell, mask=in_state, other=0.0)
+    if DECAY == "key":  # while there are registers for both
+        G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
+        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
     write = load_tile(keys, row, offs, inside, offs_k).to(DOT)
     dP = tl.dot(given, tl.trans(u), input_precision=PRECISION)  # [t s]
     dq = tl.dot(given, tl.trans(S), input_precision=PRECISION)
@@ -639,10 +646,9 @@ def gradient(
     store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
 
     # what writers owe: to the state that leaves, and to the scores
-    G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
-    if DECAY == "key":
-        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
-    elif DECAY == "one":
+    if DECAY != "key":
+        G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
+    if DECAY == "one":
         passed = tl.sum(S.to(tl.float32) * G.to(tl.float32))
     dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
     dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)

@@ -32,11 +32,11 @@ SHARED = {80: 166_912, 90: 232_448}  # bytes one program may have
 # gradient more tiles meet than registers hold once there are gates. `repair` is for chunks whose gates forget too much
 # for matmuls. A complex step has the library's cos and sin, with room for phases of many turns.
 SPILLS = {
-    "gla gradient": 288, "gla repair": 1288,
-    "hgrn2 gradient": 424, "hgrn2 repair": 1288,
-    "rwkv5 gradient": 552, "rwkv5 repair": 1176,
+    "gla gradient": 64, "gla repair": 1288,
+    "hgrn2 gradient": 128, "hgrn2 repair": 1288,
+    "rwkv5 gradient": 368, "rwkv5 repair": 1176,
     "gated-delta-net gradient": 336,
-    "kda adjoint": 160, "kda gradient": 896, "kda repair": 1256,
+    "kda adjoint": 64, "kda gradient": 640, "kda repair": 1256,
     "simple-gate-loop _step": 32, "simple-gate-loop _diagonal": 8,
 }  # fmt: skip
 Launch = tuple[Any, tuple, dict]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,6 +252,12 @@ GROUPS = [
 def test_kernel_agrees_with_the_token_loop(names: list[str]) -> None:
     pytest.importorskip("triton")
     run_laws(__file__, names)
+
+
+def test_a_compiled_model_equals_the_eager_one() -> None:
+    """torch.compile(fullgraph=True) over a language model whose scans are the kernel's."""
+    pytest.importorskip("triton")
+    run_laws(str(Path(__file__).with_name("gpu_compile.py")), ["triton", "retnet"])
 
 
 def test_every_law_is_run() -> None:
