@@ -78,7 +78,7 @@ def listed() -> list[Case]:
     found = []
     for row in specialisations.WALK.rows + specialisations.DIAGONAL.rows:
         more, packed, walks = row["segments"] == "more", row["rows"] == "packed", "rule" in row
-        T = (200 if more else 50) if walks else (3000 if more else 300)
+        T = (200 if more else 30) if walks else (3000 if more else 300)
         if walks:
             groups = 1 if row["groups"] == "one" else 5 if row["V"] == "95" else 2
             sizes, rule = (int(row["V"]), groups, int(row["N"])), row["rule"]
