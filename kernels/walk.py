@@ -301,6 +301,19 @@ def _write(ptr, x, run, i, u: tl.constexpr, axis):
 
 
 @triton.jit
+def _write_sums(ptr, x, run, i, u: tl.constexpr, slots):
+    """x [. N W] summed over channels, as token i + u over slots. Threads first give each other half of their slots for
+    half of the channels, so that half as many numbers meet."""
+    Q: tl.constexpr = slots[3].shape[0]
+    OFFSETS: tl.constexpr = x.shape[1] // Q
+    PAIR: tl.constexpr = min(Q, 2)
+    x = tl.sum(x, 0).reshape(Q // PAIR, PAIR, OFFSETS, 2, x.shape[2] // 2)
+    low, high = tl.split(tl.permute(x, 0, 2, 1, 4, 3))
+    x = tl.permute(tl.sum(low + high, 3), 0, 2, 1)
+    _write(ptr, x.reshape(Q, OFFSETS), run, i, u, slots)
+
+
+@triton.jit
 def _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT: tl.constexpr, STRETCH: tl.constexpr):
     """The next run of a segment with `todo` tokens to go: document, its first token and the one after its last, edges
     of the run."""
@@ -502,7 +515,7 @@ def _adjoint(
                 if FIXED_Q:
                     dq_whole += dq
                 else:
-                    _write(dq_ptr, tl.sum(tl.sum(dq, 0), 1).reshape(Q, BLOCK_N // Q), part, i, u, slots)
+                    _write_sums(dq_ptr, dq, part, i, u, slots)
             for u in tl.static_range(UNROLL - 1, -1, -1):
                 x, rate, k_t, other, norm = _step(words, u, streams, k)
                 q_t, dy = _slots(words, u, both, 5, q), _number(words, u, both, 6)
@@ -516,7 +529,7 @@ def _adjoint(
                 if FIXED_K:
                     dk_whole += dk
                 else:
-                    _write(dk_ptr, tl.sum(tl.sum(dk, 0), 1).reshape(Q, BLOCK_N // Q), part, i, u, slots)
+                    _write_sums(dk_ptr, dk, part, i, u, slots)
         if left == begin:
             _store_state(H, dinitial_ptr, document, where, N, R, Q, BLOCK_N, W)
         todo -= count
