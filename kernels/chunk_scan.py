@@ -8,7 +8,7 @@ Legend
     e           u = β e: what the forward pass keeps for d β
     S, G        state that enters a chunk; gradient of the state that leaves it
     strand      one segment of one head, walked by one program with the state on chip
-    FLIP        the scan itself runs from right to left
+    FLIP, LEFT  the scan itself runs from right to left; this walk of it does
     rise, fall  see `tiles`
     told        q as its gates leave it, by its rise, if there is a gate a key; then too
     write       k by its fall, and
@@ -167,42 +167,41 @@ def prepare(
         total = tl.sum(load_gates(gates, start, offs, inside, offs_k, K, DECAY).to(tl.float32), 0) * LOG2E
         calm = tl.where(tl.max(tl.abs(total), 0) <= 2 * LIMIT, 1, 0)
         tl.store(calm_ptr + pid, calm)
-    if DECAY == "key" or MEET or BEFORE:
-        M = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
-        now = tl.zeros([BLOCK_C], tl.float32)
-        for part in tl.range(0, BLOCK_K, PART, num_stages=1):
-            offs_p = part + tl.arange(0, PART)
-            if DECAY == "key":
-                log_p = load_gates(gates, start, offs, inside, offs_p, K, DECAY)
-            key = tied(log_p) if TIED else load_tile(k, row, offs, inside, offs_p)
-            reach = key
-            if DECAY == "key" or BEFORE:
-                query = load_tile(q, row, offs, inside, offs_p) * scale
-            if BEFORE:
-                bonus = tl.load(bonus_ptr + h * K + offs_p, mask=offs_p < K, other=0.0)
-                now += tl.sum(query * key * bonus[None, :], 1)
-            if DECAY == "key":
-                rise, fall, whole = reaches(log_p, FLIP, BEFORE, DOT)
-                middle = _middle(whole, calm)
-                rise = tl.exp2(rise - middle[None, :])
-                store_tile(told, row, offs, inside, offs_p, query * rise)
-                reach, key = key * rise, key * tl.exp2(fall - middle[None, :])
-                store_tile(write, row, offs, inside, offs_p, key)
-                tl.store(near_ptr + pid * K + offs_p, tl.exp2(middle), mask=offs_p < K)
-                tl.store(far_ptr + pid * K + offs_p, tl.exp2(whole - middle), mask=offs_p < K)
-                if DELTA:
-                    store_tile((reach_ptr, H, h, K), row, offs, inside, offs_p, reach)
-            if MEET:
-                M = tl.dot(reach.to(DOT), tl.trans(key.to(DOT)), M, input_precision=PRECISION)
+    M = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+    now = tl.zeros([BLOCK_C], tl.float32)
+    for part in tl.range(0, BLOCK_K, PART, num_stages=1):
+        offs_p = part + tl.arange(0, PART)
+        if DECAY == "key":
+            log_p = load_gates(gates, start, offs, inside, offs_p, K, DECAY)
+        key = tied(log_p) if TIED else load_tile(k, row, offs, inside, offs_p)
+        reach = key
+        if DECAY == "key" or BEFORE:
+            query = load_tile(q, row, offs, inside, offs_p) * scale
         if BEFORE:
-            tl.store(rates_ptr + pid * (4 * BLOCK_C) + 3 * BLOCK_C + offs, now)
+            bonus = tl.load(bonus_ptr + h * K + offs_p, mask=offs_p < K, other=0.0)
+            now += tl.sum(query * key * bonus[None, :], 1)
+        if DECAY == "key":
+            rise, fall, whole = reaches(log_p, FLIP, BEFORE, DOT)
+            middle = _middle(whole, calm)
+            rise = tl.exp2(rise - middle[None, :])
+            store_tile(told, row, offs, inside, offs_p, query * rise)
+            reach, key = key * rise, key * tl.exp2(fall - middle[None, :])
+            store_tile(write, row, offs, inside, offs_p, key)
+            tl.store(near_ptr + pid * K + offs_p, tl.exp2(middle), mask=offs_p < K)
+            tl.store(far_ptr + pid * K + offs_p, tl.exp2(whole - middle), mask=offs_p < K)
+            if DELTA:
+                store_tile((reach_ptr, H, h, K), row, offs, inside, offs_p, reach)
         if MEET:
-            if DECAY == "one":
-                log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
-                rise, since = _rates(rates_ptr, pid, BLOCK_C, 0), _rates(rates_ptr, pid, BLOCK_C, 1)
-                M = M * between(log_a, rise, since, FLIP, False, False, DOT)
-            M = tl.where(strict(seen), M, 0.0)
-            tl.store(_square(overlap_ptr, chunk, h, H, BLOCK_C), M, mask=(inside & (calm != 0))[:, None])
+            M = tl.dot(reach.to(DOT), tl.trans(key.to(DOT)), M, input_precision=PRECISION)
+    if BEFORE:
+        tl.store(rates_ptr + pid * (4 * BLOCK_C) + 3 * BLOCK_C + offs, now)
+    if MEET:
+        if DECAY == "one":
+            log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
+            rise, since = _rates(rates_ptr, pid, BLOCK_C, 0), _rates(rates_ptr, pid, BLOCK_C, 1)
+            M = M * between(log_a, rise, since, FLIP, False, False, DOT)
+        M = tl.where(strict(seen), M, 0.0)
+        tl.store(_square(overlap_ptr, chunk, h, H, BLOCK_C), M, mask=(inside & (calm != 0))[:, None])
 
 
 @triton.jit(do_not_specialize=["T", "documents", "squares"])
@@ -289,7 +288,7 @@ def solve(
     M = overlap_ptr + pid * (BLOCK_C * BLOCK_C)
     # each 16 rows by themselves, all blocks at once: [N 16 16]
     D = tl.where(few[:, None] == few[None, :], 1.0, 0.0)[None, :, :] + tl.zeros([N, 16, 16], tl.float32)
-    for r in tl.range(0, 16, num_stages=1):
+    for r in tl.range(0, 16, num_stages=4):
         t = 15 - r if FLIP else r
         rows = block * 16 + t
         weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
@@ -388,6 +387,15 @@ def forward(
                 M = tl.load(_square(overlap_ptr, chunk + n, h, H, BLOCK_C), mask=inside[:, None], other=0.0)
                 error -= tl.dot(M.to(DOT), u.to(DOT), input_precision=PRECISION)
                 store_tile((e_ptr, H, h, V), row, offs, inside, offs_v, error)
+        wrote = u
+        if DECAY == "one":
+            wrote = u * (tl.exp2(rise) * scale if BACK else tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2)))[:, None]
+        elif DECAY == "none" and BACK:
+            wrote = u * scale
+        S = tl.dot(tl.trans(write.to(DOT)), wrote.to(DOT), S, input_precision=PRECISION)
+        if DECAY == "key":
+            S = S * near[:, None]
+        u = u.to(DOT)  # in float32 it would wait below, in registers that are not there
         if EMIT:
             query = load_tile(told, row, offs, inside, offs_k).to(DOT)
             y = tl.dot(query, state, input_precision=PRECISION)
@@ -403,17 +411,10 @@ def forward(
                 scores = tl.where(calm, tl.where(read, scores, 0.0), exact.to(tl.float32))
             else:
                 scores, y = tl.where(read, scores, 0.0) * scale, y * scale
-            y = tl.dot(scores.to(DOT), u.to(DOT), y, input_precision=PRECISION)
+            y = tl.dot(scores.to(DOT), u, y, input_precision=PRECISION)
             if BEFORE:
                 y += _rates(rates_ptr, square, BLOCK_C, 3)[:, None] * u.to(tl.float32)
             store_tile((y_ptr, H, h, V), row, offs, inside, offs_v, y)
-        if DECAY == "one":
-            u = u * (tl.exp2(rise) * scale if BACK else tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2)))[:, None]
-        elif DECAY == "none" and BACK:
-            u = u * scale
-        S = tl.dot(tl.trans(write.to(DOT)), u.to(DOT), S, input_precision=PRECISION)
-        if DECAY == "key":
-            S = S * near[:, None]
 
     if leave_ptr is not None:
         if EMIT:  # only the segment that ends the scan
@@ -495,28 +496,32 @@ def adjoint(
             near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
             far = tl.load(far_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
             state, G = G * near[:, None], G * far[:, None]
-        du = tl.dot(key, state.to(DOT), input_precision=PRECISION)
+        state = state.to(DOT)
+        moved = given
+        if DECAY == "one":
+            rise = _rates(rates_ptr, square, BLOCK_C, 0)
+            moved = given * (tl.exp2(rise) * scale)[:, None]
+            G = G * tl.exp2(tl.load(whole_ptr + square))
+        elif DECAY == "none":
+            moved = given * scale
+        G = tl.dot(tl.trans(query), moved.to(DOT), G, input_precision=PRECISION)
+        du = tl.dot(key, state, input_precision=PRECISION)
         scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [s t]
         if DECAY == "one":
             log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
-            rise, since = _rates(rates_ptr, square, BLOCK_C, 0), _rates(rates_ptr, square, BLOCK_C, 1)
+            since = _rates(rates_ptr, square, BLOCK_C, 1)
             scores = scores * (between(log_a, rise, since, FLIP, BEFORE, True, DOT) * scale)
             du = du * tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2))[:, None]
-            moved = given * (tl.exp2(rise) * scale)[:, None]
-            G = G * tl.exp2(tl.load(whole_ptr + square))
         elif DECAY == "key":
             calm = tl.load(calm_ptr + square) != 0
             turned = scores_ptr + square * (BLOCK_C * BLOCK_C) + offs[None, :] * BLOCK_C + offs[:, None]
             exact = tl.load(turned, mask=inside[None, :] & ~calm, other=0.0)
             scores = tl.where(calm, tl.where(unread, scores, 0.0), exact.to(tl.float32))
-            moved = given
         else:
             scores = tl.where(unread, scores, 0.0) * scale
-            moved = given * scale
         du = tl.dot(scores.to(DOT), given, du, input_precision=PRECISION)
         if BEFORE:
             du += _rates(rates_ptr, square, BLOCK_C, 3)[:, None] * given.to(tl.float32)
-        G = tl.dot(tl.trans(query), moved.to(DOT), G, input_precision=PRECISION)
         if DELTA:
             X = tl.load(solve_ptr + square * (BLOCK_C * BLOCK_C) + offs[None, :] * BLOCK_C + offs[:, None])  # Tᵀ
             du = tl.dot(X, du.to(DOT), input_precision=PRECISION)
@@ -591,6 +596,9 @@ def gradient(
 
     # what readers owe: to the state that enters, and to the scores; `repair` has those of a chunk that is not calm
     S = tl.load(S_ptr + cell, mask=in_state, other=0.0)
+    if DECAY == "key":  # while there are registers for both
+        G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
+        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
     write = load_tile(keys, row, offs, inside, offs_k).to(DOT)
     dP = tl.dot(given, tl.trans(u), input_precision=PRECISION)  # [t s]
     dq = tl.dot(given, tl.trans(S), input_precision=PRECISION)
@@ -638,10 +646,9 @@ def gradient(
     store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
 
     # what writers owe: to the state that leaves, and to the scores
-    G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
-    if DECAY == "key":
-        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
-    elif DECAY == "one":
+    if DECAY != "key":
+        G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
+    if DECAY == "one":
         passed = tl.sum(S.to(tl.float32) * G.to(tl.float32))
     dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
     dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)

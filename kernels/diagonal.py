@@ -377,12 +377,17 @@ differentiable("diagonal", _diagonal_gradients, _save_diagonal)
 differentiable("diagonal_adjoint")
 
 
+def _shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Not always a view, which takes time and is a node of the graph."""
+    return x if x.shape == shape else x.reshape(shape)
+
+
 def diagonal(
     x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """The gated diagonal scan, arguments as `gated_scan`. Returns y and the state [B *]."""
     complex_ = x.is_complex() or log_decay.is_complex()
-    log_decay = log_decay.expand(x.shape)
+    log_decay = log_decay if log_decay.shape == x.shape else log_decay.expand(x.shape)
     number = torch.complex64 if complex_ else torch.float32
     rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     start = None if initial is None else initial.to(number)
@@ -392,8 +397,9 @@ def diagonal(
     if complex_:
         x, log_decay = (torch.view_as_real(t.to(number).resolve_conj()) for t in (x, log_decay))
         start = None if start is None else torch.view_as_real(start.resolve_conj())
-    flat = None if start is None else start.reshape(rows, -1)
-    tokens = (t.reshape(x.shape[0], x.shape[1], -1) for t in (x, log_decay))
-    y, state = _diagonal_scan(*tokens, flat, cu_seqlens, complex_, reverse)
-    y, state = y.reshape(x.shape), state.reshape(rows, *x.shape[2:])
+    D = x.shape[2:].numel()
+    start = None if start is None else _shaped(start, (rows, D))
+    tokens = (_shaped(t, (*x.shape[:2], D)) for t in (x, log_decay))
+    y, state = _diagonal_scan(*tokens, start, cu_seqlens, complex_, reverse)
+    y, state = _shaped(y, x.shape), _shaped(state, (rows, *x.shape[2:]))
     return (torch.view_as_complex(y), torch.view_as_complex(state)) if complex_ else (y, state)

@@ -1,6 +1,6 @@
 """The scan with a matrix state on a GPU: plan, launches, operators. What is launched is described in `chunk_scan`."""
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, annotation-unchecked"
 
 from __future__ import annotations
 
@@ -130,6 +130,8 @@ class _Scan:
             **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "scale": scale, "H": H, "K": K, "FLIP": flip, "DOT": dot,
             "PRECISION": precision, "BLOCK_C": self.plan.chunk,
         }  # fmt: skip
+        if dot != tl.bfloat16:  # the assembler would give up on some and take 32 registers
+            self.common["maxnreg"] = 255
         self.groups = H if self.decay == "key" else groups
         self.told, self.write, self.reach = x.q, x.k, x.k
         nothing: Tensor | None = None
@@ -151,7 +153,7 @@ class _Scan:
         return self.new(self.chunks, H, K, V, dtype=self.kept)
 
     def _prepare(self) -> None:
-        """Run `kernels.prepare`, and `kernels.solve` for the delta rule unless its M and T are known."""
+        """Run what looks at gates, q and k alone: `pace`, `prepare`, `exact`, and `solve` unless M and T are known."""
         x, (B, T, H, K, _) = self.x, self.sizes
         delta, before = x.beta is not None, x.bonus is not None
         unsolved = delta and self.solved is None

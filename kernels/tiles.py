@@ -1,7 +1,7 @@
 """Tiles: rows of a tensor [rows D] in memory, where a chunk lies, and what its gates amount to. Written here, once.
 
 Of a chunk of C tokens the walks need, in units of log 2 and with every sum over gates only, never a difference of logs
-that could cancel:
+that could cancel (but where matmuls are fed with bfloat16, whose rounding hides what a difference loses):
 
     rise   [C K] or [C]   gates from where the chunk is entered up to and with token t: what a reader sees
     fall   [C K] or [C]   gates after token s up to where the chunk is left: what a writer leaves

@@ -605,7 +605,7 @@ class _Walk:
         self.k, self.q = (_aligned(w if w.ndim == 4 else w.T) for w in (k, q))  # [B T G N] | [N V]
         self.FIXED_K, self.FIXED_Q = k.ndim == 2, q.ndim == 2
         self.others, self.norm = (None, None) if a is not None else _key_norms(self.k)
-        self.a = None if a is None else (a.float() * LOG2E.value).T.contiguous()  # [N V]
+        self.a = None if a is None else torch.mul(a.float().T, LOG2E.value, out=self.new(self.N, self.V))  # [N V]
         documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         first, step = (self.T - 1, -1) if reverse else (0, 1)
         self.sizes = (self.T, self.V, self.G, documents, self.plan.segments, self.plan.length, first)
@@ -766,7 +766,7 @@ def _scan(
         state = x.new_zeros((rows, V, N), dtype=torch.float32) if initial is None else initial.float().clone()
         return x.clone(), state
     G = max(w.shape[2] if w.ndim == 4 else 1 for w in (k, q))
-    k, q = (w[:, :, None].expand(B, T, G, N) if w.ndim == 3 else w for w in (k, q))
+    k, q = (w.unsqueeze(2).expand(B, T, G, N) if w.ndim == 3 else w for w in (k, q))
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, rate, a, k, q, initial))
     state = None if initial is None else initial.float().transpose(1, 2)
     mirrored = reverse and cu_seqlens is not None

@@ -80,6 +80,11 @@ class Axes:
                 )
         return first
 
+    def must(self, name: str, wanted: Spec) -> None:
+        """Raise RecipeError unless a tensor has these axes."""
+        if self[name] != wanted:
+            raise RecipeError(f"{self.reader} needs {name} [{' '.join(wanted)}], got [{' '.join(self[name])}]")
+
     def rank(self, name: str, *ranks: int) -> Spec:
         """The axes of a tensor that must have one of these many."""
         if len(self[name]) not in ranks:
@@ -120,10 +125,10 @@ class Site:
         """A fresh activation-like state."""
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-    def memory(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    def memory(self, *shape: int) -> Tensor:
         """A fresh recurrent state: float32, or float64 in a float64 model."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return torch.zeros(shape, dtype=(dtype or wide), device=self.device)
+        return torch.zeros(shape, dtype=wide, device=self.device)
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,27 @@ class Chain(Part):
             if new is not None:
                 after[key] = new
         return flow, after
+
+
+class Around(Part):
+    """Runs the parts of its field `parts` in a way of its own, on what `inside` says is there for them to read."""
+
+    @property
+    def causal(self) -> bool:
+        return False
+
+    @property
+    def body(self) -> Chain:
+        return Chain(tuple(self.parts))  # type: ignore[attr-defined]
+
+    def inside(self, axes: Axes) -> Axes:
+        return axes
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return self.body.shapes(self.inside(axes))
+
+    def build(self, site: Site) -> Any:
+        return self.body.build(dataclasses.replace(site, axes=self.inside(site.axes)))
 
 
 class Recipe:

@@ -85,11 +85,23 @@ def check_float(function: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{function}: {name} must be real and floating, got {tensor.dtype}")
 
 
+def check_number(function: str, **tensors: Tensor | None) -> None:
+    """Raise TypeError unless every tensor given is floating or complex."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(f"{function}: {name} must be floating or complex, got {tensor.dtype}")
+
+
 def check_given(function: str, **tensors: Tensor | None) -> None:
     """Raise TypeError if an argument that has no default is no tensor; `bind` would take None for one left out."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got {tensor and type(tensor).__name__}")
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether there are values that may be looked at: on a CPU outside compilation, where that is cheap."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel() > 0
 
 
 def pick(function: str, argument: str, value: Any, choices: Mapping[Any, T]) -> T:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recur.axes import evaluate
+from recur.shapes import pick
 
 Init = Callable[[Tensor], Any]  # fills a tensor in place
 
@@ -88,6 +89,9 @@ def constant(value: float) -> Init:
     return lambda weight: weight.fill_(value)
 
 
+zeros, ones = constant(0.0), constant(1.0)
+
+
 def normal(std: float = 1.0, mean: float = 0.0) -> Init:
     return lambda weight: weight.normal_(mean, std)
 
@@ -100,14 +104,6 @@ def cut_normal(std: float) -> Init:
     """A normal law without what lies beyond two of its deviations, of standard deviation `std` after the cut."""
     whole = std / 0.87962566103423978  # the deviation of N(0, 1) between -2 and 2
     return lambda weight: nn.init.trunc_normal_(weight, 0.0, whole, -2 * whole, 2 * whole)
-
-
-def zeros(weight: Tensor) -> None:
-    weight.zero_()
-
-
-def ones(weight: Tensor) -> None:
-    weight.fill_(1)
 
 
 def by_index(expression: str, site: Any) -> Init:
@@ -157,9 +153,7 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
         "unscaled": normal(),
         "zeros": zeros,
     }
-    if law not in laws:
-        raise ValueError(f"init: law must be one of {', '.join(laws)}, got {law!r}")
-    return laws[law]
+    return pick("init", "law", law, laws)
 
 
 def bias_init(law: str, fan_in: int) -> Init:

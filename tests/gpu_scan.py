@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import specialisations
 import torch
+from interpreted import widen
 from torch import Tensor
 
 import recur
@@ -106,10 +107,6 @@ def listed() -> list[Case]:
             )
         )
     return found
-
-
-def widen(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def outputs(case: Any, form: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

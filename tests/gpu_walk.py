@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import specialisations
 import torch
-from gpu_scan import HARD, main, widen
+from gpu_scan import HARD, main
+from interpreted import widen
 from torch import Tensor
 
 import recur

@@ -5,7 +5,33 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+
+Law = Callable[[], None]
+
+
+class Laws(dict[str, Law]):
+    """The laws of a file by name. Decorates one; `main` runs those that the command line names."""
+
+    def __call__(self, law: Law) -> Law:
+        self[law.__name__] = law
+        return law
+
+    def main(self) -> None:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        torch.use_deterministic_algorithms(True)  # and fresh memory holds NaN
+        for name in sys.argv[1:]:
+            self[name]()
+
+
+def widen(x: Any) -> Any:
+    """A tensor in float64 or complex128; anything else as it is."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64) if isinstance(x, torch.Tensor) else x
 
 
 def run_laws(file: str, names: list[str]) -> None:

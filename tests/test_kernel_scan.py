@@ -6,15 +6,15 @@ Laws run in a process of their own: `TRITON_INTERPRET=1 python tests/test_kernel
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import run_laws
+from interpreted import Laws, run_laws, widen
 from torch import Tensor
 
 HARD = torch.tensor([0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf])
@@ -23,16 +23,7 @@ EXACT = 3e-6  # float32 sums of a few hundred terms
 SUMMED = 5e-5  # the gate's gradient is a difference of such sums, added up over time
 HALF = 1e-3  # one rounding to float16 is 5e-4
 
-LAWS: dict[str, Callable[[], None]] = {}
-
-
-def law(check: Callable[[], None]) -> Callable[[], None]:
-    LAWS[check.__name__] = check
-    return check
-
-
-def widen(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None else tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+LAWS = law = Laws()
 
 
 def decays(axes: tuple[int, ...], kind: str) -> Tensor:
@@ -263,6 +254,12 @@ def test_kernel_agrees_with_the_token_loop(names: list[str]) -> None:
     run_laws(__file__, names)
 
 
+def test_a_compiled_model_equals_the_eager_one() -> None:
+    """torch.compile(fullgraph=True) over a language model whose scans are the kernel's."""
+    pytest.importorskip("triton")
+    run_laws(str(Path(__file__).with_name("gpu_compile.py")), ["triton", "retnet"])
+
+
 def test_every_law_is_run() -> None:
     assert sorted(LAWS) == sorted(name for names in GROUPS for name in names)
 
@@ -285,7 +282,4 @@ def test_plan_fills_the_machine() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # and fresh memory holds NaN
-    for name in sys.argv[1:]:
-        LAWS[name]()
+    LAWS.main()

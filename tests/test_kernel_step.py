@@ -7,13 +7,12 @@ the kernel on a CPU too.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from interpreted import run_laws
+from interpreted import Laws, run_laws, widen
 from torch import Tensor
 
 import recur
@@ -22,16 +21,7 @@ from recur import kernel
 EXACT = 2e-6  # float32 sums of a few hundred terms
 HARD = (0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf)
 
-LAWS: dict[str, Callable[[], None]] = {}
-
-
-def law(check: Callable[[], None]) -> Callable[[], None]:
-    LAWS[check.__name__] = check
-    return check
-
-
-def widen(x: Any) -> Any:
-    return x.to(torch.complex128 if x.is_complex() else torch.float64) if isinstance(x, Tensor) else x
+LAWS = law = Laws()
 
 
 def compare(step: Callable[..., Tensor], state: Tensor, *inputs: Tensor | None, **options: Any) -> None:
@@ -210,12 +200,9 @@ def test_every_law_is_run() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # and fresh memory holds NaN
 
     def takes_step(rows: int, state: Tensor) -> bool:
         return state.dtype not in kernel.WIDE
 
     kernel.takes_step = takes_step
-    for name in sys.argv[1:]:
-        LAWS[name]()
+    LAWS.main()

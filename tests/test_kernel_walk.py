@@ -6,12 +6,11 @@ Laws run in processes of their own: `TRITON_INTERPRET=1 python tests/test_kernel
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
-from interpreted import run_laws
+from interpreted import Laws, run_laws, widen
 from torch import Tensor
 
 from recur import ScanOut, fixed_scan, gated_scan, online_scan, selective_scan
@@ -20,12 +19,7 @@ HARD = torch.tensor([0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf])
 EXACT = 2e-6  # float32 sums of a few hundred terms
 HALF = 2e-3  # one rounding to float16 is 5e-4
 
-LAWS: dict[str, Callable[[], None]] = {}
-
-
-def law(check: Callable[[], None]) -> Callable[[], None]:
-    LAWS[check.__name__] = check
-    return check
+LAWS = law = Laws()
 
 
 def randn(*shape: int, scale: float = 1.0) -> Tensor:
@@ -40,10 +34,6 @@ def gradients(scan: Callable[..., tuple[Tensor, Tensor]], inputs: list[Tensor | 
     weights = [torch.randn(t.shape, generator=noise, dtype=torch.float64) for t in outputs]
     loss = sum((t * w).sum().real for t, w in zip(outputs, weights, strict=True))
     return [*outputs, *torch.autograd.grad(loss, [t for t in leaves if t is not None])]
-
-
-def widen(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None else tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def compare(name: str, kernel: Callable, loop: Callable, inputs: list[Tensor | None], limit: float = EXACT) -> None:
@@ -278,11 +268,7 @@ def test_plan_reads_neighbours_at_once_only_where_they_are_of_one_group() -> Non
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)  # fresh memory is filled with NaN
     from recur.kernels import walk
 
     walk.STRETCH = 8  # several stretches and segments in few tokens
-    for name in sys.argv[1:]:
-        LAWS[name]()
+    LAWS.main()

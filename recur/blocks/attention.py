@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recur.axes import RecipeError, Spec
-from recur.blocks.cache import empty, extend, row_of
+from recur.blocks.cache import empty, extend, fresh, row_of
 from recur.primitives.forms import document_of
 from recur.primitives.rotary import rotary_frequencies, rotate
 from recur.recipe import Axes, Flow, Part, Site, State
@@ -139,11 +139,7 @@ class Attention(Part):
         return {self.out: (H, V)}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        return {
-            "k": site.zeros(batch, max_len or 0, *site.of(self.k)),
-            "v": site.zeros(batch, max_len or 0, *site.of(self.v)),
-            "grows": max_len is None,
-        }
+        return fresh(site, batch, max_len, k=self.k, v=self.v)
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         q, k, v = flow[self.q], flow[self.k], flow[self.v]
@@ -233,6 +229,6 @@ def _packed(flow: Flow, state: dict[str, Any], **tokens: Tensor) -> tuple[list[T
     slot = torch.arange(L, device=seen.device)
     mine = document[:, None, None] == torch.arange(n, device=seen.device)[:, None]
     cached = mine & (slot < seen[:, None])  # [T n L]
-    fresh = (document[:, None] == document) & (token[:, None] >= token)
+    new = (document[:, None] == document) & (token[:, None] >= token)
     joined = [torch.cat([state[name].to(t.dtype).flatten(0, 1), t[0]])[None] for name, t in tokens.items()]
-    return joined, torch.cat([cached.flatten(1), fresh], dim=1)[None]
+    return joined, torch.cat([cached.flatten(1), new], dim=1)[None]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur.primitives.forms import document_of
-from recur.recipe import Flow, State
+from recur.recipe import Flow, Site, State
+from recur.shapes import readable
 
 
 def extend(part: str, flow: Flow, state: State, **tokens: Tensor) -> dict[str, Any]:
@@ -31,6 +32,12 @@ def extend(part: str, flow: Flow, state: State, **tokens: Tensor) -> dict[str, A
     return _appended(part, flow.position, tokens, state, Tensor.scatter_ if in_place else Tensor.scatter)
 
 
+def fresh(site: Site, batch: int, max_len: int | None, **names: str) -> dict[str, Any]:
+    """The cache before the first token of what lies in the flow under these names; of fixed length if that is given."""
+    slots = {key: site.zeros(batch, max_len or 0, *site.of(name)) for key, name in names.items()}
+    return {**slots, "grows": max_len is None}
+
+
 def empty(rows: int, **tokens: Tensor) -> dict[str, Any]:
     """A cache of no slots for tokens like these."""
     return {name: tensor.new_zeros(rows, 0, *tensor.shape[2:]) for name, tensor in tokens.items()} | {"grows": True}
@@ -43,7 +50,7 @@ def _appended(
     T = tokens[first].shape[1]
     room = state[first].shape[1] + (T if state["grows"] else 0)
     slots = seen[:, None] + torch.arange(T, device=seen.device)  # [B T]
-    if seen.device.type == "cpu" and not torch.compiler.is_compiling() and slots.numel() and int(slots.max()) >= room:
+    if readable(slots) and int(slots.max()) >= room:
         raise ValueError(f"{part}: init_state(max_len={room}) is too short for {int(slots.max()) + 1} tokens")
     new: dict[str, Any] = {"grows": state["grows"]}
     for name, tensor in tokens.items():

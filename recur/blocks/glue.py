@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur.axes import Spec, spec
-from recur.blocks.cache import extend, row_of
+from recur.blocks.cache import extend, fresh, row_of
 from recur.primitives.conv import causal_conv, token_shift
 from recur.primitives.fixed import tap_conv
+from recur.primitives.forms import mirror
 from recur.primitives.gates import activation, scale_gradient
 from recur.primitives.norms import KINDS, normalise
-from recur.recipe import Axes, Chain, Flow, Part, Recipe, RecipeError, Site, State
+from recur.recipe import Around, Axes, Flow, Part, Recipe, RecipeError, Site, State
+from recur.shapes import readable
 from recur.weights import Init, Param, Weights, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
 
 
@@ -89,14 +91,14 @@ class Project(Part):
         return {name: spec(out.axes if isinstance(out, LowRank) else out) for name, out in self.outs}
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        fan_in = sum(_product(site.of(name)) for name in self.source.split())
-        rows = [_product(site.size(first)) for first in self._first()]
+        fan_in = sum(math.prod(site.of(name)) for name in self.source.split())
+        rows = [math.prod(site.size(first)) for first in self._first()]
         made = {"weight": Param((sum(rows), fan_in), self._fill(rows, fan_in, site.depth))}
         if self.bias:
             made["bias"] = Param((sum(rows),), bias_init(self.init, fan_in), decay=False)
         for (name, out), rank in zip(self.outs, rows, strict=True):
             if isinstance(out, LowRank):
-                width = _product(site.size(out.axes))
+                width = math.prod(site.size(out.axes))
                 made[f"{name}_up"] = Param((width, rank), matrix_init(out.init, rank, width, site.depth))
                 if out.bias:
                     made[f"{name}_bias"] = Param((width,), bias_init(out.init, rank), decay=False)
@@ -114,7 +116,7 @@ class Project(Part):
 
     def build(self, site: Site) -> Projection:
         sizes = {
-            "splits": [_product(site.size(first)) for first in self._first()],
+            "splits": [math.prod(site.size(first)) for first in self._first()],
             "shapes": [site.size(out.axes if isinstance(out, LowRank) else out) for _, out in self.outs],
         }
         return Projection(self.params(site), {"outs": self.outs, **sizes})
@@ -149,7 +151,7 @@ class ShortConv(Part):
         return {name: axes[name] for name in self.source.split()}
 
     def _widths(self, site: Site) -> list[int]:
-        return [_product(site.of(name)) for name in self.source.split()]
+        return [math.prod(site.of(name)) for name in self.source.split()]
 
     def params(self, site: Site) -> Mapping[str, Param]:
         channels, law = sum(self._widths(site)), uniform(self.width**-0.5)
@@ -191,12 +193,7 @@ class PositionTaps(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         at = flow.positions()
-        if (
-            at.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and at.numel()
-            and int(at.max()) >= self.length
-        ):
+        if readable(at) and int(at.max()) >= self.length:
             raise ValueError(f"PositionTaps: length={self.length} is too short for {int(at.max()) + 1} tokens")
         return flow.set(**{self.out: weights.table[self.length - 1 - at].to(flow["x"].dtype)}), None
 
@@ -227,9 +224,7 @@ class TapConv(Part):
         return {"width": V // H}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        room = (batch, max_len or 0)
-        u, tap = site.zeros(*room, *site.of(self.source)), site.zeros(*room, *site.of(self.tap))
-        return {"u": u, "tap": tap, "grows": max_len is None}
+        return fresh(site, batch, max_len, u=self.source, tap=self.tap)
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         new = extend("TapConv", flow, state, u=flow[self.source], tap=flow[self.tap])
@@ -335,8 +330,8 @@ class Norm(Part):
 
     def facts(self, site: Site) -> Mapping[str, Any]:
         over, groups = self._axes(site.axes), int(site.number(self.groups))
-        if groups < 1 or _product(site.size(over)) % groups:
-            raise RecipeError(f"Norm: groups must divide the {_product(site.size(over))} entries, got {groups}")
+        if groups < 1 or math.prod(site.size(over)) % groups:
+            raise RecipeError(f"Norm: groups must divide the {math.prod(site.size(over))} entries, got {groups}")
         return {"rank": len(over), "groups": groups}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
@@ -514,7 +509,7 @@ class Reshape(Part):
 
     def facts(self, site: Site) -> Mapping[str, Any]:
         old, new = site.of(self.source), site.size(self.axes)
-        if _product(old) != _product(new):
+        if math.prod(old) != math.prod(new):
             raise RecipeError(f"Reshape: {self.source} {list(old)} must have as many channels as {list(new)}")
         return {"shape": new}
 
@@ -572,29 +567,14 @@ class Map(Part):
 
 
 @dataclass(frozen=True)
-class Reverse(Part):
+class Reverse(Around):
     """Run parts from the last token to the first: the anti-causal half of a bidirectional recipe."""
 
     parts: tuple[Part, ...] = ()
 
-    @property
-    def causal(self) -> bool:
-        return False
-
-    @property
-    def body(self) -> Chain:
-        return Chain(tuple(self.parts))
-
-    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return self.body.shapes(axes)
-
-    def build(self, site: Site) -> Any:
-        return self.body.build(site)
-
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        T = flow["x"].shape[1]
         mirrored = {name: tensor.flip(1) for name, tensor in flow.tensors.items()}
-        borders = None if flow.cu_seqlens is None else T - flow.cu_seqlens.flip(0)
+        borders = mirror(flow.cu_seqlens, flow["x"].shape[1])
         seen = flow.position if borders is None else flow.position.flip(0)
         inner = dataclasses.replace(flow, tensors=mirrored, cu_seqlens=borders, position=seen)
         inner, state = self.body(inner, weights, None)
@@ -608,7 +588,7 @@ class Reverse(Part):
 
 
 @dataclass(frozen=True)
-class Along(Part):
+class Along(Around):
     """Run parts along one axis of a grid, every line of it as a sequence of its own.
 
     The tokens are the cells of the grid that the call names, grid=(rows, columns), row by row. Axis 0 runs down the
@@ -619,22 +599,8 @@ class Along(Part):
     parts: tuple[Part, ...] = ()
     reads: str = "x"
 
-    @property
-    def causal(self) -> bool:
-        return False
-
-    @property
-    def body(self) -> Chain:
-        return Chain(tuple(self.parts))
-
-    def _inner(self, axes: Axes) -> Axes:
+    def inside(self, axes: Axes) -> Axes:
         return dataclasses.replace(axes, written={**axes.written, "x": axes[self.reads]})
-
-    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return self.body.shapes(self._inner(axes))
-
-    def build(self, site: Site) -> Any:
-        return self.body.build(dataclasses.replace(site, axes=self._inner(site.axes)))
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         (B, T), grid, axis = flow["x"].shape[:2], flow.grid, self.axis + 1
@@ -711,10 +677,3 @@ def _leading(axes: Axes, name: str, first: Spec) -> None:
         raise RecipeError(
             f"{axes.reader} needs {name} with first axes [{' '.join(first)}], got [{' '.join(axes[name])}]"
         )
-
-
-def _product(sizes: tuple[int, ...]) -> int:
-    result = 1
-    for factor in sizes:
-        result *= factor
-    return result

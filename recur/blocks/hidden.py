@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recur.axes import RecipeError, Spec
-from recur.blocks.scans import SelectiveScan, StateScan, scan_options
+from recur.blocks.scans import SelectiveScan, scan_options
 from recur.primitives.diagonal import gated_scan
 from recur.primitives.gates import activation
 from recur.primitives.hidden import dense_fusion
@@ -64,7 +64,26 @@ class DenseFusion(Part):
 
 
 @dataclass(frozen=True)
-class DenseRead(Part):
+class _OfStates(Part):
+    """A scan that the states of the `layers` layers below join, let in by a gate."""
+
+    scan: Any
+    gate: str
+    layers: int = 2
+    act: str = "silu"
+
+    def __post_init__(self) -> None:
+        at_least_one(type(self).__name__, self.layers)
+
+    def build(self, site: Site) -> nn.Module:
+        return self.scan.build(site)
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return self.scan.init_state(site, batch, max_len)
+
+
+@dataclass(frozen=True)
+class DenseRead(_OfStates):
     """A scan, and what this layer's query reads in the states of the `layers` layers below, let in by a gate.
 
     y = S_t^T q + act(gate) * sum_{i <= layers} (S_t of layer l-i)^T q: fused states that are read and not carried on. A
@@ -73,24 +92,10 @@ class DenseRead(Part):
     Args: scan: an OuterScan, DeltaScan, OnlineScan or SelectiveScan; gate: of the axes of y.
     """
 
-    scan: StateScan
-    gate: str
-    layers: int = 2
-    act: str = "silu"
-
-    def __post_init__(self) -> None:
-        at_least_one("DenseRead", self.layers)
-
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         ((out, found),) = self.scan.shapes(axes).items()
         Axes({**axes.written, out: found}, axes.reader).same(out, self.gate)
         return {out: found}
-
-    def build(self, site: Site) -> nn.Module:
-        return self.scan.build(site)
-
-    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        return self.scan.init_state(site, batch, max_len)
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         still = replace(flow, in_place=False)  # the layers above scan this token again from the same state
@@ -100,7 +105,7 @@ class DenseRead(Part):
         more = [self._again(still, weights, layer) for layer in past if layer]
         handed = {lane + name: tensor for name, tensor in {**written, "state": state}.items() if tensor is not None}
         fused = dense_fusion(y, more, activation(self.act)(flow[self.gate]))
-        return flow.set(**{self.scan.out: fused}).publish(**handed), new  # type: ignore[attr-defined]
+        return flow.set(**{self.scan.out: fused}).publish(**handed), new
 
     def _again(self, flow: Flow, weights: Any, written: dict[str, Tensor]) -> Tensor:
         """The states of a shallower layer, read with the query of this one."""
@@ -108,7 +113,7 @@ class DenseRead(Part):
         return self.scan.scan(flow, weights, written, state).y
 
     def formula(self) -> str:
-        y = self.scan.out  # type: ignore[attr-defined]
+        y = self.scan.out
         more = f"{self.act}({self.gate}) * sum_{{i<={self.layers}}} (the same of the states of layer l-i)"
         return f"{self.scan.formula()}, {y} <- {y} + {more}"
 
@@ -118,7 +123,7 @@ def _under(lane: str, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class DenseCarry(Part):
+class DenseCarry(_OfStates):
     """Mamba's scan with the states of the `layers` layers below added to its own, and carried on:
 
     F_t = exp(delta A) * S_{t-1} + (delta u) B, S_t = F_t + act(gate) * sum_{i <= layers} (F_t of layer l-i), y = S_t C.
@@ -127,25 +132,14 @@ class DenseCarry(Part):
     Args: scan: a SelectiveScan; gate: [E].
     """
 
-    scan: SelectiveScan
-    gate: str
-    layers: int = 2
-    act: str = "silu"
-
     def __post_init__(self) -> None:
-        at_least_one("DenseCarry", self.layers)
+        super().__post_init__()
         if not isinstance(self.scan, SelectiveScan):
             raise RecipeError(f"DenseCarry: scan must be a SelectiveScan, got {type(self.scan).__name__}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         axes.same(self.scan.source, self.gate)
         return self.scan.shapes(axes)
-
-    def build(self, site: Site) -> nn.Module:
-        return self.scan.build(site)
-
-    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        return self.scan.init_state(site, batch, max_len)
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         x, delta, A, B = self.scan.written(flow, weights).values()

@@ -18,7 +18,7 @@ from recur.blocks.mixer import Mixer, detach, overwrite, passed
 from recur.blocks.sampling import sample_token
 from recur.primitives.forms import check_packing
 from recur.recipe import Flow, Recipe, State
-from recur.shapes import bind
+from recur.shapes import bind, readable
 from recur.weights import Init, Param, Weights, bias_init, declared, matrix_init, normal
 
 
@@ -194,7 +194,6 @@ class LanguageModel(nn.Module):
             raise ValueError(f"LanguageModel: padding must be an id in 0 .. {vocab_size - 1}, got {padding}")
         self.vocab_size, self.dim, self.depth, self.checkpoint = vocab_size, dim, depth, checkpoint
         self.embed_scale, self.padding = embed_scale, padding
-        self.dropout, self.drop, self.frozen = dropout, drop, frozen
         self._dropped, *inside = dropout if isinstance(dropout, (tuple, list)) else (dropout,) * 3
         table = Param((vocab_size, dim), embedding_init(embed_std, padding), trainable=not frozen)
         self.embedding = Weights({"weight": table})
@@ -214,7 +213,6 @@ class LanguageModel(nn.Module):
         self.final_norm = StreamNorm(last, dim)
         if tie and (outputs is not None or head_bias):
             raise ValueError("LanguageModel: outputs and head_bias need a head of its own: tie=False")
-        self.outputs, self.head_bias = outputs, head_bias
         logits = vocab_size if outputs is None else outputs
         head = {"weight": Param((logits, dim), matrix_init(head_init, dim, logits, 1), trainable=not frozen)}
         if head_bias:
@@ -288,7 +286,7 @@ class LanguageModel(nn.Module):
     def _logits(self, x: Tensor) -> Tensor:
         if self.head is None:
             return F.linear(x, self.embedding.weight)
-        return F.linear(x, self.head.weight, self.head.bias if self.head_bias else None)
+        return F.linear(x, self.head.weight, getattr(self.head, "bias", None))
 
     def _add_positions(self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if self.positions is None and not self.sinusoidal:
@@ -296,7 +294,7 @@ class LanguageModel(nn.Module):
         at = Flow({"x": x}, position, cu_seqlens=cu_seqlens).positions()
         if self.positions is not None:
             room = self.positions.weight.shape[0]
-            if at.device.type == "cpu" and at.numel() and int(at.max()) >= room:
+            if readable(at) and int(at.max()) >= room:
                 raise ValueError(
                     f"LanguageModel: it has {room} learned positions, got a text of {int(at.max()) + 1} tokens"
                 )
@@ -310,7 +308,7 @@ class LanguageModel(nn.Module):
         bind("LanguageModel", ids=(ids, "B T"))
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"LanguageModel: ids must be int32 or int64, got {ids.dtype}")
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        if readable(ids):
             low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self.vocab_size:
                 bad = low if low < 0 else high

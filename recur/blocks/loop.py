@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from recur.axes import RecipeError, Spec, spec
-from recur.recipe import Axes, Chain, Flow, Part, Site, State
+from recur.recipe import Around, Axes, Flow, Part, Site, State
 
 
 @dataclass(frozen=True)
-class Loop(Part):
+class Loop(Around):
     """Run parts on one token after another, each reading what the token before wrote: last_t = feed_{t-1}.
 
     Args:
@@ -38,31 +38,25 @@ class Loop(Part):
     def causal(self) -> bool:
         return self.body.causal
 
-    @property
-    def body(self) -> Chain:
-        return Chain(tuple(self.parts))
-
-    def _inside(self, axes: Axes) -> Axes:
+    def inside(self, axes: Axes) -> Axes:
         return dataclasses.replace(axes, written={**axes.written, self.last: spec(self.axes)})
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        written = self.body.shapes(self._inside(axes))
+        written = super().shapes(axes)
         if written.get(self.feed) != spec(self.axes):
             got = f"[{' '.join(written[self.feed])}]" if self.feed in written else "nothing"
             raise RecipeError(f"{axes.reader} must write {self.feed} [{self.axes}] to feed it back, got {got}")
         return written
 
-    def _site(self, site: Site) -> Site:
-        return dataclasses.replace(site, axes=self._inside(site.axes))
-
     def build(self, site: Site) -> Any:
-        modules: Any = self.body.build(self._site(site))
+        modules = super().build(site)
         modules.sizes, modules.writes = site.size(self.axes), tuple(self.shapes(site.axes))
         return modules
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        body = self.body.init_state(self._site(site), batch, max_len)
-        return {self.last: site.zeros(batch, *site.size(self.axes)), "parts": body}
+        inner = dataclasses.replace(site, axes=self.inside(site.axes))
+        parts = self.body.init_state(inner, batch, max_len)
+        return {self.last: site.zeros(batch, *site.size(self.axes)), "parts": parts}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         if flow.cu_seqlens is not None:

@@ -177,10 +177,7 @@ class DeltaScan(OuterScan):
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         written = super().shapes(axes)
-        if axes[self.beta] != written[self.out][:1]:
-            raise RecipeError(
-                f"{axes.reader} needs {self.beta} [{written[self.out][0]}], got [{' '.join(axes[self.beta])}]"
-            )
+        axes.must(self.beta, written[self.out][:1])
         return written
 
     def write(self, flow: Flow) -> dict[str, Tensor]:
@@ -282,7 +279,29 @@ class SelectiveScan(StateScan):
 
 
 @dataclass(frozen=True)
-class FixedScan(Part):
+class _PolesScan(Part):
+    """A scan with constant complex poles of what is in `source` [V]."""
+
+    source: str
+    N: str = "N"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes.rank(self.source, 1)}  # type: ignore[attr-defined]
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return _complex(site.memory(batch, *site.of(self.source), *site.size(self.N)))
+
+    def constants(self, weights: Any) -> dict[str, Tensor]:
+        """The log decay of the poles, and the read-out [V N]."""
+        raise NotImplementedError
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        y, state = _run(flow, state, fixed_scan, fixed_step, {"x": flow[self.source]}, **self.constants(weights))
+        return flow.set(**{self.out: y}), state  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class FixedScan(_PolesScan):
     """DSS: constant complex poles shared by all channels, a read-out per channel, discretised by zero-order hold.
 
     z = -exp(rho) + i omega, S_t = e^z S_{t-1} + u, y = Re sum_n C_n (e^z - 1)/z S_n;  omega = exp(eta) or eta.
@@ -290,8 +309,6 @@ class FixedScan(Part):
     Args: source: u [V]; N: axis of the poles; frequency: "exp" or "linear".
     """
 
-    source: str
-    N: str = "N"
     frequency: str = "exp"
     out: str = "y"
 
@@ -299,25 +316,17 @@ class FixedScan(Part):
         if self.frequency not in ("exp", "linear"):
             raise RecipeError(f'FixedScan: frequency must be "exp" or "linear", got {self.frequency!r}')
 
-    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return {self.out: axes.rank(self.source, 1)}
-
     def params(self, site: Site) -> Mapping[str, Param]:
         (N,), (V,) = site.size(self.N), site.of(self.source)
         pole = Param((N,), normal(), decay=False, float32=True)
         read = Param((V, N), normal(), decay=False, float32=True)
         return {"rho": pole, "eta": pole, "C_real": read, "C_imag": read}
 
-    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        return _complex(site.memory(batch, *site.of(self.source), *site.size(self.N)))
-
-    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+    def constants(self, weights: Any) -> dict[str, Tensor]:
         omega = weights.eta.exp() if self.frequency == "exp" else weights.eta
         log_decay = poles(weights.rho, omega)
         readout = torch.complex(weights.C_real, weights.C_imag) * zero_order_hold(log_decay)
-        constant = {"log_decay": log_decay, "readout": readout}
-        y, state = _run(flow, state, fixed_scan, fixed_step, {"x": flow[self.source]}, **constant)
-        return flow.set(**{self.out: y}), state
+        return {"log_decay": log_decay, "readout": readout}
 
     def formula(self) -> str:
         omega = "exp(eta)" if self.frequency == "exp" else "eta"
@@ -327,7 +336,7 @@ class FixedScan(Part):
 
 
 @dataclass(frozen=True)
-class PoleScan(Part):
+class PoleScan(_PolesScan):
     """S4D: poles and a step for every channel, discretised by zero-order hold.
 
     z = dt (-exp(r) + i w), S_t = e^z S_{t-1} + u, y = Re sum_n 2 C_n dt (e^z - 1)/z S_n.   First r = log 1/2, w = pi n,
@@ -336,12 +345,7 @@ class PoleScan(Part):
     Args: source: u [V]; N: axis of the poles, one of each conjugate pair.
     """
 
-    source: str
-    N: str = "N"
     out: str = "y"
-
-    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return {self.out: axes.rank(self.source, 1)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
         (N,), (V,) = site.size(self.N), site.of(self.source)
@@ -355,16 +359,11 @@ class PoleScan(Part):
         step = Param((V,), lambda weight: weight.uniform_(math.log(1e-3), math.log(1e-1)), decay=False, float32=True)
         return {**made, "log_dt": step}
 
-    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        return _complex(site.memory(batch, *site.of(self.source), *site.size(self.N)))
-
-    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+    def constants(self, weights: Any) -> dict[str, Tensor]:
         step = weights.log_dt.exp()[:, None]
         log_decay = step * poles(weights.r, weights.w)
         readout = 2 * step * torch.complex(weights.C_real, weights.C_imag) * zero_order_hold(log_decay)
-        constant = {"log_decay": log_decay, "readout": readout}
-        y, state = _run(flow, state, fixed_scan, fixed_step, {"x": flow[self.source]}, **constant)
-        return flow.set(**{self.out: y}), state
+        return {"log_decay": log_decay, "readout": readout}
 
     def formula(self) -> str:
         u, y = self.source, self.out

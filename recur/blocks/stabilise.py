@@ -30,8 +30,7 @@ class Stabilise(Part):
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         found, key = axes.same(self.decay, self.write), axes.rank(self.key, 2)
-        if found != key[:1]:
-            raise RecipeError(f"{axes.reader} needs {self.decay} [{key[0]}], got [{' '.join(found)}]")
+        axes.must(self.decay, key[:1])
         return {self.decay: found, self.key: key, self.floor: found}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
@@ -86,10 +85,8 @@ class Normalise(Part):
             raise RecipeError(
                 f"{axes.reader} needs {self.source} to end in a count, got [{' '.join((*heads, counted))}]"
             )
-        if isinstance(self.floor, str) and axes[self.floor] != tuple(heads):
-            raise RecipeError(
-                f"{axes.reader} needs {self.floor} [{' '.join(heads)}], got [{' '.join(axes[self.floor])}]"
-            )
+        if isinstance(self.floor, str):
+            axes.must(self.floor, tuple(heads))
         return {self.source: (*heads, counted.removesuffix("+1"))}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:

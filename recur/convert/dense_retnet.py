@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from recur.blocks import Block, LanguageModel, LowRank, Mixer, Norm, Project, RetentionScale
 from recur.convert.keys import Keys, merged, rows, under
 from recur.convert.official import OF_A_FILE, Official
 from recur.presets.dense_retnet import dense_retnet
 from recur.recipe import Recipe
+from recur.shapes import pick
 
 MIXER_KEYS: Keys = {
     "parts.project.weight": rows("q_proj.weight", "k_proj.weight", "to_hidden.0.weight", "to_hidden.0.weight"),
@@ -27,80 +30,62 @@ KEYS: Keys = {
 }
 
 
-def recipe(dim: int, key_dim: int, heads: int, layers: int, dropout: float, eps: float, mode: str) -> Recipe:
+LAYER_NEEDS = ("hidden_size", "query_key_dim", "num_attention_heads", "dense_block_layers")
+CONFIG = {"dropout": 0.1, "rms_norm_eps": 1e-6, "pad_token_id": 0, "mode": "recurrent"}
+
+
+def recipe(c: Any) -> Recipe:
     """The mixer as the original computes it in that mode."""
-    if 2 * key_dim != dim:
-        raise ValueError(f"dense_gau_retnet: query_key_dim must be hidden_size / 2 = {dim / 2:g}, got {key_dim}")
+    dim, eps = c.hidden_size, c.rms_norm_eps
+    if 2 * c.query_key_dim != dim:
+        raise ValueError(
+            f"dense_gau_retnet: query_key_dim must be hidden_size / 2 = {dim / 2:g}, got {c.query_key_dim}"
+        )
     scales: dict[str, tuple[RetentionScale, ...]] = {"recurrent": (), "parallel": (RetentionScale(eps=eps),)}
-    if mode not in scales:
-        raise ValueError(f"dense_gau_retnet: mode must be one of {', '.join(scales)}, got {mode!r}")
-    return dense_retnet(heads=heads, layers=layers, dropout=dropout, eps=eps, scale=scales[mode])
+    scale = pick("dense_gau_retnet", "mode", c.mode, scales)
+    sizes = {"heads": c.num_attention_heads, "layers": c.dense_block_layers}
+    return dense_retnet(**sizes, dropout=c.dropout, eps=eps, scale=scale)
 
 
-def mixer(
-    hidden_size: int,
-    query_key_dim: int,
-    num_attention_heads: int,
-    dense_block_layers: int,
-    dropout: float = 0.1,
-    rms_norm_eps: float = 1e-6,
-    mode: str = "recurrent",
-) -> Mixer:
-    sizes = (hidden_size, query_key_dim, num_attention_heads, dense_block_layers)
-    return Mixer(recipe(*sizes, dropout, rms_norm_eps, mode), hidden_size)
+def mixer(c: Any) -> Mixer:
+    return Mixer(recipe(c), c.hidden_size)
 
 
-def layer(
-    hidden_size: int,
-    query_key_dim: int,
-    num_attention_heads: int,
-    dense_block_layers: int,
-    dropout: float = 0.1,
-    rms_norm_eps: float = 1e-6,
-    mode: str = "recurrent",
-) -> Block:
-    sizes = (hidden_size, query_key_dim, num_attention_heads, dense_block_layers)
-    norm = Norm("x", eps=rms_norm_eps, to="y")
-    return Block(recipe(*sizes, dropout, rms_norm_eps, mode), hidden_size, norm=norm)
+def layer(c: Any) -> Block:
+    return Block(recipe(c), c.hidden_size, norm=Norm("x", eps=c.rms_norm_eps, to="y"))
 
 
-def model(
-    vocab_size: int,
-    hidden_size: int,
-    query_key_dim: int,
-    num_attention_heads: int,
-    num_hidden_layers: int,
-    dense_block_layers: int,
-    dropout: float = 0.1,
-    rms_norm_eps: float = 1e-6,
-    pad_token_id: int | None = 0,
-    mode: str = "recurrent",
-) -> LanguageModel:
-    sizes = (hidden_size, query_key_dim, num_attention_heads, dense_block_layers)
+def model(c: Any) -> LanguageModel:
     return LanguageModel(
-        recipe(*sizes, dropout, rms_norm_eps, mode),
-        vocab_size=vocab_size,
-        dim=hidden_size,
-        depth=num_hidden_layers,
-        norm=Norm("x", eps=rms_norm_eps, to="y"),
+        recipe(c),
+        vocab_size=c.vocab_size,
+        dim=c.hidden_size,
+        depth=c.num_hidden_layers,
+        norm=Norm("x", eps=c.rms_norm_eps, to="y"),
         tie=False,
         head_init="normal",
-        padding=pad_token_id,
+        padding=c.pad_token_id,
     )
 
 
-def projection(input_dim: int, mid_reduction_ratio: int = 32, final_reduction_ratio: float = 2) -> Mixer:
+def projection(c: Any) -> Mixer:
     """The two linear maps behind the gate of a fusion."""
-    rank, width = input_dim // mid_reduction_ratio, int(input_dim / final_reduction_ratio)
+    rank, width = c.input_dim // c.mid_reduction_ratio, int(c.input_dim / c.final_reduction_ratio)
     maps = LowRank(str(width), rank=str(rank), act="silu", init="normal")
-    return Mixer(Recipe(Project("x", y=maps, init="normal"), out=str(width)), input_dim)
+    return Mixer(Recipe(Project("x", y=maps, init="normal"), out=str(width)), c.input_dim)
 
 
 INERT = (*OF_A_FILE, "deepnorm", "retnorm", "layernorm_eps", "max_position_embeddings", "initializer_range")
-OF_MODEL = ("num_hidden_layers", "vocab_size", "pad_token_id")
+OF_MODEL = ("vocab_size", "num_hidden_layers")
 ONLY = {"v_factor": (2,), "hidden_act": ("silu",), "tie_word_embeddings": (False,)}
+BUFFERS = ("retnet_rel_pos.angle", "retnet_rel_pos.decay")
 BLOCK_KEYS: Keys = {**under("mixer.", "self_attn.", MIXER_KEYS), "mixer_norm.weights.*": "input_layernorm.*"}
-MIXER = Official(mixer, MIXER_KEYS, inert=(*INERT, *OF_MODEL), only=ONLY)
-LAYER = Official(layer, BLOCK_KEYS, inert=(*INERT, *OF_MODEL), only=ONLY)
-MODEL = Official(model, KEYS, derived=("retnet_rel_pos.angle", "retnet_rel_pos.decay"), inert=INERT, only=ONLY)
-PROJECTION = Official(projection, {"parts.project.weight": "fc1.weight", "parts.project.y_up": "fc2.weight"})
+MIXER = Official(mixer, MIXER_KEYS, LAYER_NEEDS, CONFIG, inert=(*INERT, *OF_MODEL), only=ONLY)
+LAYER = Official(layer, BLOCK_KEYS, LAYER_NEEDS, CONFIG, inert=(*INERT, *OF_MODEL), only=ONLY)
+MODEL = Official(model, KEYS, (*OF_MODEL, *LAYER_NEEDS), CONFIG, derived=BUFFERS, inert=INERT, only=ONLY)
+PROJECTION = Official(
+    projection,
+    {"parts.project.weight": "fc1.weight", "parts.project.y_up": "fc2.weight"},
+    needs=("input_dim",),
+    config={"mid_reduction_ratio": 32, "final_reduction_ratio": 2},
+)

@@ -47,10 +47,11 @@ def model_keys(mixer: Keys) -> Keys:
     }
 
 
-def _recipe(d_h: int, width: int | str, input_act: str, hidden_act: str, recurrent: bool, tied: bool) -> Recipe:
-    preset = gated_rnn if recurrent else gated_linear_rnn
-    acts = {"input_act": FLAX.get(input_act, input_act), "hidden_act": FLAX.get(hidden_act, hidden_act)}
-    return preset(inner=d_h, width=width, forget="tied" if tied else "own", **acts)
+def _recipe(c: Any, width: int | str) -> Recipe:
+    acts = {"input_act": c.input_activation, "hidden_act": c.hidden_activation}
+    preset = gated_rnn if c.use_true_recurrence else gated_linear_rnn
+    gates = "tied" if c.use_tied_gates else "own"
+    return preset(inner=c.d_h, width=width, forget=gates, **{key: FLAX.get(act, act) for key, act in acts.items()})
 
 
 def seen(official: Mapping[str, Tensor]) -> dict[str, int]:
@@ -59,101 +60,57 @@ def seen(official: Mapping[str, Tensor]) -> dict[str, int]:
     return {} if kernel is None else {"d_in": kernel.shape[0]}
 
 
-def mixer(
-    d_model: int,
-    d_h: int,
-    d_in: int,
-    input_activation: str = "tanh",
-    hidden_activation: str = "tanh",
-    use_true_recurrence: bool = False,
-    use_tied_gates: bool = True,
-) -> Mixer:
-    gates = use_true_recurrence, use_tied_gates
-    return Mixer(_recipe(d_h, d_model, input_activation, hidden_activation, *gates), d_in)
+def mixer(c: Any) -> Mixer:
+    return Mixer(_recipe(c, c.d_model), c.d_in)
 
 
-def _model(
-    recipe: Recipe,
-    n_layer: int,
-    d_model: int,
-    d_channel_mixing: int,
-    eps: float,
-    input_vocab_size: int,
-    output_vocab_size: int,
-    mode: str,
-    length: int,
-    dropout: tuple[float, float, float],
-) -> LanguageModel:
-    modes: dict[str, Any] = {"none": None, "sinusoidal": "sinusoidal", "learned": length}
+def _model(recipe: Recipe, c: Any) -> LanguageModel:
+    modes: dict[str, Any] = {"none": None, "sinusoidal": "sinusoidal", "learned": c.max_seq_length}
     return LanguageModel(
         recipe,
-        vocab_size=input_vocab_size,
-        dim=d_model,
-        depth=n_layer,
-        ffn=gelu(hidden=str(d_channel_mixing), act="gelu_tanh", init="lecun"),
-        norm=Norm("x", kind="layer", eps=eps, to="y"),
+        vocab_size=c.input_vocab_size,
+        dim=c.d_model,
+        depth=c.n_layer,
+        ffn=gelu(hidden=str(c.d_channel_mixing), act="gelu_tanh", init="lecun"),
+        norm=Norm("x", kind="layer", eps=c.eps, to="y"),
         final_norm=None,
         tie=False,
-        outputs=output_vocab_size,
-        positions=pick("gated_linear_rnn_lm", "positional_encoding_mode", mode, modes),
-        dropout=dropout,
+        outputs=c.output_vocab_size,
+        positions=pick("gated_linear_rnn_lm", "positional_encoding_mode", c.positional_encoding_mode, modes),
+        dropout=(c.embedding_dropout, c.time_mixing_dropout, c.channel_mixing_dropout),
         drop="sum",
-        embed_std=d_model**-0.5,
+        embed_std=c.d_model**-0.5,
         head_bias=True,
     )
 
 
-def model(
-    n_layer: int,
-    d_model: int,
-    d_channel_mixing: int,
-    input_vocab_size: int,
-    output_vocab_size: int,
-    max_seq_length: int,
-    d_h: int,
-    eps: float = 1e-5,
-    channel_mixing_dropout: float = 0.0,
-    time_mixing_dropout: float = 0.0,
-    embedding_dropout: float = 0.0,
-    positional_encoding_mode: str = "none",
-    input_activation: str = "tanh",
-    hidden_activation: str = "tanh",
-    use_true_recurrence: bool = False,
-    use_tied_gates: bool = True,
-) -> LanguageModel:
-    recipe = _recipe(d_h, "D", input_activation, hidden_activation, use_true_recurrence, use_tied_gates)
-    dropout = embedding_dropout, time_mixing_dropout, channel_mixing_dropout
-    sizes = n_layer, d_model, d_channel_mixing, eps, input_vocab_size, output_vocab_size
-    return _model(recipe, *sizes, positional_encoding_mode, max_seq_length, dropout)
+def model(c: Any) -> LanguageModel:
+    return _model(_recipe(c, "D"), c)
 
 
-def transformer(
-    n_layer: int,
-    d_model: int,
-    d_channel_mixing: int,
-    input_vocab_size: int,
-    output_vocab_size: int,
-    max_seq_length: int,
-    d_h: int,
-    n_head: int,
-    eps: float = 1e-5,
-    channel_mixing_dropout: float = 0.0,
-    time_mixing_dropout: float = 0.0,
-    embedding_dropout: float = 0.0,
-    positional_encoding_mode: str = "none",
-) -> LanguageModel:
+def transformer(c: Any) -> LanguageModel:
     """Its projection is cut into heads first, and inside each into q, k and v."""
-    recipe = gateloop_attention(heads=n_head, width=d_h // n_head)
+    recipe = gateloop_attention(heads=c.n_head, width=c.d_h // c.n_head)
     recipe = recipe.replace("project", Project("x", qkv="H 3 K", bias=True, init="glorot"), Unbind("qkv", "q k v"))
     out = Project("y", y="D", bias=True, init="lecun", name="out")
-    recipe = recipe.remove(OutputGate).remove("gate").replace("out", out)
-    dropout = embedding_dropout, time_mixing_dropout, channel_mixing_dropout
-    sizes = n_layer, d_model, d_channel_mixing, eps, input_vocab_size, output_vocab_size
-    return _model(recipe, *sizes, positional_encoding_mode, max_seq_length, dropout)
+    return _model(recipe.remove(OutputGate).remove("gate").replace("out", out), c)
 
 
-ONLY: dict[str, tuple[Any, ...]] = {"gate_activation": ("sigmoid",)}
-FRAME: dict[str, tuple[Any, ...]] = {"use_word_embedding": (True,), "use_head": (True,)}
-MIXER = Official(mixer, MIXER_KEYS, only=ONLY, infer=seen)
-MODEL = Official(model, model_keys(MIXER_KEYS), only={**ONLY, **FRAME})
-TRANSFORMER = Official(transformer, model_keys(ATTENTION_KEYS), only={"use_causal_mask": (True,), **FRAME})
+CELL = {
+    **{"input_activation": "tanh", "hidden_activation": "tanh"},
+    **{"use_true_recurrence": False, "use_tied_gates": True},
+}
+FRAME = {
+    **{"eps": 1e-5, "channel_mixing_dropout": 0.0, "time_mixing_dropout": 0.0, "embedding_dropout": 0.0},
+    **{"positional_encoding_mode": "none"},
+}
+NEEDS = (
+    *("n_layer", "d_model", "d_channel_mixing"),
+    *("input_vocab_size", "output_vocab_size", "max_seq_length", "d_h"),
+)
+WHOLE: dict[str, tuple[Any, ...]] = {"use_word_embedding": (True,), "use_head": (True,)}
+SIGMOID: dict[str, tuple[Any, ...]] = {"gate_activation": ("sigmoid",)}
+CAUSAL: dict[str, tuple[Any, ...]] = {"use_causal_mask": (True,)}
+MIXER = Official(mixer, MIXER_KEYS, ("d_model", "d_h", "d_in"), CELL, only=SIGMOID, infer=seen)
+MODEL = Official(model, model_keys(MIXER_KEYS), NEEDS, {**FRAME, **CELL}, only={**SIGMOID, **WHOLE})
+TRANSFORMER = Official(transformer, model_keys(ATTENTION_KEYS), (*NEEDS, "n_head"), FRAME, only={**CAUSAL, **WHOLE})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 from recur.blocks import (
     Attention,
@@ -79,133 +80,69 @@ def model_keys(ours: Collection[str]) -> Keys:
     }
 
 
-def _mixer(
-    dim: int,
-    heads: int | None,
-    inner: int | None,
-    gate: bool,
-    sub_ln: bool,
-    fraction: float,
-    ablate_complex: bool,
-    ablate_state_transition: bool,
-) -> Recipe:
-    law = "signed" if ablate_complex else "polar"
-    recipe = gateloop(heads=heads or "I", inner=inner or "D", law=law, gate_gradient=fraction)
-    if ablate_state_transition:  # a = 1, and what the gate would be read from is there and not read
+def mixer_recipe(c: Any) -> Recipe:
+    law = "signed" if c.ablate_complex else "polar"
+    fraction = c.frac_gradient_state_transition
+    recipe = gateloop(heads=c.heads or "I", inner=c.dim_inner or "D", law=law, gate_gradient=fraction)
+    if c.ablate_state_transition:  # a = 1, and what the gate would be read from is there and not read
         recipe = recipe.replace(OuterScan, OuterScan(decay=None)).remove(ComplexGate)
-    if sub_ln:
+    if c.sub_ln:
         recipe = recipe.insert_before("gate", Norm("y", kind="layer"))
-    if gate:
+    if c.add_swish_gating:
         return recipe
     recipe = recipe.remove(OutputGate).remove("gate")
-    return recipe if inner not in (None, dim) else recipe.replace("out", Reshape("y", "D"))
+    return recipe if c.dim_inner not in (None, c.dim) else recipe.replace("out", Reshape("y", "D"))
 
 
-def mixer(
-    dim: int,
-    heads: int | None = None,
-    dim_inner: int | None = None,
-    add_swish_gating: bool = True,
-    sub_ln: bool = False,
-    frac_gradient_state_transition: float = 0.9,
-    ablate_complex: bool = False,
-    ablate_state_transition: bool = False,
-) -> Mixer:
-    ablations = ablate_complex, ablate_state_transition
-    return Mixer(
-        _mixer(dim, heads, dim_inner, add_swish_gating, sub_ln, frac_gradient_state_transition, *ablations), dim
-    )
+def mixer(c: Any) -> Mixer:
+    return Mixer(mixer_recipe(c), c.dim)
 
 
-def _attention(
-    width: int,
-    heads: int,
-    rotary: bool,
-    gate: bool,
-    rel_pos: bool | str,
-    fraction: float,
-    softmax: bool | None,
-    ablate_complex: bool,
-    ablate_state_transition: bool,
-) -> Recipe:
-    """rel_pos True is the released law, "intended" the paper's."""
-    law = "intended" if rel_pos == "intended" else "literal"
-    positions: tuple[Part, ...] = (Rotary("q k", stored=True),) if rotary else ()
-    if rel_pos:
-        placed = relative(law=law, gate="signed" if ablate_complex else "polar", gate_gradient=fraction)
-        positions += placed[:1] if ablate_state_transition else placed
-    reads = {"literal": (LINEAR, Attention(fused=not rel_pos)), "intended": (RELATIVE_LINEAR, GatedAttention())}
-    law = "literal" if ablate_state_transition else law
-    read = reads[law][not rel_pos if softmax is None else softmax]
-    recipe = gateloop_attention(heads=heads, width=width, positions=positions, read=read)
-    return recipe if gate else recipe.remove(OutputGate).remove("gate")
+def attention_recipe(c: Any) -> Recipe:
+    """data_dependent_rel_pos True is the released law, "intended" the paper's."""
+    relates, fraction = c.data_dependent_rel_pos, c.frac_gradient_data_dependent_rel_pos
+    law = "intended" if relates == "intended" else "literal"
+    positions: tuple[Part, ...] = (Rotary("q k", stored=True),) if c.rotary_emb else ()
+    if relates:
+        placed = relative(law=law, gate="signed" if c.ablate_complex else "polar", gate_gradient=fraction)
+        positions += placed[:1] if c.ablate_state_transition else placed
+    reads = {"literal": (LINEAR, Attention(fused=not relates)), "intended": (RELATIVE_LINEAR, GatedAttention())}
+    law = "literal" if c.ablate_state_transition else law
+    read = reads[law][not relates if c.softmax_normalize is None else c.softmax_normalize]
+    recipe = gateloop_attention(heads=c.heads, width=c.dim_head, positions=positions, read=read)
+    return recipe if c.add_swish_gating else recipe.remove(OutputGate).remove("gate")
 
 
-def attention(
-    dim: int,
-    dim_head: int = 64,
-    heads: int = 8,
-    rotary_emb: bool = False,
-    add_swish_gating: bool = False,
-    data_dependent_rel_pos: bool | str = False,
-    frac_gradient_data_dependent_rel_pos: float = 0.5,
-    softmax_normalize: bool | None = None,
-    ablate_complex: bool = False,
-    ablate_state_transition: bool = False,
-) -> Mixer:
-    options = data_dependent_rel_pos, frac_gradient_data_dependent_rel_pos, softmax_normalize
-    ablations = ablate_complex, ablate_state_transition
-    return Mixer(_attention(dim_head, heads, rotary_emb, add_swish_gating, *options, *ablations), dim)
+def attention(c: Any) -> Mixer:
+    return Mixer(attention_recipe(c), c.dim)
 
 
-def model(
-    dim: int,
-    num_tokens: int,
-    depth: int,
-    dim_head: int = 64,
-    heads: int = 8,
-    ff_mult: int = 4,
-    use_gate_looped_attn: bool = True,
-    gate_loop_heads: int | None = None,
-    attn_add_swish_gating: bool = True,
-    dim_gate_looped_attn: int | None = None,
-    attn_softmax_normalize: bool | None = None,
-    data_dependent_rel_pos: bool | str = False,
-    frac_gradient_state_transition: float = 0.9,
-    ablate_complex: bool = False,
-    ablate_state_transition: bool = False,
-    rotary_emb: bool = False,
-    post_ln_norm: bool = False,
-    sub_ln: bool = False,
-) -> LanguageModel:
-    gate, fraction = attn_add_swish_gating, frac_gradient_state_transition
-    ablations = ablate_complex, ablate_state_transition
-    if use_gate_looped_attn:
-        recipe = _mixer(dim, gate_loop_heads, dim_gate_looped_attn, gate, sub_ln, fraction, *ablations)
-    else:
-        options = data_dependent_rel_pos, fraction, attn_softmax_normalize
-        recipe = _attention(dim_head, heads, rotary_emb, gate, *options, *ablations)
+def model(c: Any) -> LanguageModel:
+    """Its arguments have other names than those of its mixers."""
+    c.add_swish_gating, c.softmax_normalize = c.attn_add_swish_gating, c.attn_softmax_normalize
+    c.dim_inner, c.frac_gradient_data_dependent_rel_pos = c.dim_gate_looped_attn, c.frac_gradient_state_transition
+    c.heads = c.gate_loop_heads if c.use_gate_looped_attn else c.heads
     return LanguageModel(
-        recipe,
-        vocab_size=num_tokens,
-        dim=dim,
-        depth=depth,
-        ffn=gelu(hidden=f"{ff_mult}*D"),
-        block="post" if post_ln_norm else "pre",
-        norm="layer" if post_ln_norm else Norm("x", kind="l2", eps=1e-12, to="y"),
+        mixer_recipe(c) if c.use_gate_looped_attn else attention_recipe(c),
+        vocab_size=c.num_tokens,
+        dim=c.dim,
+        depth=c.depth,
+        ffn=gelu(hidden=f"{c.ff_mult}*D"),
+        block="post" if c.post_ln_norm else "pre",
+        norm="layer" if c.post_ln_norm else Norm("x", kind="l2", eps=1e-12, to="y"),
         tie=False,
         embed_std=1.0,
         head_init="linear",
     )
 
 
-def simple(dim: int, prenorm: bool = True, post_ln: bool = False, reverse: bool = False) -> Mixer:
+def simple(c: Any) -> Mixer:
     recipe = simple_gateloop()
-    if not prenorm:
+    if not c.prenorm:
         recipe = recipe.replace(Project, Project("x", q="D", b="D", z="D")).remove(Norm)
-    if post_ln:
+    if c.post_ln:
         recipe = recipe.insert_after(OutputGate, Norm("y", kind="layer", name="last"))
-    return Mixer(recipe.reverse() if reverse else recipe, dim)
+    return Mixer(recipe.reverse() if c.reverse else recipe, c.dim)
 
 
 def _jax_norm(dim: int, to: str) -> Norm:
@@ -220,28 +157,45 @@ def _jax_recipe() -> Recipe:
     return Recipe(*parts, axes=recipe.axes, source=recipe.source)
 
 
-def jax(dim: int) -> Mixer:
+def jax(c: Any) -> Mixer:
     recipe = _jax_recipe()
     reads_x = [isinstance(part, Project) and part.source == "x" for part in recipe.parts]
     parts = [replace(p, source="n") if x else p for p, x in zip(recipe.parts, reads_x, strict=True)]  # type: ignore
-    return Mixer(Recipe(_jax_norm(dim, "n"), *parts, axes=recipe.axes), dim)
+    return Mixer(Recipe(_jax_norm(c.dim, "n"), *parts, axes=recipe.axes), c.dim)
 
 
-def jax_model(num_tokens: int, dim: int, depth: int, ff_mult: int = 4) -> LanguageModel:
+def jax_model(c: Any) -> LanguageModel:
     return LanguageModel(
         _jax_recipe(),
-        vocab_size=num_tokens,
-        dim=dim,
-        depth=depth,
-        ffn=gelu(hidden=f"{ff_mult}*D", act="gelu_tanh", init="unscaled"),
-        norm=_jax_norm(dim, "y"),
+        vocab_size=c.num_tokens,
+        dim=c.dim,
+        depth=c.depth,
+        ffn=gelu(hidden=f"{c.ff_mult}*D", act="gelu_tanh", init="unscaled"),
+        norm=_jax_norm(c.dim, "y"),
     )
 
 
+ABLATIONS = {"ablate_complex": False, "ablate_state_transition": False}
+OF_MIXER = {
+    **{"heads": None, "dim_inner": None, "add_swish_gating": True, "sub_ln": False},
+    **{"frac_gradient_state_transition": 0.9, **ABLATIONS},
+}
+OF_ATTENTION = {
+    **{"dim_head": 64, "heads": 8, "rotary_emb": False, "add_swish_gating": False, "data_dependent_rel_pos": False},
+    **{"frac_gradient_data_dependent_rel_pos": 0.5, "softmax_normalize": None, **ABLATIONS},
+}
+OF_MODEL = {
+    **{"dim_head": 64, "heads": 8, "ff_mult": 4, "use_gate_looped_attn": True, "gate_loop_heads": None},
+    **{"attn_add_swish_gating": True, "dim_gate_looped_attn": None, "attn_softmax_normalize": None},
+    **{"data_dependent_rel_pos": False, "frac_gradient_state_transition": 0.9, **ABLATIONS},
+    **{"rotary_emb": False, "post_ln_norm": False, "sub_ln": False},
+}
+OF_SIMPLE = {"prenorm": True, "post_ln": False, "reverse": False}
 MEMORY = ("checkpoint_gate_looped_attn",)
-MIXER = Official(mixer, MIXER_KEYS, inert=MEMORY)
-ATTENTION = Official(attention, ATTENTION_KEYS)
-MODEL = Official(model, model_keys, inert=MEMORY)
-SIMPLE_LAYER = Official(simple, SIMPLE_KEYS, inert=("use_heinsen", "use_jax_associative_scan"))
-JAX_LAYER = Official(jax, JAX_KEYS)
-JAX_MODEL = Official(jax_model, JAX_MODEL_KEYS)
+WALKS = ("use_heinsen", "use_jax_associative_scan")
+MIXER = Official(mixer, MIXER_KEYS, ("dim",), OF_MIXER, inert=MEMORY)
+ATTENTION = Official(attention, ATTENTION_KEYS, ("dim",), OF_ATTENTION)
+MODEL = Official(model, model_keys, ("dim", "num_tokens", "depth"), OF_MODEL, inert=MEMORY)
+SIMPLE_LAYER = Official(simple, SIMPLE_KEYS, ("dim",), OF_SIMPLE, inert=WALKS)
+JAX_LAYER = Official(jax, JAX_KEYS, ("dim",))
+JAX_MODEL = Official(jax_model, JAX_MODEL_KEYS, ("num_tokens", "dim", "depth"), {"ff_mult": 4})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from recur.blocks import LanguageModel, Mixer
 from recur.blocks.feedforward import swiglu
-from recur.convert.keys import Keys, rows, tied, under
+from recur.convert.keys import Keys, rows, stack, tied
 from recur.convert.official import Official
 from recur.presets.gla import gla
 
@@ -17,27 +19,25 @@ MIXER_KEYS: Keys = {
     "parts.project_4.*": "g_proj.*",
     "parts.project_5.weight": "out_proj.weight",
 }
+FFN_KEYS: Keys = {"parts.project.weight": rows("w1.weight", "w3.weight"), "parts.project_2.weight": "w2.weight"}
 KEYS: Keys = {
     "embedding.weight": tied("transformer.wte.weight", "lm_head.weight"),
-    **under("blocks.*.mixer.", "transformer.h.*.attn.", MIXER_KEYS),
-    "blocks.*.mixer_norm.weights.*": "transformer.h.*.ln_1.*",
-    "blocks.*.ffn.parts.project.weight": rows("transformer.h.*.w1.weight", "transformer.h.*.w3.weight"),
-    "blocks.*.ffn.parts.project_2.weight": "transformer.h.*.w2.weight",
-    "blocks.*.ffn_norm.weights.*": "transformer.h.*.ln_2.*",
-    "final_norm.weights.*": "transformer.ln_f.*",
+    **stack("transformer.h.*.", ("attn.", MIXER_KEYS), ("", FFN_KEYS), ("ln_1", "ln_2"), "transformer.ln_f"),
 }
 
 
-def mixer(d_model: int = 2048, n_head: int = 8) -> Mixer:
-    return Mixer(gla(heads=n_head), d_model)
+CONFIG = {"d_model": 2048, "n_head": 8, "n_layer": 24}
 
 
-def model(vocab_size: int, d_model: int = 2048, n_head: int = 8, n_layer: int = 24) -> LanguageModel:
-    return LanguageModel(
-        gla(heads=n_head), vocab_size=vocab_size, dim=d_model, depth=n_layer, ffn=swiglu(init="normal")
-    )
+def mixer(c: Any) -> Mixer:
+    return Mixer(gla(heads=c.n_head), c.d_model)
+
+
+def model(c: Any) -> LanguageModel:
+    ffn = swiglu(init="normal")
+    return LanguageModel(gla(heads=c.n_head), vocab_size=c.vocab_size, dim=c.d_model, depth=c.n_layer, ffn=ffn)
 
 
 ONLY = {"use_gk": (True,), "use_gv": (False,)}
-MIXER = Official(mixer, MIXER_KEYS, inert=("context_length", "n_layer", "vocab_size"), only=ONLY)
-MODEL = Official(model, KEYS, inert=("context_length",), only=ONLY)
+MIXER = Official(mixer, MIXER_KEYS, (), CONFIG, inert=("context_length", "vocab_size"), only=ONLY)
+MODEL = Official(model, KEYS, ("vocab_size",), CONFIG, inert=("context_length",), only=ONLY)

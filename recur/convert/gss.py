@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from recur.blocks import LanguageModel, Mixer, PositionTaps, Sum
@@ -11,6 +12,7 @@ from recur.convert.official import Official
 from recur.presets.gss import dss, gated_smoothing, gated_tap_conv, gss, smoothing, tap_conv
 from recur.recipe import Recipe
 
+RecipeOf = Callable[[Any], Recipe]  # of the official arguments
 CORES: dict[str, Keys] = {  # module of the core -> what it holds, beside its norm
     "dss": {"fixed_scan.rho": "Lambda_real", "fixed_scan.eta": "Lambda_imag", "fixed_scan.C_*": "C_*"},
     "mhesa": {"smoothing.alpha": "alphas", "smoothing.damp": "dampen_factors"},
@@ -61,128 +63,97 @@ def tapped(official: Collection[str]) -> dict[str, Any]:
     return {"learned_taps": any(name == "weight" or name.endswith("dsconv.weight") for name in official)}
 
 
-def _taps(recipe: Recipe, learned: bool, length: int) -> Recipe:
-    return recipe.replace("taps", PositionTaps("H", length, name="taps")) if learned else recipe
+def _frequency(c: Any) -> str:
+    return "exp" if c.dss_kernel_lambda_imag_exp else "linear"
 
 
-def _order(recipe: Recipe, reverse_seq: bool) -> Recipe:
-    return recipe.reverse() if reverse_seq else recipe
+def _taps(recipe: Recipe, c: Any) -> Recipe:
+    return recipe.replace("taps", PositionTaps("H", c.max_seq_len, name="taps")) if c.learned_taps else recipe
 
 
-def _frequency(exponential: bool) -> str:
-    return "exp" if exponential else "linear"
+def dss_core(c: Any) -> Recipe:
+    return dss(state=c.kernel_N, frequency=_frequency(c))
 
 
-def _block(recipe: Recipe, dim: int, reverse_seq: bool) -> Mixer:
+def mhesa_core(c: Any) -> Recipe:
+    return smoothing(heads=c.heads)
+
+
+def dsconv_core(c: Any) -> Recipe:
+    return _taps(tap_conv(heads=c.heads), c)
+
+
+def gated_dss(c: Any) -> Recipe:
+    sizes = {"state": c.dss_kernel_N, "width": c.dss_kernel_H, "expand": c.dim_expansion_factor}
+    return gss(**sizes, frequency=_frequency(c))
+
+
+def gated_mhesa(c: Any) -> Recipe:
+    return gated_smoothing(heads=c.heads, width=c.dim_mhesa, expand=c.dim_expansion_factor)
+
+
+def gated_dsconv(c: Any) -> Recipe:
+    return _taps(gated_tap_conv(heads=c.heads, width=c.dim_dsconv, expand=c.dim_expansion_factor), c)
+
+
+def ordered(recipe_of: RecipeOf) -> RecipeOf:
+    """Read right to left if that is asked for."""
+    return lambda c: recipe_of(c).reverse() if c.reverse_seq else recipe_of(c)
+
+
+def alone(recipe_of: RecipeOf, c: Any) -> Mixer:
+    return Mixer(recipe_of(c), c.dim)
+
+
+def block(recipe_of: RecipeOf, c: Any) -> Mixer:
     """The released block holds its residual sum."""
-    recipe = _order(recipe, reverse_seq)
-    return Mixer(Recipe(*recipe.parts, Sum("x y"), axes=recipe.axes, source=recipe.source), dim)
+    recipe = recipe_of(c)
+    return Mixer(Recipe(*recipe.parts, Sum("x y"), axes=recipe.axes, source=recipe.source), c.dim)
 
 
-def _model(recipe: Recipe, num_tokens: int, dim: int, depth: int, patch: bool, frozen: bool) -> LanguageModel:
-    sizes: dict[str, Any] = {"vocab_size": num_tokens, "dim": dim, "depth": depth}
-    final = "layer" if patch else None
-    options: dict[str, Any] = {"embed_std": 1.0, "head_init": "linear", "frozen": frozen}
-    return LanguageModel(recipe, **sizes, norm=None, final_norm=final, tie=False, **options)
+def model(recipe_of: RecipeOf, c: Any) -> LanguageModel:
+    return LanguageModel(
+        recipe_of(c),
+        vocab_size=c.num_tokens,
+        dim=c.dim,
+        depth=c.depth,
+        norm=None,
+        final_norm="layer" if c.to_logits_layernorm_patch else None,
+        tie=False,
+        embed_std=1.0,
+        head_init="linear",
+        frozen=c.frozen_shared_embedding,
+    )
 
 
-def dss_alone(dim: int, kernel_N: int = 512, dss_kernel_lambda_imag_exp: bool = True) -> Mixer:
-    return Mixer(dss(state=kernel_N, frequency=_frequency(dss_kernel_lambda_imag_exp)), dim)
+REVERSE = {"reverse_seq": False}
+TAPS = {"max_seq_len": 2048, "learned_taps": False}
+IMAG = {"dss_kernel_lambda_imag_exp": True}
+OF_GSS = {"dim_expansion_factor": 4, "dss_kernel_N": 512, "dss_kernel_H": 256, **IMAG}
+OF_MHESA = {"heads": 8, "dim_mhesa": 512, "dim_expansion_factor": 4}
+OF_DSCONV = {"heads": 8, "dim_dsconv": 512, "dim_expansion_factor": 4, **TAPS}
 
 
-def mhesa_alone(dim: int, heads: int, reverse_seq: bool = False) -> Mixer:
-    return Mixer(_order(smoothing(heads=heads), reverse_seq), dim)
+def _alone(recipe_of: RecipeOf, core: str, needs: tuple[str, ...], config: dict[str, Any], **more: Any) -> Official:
+    return Official(partial(alone, recipe_of), core_keys(core), needs, config, **more)
 
 
-def dsconv_alone(dim: int, heads: int, max_seq_len: int = 2048, learned_taps: bool = False) -> Mixer:
-    return Mixer(_taps(tap_conv(heads=heads), learned_taps, max_seq_len), dim)
+def _block(recipe_of: RecipeOf, core: str, config: dict[str, Any], **more: Any) -> Official:
+    return Official(partial(block, recipe_of), either_way(block_keys(core)), ("dim",), config, **more)
 
 
-def _gss(F: float, N: int, H: int, exponential: bool) -> Recipe:
-    return gss(state=N, width=H, expand=F, frequency=_frequency(exponential))
+def _model(recipe_of: RecipeOf, core: str, config: dict[str, Any], infer: Callable[..., dict[str, Any]]) -> Official:
+    config = {**config, "to_logits_layernorm_patch": False, "frozen_shared_embedding": False}
+    needs = ("num_tokens", "dim", "depth")
+    return Official(partial(model, recipe_of), model_keys(core), needs, config, prefix="net.", infer=infer)
 
 
-def gss_block(
-    dim: int,
-    dim_expansion_factor: float = 4,
-    dss_kernel_N: int = 512,
-    dss_kernel_H: int = 256,
-    reverse_seq: bool = False,
-    dss_kernel_lambda_imag_exp: bool = True,
-) -> Mixer:
-    recipe = _gss(dim_expansion_factor, dss_kernel_N, dss_kernel_H, dss_kernel_lambda_imag_exp)
-    return _block(recipe, dim, reverse_seq)
-
-
-def gss_model(
-    num_tokens: int,
-    dim: int,
-    depth: int,
-    dim_expansion_factor: float = 4,
-    dss_kernel_N: int = 512,
-    dss_kernel_H: int = 256,
-    dss_kernel_lambda_imag_exp: bool = True,
-    to_logits_layernorm_patch: bool = False,
-    frozen_shared_embedding: bool = False,
-) -> LanguageModel:
-    recipe = _gss(dim_expansion_factor, dss_kernel_N, dss_kernel_H, dss_kernel_lambda_imag_exp)
-    return _model(recipe, num_tokens, dim, depth, to_logits_layernorm_patch, frozen_shared_embedding)
-
-
-def gated_mhesa(dim: int, heads: int = 8, dim_mhesa: int = 512, dim_expansion_factor: float = 4) -> Mixer:
-    return _block(gated_smoothing(heads=heads, width=dim_mhesa, expand=dim_expansion_factor), dim, False)
-
-
-def mhesa_model(
-    num_tokens: int,
-    dim: int,
-    depth: int,
-    heads: int = 8,
-    dim_mhesa: int = 512,
-    dim_expansion_factor: float = 4,
-    to_logits_layernorm_patch: bool = False,
-    frozen_shared_embedding: bool = False,
-) -> LanguageModel:
-    recipe = gated_smoothing(heads=heads, width=dim_mhesa, expand=dim_expansion_factor)
-    return _model(recipe, num_tokens, dim, depth, to_logits_layernorm_patch, frozen_shared_embedding)
-
-
-def gated_dsconv(
-    dim: int,
-    heads: int = 8,
-    dim_dsconv: int = 512,
-    dim_expansion_factor: float = 4,
-    reverse_seq: bool = False,
-    max_seq_len: int = 2048,
-    learned_taps: bool = False,
-) -> Mixer:
-    recipe = gated_tap_conv(heads=heads, width=dim_dsconv, expand=dim_expansion_factor)
-    return _block(_taps(recipe, learned_taps, max_seq_len), dim, reverse_seq)
-
-
-def dsconv_model(
-    num_tokens: int,
-    dim: int,
-    depth: int,
-    heads: int = 8,
-    dim_dsconv: int = 512,
-    dim_expansion_factor: float = 4,
-    max_seq_len: int = 2048,
-    learned_taps: bool = False,
-    to_logits_layernorm_patch: bool = False,
-    frozen_shared_embedding: bool = False,
-) -> LanguageModel:
-    recipe = gated_tap_conv(heads=heads, width=dim_dsconv, expand=dim_expansion_factor)
-    recipe = _taps(recipe, learned_taps, max_seq_len)
-    return _model(recipe, num_tokens, dim, depth, to_logits_layernorm_patch, frozen_shared_embedding)
-
-
-DSS = Official(dss_alone, core_keys("dss"))
-MHESA = Official(mhesa_alone, core_keys("mhesa"))
-DSCONV = Official(dsconv_alone, core_keys("dsconv"), infer=tapped)
-BLOCK = Official(gss_block, either_way(block_keys("dss")))
-GATED_MHESA = Official(gated_mhesa, either_way(block_keys("mhesa")))
-GATED_DSCONV = Official(gated_dsconv, either_way(block_keys("dsconv")), infer=tapped)
-MODEL = Official(gss_model, model_keys("dss"), prefix="net.", infer=patched)
-MHESA_MODEL = Official(mhesa_model, model_keys("mhesa"), prefix="net.", infer=patched)
-DSCONV_MODEL = Official(dsconv_model, model_keys("dsconv"), prefix="net.", infer=lambda s: {**patched(s), **tapped(s)})
+DSS = _alone(dss_core, "dss", ("dim",), {"kernel_N": 512, **IMAG})
+MHESA = _alone(ordered(mhesa_core), "mhesa", ("dim", "heads"), REVERSE)
+DSCONV = _alone(dsconv_core, "dsconv", ("dim", "heads"), TAPS, infer=tapped)
+BLOCK = _block(ordered(gated_dss), "dss", {**OF_GSS, **REVERSE})
+GATED_MHESA = _block(gated_mhesa, "mhesa", OF_MHESA)
+GATED_DSCONV = _block(ordered(gated_dsconv), "dsconv", {**OF_DSCONV, **REVERSE}, infer=tapped)
+MODEL = _model(gated_dss, "dss", OF_GSS, patched)
+MHESA_MODEL = _model(gated_mhesa, "mhesa", OF_MHESA, patched)
+DSCONV_MODEL = _model(gated_dsconv, "dsconv", OF_DSCONV, lambda s: {**patched(s), **tapped(s)})

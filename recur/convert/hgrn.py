@@ -22,7 +22,7 @@ from recur.blocks import (
     one_way,
 )
 from recur.blocks.feedforward import gated
-from recur.convert.keys import Keys, merged, rows, taps, tied, under
+from recur.convert.keys import Keys, merged, rows, stack, taps, tied, under
 from recur.convert.official import OF_A_FILE, Official
 from recur.presets.hgrn import hgrn, hgrn_complex, without_bounds
 from recur.recipe import Part, Recipe
@@ -43,36 +43,27 @@ def activation_of(name: str) -> str:
     return name if name in ("gelu", "relu", "elu", "sigmoid", "exp", "leak", "1+elu", "2+elu", "silu") else "identity"
 
 
-def real(embed_dim: int, act_fun: str = "silu", expand_ratio: int = 2, bias: bool = True) -> Mixer:
-    options: dict[str, Any] = {"bias": bias, "init": "linear", "act": activation_of(act_fun)}
-    return Mixer(alone(hgrn(expand=expand_ratio, leave=(SIGMOID, NORM), **options)), embed_dim)
+def real(c: Any) -> Mixer:
+    options: dict[str, Any] = {"bias": c.bias, "init": "linear", "act": activation_of(c.act_fun)}
+    return Mixer(alone(hgrn(expand=c.expand_ratio, leave=(SIGMOID, NORM), **options)), c.embed_dim)
 
 
-def narrow_real(ways: Ways, embed_dim: int, act_fun: str = "silu", causal: bool = True) -> Mixer:
-    act = activation_of(act_fun)
+def narrow_real(ways: Ways, c: Any) -> Mixer:
+    act = activation_of(c.act_fun)
     leave = (NORM, OutputGate("g", act=act))
-    return Mixer(alone(hgrn(bias=True, init="linear", act=act, scan=ways[causal], leave=leave)), embed_dim)
+    return Mixer(alone(hgrn(bias=True, init="linear", act=act, scan=ways[c.causal], leave=leave)), c.embed_dim)
 
 
-def turned(
-    ways: Ways, phases: tuple[str, ...], embed_dim: int, act_fun: str = "silu", causal: bool = True, bias: bool = True
-) -> Mixer:
-    act = activation_of(act_fun)
+def turned(ways: Ways, phases: tuple[str, ...], c: Any) -> Mixer:
+    act = activation_of(c.act_fun)
     leave = (NORM, OutputGate("g", act=act))
-    recipe = hgrn_complex(bias=bias, act=act, phases=phases, scan=ways[causal], leave=leave)
-    return Mixer(alone(recipe), embed_dim)
+    recipe = hgrn_complex(bias=c.bias, act=act, phases=phases, scan=ways[c.causal], leave=leave)
+    return Mixer(alone(recipe), c.embed_dim)
 
 
-def turned_cheaply(
-    leave: tuple[Part, ...],
-    embed_dim: int,
-    gate_dim: int = 128,
-    act_fun: str = "silu",
-    causal: bool = True,
-    bias: bool = True,
-) -> Mixer:
-    options: dict[str, Any] = {"bias": bias, "rank": gate_dim, "act": activation_of(act_fun), "leave": leave}
-    return Mixer(alone(hgrn_complex(scan=LINE[causal], **options)), embed_dim)
+def turned_cheaply(leave: tuple[Part, ...], c: Any) -> Mixer:
+    options: dict[str, Any] = {"bias": c.bias, "rank": c.gate_dim, "act": activation_of(c.act_fun), "leave": leave}
+    return Mixer(alone(hgrn_complex(scan=LINE[c.causal], **options)), c.embed_dim)
 
 
 def angle(name: str) -> Callable[[Any, Tensor], Mapping[str, Tensor]]:
@@ -80,12 +71,13 @@ def angle(name: str) -> Callable[[Any, Tensor], Mapping[str, Tensor]]:
     return lambda part, theta: {name: theta[None, None]}
 
 
-def unit(build: Callable[..., Mixer], *linear: str, **more: Any) -> Official:
+def unit(build: Callable[[Any], Mixer], config: Mapping[str, Any], linear: tuple[str, ...], **more: Any) -> Official:
     """Keys: the first Project as one linear map an output, and what else there is."""
     first = {f"project.{kind}": rows(*(f"{name}.{kind}" for name in linear)) for kind in ("weight", "bias")}
     norm = {f"norm.{kind}": merged(f"norm.{kind}") for kind in ("weight", "bias")}
     keys: Keys = {**first, **norm, "project_2.*": "out_proj.*", **more}
-    return Official(build, under("parts.", "", keys), inert=("use_triton",))
+    config = {"act_fun": "silu", **config}
+    return Official(build, under("parts.", "", keys), ("embed_dim",), config, inert=("use_triton",))
 
 
 SIGMOID, NORM = OutputGate("g", act="sigmoid"), Norm("y", kind="layer")
@@ -104,77 +96,53 @@ UP: Keys = {
     "project.g_bias": "gate.1.bias",
 }
 PLAIN, CHEAP = ("input_proj", "lambda_proj", "gate"), ("input_proj", "lambda_proj.0", "gate.0")
-REAL = ("input_proj", "gate", "lambda_proj")
+GATES, REAL = ("input_proj", "output_gate", "forget_gate"), ("input_proj", "gate", "lambda_proj")
+WAY = {"causal": True}
+FULL = {**WAY, "bias": True}
+RANK = {**FULL, "gate_dim": 128}
 
 UNITS = {
-    "bihgru1_1d": unit(partial(turned, BOTH_WAYS, ("turn", "turn_back")), *PLAIN, **TWO),
-    "bihgru1_2d": unit(partial(turned, ALL_WAYS, ("turn", "turn_back")), *PLAIN, **TWO),
-    "hgru1_1d": unit(partial(turned, LINE, ("turn",)), *PLAIN, **ONE),
-    "hgru1_1d_v2": unit(partial(turned_cheaply, (NORM, SIGMOID)), *CHEAP, **UP, **ONE),
-    "hgru1_1d_v3": unit(partial(turned_cheaply, (SIGMOID, NORM)), *CHEAP, **UP, **ONE),
-    "hgru1_2d": unit(partial(turned, GRID, ("turn",)), *PLAIN, **ONE),
-    "hgru1_real_1d": unit(real, "input_proj", "output_gate", "forget_gate"),
-    "hgru1_real_2d": unit(partial(narrow_real, ALL_WAYS), *REAL),
-    "hgru1_real_v6": unit(partial(narrow_real, LINE), *REAL),
+    "bihgru1_1d": unit(partial(turned, BOTH_WAYS, ("turn", "turn_back")), FULL, PLAIN, **TWO),
+    "bihgru1_2d": unit(partial(turned, ALL_WAYS, ("turn", "turn_back")), FULL, PLAIN, **TWO),
+    "hgru1_1d": unit(partial(turned, LINE, ("turn",)), FULL, PLAIN, **ONE),
+    "hgru1_1d_v2": unit(partial(turned_cheaply, (NORM, SIGMOID)), RANK, CHEAP, **UP, **ONE),
+    "hgru1_1d_v3": unit(partial(turned_cheaply, (SIGMOID, NORM)), RANK, CHEAP, **UP, **ONE),
+    "hgru1_2d": unit(partial(turned, GRID, ("turn",)), FULL, PLAIN, **ONE),
+    "hgru1_real_1d": unit(real, {"expand_ratio": 2, "bias": True}, GATES),
+    "hgru1_real_2d": unit(partial(narrow_real, ALL_WAYS), WAY, REAL),
+    "hgru1_real_v6": unit(partial(narrow_real, LINE), WAY, REAL),
 }
 
 # ---------------------------------------------------------------------- the hub's layers and models
 
-RecipeOf = Callable[[int, int | None, int | None, bool, float], Recipe]
+RecipeOf = Callable[[Any], Recipe]
 
 
-def hub_hgrn(dim: int, heads: int | None, expand: int | None, affine: bool, eps: float) -> Recipe:
-    norm = Norm("y", eps=eps, affine="full" if affine else "none")
-    return hgrn(expand=expand or 1, leave=(norm, OutputGate("g")))
+def hub_hgrn(c: Any) -> Recipe:
+    norm = Norm("y", eps=c.norm_eps, affine="full" if c.elementwise_affine else "none")
+    return hgrn(expand=c.expand_ratio or 1, leave=(norm, OutputGate("g")))
 
 
-def hub_mixer(
-    recipe_of: RecipeOf,
-    hidden_size: int = 1024,
-    num_heads: int | None = None,
-    expand_ratio: int | None = 1,
-    use_short_conv: bool = False,
-    conv_size: int = 4,
-    conv_bias: bool = False,
-    elementwise_affine: bool = True,
-    norm_eps: float = 1e-5,
-    layer_idx: int | None = None,
-) -> Mixer:
-    recipe = recipe_of(hidden_size, num_heads, expand_ratio, elementwise_affine, norm_eps)
-    recipe = convolved(recipe, conv_size, conv_bias) if use_short_conv else recipe
-    return Mixer(alone(recipe, layer_idx), hidden_size)
+def hub_mixer(recipe_of: RecipeOf, c: Any) -> Mixer:
+    recipe = recipe_of(c)
+    recipe = convolved(recipe, c.conv_size, c.conv_bias) if c.use_short_conv else recipe
+    return Mixer(alone(recipe, c.layer_idx), c.hidden_size)
 
 
-def hub_model(
-    recipe_of: RecipeOf,
-    vocab_size: int = 32000,
-    hidden_size: int = 2048,
-    num_hidden_layers: int = 24,
-    num_heads: int | None = None,
-    expand_ratio: int | None = 1,
-    use_short_conv: bool = False,
-    conv_size: int = 4,
-    use_lower_bound: bool = True,
-    hidden_ratio: int = 4,
-    intermediate_size: int | None = None,
-    elementwise_affine: bool = True,
-    norm_eps: float = 1e-6,
-    pad_token_id: int | None = None,
-    tie_word_embeddings: bool = False,
-) -> LanguageModel:
-    recipe = recipe_of(hidden_size, num_heads, expand_ratio, elementwise_affine, norm_eps)
-    recipe = convolved(recipe, conv_size, False) if use_short_conv else recipe
-    width = f"256*ceil(int(D*{hidden_ratio}*2/3)/256)" if intermediate_size is None else str(intermediate_size)
+def hub_model(recipe_of: RecipeOf, c: Any) -> LanguageModel:
+    recipe = recipe_of(c)
+    recipe = convolved(recipe, c.conv_size, False) if c.use_short_conv else recipe
+    rule = f"256*ceil(int(D*{c.hidden_ratio}*2/3)/256)"
     return LanguageModel(
-        recipe if use_lower_bound else without_bounds(recipe),
-        vocab_size=vocab_size,
-        dim=hidden_size,
-        depth=num_hidden_layers,
-        ffn=gated(hidden=width, init="normal"),
-        norm=Norm("x", eps=norm_eps, to="y"),
-        tie=tie_word_embeddings,
+        recipe if c.use_lower_bound else without_bounds(recipe),
+        vocab_size=c.vocab_size,
+        dim=c.hidden_size,
+        depth=c.num_hidden_layers,
+        ffn=gated(hidden=rule if c.intermediate_size is None else str(c.intermediate_size), init="normal"),
+        norm=Norm("x", eps=c.norm_eps, to="y"),
+        tie=c.tie_word_embeddings,
         head_init="normal",
-        padding=pad_token_id,
+        padding=c.pad_token_id,
     )
 
 
@@ -197,23 +165,30 @@ def hub(recipe_of: RecipeOf, expand: int, *names: str) -> dict[str, Official]:
         "parts.norm.weight": merged("g_norm.weight"),
         "parts.project_2.weight": "o_proj.weight",
     }
-    mlp: Keys = {"project.weight": rows("gate_proj.weight", "up_proj.weight"), "project_2.weight": "down_proj.weight"}
+    mlp: Keys = {
+        "parts.project.weight": rows("gate_proj.weight", "up_proj.weight"),
+        "parts.project_2.weight": "down_proj.weight",
+    }
     model: Keys = {
         "embedding.weight": tied("model.embeddings.weight", "lm_head.weight"),
         "head.weight": "lm_head.weight",
         "shared.lower_bounds.logits": merged("model.lower_bounds", first=1),
-        **under("blocks.*.mixer.", "model.layers.*.attn.", layer),
-        "blocks.*.mixer_norm.weights.*": "model.layers.*.attn_norm.*",
-        **under("blocks.*.ffn.parts.", "model.layers.*.mlp.", mlp),
-        "blocks.*.ffn_norm.weights.*": "model.layers.*.mlp_norm.*",
-        "final_norm.weights.*": "model.norm.*",
+        **stack("model.layers.*.", ("attn.", layer), ("mlp.", mlp), ("attn_norm", "mlp_norm"), "model.norm"),
     }
+    given = {"expand_ratio": expand}
     return {
-        "layer": Official(partial(hub_mixer, recipe_of, expand_ratio=expand), layer, inert=("mode",)),
-        "lm": Official(partial(hub_model, recipe_of, expand_ratio=expand), model, inert=HUB_INERT, only=HUB_ONLY),
+        "layer": Official(partial(hub_mixer, recipe_of), layer, (), {**HUB_LAYER, **given}, inert=("mode",)),
+        "lm": Official(partial(hub_model, recipe_of), model, (), {**HUB_LM, **given}, inert=HUB_INERT, only=HUB_ONLY),
     }
 
 
+MIXING = {"num_heads": None, "use_short_conv": False, "conv_size": 4, "elementwise_affine": True}
+HUB_LAYER = {**MIXING, "hidden_size": 1024, "conv_bias": False, "norm_eps": 1e-5, "layer_idx": None}
+HUB_LM = {
+    **{**MIXING, "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "use_lower_bound": True},
+    **{"hidden_ratio": 4, "intermediate_size": None, "norm_eps": 1e-6, "pad_token_id": None},
+    **{"tie_word_embeddings": False},
+}
 HUB_INERT = (
     *(*OF_A_FILE, "attn_mode", "max_position_embeddings", "initializer_range", "fuse_norm", "fuse_swiglu"),
     *("fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp"),

@@ -9,7 +9,7 @@ from typing import Any
 from recur.blocks import LanguageModel, Mixer, Norm, both_ways, in_grid, in_series, one_way
 from recur.blocks.feedforward import gated
 from recur.convert.hgrn import activation_of, alone, hub
-from recur.convert.keys import Keys, merged, rows, tied, under
+from recur.convert.keys import Keys, merged, rows, stack, tied, under
 from recur.convert.official import OF_A_FILE, Official
 from recur.presets.hgrn2 import hgrn2
 from recur.recipe import Recipe
@@ -20,20 +20,18 @@ UNIT: Keys = {
     "norm.bias": merged("norm.bias"),
     "project_2.*": "out_proj.*",
 }
+MIXER_KEYS = under("parts.", "", UNIT)
 FFN_KEYS: Keys = {
-    "project.weight": rows("l1.weight", "l2.weight"),
-    "project.bias": rows("l1.bias", "l2.bias"),
-    "project_2.*": "l3.*",
+    "parts.project.weight": rows("l1.weight", "l2.weight"),
+    "parts.project.bias": rows("l1.bias", "l2.bias"),
+    "parts.project_2.*": "l3.*",
 }
+NORMS = ("token_norm", "channel_norm")
 KEYS: Keys = {
     "embedding.weight": tied("model.embed_tokens.weight", "lm_head.weight"),
     "head.weight": "lm_head.weight",
     "shared.lower_bounds.logits": merged("model.lower_bounds", first=1),
-    **under("blocks.*.mixer.parts.", "model.layers.*.token_mixer.", UNIT),
-    "blocks.*.mixer_norm.weights.*": "model.layers.*.token_norm.*",
-    **under("blocks.*.ffn.parts.", "model.layers.*.channel_mixer.", FFN_KEYS),
-    "blocks.*.ffn_norm.weights.*": "model.layers.*.channel_norm.*",
-    "final_norm.weights.*": "model.final_norm.*",
+    **stack("model.layers.*.", ("token_mixer.", MIXER_KEYS), ("channel_mixer.", FFN_KEYS), NORMS, "model.final_norm"),
 }
 
 
@@ -44,67 +42,56 @@ def _norm(norm_type: str, source: str) -> Norm:
     return layer if norm_type == "layernorm" else Norm(source, eps=1e-6, affine="none", to="y")
 
 
-def unit(
-    preset: Callable[..., Recipe],
-    embed_dim: int,
-    expand_ratio: int = 2,
-    act_fun: str = "silu",
-    uv_act_fun: str = "sigmoid",
-    use_norm: bool = True,
-    bias: bool = True,
-    norm_type: str = "layernorm",
-) -> Mixer:
-    acts = {"value_act": activation_of(act_fun), "read_act": activation_of(uv_act_fun)}
-    norm = (_norm(norm_type, "y"),) if use_norm else ()
-    recipe = preset(heads=embed_dim // expand_ratio, bias=bias, init="linear", norm=norm, **acts)
-    return Mixer(alone(recipe), embed_dim)
+def unit(preset: Callable[..., Recipe], c: Any) -> Mixer:
+    acts = {"value_act": activation_of(c.act_fun), "read_act": activation_of(c.uv_act_fun)}
+    norm = (_norm(c.norm_type, "y"),) if c.use_norm else ()
+    recipe = preset(heads=c.embed_dim // c.expand_ratio, bias=c.bias, init="linear", norm=norm, **acts)
+    return Mixer(alone(recipe), c.embed_dim)
 
 
 def series(**options: Any) -> Recipe:
     return in_series(hgrn2(scan=both_ways, **options))
 
 
-def model(
-    vocab_size: int = 50272,
-    decoder_embed_dim: int = 1024,
-    decoder_layers: int = 24,
-    expand_ratio: int = 2,
-    in_act: str = "none",
-    out_act: str = "silu",
-    glu_act: str = "none",
-    glu_dim: int = 2816,
-    bias: bool = False,
-    norm_type: str = "simplermsnorm",
-    no_scale_embedding: bool = True,
-    tie_word_embeddings: bool = True,
-    pad_token_id: int | None = 1,
-) -> LanguageModel:
-    acts: dict[str, Any] = {"value_act": activation_of(in_act), "read_act": activation_of(out_act)}
+def model(c: Any) -> LanguageModel:
+    dim, bias = c.decoder_embed_dim, c.bias
+    acts: dict[str, Any] = {"value_act": activation_of(c.in_act), "read_act": activation_of(c.out_act)}
     return LanguageModel(
-        hgrn2(heads=decoder_embed_dim // expand_ratio, bias=bias, norm=(_norm(norm_type, "y"),), **acts),
-        vocab_size=vocab_size,
-        dim=decoder_embed_dim,
-        depth=decoder_layers,
-        ffn=gated(hidden=str(glu_dim), bias=bias, act=activation_of(glu_act), init="normal"),
-        norm=_norm(norm_type, "x"),
-        tie=tie_word_embeddings,
+        hgrn2(heads=dim // c.expand_ratio, bias=bias, norm=(_norm(c.norm_type, "y"),), **acts),
+        vocab_size=c.vocab_size,
+        dim=dim,
+        depth=c.decoder_layers,
+        ffn=gated(hidden=str(c.glu_dim), bias=bias, act=activation_of(c.glu_act), init="normal"),
+        norm=_norm(c.norm_type, "x"),
+        tie=c.tie_word_embeddings,
         head_init="normal",
-        embed_scale=1.0 if no_scale_embedding else decoder_embed_dim**0.5,
-        padding=pad_token_id,
+        embed_scale=1.0 if c.no_scale_embedding else dim**0.5,
+        padding=c.pad_token_id,
     )
 
 
-def hub_hgrn2(dim: int, heads: int | None, expand: int | None, affine: bool, eps: float) -> Recipe:
+def hub_hgrn2(c: Any) -> Recipe:
     """Its norm has an eps of 1e-5 whatever the configuration says."""
-    heads = heads if expand is None else dim // expand
+    heads = c.num_heads if c.expand_ratio is None else c.hidden_size // c.expand_ratio
     if heads is None:
         raise ValueError("hgrn2: expand_ratio or num_heads must be given, got neither")
-    norm = Norm("y", eps=1e-5, affine="full" if affine else "none")
+    norm = Norm("y", eps=1e-5, affine="full" if c.elementwise_affine else "none")
     return hgrn2(heads=heads, scale="1/sqrt(K)", norm=(norm,))
 
 
+UNIT_CONFIG = {
+    **{"expand_ratio": 2, "act_fun": "silu", "uv_act_fun": "sigmoid", "use_norm": True, "bias": True},
+    **{"norm_type": "layernorm"},
+}
+CONFIG = {
+    **{"vocab_size": 50272, "decoder_embed_dim": 1024, "decoder_layers": 24, "expand_ratio": 2, "in_act": "none"},
+    **{"out_act": "silu", "glu_act": "none", "glu_dim": 2816, "bias": False, "norm_type": "simplermsnorm"},
+    **{"no_scale_embedding": True, "tie_word_embeddings": True, "pad_token_id": 1},
+}
+
+
 def _unit(preset: Callable[..., Recipe], ours: str = "parts.", **more: Any) -> Official:
-    return Official(partial(unit, preset), under(ours, "", UNIT), **more)
+    return Official(partial(unit, preset), under(ours, "", UNIT), ("embed_dim",), UNIT_CONFIG, **more)
 
 
 UNITS = {
@@ -113,5 +100,5 @@ UNITS = {
     "hgru2_2d_parallel": _unit(partial(hgrn2, scan=in_grid)),
     "hgru2_2d_series": _unit(series, "parts.body."),
 }
-MODEL = Official(model, KEYS, inert=(*OF_A_FILE, "add_bos_token", "causal", "init_std"))
+MODEL = Official(model, KEYS, config=CONFIG, inert=(*OF_A_FILE, "add_bos_token", "causal", "init_std"))
 HUB = hub(hub_hgrn2, 128, "i", "q", "f")

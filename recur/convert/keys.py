@@ -70,6 +70,19 @@ def under(ours: str, theirs: str, keys: Keys) -> dict[str, str | Place]:
     return {ours + name: moved(place) for name, place in keys.items()}
 
 
+def stack(
+    layers: str, mixer: tuple[str, Keys], ffn: tuple[str, Keys], norms: tuple[str, str], final: str
+) -> dict[str, str | Place]:
+    """The residual stack of a LanguageModel: where its layers lie, and mixer, feed-forward and norms in each."""
+    return {
+        **under("blocks.*.mixer.", layers + mixer[0], mixer[1]),
+        "blocks.*.mixer_norm.weights.*": f"{layers}{norms[0]}.*",
+        **under("blocks.*.ffn.", layers + ffn[0], ffn[1]),
+        "blocks.*.ffn_norm.weights.*": f"{layers}{norms[1]}.*",
+        "final_norm.weights.*": f"{final}.*",
+    }
+
+
 def views(module: nn.Module, keys: Keys) -> dict[str, Tensor]:
     """Official name -> the view of our parameter that holds its numbers; tied names share one.
 

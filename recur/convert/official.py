@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,8 +27,10 @@ OF_A_FILE = (  # what a config.json of transformers holds besides, none of which
 class Official:
     """An official module.
 
-    build:   our module from the official arguments, which it names with their official defaults.
+    build:   our module from the official arguments, each an attribute of what it is given.
     keys:    our parameters -> official tensors (recur.convert.keys), or a function of our parameters' names.
+    needs:   arguments without a default.
+    config:  arguments with their official defaults.
     prefix:  what a wrapper may have put before every key.
     derived: ends of the names of buffers that are computed and not learned.
     inert:   arguments that change no number of ours.
@@ -36,8 +38,10 @@ class Official:
     infer:   arguments that show in a checkpoint, and not in the constructor's call.
     """
 
-    build: Callable[..., nn.Module]
+    build: Callable[[Any], nn.Module]
     keys: Keys | Callable[[Collection[str]], Keys]
+    needs: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = ""
     derived: tuple[str, ...] = ()
     inert: tuple[str, ...] = ()
@@ -49,21 +53,19 @@ class Official:
 
         Raises: ValueError naming all arguments that are unknown or lacking, NotImplementedError for values not there.
         """
-        known = inspect.signature(self.build).parameters
-        given = {key: value for key, value in config.items() if key not in self.inert}
-        unknown = [key for key in given if key not in known and key not in self.only]
-        lacking = [key for key, p in known.items() if p.default is p.empty and key not in given]
+        known = (*self.needs, *self.config, *self.only, *self.inert)
+        unknown = [key for key in config if key not in known]
+        lacking = [key for key in self.needs if key not in config]
         if unknown or lacking:
-            there = ", ".join([*known, *self.only, *self.inert])
             raise ValueError(
-                f"{name}: config must hold arguments of the constructor, which are {there}; "
+                f"{name}: config must hold arguments of the constructor, which are {', '.join(known)}; "
                 f"unknown: {', '.join(unknown) or 'none'}; lacking: {', '.join(lacking) or 'none'}"
             )
         for key, values in self.only.items():
-            if key in given and given.pop(key) not in values:
+            if key in config and config[key] not in values:
                 so_far = " or ".join(map(repr, values))
                 raise NotImplementedError(f"{name}: {key} must be {so_far} so far, got {config[key]!r}")
-        return self.build(**given)
+        return self.build(SimpleNamespace(**{**self.config, **config}))
 
     def strip(self, names: Collection[str]) -> dict[str, str]:
         """Plain name -> name, without prefix and derived buffers."""

@@ -2,72 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from recur.blocks import LanguageModel, Mixer, Norm, RetentionScale
 from recur.blocks.feedforward import gated
-from recur.convert.keys import Keys, rows, tied, under
+from recur.convert.keys import Keys, rows, stack, tied
 from recur.convert.official import Official
 from recur.presets.retnet import retnet
 from recur.recipe import Recipe
+from recur.shapes import pick
 
 MIXER_KEYS: Keys = {
     "parts.project.weight": rows("q_proj.weight", "k_proj.weight", "v_proj.weight", "g_proj.weight"),
     "parts.project_2.weight": "out_proj.weight",
 }
-FFN_KEYS: Keys = {"project.weight": rows("fc1.weight", "gate.weight"), "project_2.weight": "fc2.weight"}
+FFN_KEYS: Keys = {"parts.project.weight": rows("fc1.weight", "gate.weight"), "parts.project_2.weight": "fc2.weight"}
+NORMS = ("retention_layer_norm", "final_layer_norm")
 KEYS: Keys = {
     "embedding.weight": tied(
         "embed_tokens.weight", "transformer.embed_tokens.weight", "transformer.output_projection.weight"
     ),
-    **under("blocks.*.mixer.", "transformer.layers.*.retention.", MIXER_KEYS),
-    "blocks.*.mixer_norm.weights.*": "transformer.layers.*.retention_layer_norm.*",
-    **under("blocks.*.ffn.parts.", "transformer.layers.*.ffn.", FFN_KEYS),
-    "blocks.*.ffn_norm.weights.*": "transformer.layers.*.final_layer_norm.*",
-    "final_norm.weights.*": "transformer.layer_norm.*",
+    **stack("transformer.layers.*.", ("retention.", MIXER_KEYS), ("ffn.", FFN_KEYS), NORMS, "transformer.layer_norm"),
 }
 
 
-def recipe(heads: int, value: int, eps: float, mode: str, chunk: int) -> Recipe:
+CONFIG = {
+    **{"decoder_embed_dim": 768, "decoder_value_embed_dim": 1280, "decoder_retention_heads": 3, "decoder_layers": 12},
+    **{"decoder_ffn_embed_dim": 1280, "layernorm_eps": 1e-6, "recurrent_chunk_size": 512, "mode": "recurrent"},
+}
+
+
+def recipe(c: Any) -> Recipe:
     """The layer as the original computes it in that mode."""
+    eps = c.layernorm_eps
     scales: dict[str, tuple[RetentionScale, ...]] = {
         "recurrent": (),
         "parallel": (RetentionScale(eps=eps),),
-        "chunk": (RetentionScale(eps=eps, chunk=chunk),),
+        "chunk": (RetentionScale(eps=eps, chunk=c.recurrent_chunk_size),),
     }
-    if mode not in scales:
-        raise ValueError(f"retnet: mode must be one of {', '.join(scales)}, got {mode!r}")
-    return retnet(heads=heads, value=value, eps=eps, scale=scales[mode])
+    scale = pick("retnet", "mode", c.mode, scales)
+    return retnet(heads=c.decoder_retention_heads, value=c.decoder_value_embed_dim, eps=eps, scale=scale)
 
 
-def mixer(
-    decoder_embed_dim: int = 768,
-    decoder_value_embed_dim: int = 1280,
-    decoder_retention_heads: int = 3,
-    layernorm_eps: float = 1e-6,
-    recurrent_chunk_size: int = 512,
-    mode: str = "recurrent",
-) -> Mixer:
-    layer = recipe(decoder_retention_heads, decoder_value_embed_dim, layernorm_eps, mode, recurrent_chunk_size)
-    return Mixer(layer, decoder_embed_dim)
+def mixer(c: Any) -> Mixer:
+    return Mixer(recipe(c), c.decoder_embed_dim)
 
 
-def model(
-    vocab_size: int,
-    decoder_layers: int = 12,
-    decoder_embed_dim: int = 768,
-    decoder_value_embed_dim: int = 1280,
-    decoder_retention_heads: int = 3,
-    decoder_ffn_embed_dim: int = 1280,
-    layernorm_eps: float = 1e-6,
-    recurrent_chunk_size: int = 512,
-    mode: str = "recurrent",
-) -> LanguageModel:
+def model(c: Any) -> LanguageModel:
     return LanguageModel(
-        recipe(decoder_retention_heads, decoder_value_embed_dim, layernorm_eps, mode, recurrent_chunk_size),
-        vocab_size=vocab_size,
-        dim=decoder_embed_dim,
-        depth=decoder_layers,
-        ffn=gated(hidden=str(decoder_ffn_embed_dim), act="gelu", init="normal"),
-        norm=Norm("x", eps=layernorm_eps, to="y"),
+        recipe(c),
+        vocab_size=c.vocab_size,
+        dim=c.decoder_embed_dim,
+        depth=c.decoder_layers,
+        ffn=gated(hidden=str(c.decoder_ffn_embed_dim), act="gelu", init="normal"),
+        norm=Norm("x", eps=c.layernorm_eps, to="y"),
     )
 
 
@@ -78,5 +66,6 @@ ONLY: dict[str, tuple[object, ...]] = {  # what the constructor has besides
     **dict.fromkeys(("decoder_normalize_before", "no_scale_embedding", "subln"), (True,)),
     **dict.fromkeys(("deepnorm", "layernorm_embedding", "no_output_layer"), (False,)),
 }
-MIXER = Official(mixer, MIXER_KEYS, inert=(*IDLE, "vocab_size", "decoder_layers", "decoder_ffn_embed_dim"), only=ONLY)
-MODEL = Official(model, KEYS, derived=("retnet_rel_pos.angle", "retnet_rel_pos.decay"), inert=IDLE, only=ONLY)
+BUFFERS = ("retnet_rel_pos.angle", "retnet_rel_pos.decay")
+MIXER = Official(mixer, MIXER_KEYS, (), CONFIG, inert=(*IDLE, "vocab_size"), only=ONLY)
+MODEL = Official(model, KEYS, ("vocab_size",), CONFIG, derived=BUFFERS, inert=IDLE, only=ONLY)

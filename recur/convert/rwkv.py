@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from recur.blocks import LanguageModel, Mixer, Norm
 from recur.blocks.feedforward import channel_mix
-from recur.convert.keys import Keys, merged, shaped, tied, under
+from recur.convert.keys import Keys, merged, shaped, stack, tied
 from recur.convert.official import Official
 from recur.presets.rwkv import rwkv
 
@@ -29,44 +31,37 @@ CHANNEL_KEYS: Keys = {
 KEYS: Keys = {
     "embedding.weight": tied("transformer.wte.weight", "lm_head.weight"),
     "positions.weight": "transformer.wpe.weight",
-    **under("blocks.*.mixer.", "transformer.h.*.tmix.", TIME_KEYS),
-    "blocks.*.mixer_norm.weights.*": "transformer.h.*.ln_1.*",
-    **under("blocks.*.ffn.", "transformer.h.*.cmix.", CHANNEL_KEYS),
-    "blocks.*.ffn_norm.weights.*": "transformer.h.*.ln_2.*",
-    "final_norm.weights.*": "transformer.ln_f.*",
+    **stack("transformer.h.*.", ("tmix.", TIME_KEYS), ("cmix.", CHANNEL_KEYS), ("ln_1", "ln_2"), "transformer.ln_f"),
 }
 
 
-def time_mix(n_embd: int = 768, n_head: int = 12, n_layer: int = 12, bias: bool = False, layer_id: int = 0) -> Mixer:
-    return Mixer(rwkv(heads=n_head, bias=bias), n_embd, depth=n_layer, layer=layer_id)
+CONFIG = {
+    **{"n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50304, "block_size": 1024},
+    **{"bias": False, "dropout": 0.0},
+}
 
 
-def channel(n_embd: int = 768, n_layer: int = 12, bias: bool = False, layer_id: int = 0) -> Mixer:
-    return Mixer(channel_mix(bias=bias), n_embd, depth=n_layer, layer=layer_id)
+def time_mix(c: Any) -> Mixer:
+    return Mixer(rwkv(heads=c.n_head, bias=c.bias), c.n_embd, depth=c.n_layer, layer=c.layer_id)
 
 
-def model(
-    vocab_size: int = 50304,
-    n_embd: int = 768,
-    n_head: int = 12,
-    n_layer: int = 12,
-    block_size: int = 1024,
-    bias: bool = False,
-    dropout: float = 0.0,
-) -> LanguageModel:
+def channel(c: Any) -> Mixer:
+    return Mixer(channel_mix(bias=c.bias), c.n_embd, depth=c.n_layer, layer=c.layer_id)
+
+
+def model(c: Any) -> LanguageModel:
     return LanguageModel(
-        rwkv(heads=n_head, bias=bias),
-        vocab_size=vocab_size,
-        dim=n_embd,
-        depth=n_layer,
-        ffn=channel_mix(bias=bias),
-        norm=Norm("x", kind="layer", affine="full" if bias else "weight", to="y"),
-        positions=block_size,
-        dropout=dropout,
+        rwkv(heads=c.n_head, bias=c.bias),
+        vocab_size=c.vocab_size,
+        dim=c.n_embd,
+        depth=c.n_layer,
+        ffn=channel_mix(bias=c.bias),
+        norm=Norm("x", kind="layer", affine="full" if c.bias else "weight", to="y"),
+        positions=c.block_size,
+        dropout=c.dropout,
     )
 
 
-IDLE = ("block_size", "vocab_size", "dropout")
-TIME_MIX = Official(time_mix, TIME_KEYS, inert=IDLE)
-CHANNEL_MIX = Official(channel, CHANNEL_KEYS, inert=(*IDLE, "n_head"))
-MODEL = Official(model, KEYS)
+TIME_MIX = Official(time_mix, TIME_KEYS, config={**CONFIG, "layer_id": 0})
+CHANNEL_MIX = Official(channel, CHANNEL_KEYS, config={**CONFIG, "layer_id": 0})
+MODEL = Official(model, KEYS, config=CONFIG)

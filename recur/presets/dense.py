@@ -44,7 +44,7 @@ def dense_states(recipe: Recipe, *, layers: int = 2, carry: bool = False) -> Rec
     """
     key, scan, axes = _scan_of(recipe)
     (read,) = scan.shapes(axes).values()
-    fused: Part = (DenseCarry if carry else DenseRead)(scan, gate="state_dense", layers=layers)  # type: ignore[arg-type]
+    fused: Part = (DenseCarry if carry else DenseRead)(scan, gate="state_dense", layers=layers)
     return recipe.replace(key, _gates(state=read), fused)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recur.primitives.forms import ScanOut, check_packing, document_of
+from recur.primitives.forms import ScanOut, check_packing, document_of, first_state
 from recur.shapes import bind, expect
 
 
@@ -30,21 +30,15 @@ def causal_conv(
     Returns: y [B T D]; state [B W-1 D], the last W-1 inputs.   Raises: ShapeError.   Cost: O(B T D W).
     """
     bind("causal_conv", x=(x, "B T D"), weight=(weight, "D W"), bias=(bias, "D"))
-    (B, T, D), W = x.shape, weight.shape[1]
-    check_packing("causal_conv", cu_seqlens, B, T)
-    rows = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    if initial_state is None:
-        initial_state = x.new_zeros(rows, W - 1, D)
-    expect(
-        "causal_conv", "initial_state", initial_state, "B W-1 D" if cu_seqlens is None else "n W-1 D", (rows, W - 1, D)
-    )
+    T, D = x.shape[1:]
+    initial_state = _opening("causal_conv", x, "W-1", weight.shape[1] - 1, initial_state, cu_seqlens)
     if T == 0:
         return ScanOut(x, initial_state)
     if cu_seqlens is None:
-        context = torch.cat([initial_state.to(x.dtype), x], dim=1)
+        context = torch.cat([initial_state, x], dim=1)
         y = F.conv1d(context.mT, weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), groups=D)
         return ScanOut(y.mT, context[:, T:])
-    before = packed_context(x[0], initial_state.to(x.dtype), cu_seqlens)
+    before = packed_context(x[0], initial_state, cu_seqlens)
     y = torch.einsum("twd,dw->td", before, weight.to(x.dtype)) + (0 if bias is None else bias.to(x.dtype))
     return ScanOut(y[None], packed_tail(x[0], initial_state, cu_seqlens))
 
@@ -56,20 +50,25 @@ def token_shift(x: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: T
     Returns: y [B T D]; state [B 1 D], the last token.   Source: Peng et al. 2023, arXiv:2305.13048.
     """
     bind("token_shift", x=(x, "B T D"))
-    B, T, D = x.shape
-    check_packing("token_shift", cu_seqlens, B, T)
-    rows, letters = (B, "B 1 D") if cu_seqlens is None else (cu_seqlens.numel() - 1, "n 1 D")
-    if initial_state is None:
-        initial_state = x.new_zeros(rows, 1, D)
-    expect("token_shift", "initial_state", initial_state, letters, (rows, 1, D))
-    initial_state = initial_state.to(x.dtype)
+    initial_state = _opening("token_shift", x, "1", 1, initial_state, cu_seqlens)
+    if x.shape[1] == 0:
+        return ScanOut(x, initial_state)
     if cu_seqlens is None:
         context = torch.cat([initial_state, x], 1)
         return ScanOut(context[:, :-1], context[:, -1:])
-    if T == 0:
-        return ScanOut(x, initial_state)
     before = packed_context(x[0], initial_state, cu_seqlens)[:, 0]
     return ScanOut(before[None], packed_tail(x[0], initial_state, cu_seqlens))
+
+
+def _opening(
+    function: str, x: Tensor, letter: str, reach: int, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The `reach` tokens before the first of x [B T D]: zeros unless they are given.   Raises: ShapeError."""
+    B, T, D = x.shape
+    check_packing(function, cu_seqlens, B, T)
+    rows, first = (B, "B") if cu_seqlens is None else (cu_seqlens.numel() - 1, "n")
+    expect(function, "initial_state", initial_state, f"{first} {letter} D", (rows, reach, D))
+    return first_state(x, (reach, D), x.dtype, initial_state, cu_seqlens)
 
 
 def packed_context(x: Tensor, state: Tensor, cu_seqlens: Tensor) -> Tensor:

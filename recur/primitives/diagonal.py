@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from recur import kernel
-from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, mirror, unroll, unroll_documents
-from recur.shapes import ShapeError, accumulation_dtype, bind, check_given
+from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, first_state, right_to_left, unroll
+from recur.shapes import accumulation_dtype, bind, check_given, check_number
 
 SIDE_BY_SIDE = 65_536  # numbers that one call should update: fewer waste the call and a second thread
 LOG2_E = math.log2(math.e)
@@ -216,19 +216,22 @@ def gated_scan(
     gates, states = _axes_of_gate(x, log_decay, "B T *"), "B *" if cu_seqlens is None else "n *"
     check_given("gated_scan", x=x, log_decay=log_decay)
     bind("gated_scan", x=(x, "B T *"), log_decay=(log_decay, gates), initial_state=(initial_state, states))
-    check_packing("gated_scan", cu_seqlens, *x.shape[:2])
-    check_documents("gated_scan", initial_state, cu_seqlens)
+    check_packing("gated_scan", cu_seqlens, x.shape[0], x.shape[1], initial_state)
     number = _number("gated_scan", x, log_decay, initial_state=initial_state)
     refusal = partial(kernel.refusal, number, x.device)
-    form = choose_form("gated_scan", form, ("recurrent", "chunked", "triton"), device=x.device, refusal=refusal)
+    form = choose_form("gated_scan", form, ("recurrent", "chunked", "triton"), x.device, refusal)
     if form == "triton":
         return kernel.elementwise("diagonal", x, log_decay, initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
-    scan = _recurrent if form == "recurrent" else _chunked
-    initial = None if initial_state is None else initial_state.to(number)
-    log_decay = log_decay if gates == "B T *" else log_decay[None, None]
-    run = right_to_left(scan) if reverse else scan
+    wide = log_decay.to(number_of(accumulation_dtype(x, log_decay, initial_state), log_decay))
+    tokens = {"x": x.to(number), "log_decay": wide if gates == "B T *" else wide[None, None]}
+    initial = None
+    if initial_state is not None or form == "recurrent" or x.shape[1] == 0:
+        initial = first_state(x, x.shape[2:], number, initial_state, cu_seqlens)
+    if x.shape[1] == 0 and initial is not None:
+        return ScanOut(tokens["x"] if number.is_complex else x, initial.clone())
+    scan: Callable[..., ScanOut] = partial(unroll, _step) if form == "recurrent" else _chunked
     with torch.autocast(x.device.type, enabled=False):
-        y, state = run(initial, cu_seqlens, x=x.to(number), log_decay=_widen(log_decay, number))
+        y, state = (right_to_left(scan) if reverse else scan)(initial, cu_seqlens, **tokens)
     return ScanOut(y if y.is_complex() else y.to(x.dtype), state)
 
 
@@ -247,7 +250,8 @@ def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     if kernel.takes_step(1, state):
         return _launch(x, log_decay[None] if gates == "*" else log_decay, state)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        y, new = _step(state.to(number), x=x.to(number), log_decay=_widen(log_decay, number))
+        wide = log_decay.to(number_of(accumulation_dtype(x, log_decay, state), log_decay))
+        y, new = _step(state.to(number), x=x.to(number), log_decay=wide)
         state.copy_(new)
         return y if y.is_complex() else y.to(x.dtype)
 
@@ -267,52 +271,18 @@ def _step(state: Tensor, *, x: Tensor, log_decay: Tensor) -> tuple[Tensor, Tenso
     return h, h
 
 
-def _recurrent(initial: Tensor | None, cu_seqlens: Tensor | None, *, x: Tensor, log_decay: Tensor) -> ScanOut:
-    B, T = x.shape[:2]
-    if initial is None:
-        initial = x.new_zeros(B if cu_seqlens is None else cu_seqlens.numel() - 1, *x.shape[2:])
-    if T == 0:
-        return ScanOut(x, initial.clone())
-    tokens = {"x": x, "log_decay": log_decay.expand(-1, T, *log_decay.shape[2:])}
-    if cu_seqlens is None:
-        return unroll(_step, initial, **tokens)
-    return unroll_documents(_step, initial, cu_seqlens, **tokens)
-
-
 def _chunked(initial: Tensor | None, cu_seqlens: Tensor | None, *, x: Tensor, log_decay: Tensor) -> ScanOut:
-    a = gate(log_decay).to(x.dtype)
-    if cu_seqlens is not None:
-        a, x = enter_documents(a, x, initial, cu_seqlens)
-        h = linear_recurrence(a, x)
-        return ScanOut(h, leave_documents(h, initial, cu_seqlens))
-    h = linear_recurrence(a, x, initial)
-    if x.shape[1] == 0:
-        return ScanOut(h, x.new_zeros(x.shape[0], *x.shape[2:]) if initial is None else initial.clone())
-    return ScanOut(h, h[:, -1].clone())  # a step may overwrite the state, which must not reach into y
+    h, state = recurrence(gate(log_decay).to(x.dtype), x, initial, cu_seqlens)
+    return ScanOut(h, state.clone())  # a step may overwrite the state, which must not reach into y
 
 
-def right_to_left(scan: Callable[..., ScanOut]) -> Callable[..., ScanOut]:
-    """The scan `(initial, cu_seqlens, **tokens)` read from the end: documents and their states are mirrored too."""
-
-    def flipped(initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
-        length = next(iter(tokens.values())).shape[1]
-        states = [] if cu_seqlens is None else [0]
-        initial = None if initial is None else initial.flip(states)
-        y, state = scan(
-            initial, mirror(cu_seqlens, length), **{name: tensor.flip(1) for name, tensor in tokens.items()}
-        )
-        return ScanOut(y.flip(1), state.flip(states))
-
-    return flipped
-
-
-def check_documents(function: str, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Raise ShapeError unless a packed row comes with one initial state a document."""
-    if cu_seqlens is not None and initial_state is not None and initial_state.shape[0] != cu_seqlens.numel() - 1:
-        raise ShapeError(
-            f"{function}: initial_state must be [n ...] with n={cu_seqlens.numel() - 1} documents, "
-            f"got shape {tuple(initial_state.shape)}"
-        )
+def recurrence(a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None) -> ScanOut:
+    """`linear_recurrence` of at least one token, over documents if there are, and its last state [B *] or [n *]."""
+    if cu_seqlens is None:
+        h = linear_recurrence(a, x, initial)
+        return ScanOut(h, h[:, -1])
+    h = linear_recurrence(*enter_documents(a, x, initial, cu_seqlens))
+    return ScanOut(h, leave_documents(h, initial, cu_seqlens))
 
 
 def check_state(function: str, state: Tensor, number: torch.dtype) -> None:
@@ -329,23 +299,22 @@ def number_of(real: torch.dtype, *tensors: Tensor | None) -> torch.dtype:
     return _COMPLEX[real] if any(t is not None and t.is_complex() for t in tensors) else real
 
 
-def _number(function: str, x: Tensor, log_decay: Tensor, **state: Tensor | None) -> torch.dtype:
-    """What a gated scan computes in. Raise TypeError for integers, or a complex state that a real scan would cut."""
-    for name, tensor in {"x": x, "log_decay": log_decay, **state}.items():
-        if tensor is not None and not (tensor.is_floating_point() or tensor.is_complex()):
-            raise TypeError(f"{function}: {name} must be floating or complex, got {tensor.dtype}")
-    number = number_of(accumulation_dtype(x, log_decay, *state.values()), x, log_decay)
+def state_number(
+    function: str, real: torch.dtype, because: str, sources: tuple[Tensor | None, ...], **state: Tensor | None
+) -> torch.dtype:
+    """The dtype of a state that is complex if a source is. Raise TypeError for one that is, and would be cut."""
+    number = number_of(real, *sources)
     for name, tensor in state.items():
         if tensor is not None and tensor.is_complex() and not number.is_complex:
-            raise TypeError(f"{function}: {name} must be real because x and log_decay are, got {tensor.dtype}")
+            raise TypeError(f"{function}: {name} must be real because {because}, got {tensor.dtype}")
     return number
 
 
-def _widen(log_decay: Tensor, number: torch.dtype) -> Tensor:
-    """log_decay in the width of `number`, still real if it was."""
-    if log_decay.is_complex():
-        return log_decay.to(number)
-    return log_decay.double() if number in (torch.float64, torch.complex128) else log_decay.float()
+def _number(function: str, x: Tensor, log_decay: Tensor, **state: Tensor | None) -> torch.dtype:
+    """What a gated scan computes in. Raises: TypeError."""
+    check_number(function, x=x, log_decay=log_decay, **state)
+    real = accumulation_dtype(x, log_decay, *state.values())
+    return state_number(function, real, "x and log_decay are", (x, log_decay), **state)
 
 
 def _axes_of_gate(x: Tensor, log_decay: Tensor, letters: str) -> str:

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
-from recur.primitives.diagonal import check_documents, check_state, right_to_left
-from recur.primitives.forms import ScanOut, check_packing, choose_form, unroll, unroll_documents
+from recur.primitives.diagonal import check_state
+from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.segments import segments, update
-from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given
+from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given, readable
 
 
 def selective_scan(
@@ -54,26 +54,9 @@ def selective_scan(
     Source: Gu and Dao 2023, arXiv:2312.00752.
     """
     weights, states = "B T N | B T G N | V N", "B V N" if cu_seqlens is None else "n V N"
-    check_given("selective_scan", x=x, delta=delta, A=A, B=B, C=C)
-    sizes = bind(
-        "selective_scan",
-        x=(x, "B T V"),
-        delta=(delta, "B T V"),
-        A=(A, "V N"),
-        B=(B, weights),
-        C=(C, weights),
-        initial_state=(initial_state, states),
-    )
-    check_float("selective_scan", x=x, delta=delta, A=A, B=B, C=C, initial_state=initial_state)
-    _check("selective_scan", sizes, initial_state, cu_seqlens)
-    form = _choose("selective_scan", form, sizes["N"], x, delta, A, B, C, initial_state)
-    if form == "triton":
-        tensors = (x, delta, A, B, C, initial_state)
-        return kernel.elementwise("selective", *tensors, cu_seqlens=cu_seqlens, reverse=reverse)
-    with torch.autocast(x.device.type, enabled=False):
-        tokens = _selective(sizes, x, delta, A, B, C, initial_state)
-        y, state = _scan(form, "selective", sizes, initial_state, cu_seqlens, reverse, *tokens)
-    return ScanOut(y.to(x.dtype), state)
+    given = {"x": (x, "B T V"), "delta": (delta, "B T V"), "A": (A, "V N"), "B": (B, weights), "C": (C, weights)}
+    sizes = _check("selective_scan", given, cu_seqlens, initial_state=(initial_state, states))
+    return _scan("selective", form, sizes, (x, delta, A, B, C), initial_state, cu_seqlens, reverse)
 
 
 def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
@@ -89,18 +72,14 @@ def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     check_given("selective_step", x=x, delta=delta, A=A, B=B, C=C, state=state)
     bind("selective_step", x=(x, "B V"))
     k, q = ("B N | B G N" if w.ndim != 2 or w.shape[0] == x.shape[0] else "V N" for w in (B, C))
-    sizes = bind(
-        "selective_step", x=(x, "B V"), delta=(delta, "B V"), A=(A, "V N"), B=(B, k), C=(C, q), state=(state, "B V N")
-    )
-    check_float("selective_step", x=x, delta=delta, A=A, B=B, C=C, state=state)
-    _check("selective_step", sizes, None, None)
+    given = {"x": (x, "B V"), "delta": (delta, "B V"), "A": (A, "V N"), "B": (B, k), "C": (C, q)}
+    sizes = _check("selective_step", given, None, state=(state, "B V N"))
     check_state("selective_step", state, accumulation_dtype(x, delta, A, B, C, state))
     B, C = (w if letters == "V N" else w[:, None] for w, letters in ((B, k), (C, q)))
     if kernel.takes_step(sizes["N"], state):
         return _launch("selective", sizes, state, x, delta, B, C, A)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        tokens = _selective(sizes, x[:, None], delta[:, None], A, B, C, state)
-        return _step("selective", sizes, state, *tokens).to(x.dtype)
+        return _step("selective", sizes, (x[:, None], delta[:, None], A, B, C), state)
 
 
 def online_scan(
@@ -126,9 +105,7 @@ def online_scan(
         rate: [B T V] in [0, 1], weight of the token's error against keeping the memory.
         k, q: [B T N] | [B T G N] keys and queries, of any norm; channel v uses group v // (V/G).
         diagonal: keep only the diagonal of k kᵀ.
-        initial_state: [B V N] S before the first token; zeros when omitted.
-        cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n V N].
-        reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
+        initial_state, cu_seqlens, reverse: as `selective_scan`.
         form: as `selective_scan`; with diagonal=False as `scan`.
 
     Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is).
@@ -137,36 +114,19 @@ def online_scan(
     Source: Liu et al. 2024, arXiv:2407.14207.
     """
     keys, states = "B T N | B T G N", "B V N" if cu_seqlens is None else "n V N"
-    check_given("online_scan", x=x, rate=rate, k=k, q=q)
-    sizes = bind(
-        "online_scan",
-        x=(x, "B T V"),
-        rate=(rate, "B T V"),
-        k=(k, keys),
-        q=(q, keys),
-        initial_state=(initial_state, states),
-    )
-    check_float("online_scan", x=x, rate=rate, k=k, q=q, initial_state=initial_state)
-    _check("online_scan", sizes, initial_state, cu_seqlens)
+    given = {"x": (x, "B T V"), "rate": (rate, "B T V"), "k": (k, keys), "q": (q, keys)}
+    sizes = _check("online_scan", given, cu_seqlens, initial_state=(initial_state, states))
     _check_rate("online_scan", rate)
     if diagonal:
-        form = _choose("online_scan", form, sizes["N"], x, rate, k, q, initial_state)
-        if form == "triton":
-            tensors = (x, rate, k, q, initial_state)
-            return kernel.elementwise("online", *tensors, cu_seqlens=cu_seqlens, reverse=reverse)
-    with torch.autocast(x.device.type, enabled=False):
-        if not diagonal:
-            from recur.primitives.scan import scan  # here, because only this case needs it
+        return _scan("online", form, sizes, (x, rate, k, q), initial_state, cu_seqlens, reverse)
+    from recur.primitives.scan import scan  # here, because only this case needs it
 
-            query, key, value, beta = _delta(sizes, x, rate, k, q, initial_state)
-            initial = None if initial_state is None else initial_state[..., None]
-            y, state = scan(
-                query, key, value, beta=beta, initial_state=initial, cu_seqlens=cu_seqlens, reverse=reverse, form=form
-            )
-            return ScanOut(y[..., 0].to(x.dtype), state[..., 0])
-        tokens = _online(sizes, x, rate, k, q, initial_state)
-        y, state = _scan(form, "online", sizes, initial_state, cu_seqlens, reverse, *tokens)
-    return ScanOut(y.to(x.dtype), state)
+    with torch.autocast(x.device.type, enabled=False):
+        query, key, value, beta = _delta(sizes, x, rate, k, q, initial_state)
+        initial = None if initial_state is None else initial_state[..., None]
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "reverse": reverse, "form": form}
+        y, state = scan(query, key, value, beta=beta, initial_state=initial, **options)
+    return ScanOut(y[..., 0].to(x.dtype), state[..., 0])
 
 
 def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *, diagonal: bool = True) -> Tensor:
@@ -178,9 +138,8 @@ def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *,
     """
     keys = "B N | B G N"
     check_given("online_step", x=x, rate=rate, k=k, q=q, state=state)
-    sizes = bind("online_step", x=(x, "B V"), rate=(rate, "B V"), k=(k, keys), q=(q, keys), state=(state, "B V N"))
-    check_float("online_step", x=x, rate=rate, k=k, q=q, state=state)
-    _check("online_step", sizes, None, None)
+    given = {"x": (x, "B V"), "rate": (rate, "B V"), "k": (k, keys), "q": (q, keys)}
+    sizes = _check("online_step", given, None, state=(state, "B V N"))
     _check_rate("online_step", rate)
     check_state("online_step", state, accumulation_dtype(x, rate, k, q, state))
     x_t, rate_t, k_t, q_t = (token[:, None] for token in (x, rate, k, q))
@@ -188,8 +147,7 @@ def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *,
         return _launch("online" if diagonal else "exact", sizes, state, x, rate, k_t, q_t)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         if diagonal:
-            tokens = _online(sizes, x_t, rate_t, k_t, q_t, state)
-            return _step("online", sizes, state, *tokens).to(x.dtype)
+            return _step("online", sizes, (x_t, rate_t, k_t, q_t), state)
         from recur.primitives.scan import step  # here, because only this case needs it
 
         query, key, value, beta = (token[:, 0] for token in _delta(sizes, x_t, rate_t, k_t, q_t, state))
@@ -199,24 +157,27 @@ def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *,
 # Doors: checks, groups, and what each family makes of its arguments
 
 
-def _check(function: str, sizes: dict[str, Any], initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Groups divide channels; documents fit."""
-    V, G = sizes["V"], sizes.get("G", 1)
+def _check(
+    function: str,
+    given: dict[str, tuple[Tensor, str]],
+    cu_seqlens: Tensor | None,
+    **state: tuple[Tensor | None, str],
+) -> dict[str, Any]:
+    """The sizes of all letters, once everything that must be given fits, and the state."""
+    check_given(function, **{name: tensor for name, (tensor, _) in given.items()})
+    sizes = bind(function, **given, **state)
+    check_float(function, **{name: tensor for name, (tensor, _) in {**given, **state}.items()})
+    V, G = sizes["V"], sizes.setdefault("G", 1)
     if G == 0 or V % G != 0:
         raise ShapeError(f"{function}: G must divide V, got G={G} and V={V}")
+    sizes["W"] = V // G
     if "T" in sizes:
-        check_packing(function, cu_seqlens, sizes["B"], sizes["T"])
-        check_documents(function, initial_state, cu_seqlens)
-
-
-def _choose(function: str, form: str, slots: int, x: Tensor, *inputs: Tensor | None) -> str:
-    refusal = partial(kernel.refusal, accumulation_dtype(x, *inputs), x.device, N=slots)
-    return choose_form(function, form, ("recurrent", "chunked", "triton"), device=x.device, refusal=refusal)
+        check_packing(function, cu_seqlens, sizes["B"], sizes["T"], *(tensor for tensor, _ in state.values()))
+    return sizes
 
 
 def _check_rate(function: str, rate: Tensor) -> None:
-    """Values are read only on a CPU outside compilation, where it is cheap."""
-    if rate.device.type == "cpu" and not torch.compiler.is_compiling() and rate.numel() > 0:
+    if readable(rate):
         low, high = (bound.item() for bound in rate.detach().aminmax())
         if low < 0 or high > 1:
             raise ValueError(f"{function}: rate must lie in [0, 1] (take its sigmoid), got {low:.3g} to {high:.3g}")
@@ -224,22 +185,19 @@ def _check_rate(function: str, rate: Tensor) -> None:
 
 def _channels(tensor: Tensor, sizes: dict[str, Any]) -> Tensor:
     """[B T V] -> [B T G 1 W]."""
-    G = sizes.get("G", 1)
-    return tensor.reshape(*tensor.shape[:-1], G, 1, sizes["V"] // G)
+    return tensor.reshape(*tensor.shape[:-1], sizes["G"], 1, sizes["W"])
 
 
 def _slots(tensor: Tensor, sizes: dict[str, Any]) -> Tensor:
     """[B T N] | [B T G N] -> [B T G N 1], [V N] -> [1 1 G N W]; one group stays one."""
     if tensor.ndim == 2:
-        G = sizes.get("G", 1)
-        return tensor.reshape(1, 1, G, sizes["V"] // G, sizes["N"]).mT
+        return tensor.reshape(1, 1, sizes["G"], sizes["W"], sizes["N"]).mT
     return (tensor if tensor.ndim == 4 else tensor.unsqueeze(2)).unsqueeze(-1)
 
 
 def _enter(state: Tensor, sizes: dict[str, Any]) -> Tensor:
     """[B V N] -> [B G N W]."""
-    G = sizes.get("G", 1)
-    return state.reshape(state.shape[0], G, sizes["V"] // G, sizes["N"]).mT
+    return state.reshape(state.shape[0], sizes["G"], sizes["W"], sizes["N"]).mT
 
 
 def _leave(state: Tensor) -> Tensor:
@@ -247,27 +205,30 @@ def _leave(state: Tensor) -> Tensor:
     return state.transpose(2, 3).flatten(1, 2)
 
 
-def _selective(
-    sizes: dict[str, Any], x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None
-) -> tuple[Tensor, ...]:
+def _selective(sizes: dict[str, Any], x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> dict[str, Tensor]:
     """u, k, q and what the gate is made of: delta and A."""
-    real = accumulation_dtype(x, delta, A, B, C, state)
-    x, delta, A, B, C = (tensor.to(real) for tensor in (x, delta, A, B, C))
-    return _channels(delta * x, sizes), _slots(B, sizes), _slots(C, sizes), _channels(delta, sizes), _slots(A, sizes)
+    made = {"u": _channels(delta * x, sizes), "k": _slots(B, sizes), "q": _slots(C, sizes)}
+    return {**made, "delta": _channels(delta, sizes), "A": _slots(A, sizes)}
 
 
-def _online(
-    sizes: dict[str, Any], x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor | None
-) -> tuple[Tensor, ...]:
+def _online(sizes: dict[str, Any], x: Tensor, rate: Tensor, k: Tensor, q: Tensor) -> dict[str, Tensor]:
     """u, k, q and what the gate 1 − eps k_n² is made of: 1 − eps |k|², eps, and |k|² − k_n², none by subtraction."""
-    real = accumulation_dtype(x, rate, k, q, state)
-    x, rate = (_channels(tensor.to(real), sizes) for tensor in (x, rate))
-    k, q = (_slots(tensor.to(real), sizes) for tensor in (k, q))
+    x, rate = _channels(x, sizes), _channels(rate, sizes)
+    k, q = _slots(k, sizes), _slots(q, sizes)
     square = k.square()
     kept = 1 / (1 + rate * square.sum(-2, keepdim=True))
     before = F.pad(square[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
     after = F.pad(square[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
-    return rate * kept * x, k, q, kept, rate * kept, before + after
+    return {"u": rate * kept * x, "k": k, "q": q, "kept": kept, "eps": rate * kept, "others": before + after}
+
+
+_TOKENS: dict[str, Callable[..., dict[str, Tensor]]] = {"selective": _selective, "online": _online}
+
+
+def _tokens(family: str, sizes: dict[str, Any], inputs: tuple[Tensor, ...], state: Tensor | None) -> dict[str, Tensor]:
+    """What every form takes, wide enough to sum in."""
+    real = accumulation_dtype(*inputs, state)
+    return _TOKENS[family](sizes, *(tensor.to(real) for tensor in inputs))
 
 
 def _delta(
@@ -278,7 +239,7 @@ def _delta(
     x, rate = x.to(real), rate.to(real)
     k, q = (_slots(tensor.to(real), sizes)[..., 0] for tensor in (k, q))
     norm = k.square().sum(-1).repeat_interleave(sizes["V"] // k.shape[2], dim=2)
-    k, q = (tensor.expand(-1, -1, sizes.get("G", 1), -1) for tensor in (k, q))
+    k, q = (tensor.expand(-1, -1, sizes["G"], -1) for tensor in (k, q))
     return q, k, x[..., None], rate / (1 + rate * norm)
 
 
@@ -302,47 +263,39 @@ def _launch(
     return kernel.step(rule, _enter(state, sizes), x, q=q, k=k, log_decay=log_decay, rate=rate).flatten(1)
 
 
-def _step(family: str, sizes: dict[str, Any], state: Tensor, *tokens: Tensor) -> Tensor:
-    entered = _enter(state, sizes).to(tokens[0].dtype)
-    y, S = update(family, entered, **_named(*(token[:, 0] for token in tokens)))
+def _step(family: str, sizes: dict[str, Any], inputs: tuple[Tensor, ...], state: Tensor) -> Tensor:
+    """A step of inputs [B 1 ...] in torch."""
+    tokens = _tokens(family, sizes, inputs, state)
+    entered = _enter(state, sizes).to(tokens["u"].dtype)
+    y, S = update(family, entered, **{name: token[:, 0] for name, token in tokens.items()})
     state.copy_(_leave(S))
-    return y.flatten(1)
-
-
-def _named(u: Tensor, k: Tensor, q: Tensor, *rates: Tensor) -> dict[str, Tensor]:
-    return {"u": u, "k": k, "q": q, **{f"rate{i}": rate for i, rate in enumerate(rates)}}
+    return y.flatten(1).to(inputs[0].dtype)
 
 
 def _scan(
-    form: str,
     family: str,
+    form: str,
     sizes: dict[str, Any],
+    inputs: tuple[Tensor, ...],
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
-    *tokens: Tensor,
 ) -> ScanOut:
     """y [B T V] and the state [B V N]."""
-    u, k = tokens[:2]
-    initial = None if initial_state is None else _enter(initial_state.to(u.dtype), sizes).contiguous()
-    if initial is None and (form == "recurrent" or sizes["T"] == 0):
-        rows = u.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-        initial = u.new_zeros(rows, u.shape[2], k.shape[3], u.shape[4])
-    if sizes["T"] == 0 and initial is not None:
-        return ScanOut(u.flatten(2), _leave(initial).clone())
-    run: Callable[..., ScanOut] = partial(_recurrent if form == "recurrent" else _chunked, family)
-    y, state = (right_to_left(run) if reverse else run)(initial, cu_seqlens, **_named(*tokens))
-    return ScanOut(y.flatten(2), _leave(state))
-
-
-def _recurrent(family: str, initial: Tensor, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
-    T = tokens["u"].shape[1]
-    tokens = {name: tensor.expand(-1, T, *tensor.shape[2:]) for name, tensor in tokens.items()}
-    step = partial(update, family)
-    if cu_seqlens is None:
-        return unroll(step, initial, **tokens)
-    return unroll_documents(step, initial, cu_seqlens, **tokens)
-
-
-def _chunked(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
-    return segments(family, initial, cu_seqlens, list(tokens.values()))
+    x, V, N = inputs[0], sizes["V"], sizes["N"]
+    refusal = partial(kernel.refusal, accumulation_dtype(*inputs, initial_state), x.device, N=N)
+    form = choose_form(f"{family}_scan", form, ("recurrent", "chunked", "triton"), x.device, refusal)
+    if form == "triton":
+        return kernel.elementwise(family, *inputs, initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
+    with torch.autocast(x.device.type, enabled=False):
+        tokens = _tokens(family, sizes, inputs, initial_state)
+        initial = None
+        if initial_state is not None or form == "recurrent" or sizes["T"] == 0:
+            initial = first_state(x, (V, N), tokens["u"].dtype, initial_state, cu_seqlens)
+        if sizes["T"] == 0 and initial is not None:
+            return ScanOut(tokens["u"].flatten(2).to(x.dtype), initial.clone())
+        entered = None if initial is None else _enter(initial, sizes).contiguous()
+        recurrent = partial(unroll, partial(update, family))
+        run: Callable[..., ScanOut] = recurrent if form == "recurrent" else partial(segments, family)
+        y, state = (right_to_left(run) if reverse else run)(entered, cu_seqlens, **tokens)
+    return ScanOut(y.flatten(2).to(x.dtype), _leave(state))

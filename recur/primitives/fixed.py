@@ -13,17 +13,9 @@ from torch import Tensor
 
 from recur import kernel
 from recur.primitives.chunks import cut
-from recur.primitives.diagonal import (
-    LOG2_E,
-    check_documents,
-    check_state,
-    gate,
-    linear_recurrence,
-    number_of,
-    right_to_left,
-)
-from recur.primitives.forms import ScanOut, check_packing, choose_form, unroll, unroll_documents
-from recur.shapes import accumulation_dtype, bind, check_given
+from recur.primitives.diagonal import LOG2_E, check_state, gate, linear_recurrence, number_of, state_number
+from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
+from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number
 
 CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
 TRANSFORM = 2**18  # numbers transformed at a time: what a cache holds
@@ -68,29 +60,22 @@ def fixed_scan(
     """
     poles, states = "N | V N", "B V N" if cu_seqlens is None else "n V N"
     check_given("fixed_scan", x=x, log_decay=log_decay, readout=readout)
-    sizes = bind(
-        "fixed_scan",
-        x=(x, "B T V"),
-        log_decay=(log_decay, poles),
-        readout=(readout, "V N"),
-        write=(write, poles),
-        initial_state=(initial_state, states),
-    )
+    given = {"log_decay": (log_decay, poles), "readout": (readout, "V N"), "write": (write, poles)}
+    sizes = bind("fixed_scan", x=(x, "B T V"), **given, initial_state=(initial_state, states))
     B, T, V, N = (sizes[letter] for letter in "BTVN")
-    check_packing("fixed_scan", cu_seqlens, B, T)
-    check_documents("fixed_scan", initial_state, cu_seqlens)
+    check_packing("fixed_scan", cu_seqlens, B, T, initial_state)
     forms = ("recurrent", "chunked", "triton", "parallel")[: 3 if cu_seqlens is not None else 4]
     if form == "auto" and cu_seqlens is None:
         form = "parallel"
     real = accumulation_dtype(x, log_decay, readout, write, initial_state)
     refusal = partial(kernel.refusal, real, x.device)
-    form = choose_form("fixed_scan", form, forms, device=x.device, refusal=refusal)
+    form = choose_form("fixed_scan", form, forms, x.device, refusal)
     x_, log_decay, readout, write, number = _prepare(
         "fixed_scan", x, log_decay, readout, write, initial_state=initial_state
     )
-    initial = None if initial_state is None else initial_state.to(number)
-    if initial is None and (form != "parallel" or T == 0):
-        initial = x.new_zeros(B if cu_seqlens is None else cu_seqlens.numel() - 1, V, N, dtype=number)
+    initial = None
+    if initial_state is not None or form != "parallel" or T == 0:
+        initial = first_state(x, (V, N), number, initial_state, cu_seqlens)
     if T == 0 and initial is not None:
         return ScanOut(x.clone(), initial.clone())
     run: Callable[..., ScanOut] = partial(_FORMS[form], log_decay, readout, write)
@@ -110,14 +95,8 @@ def fixed_step(x: Tensor, log_decay: Tensor, readout: Tensor, state: Tensor, *, 
     """
     poles = "N | V N"
     check_given("fixed_step", x=x, log_decay=log_decay, readout=readout, state=state)
-    bind(
-        "fixed_step",
-        x=(x, "B V"),
-        log_decay=(log_decay, poles),
-        readout=(readout, "V N"),
-        write=(write, poles),
-        state=(state, "B V N"),
-    )
+    given = {"log_decay": (log_decay, poles), "readout": (readout, "V N"), "write": (write, poles)}
+    bind("fixed_step", x=(x, "B V"), **given, state=(state, "B V N"))
     x_, log_decay, readout, write, number = _prepare("fixed_step", x, log_decay, readout, write, state=state)
     check_state("fixed_step", state, number)
     if kernel.takes_step(state.shape[2], state):
@@ -135,15 +114,10 @@ def _prepare(
     """x, poles [1|V N], readout and write [1|V N] in what the scan computes in, and the dtype of its state."""
     if write is None:
         write = x.new_ones(1)
-    for name, tensor in {"x": x, "log_decay": log_decay, "readout": readout, "write": write, **state}.items():
-        if tensor is not None and not (tensor.is_floating_point() or (tensor.is_complex() and name != "x")):
-            kinds = "real and floating" if name == "x" else "floating or complex"
-            raise TypeError(f"{function}: {name} must be {kinds}, got {tensor.dtype}")
+    check_float(function, x=x)
+    check_number(function, log_decay=log_decay, readout=readout, write=write, **state)
     real = accumulation_dtype(x, log_decay, readout, write, *state.values())
-    number = number_of(real, log_decay, write)
-    for name, tensor in state.items():
-        if tensor is not None and tensor.is_complex() and not number.is_complex:
-            raise TypeError(f"{function}: {name} must be real because log_decay and write are, got {tensor.dtype}")
+    number = state_number(function, real, "log_decay and write are", (log_decay, write), **state)
     log_decay, readout, write = (tensor.to(number_of(real, tensor)) for tensor in (log_decay, readout, write))
     return x.to(real), _two_axes(log_decay), readout, _two_axes(write), number
 
@@ -165,8 +139,7 @@ def _update(a: Tensor, readout: Tensor, write: Tensor, S: Tensor, *, x: Tensor) 
 def _recurrent(
     log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor, cu_seqlens: Tensor | None, *, x: Tensor
 ) -> ScanOut:
-    step = partial(_update, gate(log_decay), readout, write)
-    return unroll(step, initial, x=x) if cu_seqlens is None else unroll_documents(step, initial, cu_seqlens, x=x)
+    return unroll(partial(_update, gate(log_decay), readout, write), initial, cu_seqlens, x=x)
 
 
 def _parallel(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recur.shapes import ShapeError
+from recur.shapes import ShapeError, readable
 
 
 class ScanOut(NamedTuple):
@@ -20,12 +20,7 @@ class ScanOut(NamedTuple):
 
 
 def choose_form(
-    function: str,
-    form: str,
-    available: tuple[str, ...],
-    *,
-    device: torch.device | None = None,
-    refusal: Callable[[], str | None] | None = None,
+    function: str, form: str, available: tuple[str, ...], device: torch.device, refusal: Callable[[], str | None]
 ) -> str:
     """The form to run: "auto" is "triton" for what the kernel covers on a GPU and "chunked" for all else; any other
     name is taken or refused.
@@ -37,43 +32,63 @@ def choose_form(
     if form not in names:
         raise ValueError(f"{function}: form must be one of {', '.join(names)}, got {form!r}")
     if form == "auto":
-        fast = refusal is not None and device is not None and device.type == "cuda" and refusal() is None
-        return "triton" if fast else "chunked"
+        return "triton" if device.type == "cuda" and refusal() is None else "chunked"
     if form not in available:
         raise NotImplementedError(f"{function}: form={form!r} is not available here; these are: {', '.join(available)}")
-    if form == "triton" and refusal is not None and (reason := refusal()) is not None:
+    if form == "triton" and (reason := refusal()) is not None:
         raise NotImplementedError(f"{function}: {reason}")
     return form
 
 
-def unroll(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, **tokens: Tensor) -> ScanOut:
+def unroll(
+    step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, cu_seqlens: Tensor | None = None, /, **tokens: Tensor
+) -> ScanOut:
     """The token loop, which defines every scan: y_t, state = step(state, one token of each tensor [B T ...]).
 
-    `step` is pure, so this is twice differentiable. Cost: T steps.
+    A tensor with 1 for B or T is the same for all. In a packed row every token takes the state of its document [n ...]
+    and puts it back. `step` is pure, so this is twice differentiable. Cost: T steps.
     """
-    names, columns = list(tokens), [tensor.unbind(1) for tensor in tokens.values()]
+    shape = torch.broadcast_shapes(*(tensor.shape[:2] for tensor in tokens.values()))
+    columns = [tensor.expand(*shape, *tensor.shape[2:]).unbind(1) for tensor in tokens.values()]
+    document = None if cu_seqlens is None else document_of(cu_seqlens, shape[1])
     ys = []
-    for token in zip(*columns, strict=True):
-        y, state = step(state, **dict(zip(names, token, strict=True)))
+    for t, token in enumerate(zip(*columns, strict=True)):
+        mine = state if document is None else state.index_select(0, document[t])
+        y, new = step(mine, **dict(zip(tokens, token, strict=True)))
+        state = new if document is None else state.index_copy(0, document[t], new)
         ys.append(y)
     return ScanOut(torch.stack(ys, dim=1), state)
 
 
-def unroll_documents(
-    step: Callable[..., tuple[Tensor, Tensor]], states: Tensor, cu_seqlens: Tensor, **tokens: Tensor
-) -> ScanOut:
-    """The token loop over one packed row: every token takes the state of its document [n ...] and puts it back."""
+def right_to_left(scan: Callable[..., ScanOut]) -> Callable[..., ScanOut]:
+    """The scan `(initial, cu_seqlens, **tokens)` read from the end: documents and their states are mirrored too."""
 
-    def packed(states: Tensor, *, document: Tensor, **token: Tensor) -> tuple[Tensor, Tensor]:
-        y, state = step(states.index_select(0, document), **token)
-        return y, states.index_copy(0, document, state)
+    def flipped(initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
+        length = max(tensor.shape[1] for tensor in tokens.values())
+        states = [] if cu_seqlens is None else [0]
+        initial = None if initial is None else initial.flip(states)
+        flips = {name: tensor.flip(1) for name, tensor in tokens.items()}
+        y, state = scan(initial, mirror(cu_seqlens, length), **flips)
+        return ScanOut(y.flip(1), state.flip(states))
 
-    length = next(iter(tokens.values())).shape[1]
-    return unroll(packed, states, document=document_of(cu_seqlens, length)[None], **tokens)
+    return flipped
 
 
-def check_packing(function: str, cu_seqlens: Tensor | None, batch: int, length: int) -> None:
+def first_state(
+    x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The state before the first token of x [B T ...], [B *shape], or [n *shape] of n documents: zeros if none came."""
+    if initial_state is not None:
+        return initial_state.to(dtype)
+    return x.new_zeros(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, *shape, dtype=dtype)
+
+
+def check_packing(
+    function: str, cu_seqlens: Tensor | None, batch: int, length: int, initial_state: Tensor | None = None
+) -> None:
     """cu_seqlens [n+1] int holds the document borders 0 = c_0 <= ... <= c_n = T of one packed row.
+
+    A state that comes with it is [n ...], one a document.
 
     Shapes and types are always checked; values only on a CPU outside compilation, where reading them is free.
     """
@@ -85,7 +100,12 @@ def check_packing(function: str, cu_seqlens: Tensor | None, batch: int, length: 
         raise TypeError(f"{function}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if batch != 1:
         raise ShapeError(f"{function}: with cu_seqlens the documents lie in one row, so B must be 1, got B={batch}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if initial_state is not None and initial_state.shape[0] != cu_seqlens.numel() - 1:
+        raise ShapeError(
+            f"{function}: initial_state must be [n ...] with n={cu_seqlens.numel() - 1} documents, "
+            f"got shape {tuple(initial_state.shape)}"
+        )
+    if readable(cu_seqlens):
         borders = cu_seqlens.tolist()
         if borders[0] != 0 or borders[-1] != length or any(b < a for a, b in pairwise(borders)):
             raise ValueError(

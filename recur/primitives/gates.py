@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recur.shapes import accumulation_dtype, bind, check_float
+from recur.shapes import accumulation_dtype, bind, check_float, pick
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -46,9 +46,7 @@ BOUND_LAWS = ("skip_first", "skip_last")
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The pointwise function of that name. Raises: ValueError listing the names there are."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation: name must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
-    return ACTIVATIONS[name]
+    return pick("activation", "name", name, ACTIVATIONS)
 
 
 def sigmoid_decay(z: Tensor, *, tau: float = 1.0) -> Tensor:

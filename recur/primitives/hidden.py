@@ -23,10 +23,6 @@ def dense_fusion(new: Tensor, past: Sequence[Tensor], gate: Tensor) -> Tensor:
     Returns: [B T *].   Raises: ShapeError if shapes differ.   Cost: O(m B T *), no state.
     Source: He et al. 2024, arXiv:2403.00818.
     """
-    bind(
-        "dense_fusion",
-        new=(new, "B T *"),
-        gate=(gate, "B T *"),
-        **{f"past_{i}": (p, "B T *") for i, p in enumerate(past)},
-    )
+    lane = {f"past_{i}": (p, "B T *") for i, p in enumerate(past)}
+    bind("dense_fusion", new=(new, "B T *"), gate=(gate, "B T *"), **lane)
     return new + gate * sum(past) if past else new

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from recur import kernel
 from recur.primitives.delta import delta_scan, delta_step
-from recur.primitives.diagonal import check_state, number_of, right_to_left
-from recur.primitives.forms import ScanOut, check_packing, choose_form, unroll, unroll_documents
+from recur.primitives.diagonal import check_state, number_of, state_number
+from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.outer import narrow_scan, outer_scan, outer_step
-from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given
+from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given, check_number
 
 CHUNK = 64  # tokens a chunk, and twice what the delta rule takes: measured on a CPU
+
+
+class Given(NamedTuple):
+    """What a scan, or a step, is given beside a state."""
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor
+    log_decay: Tensor | None
+    beta: Tensor | None
+    bonus: Tensor | None
 
 
 def scan(
@@ -61,43 +73,29 @@ def scan(
     Source: Katharopoulos et al. 2020, arXiv:2006.16236; Yang et al. 2024, arXiv:2312.06635 and arXiv:2412.06464.
     """
     states = "B H K V" if cu_seqlens is None else "n H K V"
-    decays = "H | H K | B T H | B T H K"
-    _check("scan", "B T", q, k, v, log_decay, decays, beta, bonus, initial_state=(initial_state, states))
+    given = Given(q, k, v, log_decay, beta, bonus)
+    _check("scan", "B T", given, "H | H K | B T H | B T H K", initial_state=(initial_state, states))
     (B, T, H, V), K = v.shape, q.shape[3]
-    real = accumulation_dtype(q, k, v, log_decay, beta, bonus, initial_state)
-    number = number_of(real, log_decay)
+    real = accumulation_dtype(*given, initial_state)
+    number = state_number("scan", real, "log_decay is not complex", (log_decay,), initial_state=initial_state)
     refusal = partial(kernel.refusal, number, v.device, **{"2 K" if number.is_complex else "K": K}, V=V)
-    forms = ("recurrent", "chunked", "parallel", "triton")
-    form = choose_form("scan", form, forms, device=v.device, refusal=refusal)
-    check_packing("scan", cu_seqlens, B, T)
-    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is not None:
-        if initial_state.is_complex() and not number.is_complex:
-            raise TypeError(
-                f"scan: initial_state must be real because log_decay is not complex, got {initial_state.dtype}"
-            )
-        if initial_state.shape[0] != rows:
-            raise ShapeError(f"scan: initial_state must be [n H K V], n={rows}, got shape {tuple(initial_state.shape)}")
-
-    def start() -> Tensor:
-        if initial_state is None:
-            return torch.zeros(rows, H, K, V, dtype=number, device=v.device)
-        return initial_state.to(number)
-
+    form = choose_form("scan", form, ("recurrent", "chunked", "parallel", "triton"), v.device, refusal)
+    check_packing("scan", cu_seqlens, B, T, initial_state)
     if T == 0:
-        given_tokens = [x for x in (q, k, log_decay, beta, bonus) if x is not None]
-        nothing = sum(x.real.sum() if x.is_complex() else x.sum() for x in given_tokens)  # keeps y in their graph
-        return ScanOut((v * nothing).to(v.dtype), start().clone())
+        there = [x for x in given if x is not None]
+        nothing = sum(x.real.sum() if x.is_complex() else x.sum() for x in there)  # keeps y in their graph
+        initial = first_state(v, (H, K, V), number, initial_state, cu_seqlens)
+        return ScanOut((v * nothing).to(v.dtype), initial.clone())
     if log_decay is not None and log_decay.ndim <= 2:
-        log_decay = log_decay[None, None]
+        given = given._replace(log_decay=log_decay[None, None])
     if form == "triton":
-        gates = {"log_decay": log_decay, "beta": beta, "bonus": bonus}
-        return kernel.scan(initial_state, cu_seqlens, q=q, k=k, v=v, **gates, scale=scale, reverse=reverse)
+        return kernel.scan(initial_state, cu_seqlens, **given._asdict(), scale=scale, reverse=reverse)
     with torch.autocast(v.device.type, enabled=False):
-        tokens = _tokens(real, q, k, v, log_decay, beta, scale)
+        tokens = _tokens(real, given, scale)
         weight = None if bonus is None else bonus.to(real).reshape(H, -1)
         run = _choose(form, "beta" in tokens, tokens["k"].shape, weight)
-        y, state = (right_to_left(run) if reverse else run)(start(), cu_seqlens, **tokens)
+        initial = first_state(v, (H, K, V), number, initial_state, cu_seqlens)
+        y, state = (right_to_left(run) if reverse else run)(initial, cu_seqlens, **tokens)
     return ScanOut(y.to(v.dtype), state)
 
 
@@ -126,17 +124,18 @@ def step(
     check_given("step", q=q, v=v, state=state)
     token_decay = log_decay is not None and (log_decay.ndim == 3 or log_decay.shape == v.shape[:2])
     decays = "H | B H | B H K" if token_decay else "H | H K"
-    _check("step", "B", q, k, v, log_decay, decays, beta, bonus, state=(state, "B H K V"))
-    real = accumulation_dtype(q, k, v, log_decay, beta, bonus, state)
+    given = Given(q, k, v, log_decay, beta, bonus)
+    _check("step", "B", given, decays, state=(state, "B H K V"))
+    real = accumulation_dtype(*given, state)
     number = number_of(real, log_decay)
     check_state("step", state, number)
     if log_decay is not None and not token_decay:
-        log_decay = log_decay[None]
+        given = given._replace(log_decay=log_decay[None])
     if kernel.takes_step(q.shape[-1], state):
-        return _launch(q, k, v, log_decay, state, beta, bonus, scale)
+        return _launch(given, state, scale)
     with torch.no_grad(), torch.autocast(state.device.type, enabled=False):
-        k, log_decay, beta = (None if x is None else x[:, None] for x in (k, log_decay, beta))
-        tokens = _tokens(real, q[:, None], k, v[:, None], log_decay, beta, scale)
+        present = {name: x for name, x in given._asdict().items() if x is not None and name != "bonus"}
+        tokens = _tokens(real, given._replace(**{name: x[:, None] for name, x in present.items()}), scale)
         weight = None if bonus is None else bonus.to(real).reshape(state.shape[1], -1)
         advance = _step_of("beta" in tokens, weight)
         y, new = advance(state.to(number), **{name: token.squeeze(1) for name, token in tokens.items()})
@@ -144,41 +143,23 @@ def step(
         return y.to(v.dtype)
 
 
-def _launch(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _launch(given: Given, state: Tensor, scale: float) -> Tensor:
     """`step` by the kernel, with log_decay [B|1 H] | [B|1 H K]."""
 
     def matrix(x: Tensor | None) -> Tensor | None:
         """[B H] | [B H K] -> [B H 1|K 1]."""
         return None if x is None else (x if x.ndim == 3 else x.unsqueeze(-1)).unsqueeze(-1)
 
+    q, k, v, log_decay, beta, bonus = given
     operands = {"q": matrix(q), "k": matrix(k), "log_decay": matrix(log_decay), "rate": matrix(beta)}
     operands["bonus"] = None if bonus is None else matrix(bonus[None])
     rule = "outer" if beta is None else "delta"
     return kernel.step(rule, state, v.unsqueeze(2), **operands, scale=scale, tied=k is None)
 
 
-def _check(
-    function: str,
-    lead: str,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    log_decay: Tensor | None,
-    decays: str,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    **state: tuple[Tensor | None, str],
-) -> None:
+def _check(function: str, lead: str, given: Given, decays: str, **state: tuple[Tensor | None, str]) -> None:
     """Raise unless axes and dtypes fit and no two arguments exclude each other."""
+    q, k, v, log_decay, beta, bonus = given
     sizes = bind(
         function,
         q=(q, f"{lead} G K"),
@@ -190,8 +171,7 @@ def _check(
         **state,
     )
     check_float(function, q=q, k=k, v=v, beta=beta, bonus=bonus)
-    if log_decay is not None and not (log_decay.is_floating_point() or log_decay.is_complex()):
-        raise TypeError(f"{function}: log_decay must be floating or complex, got {log_decay.dtype}")
+    check_number(function, log_decay=log_decay)
     if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
         raise ShapeError(f"{function}: G must divide H, got G={sizes['G']} (q) and H={sizes['H']} (v)")
     if beta is not None and bonus is not None:
@@ -204,16 +184,9 @@ def _check(
         )
 
 
-def _tokens(
-    real: torch.dtype,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-) -> dict[str, Tensor]:
+def _tokens(real: torch.dtype, given: Given, scale: float) -> dict[str, Tensor]:
     """The tensors [B T ...] that every form takes, wide enough to sum in; log_decay [B|1 T|1 H K|1]."""
+    q, k, v, log_decay, beta, _ = given
     tokens = {"q": q.to(real) if scale == 1.0 else q.to(real) * scale, "v": v.to(real)}
     if log_decay is not None:
         log_decay = log_decay.to(number_of(real, log_decay))
@@ -228,7 +201,7 @@ def _choose(form: str, delta: bool, keys: torch.Size, bonus: Tensor | None) -> C
     """The scan `(initial, cu_seqlens, **tokens)` for keys [B T G K]."""
     _, T, _, K = keys
     if form == "recurrent":
-        return partial(_recurrent, _step_of(delta, bonus))
+        return partial(unroll, _step_of(delta, bonus))
     whole = 1 << (T - 1).bit_length()
     size = whole if form == "parallel" else min(max(1, CHUNK // 2) if delta else CHUNK, whole)
     if delta:
@@ -240,14 +213,3 @@ def _choose(form: str, delta: bool, keys: torch.Size, bonus: Tensor | None) -> C
 
 def _step_of(delta: bool, bonus: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
     return delta_step if delta else partial(outer_step, bonus=bonus)
-
-
-def _recurrent(
-    step: Callable[..., tuple[Tensor, Tensor]], initial: Tensor, cu_seqlens: Tensor | None, **tokens: Tensor
-) -> ScanOut:
-    """The token loop, over one packed row if there are documents."""
-    shape = tokens["v"].shape[:2]
-    tokens = {name: token.expand(*shape, *token.shape[2:]) for name, token in tokens.items()}
-    if cu_seqlens is None:
-        return unroll(step, initial, **tokens)
-    return unroll_documents(step, initial, cu_seqlens, **tokens)

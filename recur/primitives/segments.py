@@ -16,10 +16,8 @@ from torch import Tensor
 from recur.primitives.diagonal import (
     LOG2_E,
     document_starts,
-    enter_documents,
-    leave_documents,
     like_batch,
-    linear_recurrence,
+    recurrence,
     walk_left,
     walk_right,
 )
@@ -34,12 +32,12 @@ def update(family: str, S: Tensor, *, u: Tensor, k: Tensor, q: Tensor, **rates: 
     return (q * S).sum(-2, keepdim=True), S
 
 
-def segments(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: list[Tensor]) -> ScanOut:
+def segments(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
     """All tokens u, k, q and what the gate is made of: y [B T G 1 W], state [B G N W], or one a document.
 
     Time O(B T V N); memory for one segment, and for one state a segment, from which the backward computes it again.
     """
-    y, state, _ = _segments(family, initial, cu_seqlens, tokens)
+    y, state, _ = _segments(family, initial, cu_seqlens, list(tokens.values()))
     return ScanOut(y, state)
 
 
@@ -247,13 +245,8 @@ def _(
 def _whole(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: list[Tensor]) -> ScanOut:
     """The scan in one piece, out of differentiable operations: how second derivatives are taken."""
     u, k, q, *rates = tokens
-    a, x = GATES[family].value(*rates), k * u
-    if cu_seqlens is None:
-        h = linear_recurrence(a, x, initial)
-        return ScanOut((q * h).sum(-2, keepdim=True), h[:, -1])
-    a, x = enter_documents(a, x, initial, cu_seqlens)
-    h = linear_recurrence(a, x)
-    return ScanOut((q * h).sum(-2, keepdim=True), leave_documents(h, initial, cu_seqlens))
+    h, state = recurrence(GATES[family].value(*rates), k * u, initial, cu_seqlens)
+    return ScanOut((q * h).sum(-2, keepdim=True), state)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

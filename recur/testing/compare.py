@@ -95,8 +95,8 @@ class Inputs:
     def random(self, like: Tensor, salt: int = 1) -> Tensor:
         """Normal numbers of this shape and dtype, fixed by the seed; up to rounding the same in every precision."""
         generator = torch.Generator().manual_seed(self.seed + (salt << 32))
-        wide = torch.complex128 if like.is_complex() else torch.float64
-        return torch.randn(like.shape, generator=generator, dtype=wide).to(like.dtype)
+        dtype = torch.complex128 if like.is_complex() else torch.float64
+        return torch.randn(like.shape, generator=generator, dtype=dtype).to(like.dtype)
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], state: Any) -> Any:
@@ -184,7 +184,7 @@ def same(got: Mapping[str, Tensor], want: Mapping[str, Tensor], ways: tuple[str,
             finite(name, tensor, way)
         if left.numel() == 0:
             continue
-        difference = (_wide(left) - _wide(right)).abs()
+        difference = (wide(left) - wide(right)).abs()
         group = steepest if name.startswith("gradient") else largest
         if difference.max() > RELATIVE * _largest(right) + ROUNDING * group:
             at = tuple(int(i) for i in torch.unravel_index(difference.argmax(), difference.shape))
@@ -210,7 +210,8 @@ def _moves(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """In float64, or complex of that width."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -46,10 +47,7 @@ def forms(subject: Subject, draw: Draw) -> None:
     inputs = draw(subject.inputs)
     form = draw(st.sampled_from([form for form in subject.forms if form != "recurrent"]), "form")
     agree(
-        inputs,
-        (f"as {form}", "as recurrent"),
-        lambda inputs: subject.run(inputs, form=form),
-        lambda inputs: subject.run(inputs, form="recurrent"),
+        inputs, (f"as {form}", "as recurrent"), partial(subject.run, form=form), partial(subject.run, form="recurrent")
     )
 
 
@@ -81,18 +79,28 @@ def steps(subject: Subject, draw: Draw) -> None:
 
 def packing(subject: Subject, draw: Draw) -> None:
     """Documents packed in one row equal separate runs, and so do their continuations from the returned states."""
+    _packing(subject, draw)
+
+
+def reversed_packing(subject: Subject, draw: Draw) -> None:
+    """With reverse=True, too, documents packed in one row equal separate runs."""
+    _packing(subject, draw, reverse=True)
+
+
+def _packing(subject: Subject, draw: Draw, **reverse: Any) -> None:
     inputs = draw(subject.inputs)
     first = draw(documents(inputs.batch, inputs.length), "lengths")
-    continued = subject.causal and draw(st.booleans(), "continued")
+    continued = not reverse and subject.causal and draw(st.booleans(), "continued")
     second = [inputs.length - length for length in first] if continued else []
-    form = _draw_form(subject, draw, "cu_seqlens")
+    form = _draw_form(subject, draw, *reverse, "cu_seqlens")
+    run: Callable[..., Result] = partial(subject.run, form=form, **reverse)
 
     def packed(inputs: Inputs) -> Result:
         ys, state = [], inputs.state
         for begin, lengths in (([0] * len(first), first), (first, second)):
             if lengths:
                 row, borders = _pack(inputs, begin, lengths)
-                y, state = subject.run(row.replace(state=state), cu_seqlens=borders, form=form)
+                y, state = run(row.replace(state=state), cu_seqlens=borders)
                 ys.append(y)
         return Result(torch.cat(ys, dim=1), [_row(state, i) for i in range(inputs.batch)])
 
@@ -101,10 +109,10 @@ def packing(subject: Subject, draw: Draw) -> None:
         states = []
         for i in range(inputs.batch):
             document = inputs.rows(slice(i, i + 1))
-            y, state = subject.run(document.between(0, first[i]), form=form)
+            y, state = run(document.between(0, first[i]))
             ys[0].append(y)
             if second:
-                y, state = subject.run(document.between(first[i], inputs.length).replace(state=state), form=form)
+                y, state = run(document.between(first[i], inputs.length).replace(state=state))
                 ys[1].append(y)
             states.append(state)
         return Result(torch.cat(ys[0] + ys[1], dim=1), states)
@@ -147,12 +155,8 @@ def chunk_sizes(subject: Subject, draw: Draw) -> None:
     """Chunk size does not matter."""
     inputs = draw(subject.inputs)
     small, large = draw(st.sampled_from([1, 2, 4, 8, 32]), "chunk"), draw(st.sampled_from([16, 64, 256]), "other chunk")
-    agree(
-        inputs,
-        (f"in chunks of {small}", f"in chunks of {large}"),
-        lambda inputs: subject.run(inputs, chunk_size=small),
-        lambda inputs: subject.run(inputs, chunk_size=large),
-    )
+    ways = f"in chunks of {small}", f"in chunks of {large}"
+    agree(inputs, ways, partial(subject.run, chunk_size=small), partial(subject.run, chunk_size=large))
 
 
 def padding(subject: Subject, draw: Draw) -> None:
@@ -289,32 +293,8 @@ def reversal(subject: Subject, draw: Draw) -> None:
         y, state = subject.run(inputs.each(lambda tensor: tensor.flip(1)), form=form)
         return Result(y.flip(1), state)
 
-    agree(
-        inputs,
-        ("with reverse=True", "flipped by hand"),
-        lambda inputs: subject.run(inputs, form=form, reverse=True),
-        flipped,
-    )
-
-
-def reversed_packing(subject: Subject, draw: Draw) -> None:
-    """With reverse=True, too, documents packed in one row equal separate runs."""
-    inputs = draw(subject.inputs)
-    lengths = draw(documents(inputs.batch, inputs.length), "lengths")
-    form = _draw_form(subject, draw, "reverse", "cu_seqlens")
-
-    def packed(inputs: Inputs) -> Result:
-        row, borders = _pack(inputs, [0] * inputs.batch, lengths)
-        return subject.run(row, cu_seqlens=borders, form=form, reverse=True)
-
-    def separate(inputs: Inputs) -> Result:
-        runs = [
-            subject.run(inputs.rows(slice(i, i + 1)).between(0, length), form=form, reverse=True)
-            for i, length in enumerate(lengths)
-        ]
-        return Result(*(torch.cat(parts, dim) for parts, dim in zip(zip(*runs, strict=True), (1, 0), strict=True)))
-
-    agree(inputs, ("packed", "in separate runs"), packed, separate)
+    reverse = partial(subject.run, form=form, reverse=True)
+    agree(inputs, ("with reverse=True", "flipped by hand"), reverse, flipped)
 
 
 def promises(subject: Subject, draw: Draw) -> None:

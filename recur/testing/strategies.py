@@ -126,20 +126,11 @@ def scans(
     if bonus is not None:
         constants["bonus"], heads["bonus"] = numbers.normal(*(sizes[letter] for letter in bonus.split())), 0
     state = numbers.number(B, H, K, V, complex=complex) if draw(st.booleans()) else None
-    still = {} if decay is None or not decay.startswith("B T") else {"log_decay": 0.0}
-    idle = still | ({"beta": 0.0} if delta else {} if tied else {"k": 0.0})
-    return Inputs(
-        tokens,
-        constants,
-        state,
-        sizes | {"regime": regime},
-        numbers.seed,
-        like="v",
-        linear=("v",),
-        idle={} if "log_decay" in constants else idle,
-        decay="log_decay" if "log_decay" in tokens else None,
-        heads=heads,
-    )
+    varies = "log_decay" in tokens
+    idle = ({"log_decay": 0.0} if varies else {}) | ({"beta": 0.0} if delta else {} if tied else {"k": 0.0})
+    known: dict[str, Any] = {"idle": {} if "log_decay" in constants else idle, "heads": heads}
+    known |= {"like": "v", "linear": ("v",), "decay": "log_decay" if varies else None}
+    return Inputs(tokens, constants, state, sizes | {"regime": regime}, numbers.seed, **known)
 
 
 @st.composite
@@ -151,20 +142,12 @@ def gated_scans(draw: DrawFn, *, constant: bool = False, complex: bool = False, 
     log_decay = numbers.log_decay(regime, *(trailing if constant else (B, T, *trailing)), complex=complex)
     x = numbers.number(B, T, *trailing, complex=complex_input)
     tokens, constants = ({"x": x}, {"log_decay": log_decay}) if constant else ({"x": x, "log_decay": log_decay}, {})
+    sizes = {"B": B, "T": T, "*": trailing, "regime": regime}
     state = numbers.number(B, *trailing, complex=complex or complex_input) if draw(st.booleans()) else None
     heads = {"x": 2, "log_decay": 0 if constant else 2, "state": 1, "y": 2} if trailing else {}
-    return Inputs(
-        tokens,
-        constants,
-        state,
-        {"B": B, "T": T, "*": trailing, "regime": regime},
-        numbers.seed,
-        linear=("x",),
-        idle={} if constant else {"log_decay": 0.0, "x": 0.0},
-        decay=None if constant else "log_decay",
-        heads=heads,
-        turns=complex and not complex_input,
-    )
+    known: dict[str, Any] = {} if constant else {"idle": {"log_decay": 0.0, "x": 0.0}, "decay": "log_decay"}
+    known |= {"linear": ("x",), "heads": heads, "turns": complex and not complex_input}
+    return Inputs(tokens, constants, state, sizes, numbers.seed, **known)
 
 
 @st.composite
@@ -174,7 +157,7 @@ def selective_scans(draw: DrawFn, *, weights: str = "B T N") -> Inputs:
     V, N = G * draw(st.integers(1, 3)), draw(_axis())
     regime = draw(st.sampled_from(["leaks", "keeps all", "forgets", "mixed"]))
     numbers = Numbers(draw(seeds()))
-    sizes = {"B": B, "T": T, "G": G, "V": V, "N": N}
+    sizes: dict[str, Any] = {"B": B, "T": T, "G": G, "V": V, "N": N}
     delta = REGIMES[regime](numbers.normal(B, T, V), numbers.uniform(B, T, V)).clamp(1e-12, 700)
     A = -0.1 - numbers.normal(V, N).abs()
     write, read = (numbers.normal(*(sizes[letter] for letter in weights.split())) for _ in range(2))
@@ -184,16 +167,8 @@ def selective_scans(draw: DrawFn, *, weights: str = "B T N") -> Inputs:
     if weights != "B T N":
         heads |= {"B": weights.split().index(weights.split()[-2]), "C": weights.split().index(weights.split()[-2])}
     state = numbers.normal(B, V, N) if draw(st.booleans()) else None
-    return Inputs(
-        tokens,
-        constants,
-        state,
-        sizes | {"regime": regime},
-        numbers.seed,
-        linear=("x",),
-        idle={"delta": 0.0},
-        heads=heads,
-    )
+    sizes |= {"regime": regime}
+    return Inputs(tokens, constants, state, sizes, numbers.seed, linear=("x",), idle={"delta": 0.0}, heads=heads)
 
 
 @st.composite
@@ -209,16 +184,10 @@ def online_scans(draw: DrawFn, *, groups: bool = False) -> Inputs:
     k, q = numbers.normal(B, T, *axes), numbers.normal(B, T, *axes)
     k = k * {"no keys": 0.0, "long keys": 100.0}.get(regime, 1.0)
     heads = {"x": 2, "rate": 2, "state": 1, "y": 2} | ({"k": 2, "q": 2} if groups else {})
-    return Inputs(
-        {"x": numbers.normal(B, T, V), "rate": rate, "k": k, "q": q},
-        {},
-        numbers.normal(B, V, N) if draw(st.booleans()) else None,
-        {"B": B, "T": T, "G": G, "V": V, "N": N, "regime": regime},
-        numbers.seed,
-        linear=("x",),
-        idle={"k": 0.0},
-        heads=heads,
-    )
+    tokens = {"x": numbers.normal(B, T, V), "rate": rate, "k": k, "q": q}
+    state = numbers.normal(B, V, N) if draw(st.booleans()) else None
+    sizes = {"B": B, "T": T, "G": G, "V": V, "N": N, "regime": regime}
+    return Inputs(tokens, {}, state, sizes, numbers.seed, linear=("x",), idle={"k": 0.0}, heads=heads)
 
 
 @st.composite
@@ -226,7 +195,7 @@ def fixed_scans(draw: DrawFn, *, poles: str = "N", write: bool = False, complex:
     """Arguments of `recur.fixed_scan`, with poles [N] or [V N], complex or real, and write weights [V N] if wanted."""
     B, T, V, N, regime = draw(batches()), draw(lengths()), draw(_axis()), draw(_axis()), draw(regimes())
     numbers = Numbers(draw(seeds()))
-    sizes = {"B": B, "T": T, "V": V, "N": N}
+    sizes: dict[str, Any] = {"B": B, "T": T, "V": V, "N": N}
     constants = {
         "log_decay": numbers.log_decay(regime, *(sizes[letter] for letter in poles.split()), complex=complex),
         "readout": numbers.number(V, N, complex=complex),
@@ -234,23 +203,14 @@ def fixed_scans(draw: DrawFn, *, poles: str = "N", write: bool = False, complex:
     heads = {"x": 2, "readout": 0, "state": 1, "y": 2} | ({"log_decay": 0} if poles == "V N" else {})
     if write:
         constants["write"], heads["write"] = numbers.number(V, N, complex=complex), 0
-    return Inputs(
-        {"x": numbers.normal(B, T, V)},
-        constants,
-        numbers.number(B, V, N, complex=complex) if draw(st.booleans()) else None,
-        sizes | {"regime": regime},
-        numbers.seed,
-        linear=("x",),
-        heads=heads,
-    )
+    x = numbers.normal(B, T, V)
+    state = numbers.number(B, V, N, complex=complex) if draw(st.booleans()) else None
+    sizes |= {"regime": regime}
+    return Inputs({"x": x}, constants, state, sizes, numbers.seed, linear=("x",), heads=heads)
 
 
-LOUDNESS = {
-    "plain": 1.0,
-    "silent": 0.0,
-    "faint": 1e-30,
-    "loud": 30.0,
-}  # of what a layer reads; loud saturates its gates
+# of what a layer reads; loud saturates its gates
+LOUDNESS = {"plain": 1.0, "silent": 0.0, "faint": 1e-30, "loud": 30.0}
 
 
 @st.composite

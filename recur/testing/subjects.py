@@ -20,13 +20,35 @@ from recur.blocks.glue import Along
 from recur.blocks.mixer import Mixer
 from recur.recipe import Part, Recipe
 from recur.testing import strategies
-from recur.testing.compare import Inputs, Result, map_tensors
+from recur.testing.compare import Inputs, Result, map_tensors, wide
 
 FORMS = ("recurrent", "chunked", "parallel", "triton")
 
 
+class _Subject:
+    """What laws ask of a scan and of a layer alike."""
+
+    inputs: SearchStrategy[Inputs]
+    takes: Callable[[str], bool]  # whether a call has this argument
+
+    @functools.cached_property
+    def sample(self) -> Inputs:
+        """Some inputs of at least two tokens."""
+        return _find(self.inputs, lambda inputs: inputs.length >= 2)
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms it has; a layer, those that all its scans have."""
+        return self.forms_with()
+
+    @functools.lru_cache  # noqa: B019 - a subject lives as long as its check
+    def forms_with(self, *options: str) -> tuple[str, ...]:
+        """The forms it has with these options, found by asking for each."""
+        return tuple(form for form in FORMS if _works(self, form, options)) if self.takes("form") else ()
+
+
 @dataclass(frozen=True, eq=False)
-class Scan:
+class Scan(_Subject):
     """A function (tensors by name, initial_state=, cu_seqlens=, reverse=, form=, chunk_size=) -> (y, state).
 
     Only what its signature has is asked of it. `step` and `summary` belong to it and are checked against it:
@@ -54,11 +76,6 @@ class Scan:
         """Whether its signature has this argument."""
         return option in inspect.signature(self.function).parameters
 
-    @functools.cached_property
-    def sample(self) -> Inputs:
-        """Some inputs of at least two tokens."""
-        return _find(self.inputs, lambda inputs: inputs.length >= 2)
-
     def draws(self, field: str) -> bool:
         """Whether some of its inputs have this field."""
         try:
@@ -66,16 +83,6 @@ class Scan:
         except hypothesis.errors.NoSuchExample:
             return False
         return True
-
-    @property
-    def forms(self) -> tuple[str, ...]:
-        """The forms it has."""
-        return self.forms_with()
-
-    @functools.lru_cache  # noqa: B019 - a subject lives as long as its check
-    def forms_with(self, *options: str) -> tuple[str, ...]:
-        """The forms it has with these options, found by asking for each."""
-        return tuple(form for form in FORMS if _works(self, form, options)) if self.takes("form") else ()
 
     def run(self, inputs: Inputs, **options: Any) -> Result:
         """One call."""
@@ -110,23 +117,23 @@ class Scan:
     def definitions(self) -> tuple[Callable[[Inputs], Result], ...]:
         """The token loop on inputs of low precision: as it is, and in float64 with its results rounded as promised."""
 
-        def wide(low: Inputs) -> Result:
-            constants = {name: _wide(tensor) for name, tensor in low.constants.items()}
-            widened = low.each(_wide).replace(constants=constants, state=map_tensors(_wide, low.state))
-            y, state = self.run(widened, form="recurrent")
+        def widened(low: Inputs) -> Result:
+            constants = {name: wide(tensor) for name, tensor in low.constants.items()}
+            given = low.each(wide).replace(constants=constants, state=map_tensors(wide, low.state))
+            y, state = self.run(given, form="recurrent")
             return Result(y.to(low.output_dtype), map_tensors(_low, state))
 
-        return functools.partial(self.run, form="recurrent"), wide
+        return functools.partial(self.run, form="recurrent"), widened
 
     def promised_state(self, inputs: Inputs, state: Any, dtype: torch.dtype) -> Any:
         """A state of the shape and dtype that inputs of this dtype must leave: float32, or float64 for float64."""
         fitting = state if inputs.state is None else inputs.state
         shape = (inputs.batch, *fitting.shape[1:])
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return torch.empty(shape, dtype=wide.to_complex() if fitting.is_complex() else wide)
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.empty(shape, dtype=real.to_complex() if fitting.is_complex() else real)
 
 
-class Layer:
+class Layer(_Subject):
     """The layer of a recipe, or `depth` of them in a residual stack that hand tensors down, in float64."""
 
     summary = None
@@ -150,24 +157,9 @@ class Layer:
     def takes(self, option: str) -> bool:
         return option in ("initial_state", "form") or (option == "cu_seqlens" and not self.in_grid)
 
-    @functools.cached_property
-    def sample(self) -> Inputs:
-        """Some inputs of at least two tokens."""
-        return _find(self.inputs, lambda inputs: inputs.length >= 2)
-
     def draws(self, field: str) -> bool:
         """Nothing is known of what its parts do to a token."""
         return False
-
-    @property
-    def forms(self) -> tuple[str, ...]:
-        """The forms that all its scans have."""
-        return self.forms_with()
-
-    @functools.lru_cache  # noqa: B019 - a subject lives as long as its check
-    def forms_with(self, *options: str) -> tuple[str, ...]:
-        """The forms that all its scans have with these options, found by asking for each."""
-        return tuple(form for form in FORMS if _works(self, form, options))
 
     def run(self, inputs: Inputs, **options: Any) -> Result:
         """One call with the weights that the inputs hold; in a grid as square as it can be, if it reads one."""
@@ -264,7 +256,7 @@ def _find(inputs: SearchStrategy[Inputs], fits: Callable[[Inputs], bool]) -> Inp
     return hypothesis.find(inputs, fits, settings=quick, random=Random(0))
 
 
-def _works(subject: Subject, form: str, options: Collection[str]) -> bool:
+def _works(subject: Any, form: str, options: Collection[str]) -> bool:
     """Whether the subject has this form: it says so by NotImplementedError."""
     row = subject.sample.rows(slice(0, 1))
     given = {"cu_seqlens": torch.tensor([0, row.length]), "reverse": True}
@@ -278,7 +270,3 @@ def _works(subject: Subject, form: str, options: Collection[str]) -> bool:
 
 def _low(state: Tensor) -> Tensor:
     return state.to(torch.complex64 if state.is_complex() else torch.float32)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
