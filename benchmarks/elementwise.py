@@ -30,11 +30,11 @@ PLAN, PLAN_DIAGONAL = walk.plan, diagonal.plan_diagonal
 SCANS: dict[str, Callable[..., Any]] = {"selective": selective_scan, "online": online_scan}
 KINDS = {"bf16": torch.bfloat16, "complex": torch.complex64}
 
-# Shapes B T V with N = 16 and the segments to try; R, W, UNROLL, registers of walks left to right and right to left
+# Shapes B T V with N = 16 and the segments to try; R, UNROLL, AHEAD of walks left to right and right to left
 STATES = {(8, 2048, 4096): (1, 4), (1, 32768, 4096): (16, 64)}
 WALKS = {
-    False: [(2, 8, 4, 255), (4, 8, 4, 255), (2, 8, 8, 255)],
-    True: [(4, 8, 2, 255), (2, 8, 4, 255), (2, 8, 2, 128)],
+    False: [(2, 4, True), (4, 4, True), (2, 8, False)],
+    True: [(4, 4, False), (4, 2, True), (4, 2, False)],
 }
 # Shapes B T D, loops (1) or chains (2); bytes a row, bytes a thread, UNROLL, registers, stages
 DIAGONALS = {(8, 2048, 2048): (1, 2), (1, 65536, 1024): (2,)}
@@ -43,15 +43,15 @@ ROWS = [(128, 16, 8, None, 3), (128, 8, 8, 168, 1), (64, 16, 8, None, 1), (128, 
 
 def use(tile: tuple[int, ...], segments: int, adjoint: bool) -> None:
     """Make walks in this direction take this plan, and the others the shipped one."""
-    R, W, UNROLL, registers = tile
+    R, UNROLL, AHEAD = tile
 
     def plan(B: int, T: int, V: int, G: int, N: int, **options: Any) -> walk.Plan:
         shipped = PLAN(B, T, V, G, N, **options)
         if options.get("adjoint", False) != adjoint:
             return shipped
         length = triton.cdiv(triton.cdiv(T, walk.STRETCH), segments) * walk.STRETCH
-        cut = {"tiles": triton.cdiv(V // G, R * W), "segments": triton.cdiv(T, length), "length": length}
-        return shipped._replace(R=R, W=W, UNROLL=UNROLL, registers=registers, **cut)
+        cut = {"tiles": triton.cdiv(V // G, R * shipped.W), "segments": triton.cdiv(T, length), "length": length}
+        return shipped._replace(R=R, UNROLL=UNROLL, AHEAD=AHEAD, **cut)
 
     walk.plan = plan
 

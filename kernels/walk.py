@@ -7,10 +7,12 @@
 Legend. B batch, T time, G groups of channels, V channels, N slots of the state. A program owns `R W` neighbouring
 channels of one group and all their slots as a tile [R N W], whose last axis and part of N lie across the lanes of a
 warp while R lies inside a thread: sums over channels (dk, dq) and over slots (y, dx, drate) then need few shuffles.
-UNROLL tokens are loaded before the first of them is used. A stretch is STRETCH tokens: S is kept at the start of each
-and the backward replays from there, never inverting a step. A run is the part of a stretch that lies in one document;
-a document starts from its own state. Stretches form segments, which run side by side once a first pass has told what
-each does to the state: S -> P * S + R, with P = 0 where a document starts.
+A block is UNROLL tokens, loaded before the first of them is used; where AHEAD, before the block before them is. A
+stretch is STRETCH tokens: S is kept at the start of each and the backward replays from there, never inverting a step.
+A run is the part of a stretch that lies in one document; a document starts from its own state. Stretches form segments,
+which run side by side once a first pass has told what each does to the state: S -> P * S + R, with P = 0 where a
+document starts. A stream is a tensor [B T *], the part of its last axis that a program reads, and how many neighbours a
+thread does.
 
     summary (segments > 1)   rate, k, x          -> P, R [B segments N V]
     combine (segments > 1)   P, R                -> the state entering each segment
@@ -39,12 +41,12 @@ from torch import Tensor
 
 from recur.primitives.forms import mirror
 
-STRETCH = 64  # tokens from one kept state to the next
+STRETCH = 32  # tokens from one kept state to the next
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Were V known to be a multiple of 16, loads of the state would be vectorised along it, and the tile laid out like them.
-RUNTIME = ["B", "T", "documents", "first", "step", "segments", "length"]  # not worth a compilation each
-walker = triton.jit(do_not_specialize=["V", *RUNTIME])
+# Were V or room known to be a multiple of 16, states would be loaded as vectors, and the tile laid out like them.
+RUNTIME = ["B", "T", "documents", "first", "segments", "length"]  # not worth a compilation each
+walker = triton.jit(do_not_specialize=["V", "room", *RUNTIME])
 
 
 # What a family of transitions is: the gate, and the gradients of what it was made of
@@ -105,64 +107,76 @@ def _document(cu_ptr, documents, t, b, T):
 
 
 @triton.jit
-def _place(V, G, N, T, segments, length, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+def _place(T, segments, length, V, G, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
     """This program's row, segment, and tile of the state (see _state_ptrs); its tokens, start to stop."""
-    tiles = tl.cdiv(V // G, R * W)
+    tiles = tl.cdiv(WIDTH, R * W)
     pid = tl.program_id(0).to(tl.int64)
     tile, group = pid % tiles, pid // tiles % G
     segment, b = pid // (tiles * G) % segments, pid // (tiles * G * segments)
     start = (segment * length).to(tl.int32)
-    return b, segment, (tile, group, V, G, N), start, tl.minimum(start + length, T)
+    return b, segment, (tile, group, V, WIDTH), start, tl.minimum(start + length, T)
 
 
 @triton.jit
-def _state_ptrs(ptr, row, where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+def _state_ptrs(
+    ptr, row, where, N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
     """Pointers [R*N W] to this program's part of state `row` of a tensor [* N V], and their mask.
 
     Two axes, because compilers spread three over the lanes of a warp in different orders, and called contiguous, though
     R apart, because that lays the lanes along W. Nothing is read at once for it: of the alignment nothing is known.
     """
-    tile, group, V, G, N = where
+    tile, group, V, WIDTH = where
     line = tl.arange(0, R * BLOCK_N)
     slot = line % BLOCK_N % (BLOCK_N // Q) * Q + line % BLOCK_N // (BLOCK_N // Q)
     within = tile * (R * W) + (line // BLOCK_N)[:, None] + tl.max_contiguous(tl.arange(0, W)[None, :] * R, (1, W))
-    width = V // G
-    return ptr + (row * N + slot[:, None]) * V + group * width + within, (slot < N)[:, None] & (within < width)
+    return ptr + (row * N + slot[:, None]) * V + group * WIDTH + within, (slot < N)[:, None] & (within < WIDTH)
 
 
 @triton.jit
-def _load_state(ptr, row, where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+def _load_state(
+    ptr, row, where, N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
     """[R N W], zeros where there is no tensor."""
     S = tl.zeros((R, BLOCK_N, W), tl.float32)
     if ptr is not None:
-        ptrs, mask = _state_ptrs(ptr, row, where, R, Q, BLOCK_N, W)
+        ptrs, mask = _state_ptrs(ptr, row, where, N, R, Q, BLOCK_N, W)
         S = tl.load(ptrs, mask=mask, other=0.0).reshape(R, BLOCK_N, W)
     return S
 
 
 @triton.jit
-def _store_state(S, ptr, row, where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
-    ptrs, mask = _state_ptrs(ptr, row, where, R, Q, BLOCK_N, W)
+def _store_state(
+    S, ptr, row, where, N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    ptrs, mask = _state_ptrs(ptr, row, where, N, R, Q, BLOCK_N, W)
     tl.store(ptrs, S.reshape(R * BLOCK_N, W), mask=mask)
 
 
 @triton.jit
-def _axes(where, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
-    """Channels of a row [V] and slots of a row [G N], the first of every R or Q: offsets, mask, length of a row."""
-    tile, group, V, G, N = where
-    within, slot = (tile * W + tl.arange(0, W)) * R, tl.arange(0, BLOCK_N // Q) * Q
-    width = V // G
-    return ((group * width + within).to(tl.int32), within < width, V), (
-        (group * N + slot).to(tl.int32), slot < N, G * N,
-    )  # fmt: skip
+def _scratch_ptrs(ptr, room, block, R: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+    """Pointers [R*N W] to the state at the start of a block, which nobody else reads: lane beside lane."""
+    line = tl.arange(0, R * BLOCK_N)[:, None] * W
+    return ptr + tl.program_id(0).to(tl.int64) * room + block * (R * BLOCK_N * W) + line + tl.arange(0, W)[None, :]
 
 
 @triton.jit
-def _at(ptr, run, i, axis):
-    """Pointers to token i of a run in a tensor [B T *], and their mask. 64 bits for the run, 32 within it."""
+def _axes(where, G, N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr):
+    """Channels of a row [V], the first of every R; slots of one [G N], the first of every Q; the group of one [G]:
+    offsets, mask, length of a row, neighbours at every offset."""
+    tile, group, _, WIDTH = where
+    within, slot, one = (tile * W + tl.arange(0, W)) * R, tl.arange(0, BLOCK_N // Q) * Q, tl.arange(0, 1)
+    channels = (group * WIDTH + within).to(tl.int32), (within < WIDTH) | (WIDTH % (R * W) == 0), WIDTH * G
+    slots = (group * N + slot).to(tl.int32), (slot < N) | (N == BLOCK_N), N * G
+    return channels + (tl.arange(0, R),), slots + (tl.arange(0, Q),), ((group + one).to(tl.int32), one == 0, G, one)
+
+
+@triton.jit
+def _at(ptr, run, i, u: tl.constexpr, axis):
+    """Pointers to token i + u of a run in a tensor [B T *], and their mask: one address a block, and constants."""
     origin, step, count = run
-    offs, inside, size = axis
-    return ptr + origin * size + (step * i * size + offs), inside & (i < count)
+    offs, inside, size, _ = axis
+    return ptr + (origin + step * i) * size + offs + u * step * size, inside & (i + u < count)
 
 
 @triton.jit
@@ -176,26 +190,6 @@ def _abreast(numbers, P: tl.constexpr):
         x = tl.join(tl.join(numbers[0], numbers[2]), tl.join(numbers[1], numbers[3]))
         x = tl.permute(x, 1, 2, 0).reshape(4, x.shape[0])
     return x
-
-
-@triton.jit
-def _read(ptr, run, i, axis, P: tl.constexpr):
-    """P neighbouring numbers at every offset of token i as float32 [P X], read up to 64 bits at a time."""
-    ptrs, mask = _at(ptr, run, i, axis)
-    BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
-    AT_ONCE: tl.constexpr = min(P, 64 // BITS)
-    wide = tl.uint64 if BITS * AT_ONCE == 64 else (tl.uint32 if BITS * AT_ONCE == 32 else tl.uint16)
-    numbers = ()
-    for j in tl.static_range(0, P, AT_ONCE):
-        words = tl.load((ptrs + j).to(tl.pointer_type(wide)), mask=mask, other=0)
-        for h in tl.static_range(AT_ONCE):
-            if ptr.dtype.element_ty == tl.bfloat16:  # the upper half of a float32
-                number = ((words >> (h * BITS)).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-            else:
-                bits = (words >> (h * BITS)).to(tl.uint16 if BITS == 16 else tl.uint32)
-                number = bits.to(ptr.dtype.element_ty, bitcast=True).to(tl.float32)
-            numbers = numbers + (number,)
-    return _abreast(numbers, P)
 
 
 @triton.jit
@@ -215,10 +209,85 @@ def _apart(x, P: tl.constexpr):
 
 
 @triton.jit
-def _write(ptr, x, run, i, axis):
-    """x [P X], what token i has for P neighbours at every offset, written up to 64 bits at a time."""
+def _words(ptr, axis, run, i, UNROLL: tl.constexpr):
+    """UNROLL tokens of a stream from the i-th of a run, up to 64 bits a word; none where there is no tensor."""
+    words = ()
+    if ptr is not None:
+        P: tl.constexpr = axis[3].shape[0]
+        BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
+        AT_ONCE: tl.constexpr = min(P, 64 // BITS)
+        wide = tl.uint64 if BITS * AT_ONCE == 64 else (tl.uint32 if BITS * AT_ONCE == 32 else tl.uint16)
+        for u in tl.static_range(UNROLL):
+            ptrs, mask = _at(ptr, run, i, u, axis)
+            for j in tl.static_range(0, P, AT_ONCE):
+                words = words + (tl.load((ptrs + j).to(tl.pointer_type(wide)), mask=mask, other=0),)
+    return words
+
+
+@triton.jit
+def _fetch(streams, run, i, UNROLL: tl.constexpr):
+    """A block of every stream; zeros where a token is none, which then neither decays nor writes."""
+    block = ()
+    for s in tl.static_range(len(streams)):
+        block = block + (_words(streams[s][0], streams[s][1], run, i, UNROLL),)
+    return block
+
+
+@triton.jit
+def _turn(ahead, streams, run, i, next, AHEAD: tl.constexpr, UNROLL: tl.constexpr):
+    """The block that begins with token i, and the one that is loaded ahead of its use, if any."""
+    if AHEAD:
+        block, ahead = ahead, _fetch(streams, run, next, UNROLL)
+    else:
+        block = _fetch(streams, run, i, UNROLL)
+    return block, ahead
+
+
+@triton.jit
+def _number(block, u: tl.constexpr, streams, s: tl.constexpr):
+    """Token u of a block in stream s as float32 [P X], 0 where there is no tensor."""
+    x = 0.0
+    if streams[s][0] is not None:
+        kind = streams[s][0].dtype.element_ty
+        P: tl.constexpr = streams[s][1][3].shape[0]
+        BITS: tl.constexpr = kind.primitive_bitwidth
+        AT_ONCE: tl.constexpr = min(P, 64 // BITS)
+        numbers = ()
+        for j in tl.static_range(P // AT_ONCE):
+            word = block[s][u * (P // AT_ONCE) + j]
+            for h in tl.static_range(AT_ONCE):
+                if kind == tl.bfloat16:  # the upper half of a float32
+                    number = ((word >> (h * BITS)).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+                else:
+                    bits = (word >> (h * BITS)).to(tl.uint16 if BITS == 16 else tl.uint32)
+                    number = bits.to(kind, bitcast=True).to(tl.float32)
+                numbers = numbers + (number,)
+        x = _abreast(numbers, P)
+    return x
+
+
+@triton.jit
+def _slots(block, u: tl.constexpr, streams, s: tl.constexpr, whole):
+    """The same over slots [1 N 1], or what all tokens share."""
+    x = whole
+    if streams[s][0] is not None:
+        x = _number(block, u, streams, s)
+        x = x.reshape(1, x.shape[0] * x.shape[1], 1)
+    return x
+
+
+@triton.jit
+def _step(block, u: tl.constexpr, streams, k):
+    """x, rate [R W], k [1 N 1], or [R N W] where all tokens share it, and what gates are made of: others, norm."""
+    x, rate, norm = _number(block, u, streams, 0), _number(block, u, streams, 1), _number(block, u, streams, 4)
+    return x, rate, _slots(block, u, streams, 2, k), _slots(block, u, streams, 3, 0.0), norm
+
+
+@triton.jit
+def _write(ptr, x, run, i, u: tl.constexpr, axis):
+    """x [P X], what token i + u has for P neighbours at every offset, written up to 64 bits at a time."""
     P: tl.constexpr = x.shape[0]
-    ptrs, mask = _at(ptr, run, i, axis)
+    ptrs, mask = _at(ptr, run, i, u, axis)
     BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
     AT_ONCE: tl.constexpr = min(P, 64 // BITS)
     number = tl.uint16 if BITS == 16 else tl.uint32
@@ -232,40 +301,16 @@ def _write(ptr, x, run, i, axis):
 
 
 @triton.jit
-def _tokens(ptr, run, i, axis, P: tl.constexpr, UNROLL: tl.constexpr):
-    """UNROLL tokens [P X] from the i-th of a run; zeros where there is none, which then neither decays nor writes."""
-    tokens = ()
-    for u in tl.static_range(UNROLL):
-        tokens = tokens + (_read(ptr, run, i + u, axis, P),)
-    return tokens
-
-
-@triton.jit
-def _weights(ptr, run, i, axis, whole, FIXED: tl.constexpr, Q: tl.constexpr, UNROLL: tl.constexpr):
-    """UNROLL tokens [1 N 1] of k or q, or as often the tile that all tokens share."""
-    tokens = ()
-    for u in tl.static_range(UNROLL):
-        if FIXED:
-            tokens = tokens + (whole,)
-        else:
-            x = _read(ptr, run, i + u, axis, Q)
-            tokens = tokens + (x.reshape(1, x.shape[0] * x.shape[1], 1),)
-    return tokens
-
-
-@triton.jit
-def _keys(others_ptr, norm_ptr, run, i, slots, group, G, Q: tl.constexpr, UNROLL: tl.constexpr):
-    """UNROLL tokens of others [1 N 1] and of norm, where the gate is made of the key."""
-    others, norms = (), ()
-    if others_ptr is None:
-        for _ in tl.static_range(UNROLL):
-            others, norms = others + (0.0,), norms + (0.0,)
-    else:
-        others = _weights(others_ptr, run, i, slots, 0.0, False, Q, UNROLL)
-        for u in tl.static_range(UNROLL):
-            at, here = _at(norm_ptr, run, i + u, (group, True, G))
-            norms = norms + (tl.load(at, mask=here, other=0.0),)
-    return others, norms
+def _write_sums(ptr, x, run, i, u: tl.constexpr, slots):
+    """x [. N W] summed over channels, as token i + u over slots. Threads first give each other half of their slots for
+    half of the channels, so that half as many numbers meet."""
+    Q: tl.constexpr = slots[3].shape[0]
+    OFFSETS: tl.constexpr = x.shape[1] // Q
+    PAIR: tl.constexpr = min(Q, 2)
+    x = tl.sum(x, 0).reshape(Q // PAIR, PAIR, OFFSETS, 2, x.shape[2] // 2)
+    low, high = tl.split(tl.permute(x, 0, 2, 1, 4, 3))
+    x = tl.permute(tl.sum(low + high, 3), 0, 2, 1)
+    _write(ptr, x.reshape(Q, OFFSETS), run, i, u, slots)
 
 
 @triton.jit
@@ -309,16 +354,21 @@ def _passed(total, P, rate, A, KEYED: tl.constexpr):
 @walker
 def _summary(
     value_ptr, rate_ptr, a_ptr, write_ptr, others_ptr, norm_ptr, cu_ptr, initial_ptr, P_ptr, R_ptr,  # tensors
-    T, V, G, N, documents, segments, length, first, step,  # sizes; token t lies at first + step t
-    GATE: tl.constexpr, FIXED: tl.constexpr, ADJOINT: tl.constexpr,  # variants
+    T, V, G, documents, segments, length, first,  # sizes; token t lies at first + STEP t
+    GATE: tl.constexpr, FIXED: tl.constexpr, ADJOINT: tl.constexpr, STEP: tl.constexpr,  # variants
+    N: tl.constexpr, WIDTH: tl.constexpr,  # slots and channels of a group
     R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,  # tile
-    UNROLL: tl.constexpr, STRETCH: tl.constexpr,
+    UNROLL: tl.constexpr, AHEAD: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to the state, S -> P * S + R; or, right to left, to the gradient of the state."""
-    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, Q, BLOCK_N, W)
-    channels, slots = _axes(where, R, Q, BLOCK_N, W)
-    a = _load_state(a_ptr, 0, where, R, Q, BLOCK_N, W)
-    write = _load_state(write_ptr if FIXED else None, 0, where, R, Q, BLOCK_N, W)
+    b, segment, where, start, stop = _place(T, segments, length, V, G, WIDTH, R, W)
+    channels, slots, group = _axes(where, G, N, R, Q, BLOCK_N, W)
+    a = _load_state(a_ptr, 0, where, N, R, Q, BLOCK_N, W)
+    write = _load_state(write_ptr if FIXED else None, 0, where, N, R, Q, BLOCK_N, W)
+    streams = (
+        (value_ptr, channels), (rate_ptr, channels), (None if FIXED else write_ptr, slots),
+        (others_ptr, slots), (norm_ptr, group),
+    )  # fmt: skip
     S = tl.zeros((R, BLOCK_N, W), tl.float32)
     P = S + 1.0
     total = tl.zeros((R, W), tl.float32)
@@ -326,30 +376,26 @@ def _summary(
     while todo > 0:
         document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT, STRETCH)
         if (right == end) if ADJOINT else (left == begin):
-            S = _load_state(initial_ptr, document, where, R, Q, BLOCK_N, W)
+            S = _load_state(initial_ptr, document, where, N, R, Q, BLOCK_N, W)
             P = tl.zeros((R, BLOCK_N, W), tl.float32)
-        run = (b * T + first + step * left, step, right - left)
-        for block in range(0, right - left, UNROLL):
-            i = (right - left - 1) // UNROLL * UNROLL - block if ADJOINT else block
-            values = _tokens(value_ptr, run, i, channels, R, UNROLL)
-            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
-            writes = _weights(write_ptr, run, i, slots, write, FIXED, Q, UNROLL)
-            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
-            if ADJOINT:
-                for u in tl.static_range(UNROLL - 1, -1, -1):
-                    A, _ = GATE(rates[u], a, others[u], norms[u])
-                    S = A * (S + writes[u] * values[u][:, None, :])
-                    total, P = _passed(total, P, rates[u], A, others_ptr is not None)
-            else:
-                for u in tl.static_range(UNROLL):
-                    A, scale = GATE(rates[u], a, others[u], norms[u])
-                    S = A * S + writes[u] * (scale * values[u])[:, None, :]
-                    total, P = _passed(total, P, rates[u], A, others_ptr is not None)
-        todo -= right - left
+        count = right - left
+        run = (b * T + first + STEP * left, STEP, count)
+        for block in range(0, count, UNROLL):
+            i = (count - 1) // UNROLL * UNROLL - block if ADJOINT else block
+            words = _fetch(streams, run, i, UNROLL)
+            for u in tl.static_range(UNROLL):
+                value, rate, w, other, norm = _step(words, UNROLL - 1 - u if ADJOINT else u, streams, write)
+                A, scale = GATE(rate, a, other, norm)
+                if ADJOINT:
+                    S = A * (S + w * value[:, None, :])
+                else:
+                    S = A * S + w * (scale * value)[:, None, :]
+                total, P = _passed(total, P, rate, A, others_ptr is not None)
+        todo -= count
     if others_ptr is None:
         P = P * GATE(total, a, 0.0, 0.0)[0]
-    _store_state(P, P_ptr, b * segments + segment, where, R, Q, BLOCK_N, W)
-    _store_state(S, R_ptr, b * segments + segment, where, R, Q, BLOCK_N, W)
+    _store_state(P, P_ptr, b * segments + segment, where, N, R, Q, BLOCK_N, W)
+    _store_state(S, R_ptr, b * segments + segment, where, N, R, Q, BLOCK_N, W)
 
 
 @triton.jit
@@ -371,40 +417,44 @@ def _combine(P_ptr, R_ptr, size, segments, ADJOINT: tl.constexpr, BLOCK: tl.cons
 def _emit(
     x_ptr, rate_ptr, a_ptr, k_ptr, q_ptr, others_ptr, norm_ptr, cu_ptr, initial_ptr, enter_ptr,  # read
     y_ptr, state_ptr, kept_ptr,  # written
-    T, V, G, N, documents, segments, length, first, step,  # sizes; token t lies at first + step t
-    GATE: tl.constexpr, FIXED_K: tl.constexpr, FIXED_Q: tl.constexpr,  # variants
+    T, V, G, documents, segments, length, first,  # sizes; token t lies at first + STEP t
+    GATE: tl.constexpr, FIXED_K: tl.constexpr, FIXED_Q: tl.constexpr, STEP: tl.constexpr,  # variants
+    N: tl.constexpr, WIDTH: tl.constexpr,  # slots and channels of a group
     R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,  # tile
-    UNROLL: tl.constexpr, STRETCH: tl.constexpr,
+    UNROLL: tl.constexpr, AHEAD: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     """y of one segment, left to right; the state at the start of every stretch; that after every document."""
-    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, Q, BLOCK_N, W)
-    channels, slots = _axes(where, R, Q, BLOCK_N, W)
-    a = _load_state(a_ptr, 0, where, R, Q, BLOCK_N, W)
-    k = _load_state(k_ptr if FIXED_K else None, 0, where, R, Q, BLOCK_N, W)
-    q = _load_state(q_ptr if FIXED_Q else None, 0, where, R, Q, BLOCK_N, W)
-    S = _load_state(enter_ptr, b * segments + segment, where, R, Q, BLOCK_N, W)
+    b, segment, where, start, stop = _place(T, segments, length, V, G, WIDTH, R, W)
+    channels, slots, group = _axes(where, G, N, R, Q, BLOCK_N, W)
+    a = _load_state(a_ptr, 0, where, N, R, Q, BLOCK_N, W)
+    k = _load_state(k_ptr if FIXED_K else None, 0, where, N, R, Q, BLOCK_N, W)
+    q = _load_state(q_ptr if FIXED_Q else None, 0, where, N, R, Q, BLOCK_N, W)
+    streams = (
+        (x_ptr, channels), (rate_ptr, channels), (None if FIXED_K else k_ptr, slots), (others_ptr, slots),
+        (norm_ptr, group), (None if FIXED_Q else q_ptr, slots),
+    )  # fmt: skip
+    S = _load_state(enter_ptr, b * segments + segment, where, N, R, Q, BLOCK_N, W)
     todo = stop - start
     while todo > 0:
         document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, False, STRETCH)
         if left == begin:
-            S = _load_state(initial_ptr, document, where, R, Q, BLOCK_N, W)
+            S = _load_state(initial_ptr, document, where, N, R, Q, BLOCK_N, W)
         if kept_ptr is not None:  # noqa: SIM102, decided when compiled
             if left % STRETCH == 0:
-                _store_state(S, kept_ptr, b * tl.cdiv(T, STRETCH) + left // STRETCH, where, R, Q, BLOCK_N, W)
-        run = (b * T + first + step * left, step, right - left)
-        for i in range(0, right - left, UNROLL):
-            xs = _tokens(x_ptr, run, i, channels, R, UNROLL)
-            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
-            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, Q, UNROLL)
-            qs = _weights(q_ptr, run, i, slots, q, FIXED_Q, Q, UNROLL)
-            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
+                _store_state(S, kept_ptr, b * tl.cdiv(T, STRETCH) + left // STRETCH, where, N, R, Q, BLOCK_N, W)
+        count = right - left
+        run = (b * T + first + STEP * left, STEP, count)
+        ahead = _fetch(streams, run, 0, UNROLL) if AHEAD else ()
+        for i in range(0, count, UNROLL):
+            words, ahead = _turn(ahead, streams, run, i, i + UNROLL, AHEAD, UNROLL)
             for u in tl.static_range(UNROLL):
-                A, scale = GATE(rates[u], a, others[u], norms[u])
-                S = A * S + ks[u] * (scale * xs[u])[:, None, :]
-                _write(y_ptr, tl.sum(qs[u] * S, 1), run, i + u, channels)
+                x, rate, k_t, other, norm = _step(words, u, streams, k)
+                A, scale = GATE(rate, a, other, norm)
+                S = A * S + k_t * (scale * x)[:, None, :]
+                _write(y_ptr, tl.sum(_slots(words, u, streams, 5, q) * S, 1), run, i, u, channels)
         if right == end:
-            _store_state(S, state_ptr, document, where, R, Q, BLOCK_N, W)
-        todo -= right - left
+            _store_state(S, state_ptr, document, where, N, R, Q, BLOCK_N, W)
+        todo -= count
 
 
 @walker
@@ -412,10 +462,12 @@ def _adjoint(
     x_ptr, rate_ptr, a_ptr, k_ptr, q_ptr, others_ptr, norm_ptr, cu_ptr, initial_ptr,  # read
     dy_ptr, dstate_ptr, kept_ptr, enter_ptr, scratch_ptr,
     dx_ptr, drate_ptr, da_ptr, dk_ptr, dq_ptr, dinitial_ptr,  # written
-    B, T, V, G, N, documents, segments, length, first, step,  # sizes; token t lies at first + step t
+    B, room, T, V, G, documents, segments, length, first,  # sizes; a program has `room` numbers of scratch
     GATE: tl.constexpr, GRADIENTS: tl.constexpr, FIXED_K: tl.constexpr, FIXED_Q: tl.constexpr,  # variants
+    STEP: tl.constexpr,  # token t lies at first + STEP t
+    N: tl.constexpr, WIDTH: tl.constexpr,  # slots and channels of a group
     R: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,  # tile
-    UNROLL: tl.constexpr, STRETCH: tl.constexpr,
+    UNROLL: tl.constexpr, AHEAD: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one segment, right to left, a run at a time.
 
@@ -423,79 +475,85 @@ def _adjoint(
     block from the right, left to right again with every S in registers, and back. H is the gradient of S_t by all that
     comes after y_t, dS = H + q dyᵀ that of S_t itself.
     """
-    b, segment, where, start, stop = _place(V, G, N, T, segments, length, R, Q, BLOCK_N, W)
-    channels, slots = _axes(where, R, Q, BLOCK_N, W)
-    a = _load_state(a_ptr, 0, where, R, Q, BLOCK_N, W)
-    k = _load_state(k_ptr if FIXED_K else None, 0, where, R, Q, BLOCK_N, W)
-    q = _load_state(q_ptr if FIXED_Q else None, 0, where, R, Q, BLOCK_N, W)
+    b, segment, where, start, stop = _place(T, segments, length, V, G, WIDTH, R, W)
+    channels, slots, group = _axes(where, G, N, R, Q, BLOCK_N, W)
+    a = _load_state(a_ptr, 0, where, N, R, Q, BLOCK_N, W)
+    k = _load_state(k_ptr if FIXED_K else None, 0, where, N, R, Q, BLOCK_N, W)
+    q = _load_state(q_ptr if FIXED_Q else None, 0, where, N, R, Q, BLOCK_N, W)
+    streams = (
+        (x_ptr, channels), (rate_ptr, channels), (None if FIXED_K else k_ptr, slots), (others_ptr, slots),
+        (norm_ptr, group),
+    )  # fmt: skip
+    back = ((None if FIXED_Q else q_ptr, slots), (dy_ptr, channels))
+    both = streams + back
     at = b * segments + segment
-    H = _load_state(enter_ptr, at, where, R, Q, BLOCK_N, W)
+    H = _load_state(enter_ptr, at, where, N, R, Q, BLOCK_N, W)
     da = tl.zeros((R, BLOCK_N, W), tl.float32)
     dk_whole, dq_whole = da, da
-    scratch = at * (STRETCH // UNROLL)
     todo = stop - start
     while todo > 0:
         document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, True, STRETCH)
         if right == end:
-            H = _load_state(dstate_ptr, document, where, R, Q, BLOCK_N, W)
+            H = _load_state(dstate_ptr, document, where, N, R, Q, BLOCK_N, W)
         if left == begin:
-            S = _load_state(initial_ptr, document, where, R, Q, BLOCK_N, W)
+            S = _load_state(initial_ptr, document, where, N, R, Q, BLOCK_N, W)
         else:
-            S = _load_state(kept_ptr, b * tl.cdiv(T, STRETCH) + left // STRETCH, where, R, Q, BLOCK_N, W)
-        run = (b * T + first + step * left, step, right - left)
-        part = (where[0] * B * T + run[0], step, right - left)
+            S = _load_state(kept_ptr, b * tl.cdiv(T, STRETCH) + left // STRETCH, where, N, R, Q, BLOCK_N, W)
+        count = right - left
+        last = (count - 1) // UNROLL * UNROLL
+        run = (b * T + first + STEP * left, STEP, count)
+        part = (where[0] * B * T + run[0], STEP, count)
         tl.debug_barrier()  # nobody still reads the last run's scratch
-        _store_state(S, scratch_ptr, scratch, where, R, Q, BLOCK_N, W)
-        for i in range(0, right - left - UNROLL, UNROLL):
-            xs = _tokens(x_ptr, run, i, channels, R, UNROLL)
-            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
-            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, Q, UNROLL)
-            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
+        tl.store(_scratch_ptrs(scratch_ptr, room, 0, R, BLOCK_N, W), S.reshape(R * BLOCK_N, W))
+        ahead = _fetch(streams, run, 0, UNROLL) if AHEAD else ()
+        for i in range(0, last, UNROLL):
+            words, ahead = _turn(ahead, streams, run, i, i + UNROLL, AHEAD, UNROLL)
             for u in tl.static_range(UNROLL):
-                A, scale = GATE(rates[u], a, others[u], norms[u])
-                S = A * S + ks[u] * (scale * xs[u])[:, None, :]
-            _store_state(S, scratch_ptr, scratch + i // UNROLL + 1, where, R, Q, BLOCK_N, W)
+                x, rate, k_t, other, norm = _step(words, u, streams, k)
+                A, scale = GATE(rate, a, other, norm)
+                S = A * S + k_t * (scale * x)[:, None, :]
+            tl.store(_scratch_ptrs(scratch_ptr, room, i // UNROLL + 1, R, BLOCK_N, W), S.reshape(R * BLOCK_N, W))
         tl.debug_barrier()  # scratch is written by one thread and may be read by another
-        for block in range(0, right - left, UNROLL):
-            i = (right - left - 1) // UNROLL * UNROLL - block
-            S = _load_state(scratch_ptr, scratch + i // UNROLL, where, R, Q, BLOCK_N, W)
-            xs = _tokens(x_ptr, run, i, channels, R, UNROLL)
-            rates = _tokens(rate_ptr, run, i, channels, R, UNROLL)
-            ks = _weights(k_ptr, run, i, slots, k, FIXED_K, Q, UNROLL)
-            others, norms = _keys(others_ptr, norm_ptr, run, i, slots, where[1], G, Q, UNROLL)
-            qs = _weights(q_ptr, run, i, slots, q, FIXED_Q, Q, UNROLL)
-            dys = _tokens(dy_ptr, run, i, channels, R, UNROLL)
+        if AHEAD:
+            ahead = ahead + _fetch(back, run, last, UNROLL)
+        for block in range(0, count, UNROLL):
+            i = last - block
+            S = tl.load(_scratch_ptrs(scratch_ptr, room, i // UNROLL, R, BLOCK_N, W)).reshape(R, BLOCK_N, W)
+            words, ahead = _turn(ahead, both, run, i, tl.maximum(i - UNROLL, 0), AHEAD, UNROLL)
             states = ()
             for u in tl.static_range(UNROLL):
                 states = states + (S,)
-                A, scale = GATE(rates[u], a, others[u], norms[u])
-                S = A * S + ks[u] * (scale * xs[u])[:, None, :]
-                dq = S * dys[u][:, None, :]
+                x, rate, k_t, other, norm = _step(words, u, streams, k)
+                A, scale = GATE(rate, a, other, norm)
+                S = A * S + k_t * (scale * x)[:, None, :]
+                dq = S * _number(words, u, both, 6)[:, None, :]
                 if FIXED_Q:
                     dq_whole += dq
                 else:
-                    _write(dq_ptr, tl.sum(tl.sum(dq, 0), 1).reshape(Q, BLOCK_N // Q), part, i + u, slots)
+                    _write_sums(dq_ptr, dq, part, i, u, slots)
             for u in tl.static_range(UNROLL - 1, -1, -1):
-                dS = H + qs[u] * dys[u][:, None, :]
-                H = GATE(rates[u], a, others[u], norms[u])[0] * dS
-                dx, drate, dk, da_t = GRADIENTS(dS, H, states[u], xs[u], rates[u], a, ks[u], norms[u])
-                _write(dx_ptr, dx, run, i + u, channels)
-                _write(drate_ptr, drate, run, i + u, channels)
+                x, rate, k_t, other, norm = _step(words, u, streams, k)
+                q_t, dy = _slots(words, u, both, 5, q), _number(words, u, both, 6)
+                dS = H + q_t * dy[:, None, :]
+                H = GATE(rate, a, other, norm)[0] * dS
+                dx, drate, dk, da_t = GRADIENTS(dS, H, states[u], x, rate, a, k_t, norm)
+                _write(dx_ptr, dx, run, i, u, channels)
+                _write(drate_ptr, drate, run, i, u, channels)
                 if a_ptr is not None:
                     da += da_t
                 if FIXED_K:
                     dk_whole += dk
                 else:
-                    _write(dk_ptr, tl.sum(tl.sum(dk, 0), 1).reshape(Q, BLOCK_N // Q), part, i + u, slots)
+                    _write_sums(dk_ptr, dk, part, i, u, slots)
         if left == begin:
-            _store_state(H, dinitial_ptr, document, where, R, Q, BLOCK_N, W)
-        todo -= right - left
+            _store_state(H, dinitial_ptr, document, where, N, R, Q, BLOCK_N, W)
+        todo -= count
     if a_ptr is not None:
-        _store_state(da, da_ptr, at, where, R, Q, BLOCK_N, W)
+        _store_state(da, da_ptr, at, where, N, R, Q, BLOCK_N, W)
     if FIXED_K:
-        _store_state(dk_whole, dk_ptr, at, where, R, Q, BLOCK_N, W)
+        _store_state(dk_whole, dk_ptr, at, where, N, R, Q, BLOCK_N, W)
     if FIXED_Q:
-        _store_state(dq_whole, dq_ptr, at, where, R, Q, BLOCK_N, W)
+        _store_state(dq_whole, dq_ptr, at, where, N, R, Q, BLOCK_N, W)
 
 
 # Plan and launch
@@ -505,15 +563,15 @@ SELECTIVE, ONLINE = (_selective_gate, _selective_gradients), (_online_gate, _onl
 
 class Plan(NamedTuple):
     """How one walk is cut up: tile [R N W] of `warps` warps, Q slots and R channels side by side in a thread, UNROLL
-    tokens at a time, at most `registers` a thread, segments of `length` tokens."""
+    tokens at a time, loaded a block ahead or not, at most 255 registers a thread, segments of `length` tokens."""
 
     R: int
     Q: int
     BLOCK_N: int
     W: int
     UNROLL: int
+    AHEAD: bool
     warps: int
-    registers: int
     tiles: int
     segments: int
     length: int
@@ -522,27 +580,28 @@ class Plan(NamedTuple):
     def tile(self) -> dict[str, int]:
         """What every program takes by name."""
         tile = {"R": self.R, "Q": self.Q, "BLOCK_N": self.BLOCK_N, "W": self.W, "UNROLL": self.UNROLL}
-        return {**tile, "STRETCH": STRETCH, "num_warps": self.warps, "maxnreg": self.registers}
+        return {**tile, "AHEAD": self.AHEAD, "STRETCH": STRETCH, "num_warps": self.warps, "maxnreg": 255}
 
 
 def plan(
     B: int, T: int, V: int, G: int, N: int, *, adjoint: bool = False, keyed: bool = False, processors: int = 132
 ) -> Plan:  # fmt: skip
-    """8 entries of the state a thread, or 16 right to left, where more of what is loaded is shared; one segment where
-    that fills the machine, else enough for 64 a processor: a token's latency hides behind other programs only.
+    """16 entries of the state a thread, so that more of what is loaded is shared; 8 where the forward's exponentials
+    wait for each other. Blocks are loaded ahead where registers are left. One segment where that fills the machine,
+    else enough for 64 a processor: a token's latency hides behind other programs only.
 
-    Args: sizes; whether the walk is the backward one, and its gate made of the key, which takes registers that would
-    else hold more tokens; processors of the device.   Returns: Plan.
+    Args: sizes; whether the walk is the backward one, and its gate made of the key; processors of the device.
+    Returns: Plan.
     """
     Q, BLOCK_N = math.gcd(4, N), power_of_2(N)
     W, warps = 32 // min(4, BLOCK_N // Q), max(1, BLOCK_N // 32)
-    R = math.gcd(4 if adjoint else 2, V // G)
+    R = math.gcd(4 if adjoint or keyed else 2, V // G)
     tiles, stretches = cdiv(V // G, R * W), cdiv(T, STRETCH)
     programs = B * G * tiles * warps
     segments = 1 if programs >= 7 * processors else cdiv(64 * processors, programs)
     length = cdiv(stretches, min(stretches, segments)) * STRETCH
-    UNROLL = 2 if adjoint else 4 if keyed else 8
-    return Plan(R, Q, BLOCK_N, W, UNROLL, warps, 255, tiles, cdiv(T, length), length)
+    UNROLL, AHEAD = 2 if adjoint and keyed else 4, keyed or not adjoint
+    return Plan(R, Q, BLOCK_N, W, UNROLL, AHEAD, warps, tiles, cdiv(T, length), length)
 
 
 class _Walk:
@@ -564,8 +623,8 @@ class _Walk:
         self.a = None if a is None else torch.mul(a.float().T, LOG2E.value, out=self.new(self.N, self.V))  # [N V]
         documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         first, step = (self.T - 1, -1) if reverse else (0, 1)
-        sizes = (self.T, self.V, self.G, self.N, documents)
-        self.sizes = (*sizes, self.plan.segments, self.plan.length, first, step)
+        self.sizes = (self.T, self.V, self.G, documents, self.plan.segments, self.plan.length, first)
+        self.known = {"STEP": step, "N": self.N, "WIDTH": self.V // self.G, **self.plan.tile}
         self.grid = (self.plan.tiles * self.G * self.plan.segments * self.B,)
 
     def new(self, *shape: int) -> Tensor:
@@ -577,7 +636,7 @@ class _Walk:
             return None
         P, R = (self.new(self.B, self.plan.segments, self.N, self.V) for _ in range(2))
         tensors = (value, self.rate, self.a, write, self.others, self.norm, self.cu_seqlens, initial, P, R)
-        _summary[self.grid](*tensors, *self.sizes, self.gate, fixed, self.adjoint, **self.plan.tile)
+        _summary[self.grid](*tensors, *self.sizes, self.gate, fixed, self.adjoint, **self.known)
         size, block = self.N * self.V, 256
         _combine[(self.B * cdiv(size, block),)](P, R, size, self.plan.segments, self.adjoint, block, num_warps=2)
         return R
@@ -616,7 +675,7 @@ def _walk(
     enter = w.enter(w.x, w.k, initial, w.FIXED_K)
     tensors = (w.x, w.rate, w.a, w.k, w.q, w.others, w.norm, cu_seqlens, initial, enter)
     written = (y, state, kept if keep else None)
-    _emit[w.grid](*tensors, *written, *w.sizes, w.gate, w.FIXED_K, w.FIXED_Q, **w.plan.tile)
+    _emit[w.grid](*tensors, *written, *w.sizes, w.gate, w.FIXED_K, w.FIXED_Q, **w.known)
     return y, state, kept
 
 
@@ -648,11 +707,12 @@ def _walk_adjoint(
     da = None if a is None else w.new(*whole)
     dk, dq = (w.new(*whole) if t.ndim == 2 else w.new(p.tiles, *t.shape) for t in (k, q))
     enter = w.enter(dy, w.q, dstate, w.FIXED_Q)
-    scratch = w.new(w.B, p.segments, STRETCH // p.UNROLL, w.N, w.V)
+    room = STRETCH // p.UNROLL * p.R * p.BLOCK_N * p.W
+    scratch = w.new(*w.grid, room)
     read = (w.x, w.rate, w.a, w.k, w.q, w.others, w.norm, cu_seqlens, initial, dy, dstate, kept, enter, scratch)
     written = (dx, drate, da, dk, dq, dinitial)
     _adjoint[w.grid](
-        *read, *written, w.B, *w.sizes, w.gate, w.gradients, w.FIXED_K, w.FIXED_Q, **p.tile
+        *read, *written, w.B, room, *w.sizes, w.gate, w.gradients, w.FIXED_K, w.FIXED_Q, **w.known
     )  # fmt: skip
     da = x.new_empty(0) if a is None or da is None else _summed(da, a)
     return dx, drate, da, _summed(dk, k), _summed(dq, q), dinitial

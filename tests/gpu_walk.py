@@ -79,7 +79,7 @@ def listed() -> list[Case]:
     found = []
     for row in specialisations.WALK.rows + specialisations.DIAGONAL.rows:
         more, packed, walks = row["segments"] == "more", row["rows"] == "packed", "rule" in row
-        long, short = (200, 50) if walks else (3000, 50 if row["D"] == "72" else 300)  # 50 are one tile of a chain
+        long, short = (200, 30) if walks else (3000, 50 if row["D"] == "72" else 300)  # 50 are one tile of a chain
         T = long if more else short
         if walks:
             groups = 1 if row["groups"] == "one" else 5 if row["V"] == "95" else 2

@@ -32,6 +32,7 @@ SHARED = {80: 166_912, 90: 232_448}  # bytes one program may have
 # gradient more tiles meet than registers hold once there are gates. `repair` is for chunks whose gates forget too much
 # for matmuls. A complex step has the library's cos and sin, with room for phases of many turns.
 SPILLS = {
+    "mamba _adjoint": 144,
     "gla gradient": 64, "gla repair": 1288,
     "hgrn2 gradient": 128, "hgrn2 repair": 1288,
     "rwkv5 gradient": 368, "rwkv5 repair": 1176,
