@@ -51,7 +51,8 @@ CHECKED = 256  # tokens of the runs whose errors are told
 class Peer(NamedTuple):
     """Another package's function of the same tensors; its module `needs` is looked for, not imported.
 
-    prepare, untimed, gives it its own layout; answer turns its output into ours; grads: whether those compare.
+    prepare, untimed, gives it its own layout; answer turns its output into ours; grads: whether those compare; takes:
+    whether it takes a shape.
     """
 
     needs: str
@@ -59,6 +60,7 @@ class Peer(NamedTuple):
     prepare: Callable[..., Tensors] = lambda *tensors: list(tensors)
     answer: Callable[[Tensor], Tensor] = lambda y: y
     grads: bool = True
+    takes: Callable[[tuple[int, ...]], bool] = lambda shape: True
 
 
 class Family(NamedTuple):
@@ -167,7 +169,10 @@ def gateloop(a: Tensor, x: Tensor) -> Tensor:
 
 
 def diagonal_peers(module: str, with_fla: bool) -> dict[str, Peer]:
-    turned = Peer("accelerated_scan", partial(accelerated, module), log_to_gate, lambda y: y.mT, grads=False)
+    turned = Peer(
+        "accelerated_scan", partial(accelerated, module), log_to_gate, lambda y: y.mT, grads=False,
+        takes=lambda shape: shape[0] * shape[2] < 2**16,  # beyond, it reads what is not there
+    )  # fmt: skip
     tree = Peer(
         "gateloop_transformer",
         gateloop,
@@ -627,7 +632,7 @@ def _run(options: argparse.Namespace) -> None:
         for shape in [s for s in options.shapes or FAMILIES[family].shapes if len(s) == rank]:
             peers = {"recur": None, **FAMILIES[family].peers()}
             for what, peer in peers.items():
-                missing = peer is not None and find_spec(peer.needs) is None
+                missing = peer is not None and (find_spec(peer.needs) is None or not peer.takes(shape))
                 if missing or (family, shape, what) in done or time.time() - begin > options.seconds:
                     continue
                 record = case(family, what, peer, options.form, shape, found["rates"])

@@ -209,10 +209,20 @@ def _apart(x, P: tl.constexpr):
 
 
 @triton.jit
-def _words(ptr, axis, run, i, UNROLL: tl.constexpr):
-    """UNROLL tokens of a stream from the i-th of a run, up to 64 bits a word; none where there is no tensor."""
-    words = ()
+def _stream(ptr, axis):
+    """A tensor that is read token by token, with its axis; () where there is none."""
+    stream = ()
     if ptr is not None:
+        stream = (ptr, axis)
+    return stream
+
+
+@triton.jit
+def _words(stream, run, i, UNROLL: tl.constexpr):
+    """UNROLL tokens of a stream from the i-th of a run, up to 64 bits a word."""
+    words = ()
+    if len(stream) > 0:
+        ptr, axis = stream
         P: tl.constexpr = axis[3].shape[0]
         BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
         AT_ONCE: tl.constexpr = min(P, 64 // BITS)
@@ -229,7 +239,7 @@ def _fetch(streams, run, i, UNROLL: tl.constexpr):
     """A block of every stream; zeros where a token is none, which then neither decays nor writes."""
     block = ()
     for s in tl.static_range(len(streams)):
-        block = block + (_words(streams[s][0], streams[s][1], run, i, UNROLL),)
+        block = block + (_words(streams[s], run, i, UNROLL),)
     return block
 
 
@@ -247,7 +257,7 @@ def _turn(ahead, streams, run, i, next, AHEAD: tl.constexpr, UNROLL: tl.constexp
 def _number(block, u: tl.constexpr, streams, s: tl.constexpr):
     """Token u of a block in stream s as float32 [P X], 0 where there is no tensor."""
     x = 0.0
-    if streams[s][0] is not None:
+    if len(streams[s]) > 0:
         kind = streams[s][0].dtype.element_ty
         P: tl.constexpr = streams[s][1][3].shape[0]
         BITS: tl.constexpr = kind.primitive_bitwidth
@@ -270,7 +280,7 @@ def _number(block, u: tl.constexpr, streams, s: tl.constexpr):
 def _slots(block, u: tl.constexpr, streams, s: tl.constexpr, whole):
     """The same over slots [1 N 1], or what all tokens share."""
     x = whole
-    if streams[s][0] is not None:
+    if len(streams[s]) > 0:
         x = _number(block, u, streams, s)
         x = x.reshape(1, x.shape[0] * x.shape[1], 1)
     return x
@@ -366,8 +376,8 @@ def _summary(
     a = _load_state(a_ptr, 0, where, N, R, Q, BLOCK_N, W)
     write = _load_state(write_ptr if FIXED else None, 0, where, N, R, Q, BLOCK_N, W)
     streams = (
-        (value_ptr, channels), (rate_ptr, channels), (None if FIXED else write_ptr, slots),
-        (others_ptr, slots), (norm_ptr, group),
+        _stream(value_ptr, channels), _stream(rate_ptr, channels), _stream(None if FIXED else write_ptr, slots),
+        _stream(others_ptr, slots), _stream(norm_ptr, group),
     )  # fmt: skip
     S = tl.zeros((R, BLOCK_N, W), tl.float32)
     P = S + 1.0
@@ -430,8 +440,8 @@ def _emit(
     k = _load_state(k_ptr if FIXED_K else None, 0, where, N, R, Q, BLOCK_N, W)
     q = _load_state(q_ptr if FIXED_Q else None, 0, where, N, R, Q, BLOCK_N, W)
     streams = (
-        (x_ptr, channels), (rate_ptr, channels), (None if FIXED_K else k_ptr, slots), (others_ptr, slots),
-        (norm_ptr, group), (None if FIXED_Q else q_ptr, slots),
+        _stream(x_ptr, channels), _stream(rate_ptr, channels), _stream(None if FIXED_K else k_ptr, slots),
+        _stream(others_ptr, slots), _stream(norm_ptr, group), _stream(None if FIXED_Q else q_ptr, slots),
     )  # fmt: skip
     S = _load_state(enter_ptr, b * segments + segment, where, N, R, Q, BLOCK_N, W)
     todo = stop - start
@@ -444,7 +454,9 @@ def _emit(
                 _store_state(S, kept_ptr, b * tl.cdiv(T, STRETCH) + left // STRETCH, where, N, R, Q, BLOCK_N, W)
         count = right - left
         run = (b * T + first + STEP * left, STEP, count)
-        ahead = _fetch(streams, run, 0, UNROLL) if AHEAD else ()
+        ahead = ()
+        if AHEAD:
+            ahead = _fetch(streams, run, 0, UNROLL)
         for i in range(0, count, UNROLL):
             words, ahead = _turn(ahead, streams, run, i, i + UNROLL, AHEAD, UNROLL)
             for u in tl.static_range(UNROLL):
@@ -481,10 +493,10 @@ def _adjoint(
     k = _load_state(k_ptr if FIXED_K else None, 0, where, N, R, Q, BLOCK_N, W)
     q = _load_state(q_ptr if FIXED_Q else None, 0, where, N, R, Q, BLOCK_N, W)
     streams = (
-        (x_ptr, channels), (rate_ptr, channels), (None if FIXED_K else k_ptr, slots), (others_ptr, slots),
-        (norm_ptr, group),
+        _stream(x_ptr, channels), _stream(rate_ptr, channels), _stream(None if FIXED_K else k_ptr, slots),
+        _stream(others_ptr, slots), _stream(norm_ptr, group),
     )  # fmt: skip
-    back = ((None if FIXED_Q else q_ptr, slots), (dy_ptr, channels))
+    back = (_stream(None if FIXED_Q else q_ptr, slots), _stream(dy_ptr, channels))
     both = streams + back
     at = b * segments + segment
     H = _load_state(enter_ptr, at, where, N, R, Q, BLOCK_N, W)
@@ -505,7 +517,9 @@ def _adjoint(
         part = (where[0] * B * T + run[0], STEP, count)
         tl.debug_barrier()  # nobody still reads the last run's scratch
         tl.store(_scratch_ptrs(scratch_ptr, room, 0, R, BLOCK_N, W), S.reshape(R * BLOCK_N, W))
-        ahead = _fetch(streams, run, 0, UNROLL) if AHEAD else ()
+        ahead = ()
+        if AHEAD:
+            ahead = _fetch(streams, run, 0, UNROLL)
         for i in range(0, last, UNROLL):
             words, ahead = _turn(ahead, streams, run, i, i + UNROLL, AHEAD, UNROLL)
             for u in tl.static_range(UNROLL):

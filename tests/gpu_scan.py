@@ -129,7 +129,7 @@ def errors(case: Any) -> dict[str, float]:
     want = outputs(case, "recurrent", wide)
     found = {n: ((got[n].to(w.dtype) - w).norm() / w.norm().clamp_min(1e-3)).item() for n, w in want.items()}
     again |= case.run("triton", **tensors)._asdict()  # which keeps nothing for a backward
-    found |= {name: math.inf for name in got if not torch.equal(got[name], again[name])}
+    found |= {f"{name} again": math.inf for name in got if not torch.equal(got[name], again[name])}
     gates = tensors.get("log_decay", torch.zeros(()))
     if not gates.is_complex() and (gates <= -700).any() and got["dlog_decay"][gates <= -700].any():
         found["dlog_decay"] = math.inf
