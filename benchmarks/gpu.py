@@ -596,7 +596,7 @@ def draw(path: Path, records: list[dict[str, Any]]) -> None:
     axes.set_yticks(list(at), [r[0] for r in rows])
     axes.invert_yaxis()
     axes.set_xlabel("time of the best peer / time of recur, in a CUDA graph")
-    axes.legend(frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

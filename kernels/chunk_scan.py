@@ -226,8 +226,10 @@ def exact(
 
 @triton.jit
 def _all_calm(calm_ptr, square, squares, FEW: tl.constexpr):
+    """Whether none of FEW chunks has the flag 0; the flags of numbers that no document uses hold anything."""
     offs = square + tl.arange(0, FEW)
-    return tl.min(tl.load(calm_ptr + offs, mask=offs < squares, other=1), 0) != 0
+    flags = tl.load(calm_ptr + offs, mask=offs < squares, other=1)
+    return tl.sum(tl.where(flags == 0, 1, 0), 0) == 0
 
 
 @triton.jit

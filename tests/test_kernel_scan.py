@@ -182,6 +182,21 @@ def segments_side_by_side() -> None:
 
 
 @law
+def flags_that_nobody_wrote_are_not_read() -> None:
+    from recur.kernels import scan
+
+    new = scan._Scan.new
+
+    def dirty(self: Any, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        fresh: Tensor = new(self, *shape, dtype=dtype)
+        return fresh if dtype.is_floating_point else fresh.fill_(-1)
+
+    scan._Scan.new = dirty
+    compare(1, 40, 1, 1, 5, 7, "B T H K", "hard", borders=(0, 0, 22, 40))
+    scan._Scan.new = new
+
+
+@law
 def second_order_is_refused() -> None:
     from recur import scan
 
@@ -241,6 +256,7 @@ GROUPS = [
         "float16_keeps_its_digits",
         "second_order_is_refused",
         "two_runs_are_one",
+        "flags_that_nobody_wrote_are_not_read",
         "operators_keep_the_rules_of_torch",
         "what_it_lacks_is_named",
     ],
