@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recur.axes import RecipeError, Spec
@@ -16,6 +15,7 @@ from recur.primitives.diagonal import gated_scan, gated_step
 from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
 from recur.primitives.fixed import fixed_scan, fixed_step
 from recur.primitives.forms import ScanOut
+from recur.primitives.gates import softplus
 from recur.primitives.poles import poles, zero_order_hold
 from recur.primitives.scan import scan, step
 from recur.recipe import Axes, Flow, Part, Site, State
@@ -263,7 +263,7 @@ class SelectiveScan(StateScan):
         return site.memory(batch, *site.of(self.source), *site.of(self.B))
 
     def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
-        delta = F.softplus(flow[self.dt] + weights.dt_bias)
+        delta = softplus(flow[self.dt] + weights.dt_bias)
         return {"x": flow[self.source], "delta": delta, "A": -weights.A_log.exp(), "B": flow[self.B]}
 
     def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
