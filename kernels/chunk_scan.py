@@ -216,12 +216,32 @@ def exact(
     pid = tl.program_id(0).to(tl.int64) * FEW
     if _all_calm(calm_ptr, pid, squares, FEW):
         return
+    TIED: tl.constexpr = k_ptr is None
     for square in range(pid, tl.minimum(pid + FEW, squares)):
         if tl.load(calm_ptr + square) == 0:
-            _exact_scores(
-                q_ptr, k_ptr, gate_ptr, scores_ptr, overlap_ptr, square, cu_ptr, T, documents, gate_sb, gate_sh, scale,
-                H, GROUPS, K, gate_st, gate_sd, FLIP, BEFORE, BLOCK_C, BLOCK_K,
-            )  # fmt: skip
+            chunk, h = square // H, square % H
+            first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
+            offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+            length, row = tl.minimum(stop - start, BLOCK_C).to(tl.int32), first + start
+            k, q = (k_ptr, GROUPS, h * GROUPS // H, K), (q_ptr, GROUPS, h * GROUPS // H, K)
+            gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+            # E [s K]: the key of token s times the gates after it, up to the token that reads
+            E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+            at = square * (BLOCK_C * BLOCK_C) + offs
+            for i in tl.range(0, length, num_stages=1):
+                t = length - 1 - i if FLIP else i
+                log_t, a = _gate_row(gates, start + t, offs_k, K)
+                query = load_row(q, row + t, offs_k)
+                key = tied(log_t) if TIED else load_row(k, row + t, offs_k)
+                if BEFORE:
+                    scores = tl.sum(E * query[None, :], 1)
+                E = E * a[None, :]
+                if overlap_ptr is not None:
+                    tl.store(overlap_ptr + at + t * BLOCK_C, tl.sum(E * key[None, :], 1))
+                E = tl.where((offs == t)[:, None], key[None, :], E)
+                if not BEFORE:
+                    scores = tl.sum(E * query[None, :], 1)
+                tl.store(scores_ptr + at + t * BLOCK_C, (scores * scale).to(scores_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -230,38 +250,6 @@ def _all_calm(calm_ptr, square, squares, FEW: tl.constexpr):
     offs = square + tl.arange(0, FEW)
     flags = tl.load(calm_ptr + offs, mask=offs < squares, other=1)
     return tl.sum(tl.where(flags == 0, 1, 0), 0) == 0
-
-
-@triton.jit
-def _exact_scores(
-    q_ptr, k_ptr, gate_ptr, scores_ptr, overlap_ptr, pid, cu_ptr, T, documents, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    FLIP: tl.constexpr, BEFORE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    chunk, h = pid // H, pid % H
-    first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
-    TIED: tl.constexpr = k_ptr is None
-    offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
-    length, row = tl.minimum(stop - start, BLOCK_C).to(tl.int32), first + start
-    k, q = (k_ptr, GROUPS, h * GROUPS // H, K), (q_ptr, GROUPS, h * GROUPS // H, K)
-    gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
-    # E [s K]: the key of token s times the gates after it, up to the token that reads
-    E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-    at = pid * (BLOCK_C * BLOCK_C) + offs
-    for i in tl.range(0, length, num_stages=1):
-        t = length - 1 - i if FLIP else i
-        log_t, a = _gate_row(gates, start + t, offs_k, K)
-        query = load_row(q, row + t, offs_k)
-        key = tied(log_t) if TIED else load_row(k, row + t, offs_k)
-        if BEFORE:
-            scores = tl.sum(E * query[None, :], 1)
-        E = E * a[None, :]
-        if overlap_ptr is not None:
-            tl.store(overlap_ptr + at + t * BLOCK_C, tl.sum(E * key[None, :], 1))
-        E = tl.where((offs == t)[:, None], key[None, :], E)
-        if not BEFORE:
-            scores = tl.sum(E * query[None, :], 1)
-        tl.store(scores_ptr + at + t * BLOCK_C, (scores * scale).to(scores_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -717,104 +705,88 @@ def repair(
     pid = tl.program_id(0).to(tl.int64) * FEW
     if _all_calm(calm_ptr, pid, squares, FEW):
         return
-    for square in range(pid, tl.minimum(pid + FEW, squares)):
-        if tl.load(calm_ptr + square) == 0:
-            _repair_chunk(
-                q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr, dP_ptr, dM_ptr, dq_ptr, dk_ptr, dgate_ptr,
-                square, cu_ptr, T, documents, gate_sb, gate_sh, scale, H, GROUPS, K, V, gate_st, gate_sd, FLIP,
-                BEFORE, DOT, PRECISION, BLOCK_C, BLOCK_K, BLOCK_V,
-            )  # fmt: skip
-
-
-@triton.jit
-def _repair_chunk(
-    q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr, dP_ptr, dM_ptr, dq_ptr, dk_ptr, dgate_ptr, square,
-    cu_ptr, T, documents, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    gate_st: tl.constexpr, gate_sd: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    chunk, h = square // H, square % H
-    first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
     DELTA: tl.constexpr = beta_ptr is not None
     TIED: tl.constexpr = k_ptr is None
-    offs, offs_k, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)  # none for a number that no document uses
-    row, inside = first + start, offs < length
-    seen, later = order(BLOCK_C, FLIP), order(BLOCK_C, not FLIP)
-    q, k = (q_ptr, GROUPS, h * GROUPS // H, K), (k_ptr, GROUPS, h * GROUPS // H, K)
-    dq, dk, dgate = (dq_ptr, H, h, K), (dk_ptr, H, h, K), (dgate_ptr, H, h, K)
-    gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
-    u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
-    if DELTA:
-        u = u * tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
-    u = u.to(DOT)
-    given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
-    dP = tl.dot(given, tl.trans(u), input_precision=PRECISION) * scale
-    tl.store(_square(dP_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen) if BEFORE else seen, dP, 0.0))
-    if DELTA:
-        erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
-        dM = -tl.dot(erase, tl.trans(u), input_precision=PRECISION)
-        tl.store(_square(dM_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen), dM, 0.0))
-    tl.debug_barrier()
-    at = square * (BLOCK_C * BLOCK_C)
+    for square in range(pid, tl.minimum(pid + FEW, squares)):
+        if tl.load(calm_ptr + square) == 0:
+            chunk, h = square // H, square % H
+            first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
+            offs, offs_k, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+            length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)  # none for a number that no document uses
+            row, inside = first + start, offs < length
+            seen, later = order(BLOCK_C, FLIP), order(BLOCK_C, not FLIP)
+            q, k = (q_ptr, GROUPS, h * GROUPS // H, K), (k_ptr, GROUPS, h * GROUPS // H, K)
+            dq, dk, dgate = (dq_ptr, H, h, K), (dk_ptr, H, h, K), (dgate_ptr, H, h, K)
+            gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+            u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
+            if DELTA:
+                u = u * tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
+            u = u.to(DOT)
+            given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+            dP = tl.dot(given, tl.trans(u), input_precision=PRECISION) * scale
+            tl.store(_square(dP_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen) if BEFORE else seen, dP, 0.0))
+            if DELTA:
+                erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+                dM = -tl.dot(erase, tl.trans(u), input_precision=PRECISION)
+                tl.store(_square(dM_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen), dM, 0.0))
+            tl.debug_barrier()
+            at = square * (BLOCK_C * BLOCK_C)
 
-    # forwards, E [s K] as in `prepare`; what each gate lies between is kept in D [t K]
-    E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-    D = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-    for i in tl.range(0, length, num_stages=1):
-        t = length - 1 - i if FLIP else i
-        log_t, a = _gate_row(gates, start + t, offs_k, K)
-        write = tied(log_t) if TIED else load_row(k, row + t, offs_k)
-        query = load_row(q, row + t, offs_k)
-        if not BEFORE:
-            E = E * a[None, :]
-        if DELTA:
-            dreach = tl.sum(E * tl.load(dM_ptr + at + t * BLOCK_C + offs)[:, None], 0)
-        if not BEFORE:
-            E = tl.where((offs == t)[:, None], write[None, :], E)
-        dquery = tl.sum(E * tl.load(dP_ptr + at + t * BLOCK_C + offs)[:, None], 0)
-        if BEFORE:
-            E = tl.where((offs == t)[:, None], write[None, :], E * a[None, :])
-        product = dquery * query
-        if DELTA:
-            product += dreach * write
-            _add_row(dk, row + t, offs_k, dreach)
-        _add_row(dq, row + t, offs_k, dquery)
-        D = tl.where((offs == t)[:, None], product[None, :], D)
-    read = D
+            # forwards, E [s K] as in `prepare`; what each gate lies between is kept in D [t K]
+            E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+            D = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+            for i in tl.range(0, length, num_stages=1):
+                t = length - 1 - i if FLIP else i
+                log_t, a = _gate_row(gates, start + t, offs_k, K)
+                write = tied(log_t) if TIED else load_row(k, row + t, offs_k)
+                query = load_row(q, row + t, offs_k)
+                if not BEFORE:
+                    E = E * a[None, :]
+                if DELTA:
+                    dreach = tl.sum(E * tl.load(dM_ptr + at + t * BLOCK_C + offs)[:, None], 0)
+                if not BEFORE:
+                    E = tl.where((offs == t)[:, None], write[None, :], E)
+                dquery = tl.sum(E * tl.load(dP_ptr + at + t * BLOCK_C + offs)[:, None], 0)
+                if BEFORE:
+                    E = tl.where((offs == t)[:, None], write[None, :], E * a[None, :])
+                product = dquery * query
+                if DELTA:
+                    product += dreach * write
+                    _add_row(dk, row + t, offs_k, dreach)
+                _add_row(dq, row + t, offs_k, dquery)
+                D = tl.where((offs == t)[:, None], product[None, :], D)
+            read = D
 
-    # backwards, E [t K]: the query of token t times the gates before it, down to the token that writes
-    tl.debug_barrier()
-    E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-    R = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-    for i in tl.range(0, length, num_stages=1):
-        t = i if FLIP else length - 1 - i
-        log_t, a = _gate_row(gates, start + t, offs_k, K)
-        write = tied(log_t) if TIED else load_row(k, row + t, offs_k)
-        query = load_row(q, row + t, offs_k)
-        if not BEFORE:
-            E = tl.where((offs == t)[:, None], query[None, :], E)
-        owed = tl.sum(E * tl.load(dP_ptr + at + offs * BLOCK_C + t)[:, None], 0)
-        if DELTA:
-            owed += tl.sum(R * tl.load(dM_ptr + at + offs * BLOCK_C + t)[:, None], 0)
-            R = tl.where((offs == t)[:, None], write[None, :], R) * a[None, :]
-        E = E * a[None, :]
-        if BEFORE:
-            E = tl.where((offs == t)[:, None], query[None, :], E)
-        D = tl.where((offs == t)[:, None], D - (owed * write)[None, :], D)
-        if TIED:
-            _add_row(dgate, row + t, offs_k, owed * -tl.where(log_t <= RESET, 0.0, tl.exp2(log_t * LOG2E)))
-        else:
-            _add_row(dk, row + t, offs_k, owed)
-    tl.debug_barrier()
-    log_a = load_gates(gates, start, offs, inside, offs_k, K, "key")
-    sums = sums_along(later, D, tl.float32)
-    if BEFORE:
-        sums -= read
-    old = load_tile(dgate, row, offs, inside, offs_k).to(tl.float32)
-    store_tile(dgate, row, offs, inside, offs_k, tl.where(log_a <= RESET, old, old + sums))
+            # backwards, E [t K]: the query of token t times the gates before it, down to the token that writes
+            tl.debug_barrier()
+            E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+            R = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+            for i in tl.range(0, length, num_stages=1):
+                t = i if FLIP else length - 1 - i
+                log_t, a = _gate_row(gates, start + t, offs_k, K)
+                write = tied(log_t) if TIED else load_row(k, row + t, offs_k)
+                query = load_row(q, row + t, offs_k)
+                if not BEFORE:
+                    E = tl.where((offs == t)[:, None], query[None, :], E)
+                owed = tl.sum(E * tl.load(dP_ptr + at + offs * BLOCK_C + t)[:, None], 0)
+                if DELTA:
+                    owed += tl.sum(R * tl.load(dM_ptr + at + offs * BLOCK_C + t)[:, None], 0)
+                    R = tl.where((offs == t)[:, None], write[None, :], R) * a[None, :]
+                E = E * a[None, :]
+                if BEFORE:
+                    E = tl.where((offs == t)[:, None], query[None, :], E)
+                D = tl.where((offs == t)[:, None], D - (owed * write)[None, :], D)
+                if TIED:
+                    _add_row(dgate, row + t, offs_k, owed * -tl.where(log_t <= RESET, 0.0, tl.exp2(log_t * LOG2E)))
+                else:
+                    _add_row(dk, row + t, offs_k, owed)
+            tl.debug_barrier()
+            log_a = load_gates(gates, start, offs, inside, offs_k, K, "key")
+            sums = sums_along(later, D, tl.float32)
+            if BEFORE:
+                sums -= read
+            old = load_tile(dgate, row, offs, inside, offs_k).to(tl.float32)
+            store_tile(dgate, row, offs, inside, offs_k, tl.where(log_a <= RESET, old, old + sums))
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from recur.kernels.operators import cdiv, differentiable, fake, operator, power_
 from torch import Tensor
 
 from recur.primitives.diagonal import document_starts
-from recur.primitives.forms import document_of
+from recur.primitives.forms import document_of, state_count
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -361,7 +361,7 @@ def _diagonal_scan(
 def _fake_diagonal(
     x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, complex_: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = state_count(x.shape[0], cu_seqlens)
     return x.new_empty(x.shape), x.new_empty((rows, x.shape[2]), dtype=torch.float32)
 
 
@@ -383,7 +383,7 @@ def _fake_diagonal_adjoint(
     dy: Tensor, dstate: Tensor | None, log_decay: Tensor, y: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
     complex_: bool, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    rows = dy.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = state_count(dy.shape[0], cu_seqlens)
     dinitial = dy.new_empty((rows, dy.shape[2]), dtype=torch.float32)
     return dy.new_empty(dy.shape), log_decay.new_empty(log_decay.shape), dinitial
 
@@ -417,7 +417,7 @@ def diagonal(
     complex_ = x.is_complex() or log_decay.is_complex()
     log_decay = log_decay if log_decay.shape == x.shape else log_decay.expand(x.shape)
     number = torch.complex64 if complex_ else torch.float32
-    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = state_count(x.shape[0], cu_seqlens)
     start = None if initial is None else initial.to(number)
     if x.numel() == 0:
         state = x.new_zeros((rows, *x.shape[2:]), dtype=number) if start is None else start.clone()

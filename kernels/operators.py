@@ -40,6 +40,11 @@ def refuse(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("form='triton' has first derivatives only; form='chunked' has second ones")
 
 
+def recorded(*inputs: Any) -> bool:
+    """Whether a gradient will be asked of what is made of these."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
 def differentiable(
     name: str,
     gradients: Callable[..., Any] = refuse,
@@ -55,11 +60,11 @@ def differentiable(
         return output
 
     ways = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
-    recorded: Any = type(name, (torch.autograd.Function,), ways)
+    function: Any = type(name, (torch.autograd.Function,), ways)
 
     def call(*inputs: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            return recorded.apply(*inputs)
+        if recorded(*inputs):
+            return function.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return run(*inputs)
 

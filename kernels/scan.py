@@ -13,6 +13,8 @@ from recur.kernels import chunk_scan as kernels
 from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
 from torch import Tensor
 
+from recur.primitives.forms import state_count
+
 FEW = 8  # chunks that one program of `exact` or `repair` looks at
 INTERPRETED = not isinstance(kernels.forward, triton.JITFunction)  # Triton's interpreter was asked for, on a CPU
 
@@ -89,7 +91,7 @@ def _kept(dtype: torch.dtype) -> torch.dtype:
 
 def _chunks(B: int, T: int, chunk: int, cu_seqlens: Tensor | None) -> int:
     """How many numbers of chunks there are; see `tiles.place_of`."""
-    return B * ((T + chunk - 1) // chunk) if cu_seqlens is None else T // chunk + cu_seqlens.shape[0] - 1
+    return B * cdiv(T, chunk) if cu_seqlens is None else T // chunk + cu_seqlens.shape[0] - 1
 
 
 class Inputs(NamedTuple):
@@ -116,7 +118,7 @@ class _Scan:
         if packed:
             self.plan = self.plan._replace(segments=1, span=T)
         self.x, self.flip, self.sizes = x, flip, (B, T, H, K, V)
-        self.documents = len(x.cu_seqlens) - 1 if x.cu_seqlens is not None else B
+        self.documents = state_count(B, x.cu_seqlens)
         self.chunks = _chunks(B, T, self.plan.chunk, x.cu_seqlens)
         self.decay, strides = "none", [0, 0, 0, 0]
         if x.log_decay is not None:
@@ -126,12 +128,13 @@ class _Scan:
         dot, precision, self.limit = _numbers(x.v.dtype)
         self.kept = _kept(x.v.dtype)
         self.gates = {"gate_sb": strides[0], "gate_sh": strides[2], "gate_st": strides[1], "gate_sd": strides[3]}
-        self.common = {
-            **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "scale": scale, "H": H, "K": K, "FLIP": flip, "DOT": dot,
-            "PRECISION": precision, "BLOCK_C": self.plan.chunk,
+        self.laid = {
+            **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "scale": scale, "H": H, "K": K, "FLIP": flip,
+            "BLOCK_C": self.plan.chunk,
         }  # fmt: skip
         if dot != tl.bfloat16:  # the assembler would give up on some and take 32 registers
-            self.common["maxnreg"] = 255
+            self.laid["maxnreg"] = 255
+        self.common = {**self.laid, "DOT": dot, "PRECISION": precision}
         self.groups = H if self.decay == "key" else groups
         self.told, self.write, self.reach = x.q, x.k, x.k
         nothing: Tensor | None = None
@@ -172,10 +175,9 @@ class _Scan:
                 H=H, gate_st=self.gates["gate_st"], FLIP=self.flip, BEFORE=before,
                 BLOCK_C=self.plan.chunk, BLOCK_H=block_h, num_warps=1,
             )  # fmt: skip
-        overlap: Tensor | None = None  # to be found
         if unsolved:
-            overlap, self.solved = self.squares(torch.float32), self.squares(self.kept)
-            self.overlap = overlap
+            self.overlap, self.solved = self.squares(torch.float32), self.squares(self.kept)
+        overlap = self.overlap if unsolved else None  # to be found
         if self.decay != "key" and not unsolved and not before:
             return
         hats = (self.told, self.write, self.reach) if self.decay == "key" else (None, None, None)
@@ -189,7 +191,7 @@ class _Scan:
             kernels.exact[(cdiv(self.chunks * H, FEW),)](
                 x.q, x.k, x.log_decay, self.calm, self.scores, overlap, documents=self.documents,
                 squares=self.chunks * H, GROUPS=x.q.shape[2], BEFORE=before, FEW=FEW, BLOCK_K=self.plan.block_k,
-                num_warps=4, **{name: value for name, value in self.common.items() if name not in ("DOT", "PRECISION")},
+                num_warps=4, **self.laid,
             )  # fmt: skip
         if unsolved:
             kernels.solve[(self.chunks * H,)](
@@ -300,13 +302,12 @@ def scan_forward(
 @fake("scan")
 def _(q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, keep):
     (B, T, H, V), K = v.shape, q.shape[3]
-    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape: tuple[int, ...] = (0,)
-    if keep and beta is not None:
-        chunk = plan(heads=B * H, T=T, K=K, V=V, dtype=v.dtype, delta=True).chunk
-        shape = (_chunks(B, T, chunk, cu_seqlens), H, chunk, chunk)
-    overlap, solved = (v.new_empty(shape, dtype=x if shape[0] else v.dtype) for x in (torch.float32, _kept(v.dtype)))
-    return torch.empty_like(v), v.new_empty(rows, H, K, V, dtype=torch.float32), overlap, solved
+    y, state = torch.empty_like(v), v.new_empty(state_count(B, cu_seqlens), H, K, V, dtype=torch.float32)
+    if beta is None or not keep:
+        return y, state, v.new_empty(0), v.new_empty(0)
+    chunk = plan(heads=B * H, T=T, K=K, V=V, dtype=v.dtype, delta=True).chunk
+    squares = (_chunks(B, T, chunk, cu_seqlens), H, chunk, chunk)
+    return y, state, v.new_empty(squares, dtype=torch.float32), v.new_empty(squares, dtype=_kept(v.dtype))
 
 
 @operator("scan_backward")

@@ -36,10 +36,10 @@ import torch
 import triton
 import triton.language as tl
 from recur.kernels.diagonal import LOG2E
-from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
+from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors, recorded
 from torch import Tensor
 
-from recur.primitives.forms import mirror
+from recur.primitives.forms import mirror, state_count
 
 STRETCH = 32  # tokens from one kept state to the next
 LN2 = tl.constexpr(0.6931471805599453)
@@ -218,6 +218,14 @@ def _stream(ptr, axis):
 
 
 @triton.jit
+def _streams(x_ptr, rate_ptr, k_ptr, others_ptr, norm_ptr, channels, slots, group, FIXED: tl.constexpr):
+    """What every walk reads of a token, in the order of `_step`; k is none of it where all tokens share it."""
+    k = _stream(None if FIXED else k_ptr, slots)
+    gate = (_stream(others_ptr, slots), _stream(norm_ptr, group))
+    return (_stream(x_ptr, channels), _stream(rate_ptr, channels), k) + gate
+
+
+@triton.jit
 def _words(stream, run, i, UNROLL: tl.constexpr):
     """UNROLL tokens of a stream from the i-th of a run, up to 64 bits a word."""
     words = ()
@@ -375,10 +383,7 @@ def _summary(
     channels, slots, group = _axes(where, G, N, R, Q, BLOCK_N, W)
     a = _load_state(a_ptr, 0, where, N, R, Q, BLOCK_N, W)
     write = _load_state(write_ptr if FIXED else None, 0, where, N, R, Q, BLOCK_N, W)
-    streams = (
-        _stream(value_ptr, channels), _stream(rate_ptr, channels), _stream(None if FIXED else write_ptr, slots),
-        _stream(others_ptr, slots), _stream(norm_ptr, group),
-    )  # fmt: skip
+    streams = _streams(value_ptr, rate_ptr, write_ptr, others_ptr, norm_ptr, channels, slots, group, FIXED)
     S = tl.zeros((R, BLOCK_N, W), tl.float32)
     P = S + 1.0
     total = tl.zeros((R, W), tl.float32)
@@ -439,10 +444,8 @@ def _emit(
     a = _load_state(a_ptr, 0, where, N, R, Q, BLOCK_N, W)
     k = _load_state(k_ptr if FIXED_K else None, 0, where, N, R, Q, BLOCK_N, W)
     q = _load_state(q_ptr if FIXED_Q else None, 0, where, N, R, Q, BLOCK_N, W)
-    streams = (
-        _stream(x_ptr, channels), _stream(rate_ptr, channels), _stream(None if FIXED_K else k_ptr, slots),
-        _stream(others_ptr, slots), _stream(norm_ptr, group), _stream(None if FIXED_Q else q_ptr, slots),
-    )  # fmt: skip
+    streams = _streams(x_ptr, rate_ptr, k_ptr, others_ptr, norm_ptr, channels, slots, group, FIXED_K)
+    streams = streams + (_stream(None if FIXED_Q else q_ptr, slots),)
     S = _load_state(enter_ptr, b * segments + segment, where, N, R, Q, BLOCK_N, W)
     todo = stop - start
     while todo > 0:
@@ -492,10 +495,7 @@ def _adjoint(
     a = _load_state(a_ptr, 0, where, N, R, Q, BLOCK_N, W)
     k = _load_state(k_ptr if FIXED_K else None, 0, where, N, R, Q, BLOCK_N, W)
     q = _load_state(q_ptr if FIXED_Q else None, 0, where, N, R, Q, BLOCK_N, W)
-    streams = (
-        _stream(x_ptr, channels), _stream(rate_ptr, channels), _stream(None if FIXED_K else k_ptr, slots),
-        _stream(others_ptr, slots), _stream(norm_ptr, group),
-    )  # fmt: skip
+    streams = _streams(x_ptr, rate_ptr, k_ptr, others_ptr, norm_ptr, channels, slots, group, FIXED_K)
     back = (_stream(None if FIXED_Q else q_ptr, slots), _stream(dy_ptr, channels))
     both = streams + back
     at = b * segments + segment
@@ -699,8 +699,8 @@ def _fake_walk(
     reverse: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (B, T, V), N = x.shape, k.shape[-1]
-    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    stretches = (T + STRETCH - 1) // STRETCH if keep else 0
+    rows = state_count(B, cu_seqlens)
+    stretches = cdiv(T, STRETCH) if keep else 0
     state, kept = (x.new_empty(shape, dtype=torch.float32) for shape in ((rows, N, V), (B, stretches, N, V)))
     return x.new_empty((B, T, V)), state, kept
 
@@ -745,7 +745,7 @@ def _fake_adjoint(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, drate, dk, dq = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, rate, k, q))
     da = x.new_empty(0) if a is None else torch.empty_like(a, memory_format=torch.contiguous_format)
-    rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = state_count(x.shape[0], cu_seqlens)
     return dx, drate, da, dk, dq, x.new_empty((rows, k.shape[-1], x.shape[2]), dtype=torch.float32)
 
 
@@ -791,13 +791,13 @@ def _scan(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (B, T, V), N = x.shape, k.shape[-1]
-    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = state_count(B, cu_seqlens)
     if x.numel() == 0:
         state = x.new_zeros((rows, V, N), dtype=torch.float32) if initial is None else initial.float().clone()
         return x.clone(), state
     G = max(w.shape[2] if w.ndim == 4 else 1 for w in (k, q))
     k, q = (w.unsqueeze(2).expand(B, T, G, N) if w.ndim == 3 else w for w in (k, q))
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, rate, a, k, q, initial))
+    keep = recorded(x, rate, a, k, q, initial)
     state = None if initial is None else initial.float().transpose(1, 2)
     mirrored = reverse and cu_seqlens is not None
     if mirrored:

@@ -163,11 +163,11 @@ def _run(
     beta: Tensor | None,
     bonus: Tensor | None,
 ) -> ScanOut:
+    from recur.kernels.operators import recorded
     from recur.kernels.scan import scan_forward
 
     k, log_decay, beta = (None if x is None else x.contiguous() for x in (k, log_decay, beta))
     initial = None if initial is None else initial.float().contiguous()
     tensors = (q.contiguous(), k, v.contiguous(), log_decay, beta, bonus, initial)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    y, state, *_ = scan_forward(*tensors, cu_seqlens, scale, reverse, keep)
+    y, state, *_ = scan_forward(*tensors, cu_seqlens, scale, reverse, recorded(*tensors))
     return ScanOut(y, state)

@@ -16,7 +16,7 @@ from recur.blocks.feedforward import feedforward
 from recur.blocks.glue import Norm
 from recur.blocks.mixer import Mixer, detach, overwrite, passed
 from recur.blocks.sampling import sample_token
-from recur.primitives.forms import check_packing
+from recur.primitives.forms import check_packing, state_count
 from recur.recipe import Flow, Recipe, State
 from recur.shapes import bind, readable
 from recur.weights import Init, Param, Weights, bias_init, declared, matrix_init, normal
@@ -265,7 +265,7 @@ class LanguageModel(nn.Module):
         """
         B, T, _ = x.shape
         check_packing("LanguageModel", cu_seqlens, B, T)
-        rows = B if cu_seqlens is None else len(cu_seqlens) - 1
+        rows = state_count(B, cu_seqlens)
         position = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state["position"]
         x = self._add_positions(x, position, cu_seqlens)
         x = F.dropout(x, self._dropped, self.training)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recur.axes import RecipeError
-from recur.primitives.forms import check_packing
+from recur.primitives.forms import check_packing, state_count
 from recur.recipe import Flow, Recipe, State
 from recur.shapes import bind, expect
 
@@ -90,7 +90,7 @@ class Mixer(nn.Module):
         self._check_inputs(inputs, B, T)
         if state is not None and not self.recipe.causal:
             raise RecipeError("Mixer: this recipe is not causal, so it cannot go on from a state")
-        rows = B if cu_seqlens is None else len(cu_seqlens) - 1
+        rows = state_count(B, cu_seqlens)
         position = x.new_zeros(rows, dtype=torch.long) if state is None else state["position"]
         expect("Mixer", "state", position, "B" if cu_seqlens is None else "n", (rows,))
         flow = Flow({"x": x, **inputs}, position, form, cu_seqlens, self.layer, grid, past, in_place)

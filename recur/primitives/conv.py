@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recur.primitives.forms import ScanOut, check_packing, document_of, first_state
+from recur.primitives.forms import ScanOut, check_packing, document_of, first_state, state_count
 from recur.shapes import bind, expect
 
 
@@ -66,7 +66,7 @@ def _opening(
     """The `reach` tokens before the first of x [B T D]: zeros unless they are given.   Raises: ShapeError."""
     B, T, D = x.shape
     check_packing(function, cu_seqlens, B, T)
-    rows, first = (B, "B") if cu_seqlens is None else (cu_seqlens.numel() - 1, "n")
+    rows, first = state_count(B, cu_seqlens), "B" if cu_seqlens is None else "n"
     expect(function, "initial_state", initial_state, f"{first} {letter} D", (rows, reach, D))
     return first_state(x, (reach, D), x.dtype, initial_state, cu_seqlens)
 

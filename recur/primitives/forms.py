@@ -74,13 +74,18 @@ def right_to_left(scan: Callable[..., ScanOut]) -> Callable[..., ScanOut]:
     return flipped
 
 
+def state_count(batch: int, cu_seqlens: Tensor | None) -> int:
+    """How many states a scan begins and ends with: one a row, or one a document of the packed row."""
+    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def first_state(
     x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
     """The state before the first token of x [B T ...], [B *shape], or [n *shape] of n documents: zeros if none came."""
     if initial_state is not None:
         return initial_state.to(dtype)
-    return x.new_zeros(x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, *shape, dtype=dtype)
+    return x.new_zeros(state_count(x.shape[0], cu_seqlens), *shape, dtype=dtype)
 
 
 def check_packing(

@@ -21,7 +21,7 @@ from recur.primitives.diagonal import (
     walk_left,
     walk_right,
 )
-from recur.primitives.forms import ScanOut, document_of
+from recur.primitives.forms import ScanOut, document_of, state_count
 
 SEGMENT = 2**19  # numbers of A_t that are held at a time: what a cache holds
 
@@ -167,7 +167,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     u, k = tokens[:2]
     (B, _, G, _, W), N = u.shape, k.shape[3]
-    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = state_count(B, cu_seqlens)
     return torch.empty_like(u), u.new_empty(rows, G, N, W), u.new_empty(len(_pieces(u, k)) + 1, B, G, N, W)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recur.primitives.diagonal import document_starts, leave_documents
-from recur.primitives.forms import document_of
+from recur.primitives.forms import document_of, state_count
 from recur.shapes import accumulation_dtype, bind, check_float
 
 LEAST = -1e30  # the log of nothing: finite, so that differences of logs stay numbers
@@ -34,7 +34,7 @@ def largest_log(
     dtype = accumulation_dtype(log_keep, log_write, initial_state)
     f, m = log_keep.to(dtype), log_write.to(dtype)
     B, T, H = m.shape
-    rows = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    rows = state_count(B, cu_seqlens)
     start = m.new_full((rows, H), LEAST) if initial_state is None else initial_state.to(dtype)
     if T == 0:
         return m, m, start.clone()
