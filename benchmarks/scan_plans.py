@@ -56,7 +56,7 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
     run.adjoint(dy, dv, G, **options)
     dgate = None if a is None else new(a) if family in ("key", "kda") else run.new(4, *a.shape[:3])
     return {
-        "prepare": run._prepare,
+        "prepare": lambda: scan._Scan(x, K**-0.5, False),
         "forward": lambda: run.forward(y=y),
         "keep": lambda: run.forward(keep=S, e=options.get("e")),
         "adjoint": lambda: run.adjoint(dy, dv, G, **options),

@@ -97,13 +97,13 @@ def transformer(c: Any) -> LanguageModel:
 
 
 CELL = {
-    **{"input_activation": "tanh", "hidden_activation": "tanh"},
-    **{"use_true_recurrence": False, "use_tied_gates": True},
-}
+    "input_activation": "tanh", "hidden_activation": "tanh",
+    "use_true_recurrence": False, "use_tied_gates": True,
+}  # fmt: skip
 FRAME = {
-    **{"eps": 1e-5, "channel_mixing_dropout": 0.0, "time_mixing_dropout": 0.0, "embedding_dropout": 0.0},
-    **{"positional_encoding_mode": "none"},
-}
+    "eps": 1e-5, "channel_mixing_dropout": 0.0, "time_mixing_dropout": 0.0, "embedding_dropout": 0.0,
+    "positional_encoding_mode": "none",
+}  # fmt: skip
 NEEDS = (
     *("n_layer", "d_model", "d_channel_mixing"),
     *("input_vocab_size", "output_vocab_size", "max_seq_length", "d_h"),

@@ -177,19 +177,19 @@ def jax_model(c: Any) -> LanguageModel:
 
 ABLATIONS = {"ablate_complex": False, "ablate_state_transition": False}
 OF_MIXER = {
-    **{"heads": None, "dim_inner": None, "add_swish_gating": True, "sub_ln": False},
-    **{"frac_gradient_state_transition": 0.9, **ABLATIONS},
-}
+    "heads": None, "dim_inner": None, "add_swish_gating": True, "sub_ln": False,
+    "frac_gradient_state_transition": 0.9, **ABLATIONS,
+}  # fmt: skip
 OF_ATTENTION = {
-    **{"dim_head": 64, "heads": 8, "rotary_emb": False, "add_swish_gating": False, "data_dependent_rel_pos": False},
-    **{"frac_gradient_data_dependent_rel_pos": 0.5, "softmax_normalize": None, **ABLATIONS},
-}
+    "dim_head": 64, "heads": 8, "rotary_emb": False, "add_swish_gating": False, "data_dependent_rel_pos": False,
+    "frac_gradient_data_dependent_rel_pos": 0.5, "softmax_normalize": None, **ABLATIONS,
+}  # fmt: skip
 OF_MODEL = {
-    **{"dim_head": 64, "heads": 8, "ff_mult": 4, "use_gate_looped_attn": True, "gate_loop_heads": None},
-    **{"attn_add_swish_gating": True, "dim_gate_looped_attn": None, "attn_softmax_normalize": None},
-    **{"data_dependent_rel_pos": False, "frac_gradient_state_transition": 0.9, **ABLATIONS},
-    **{"rotary_emb": False, "post_ln_norm": False, "sub_ln": False},
-}
+    "dim_head": 64, "heads": 8, "ff_mult": 4, "use_gate_looped_attn": True, "gate_loop_heads": None,
+    "attn_add_swish_gating": True, "dim_gate_looped_attn": None, "attn_softmax_normalize": None,
+    "data_dependent_rel_pos": False, "frac_gradient_state_transition": 0.9, **ABLATIONS,
+    "rotary_emb": False, "post_ln_norm": False, "sub_ln": False,
+}  # fmt: skip
 OF_SIMPLE = {"prenorm": True, "post_ln": False, "reverse": False}
 MEMORY = ("checkpoint_gate_looped_attn",)
 WALKS = ("use_heinsen", "use_jax_associative_scan")

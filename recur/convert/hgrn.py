@@ -185,10 +185,10 @@ def hub(recipe_of: RecipeOf, expand: int, *names: str) -> dict[str, Official]:
 MIXING = {"num_heads": None, "use_short_conv": False, "conv_size": 4, "elementwise_affine": True}
 HUB_LAYER = {**MIXING, "hidden_size": 1024, "conv_bias": False, "norm_eps": 1e-5, "layer_idx": None}
 HUB_LM = {
-    **{**MIXING, "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "use_lower_bound": True},
-    **{"hidden_ratio": 4, "intermediate_size": None, "norm_eps": 1e-6, "pad_token_id": None},
-    **{"tie_word_embeddings": False},
-}
+    **MIXING, "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "use_lower_bound": True,
+    "hidden_ratio": 4, "intermediate_size": None, "norm_eps": 1e-6, "pad_token_id": None,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 HUB_INERT = (
     *(*OF_A_FILE, "attn_mode", "max_position_embeddings", "initializer_range", "fuse_norm", "fuse_swiglu"),
     *("fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp"),

@@ -80,14 +80,14 @@ def hub_hgrn2(c: Any) -> Recipe:
 
 
 UNIT_CONFIG = {
-    **{"expand_ratio": 2, "act_fun": "silu", "uv_act_fun": "sigmoid", "use_norm": True, "bias": True},
-    **{"norm_type": "layernorm"},
-}
+    "expand_ratio": 2, "act_fun": "silu", "uv_act_fun": "sigmoid", "use_norm": True, "bias": True,
+    "norm_type": "layernorm",
+}  # fmt: skip
 CONFIG = {
-    **{"vocab_size": 50272, "decoder_embed_dim": 1024, "decoder_layers": 24, "expand_ratio": 2, "in_act": "none"},
-    **{"out_act": "silu", "glu_act": "none", "glu_dim": 2816, "bias": False, "norm_type": "simplermsnorm"},
-    **{"no_scale_embedding": True, "tie_word_embeddings": True, "pad_token_id": 1},
-}
+    "vocab_size": 50272, "decoder_embed_dim": 1024, "decoder_layers": 24, "expand_ratio": 2, "in_act": "none",
+    "out_act": "silu", "glu_act": "none", "glu_dim": 2816, "bias": False, "norm_type": "simplermsnorm",
+    "no_scale_embedding": True, "tie_word_embeddings": True, "pad_token_id": 1,
+}  # fmt: skip
 
 
 def _unit(preset: Callable[..., Recipe], ours: str = "parts.", **more: Any) -> Official:

@@ -110,8 +110,14 @@ def model_of(
         )
 
     config = {
-        **{"d_model": 2560, "n_layer": 64, "vocab_size": 50277, "d_intermediate": 0, "ssm_cfg": None},
-        **{"rms_norm": True, "pad_vocab_size_multiple": 8, "tie_embeddings": True},
+        "d_model": 2560,
+        "n_layer": 64,
+        "vocab_size": 50277,
+        "d_intermediate": 0,
+        "ssm_cfg": None,
+        "rms_norm": True,
+        "pad_vocab_size_multiple": 8,
+        "tie_embeddings": True,
     }
     inert = ("residual_in_fp32", "fused_add_norm", "attn_cfg", "initializer_cfg", "device", "dtype", *ignored)
     only: dict[str, tuple[Any, ...]] = {} if "attn_layer_idx" in ignored else {"attn_layer_idx": ([], None)}
@@ -159,28 +165,29 @@ def transformers_model_2(c: Any) -> LanguageModel:
 
 
 MIXER = mixer_of(mamba, KEYS)
+OF_MIXER_2 = {
+    "d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "d_ssm": None, "ngroups": 1, "rmsnorm": True,
+    "A_init_range": (1.0, 16.0), "D_has_hdim": False, "norm_before_gate": False, "dt_limit": UNLIMITED,
+    "bias": False, "conv_bias": True,
+}  # fmt: skip
 MIXER_2 = Official(
     mixer_2,
     under("parts.", "", KEYS_2),
     needs=("d_model",),
-    config={
-        **{"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "d_ssm": None, "ngroups": 1, "rmsnorm": True},
-        **{"A_init_range": (1.0, 16.0), "D_has_hdim": False, "norm_before_gate": False, "dt_limit": UNLIMITED},
-        **{"bias": False, "conv_bias": True},
-    },
+    config=OF_MIXER_2,
     inert=(*INITIAL, *PLACE, "chunk_size", "use_mem_eff_path", "process_group", "sequence_parallel"),
     only={"activation": ("swish", "silu"), "layer": ("Mamba2",)},
 )
 MODEL = model_of({"Mamba1": MIXER, "Mamba2": MIXER_2}, {**KEYS, **KEYS_2})
 BOTH = {"layer_norm_epsilon": 1e-5, "expand": 2, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True}
 CONFIG = {
-    **{**BOTH, "vocab_size": 50280, "hidden_size": 768, "state_size": 16, "num_hidden_layers": 32},
-    **{"time_step_rank": "auto", "tie_word_embeddings": True},
-}
+    **BOTH, "vocab_size": 50280, "hidden_size": 768, "state_size": 16, "num_hidden_layers": 32,
+    "time_step_rank": "auto", "tie_word_embeddings": True,
+}  # fmt: skip
 CONFIG_2 = {
-    **{**BOTH, "num_heads": 128, "head_dim": 64, "vocab_size": 32768, "hidden_size": 4096, "state_size": 128},
-    **{"num_hidden_layers": 64, "n_groups": 8, "time_step_limit": UNLIMITED, "tie_word_embeddings": False},
-}
+    **BOTH, "num_heads": 128, "head_dim": 64, "vocab_size": 32768, "hidden_size": 4096, "state_size": 128,
+    "num_hidden_layers": 64, "n_groups": 8, "time_step_limit": UNLIMITED, "tie_word_embeddings": False,
+}  # fmt: skip
 INERT = (
     *(*OF_A_FILE, "pad_token_id", "intermediate_size"),
     *("initializer_range", "residual_in_fp32", "rescale_prenorm_residual", "time_step_min", "time_step_max"),

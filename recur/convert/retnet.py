@@ -27,9 +27,9 @@ KEYS: Keys = {
 
 
 CONFIG = {
-    **{"decoder_embed_dim": 768, "decoder_value_embed_dim": 1280, "decoder_retention_heads": 3, "decoder_layers": 12},
-    **{"decoder_ffn_embed_dim": 1280, "layernorm_eps": 1e-6, "recurrent_chunk_size": 512, "mode": "recurrent"},
-}
+    "decoder_embed_dim": 768, "decoder_value_embed_dim": 1280, "decoder_retention_heads": 3, "decoder_layers": 12,
+    "decoder_ffn_embed_dim": 1280, "layernorm_eps": 1e-6, "recurrent_chunk_size": 512, "mode": "recurrent",
+}  # fmt: skip
 
 
 def recipe(c: Any) -> Recipe:

@@ -36,9 +36,9 @@ KEYS: Keys = {
 
 
 CONFIG = {
-    **{"n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50304, "block_size": 1024},
-    **{"bias": False, "dropout": 0.0},
-}
+    "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50304, "block_size": 1024,
+    "bias": False, "dropout": 0.0,
+}  # fmt: skip
 
 
 def time_mix(c: Any) -> Mixer:
