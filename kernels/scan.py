@@ -352,14 +352,14 @@ def scan_backward(
         dgate = dgate.sum(0).unsqueeze(-1) if run.decay == "one" else dgate
         dgate = dgate.sum_to_size(log_decay.shape).to(log_decay.dtype)
     gradients = (
-        _sum_groups(dq, q), None if k is None or dk is None else _sum_groups(dk, k), dv, dgate,
+        sum_groups(dq, q), None if k is None or dk is None else sum_groups(dk, k), dv, dgate,
         None if dbeta is None or beta is None else dbeta.sum(0).to(beta.dtype),
         None if dbonus is None else dbonus.sum(0), dinitial,
     )  # fmt: skip
     return tuple(v.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
 
 
-def _sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
+def sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
     """[B T H K] -> [B T G K], what the heads of a group owe to the tensor they share."""
     if gradient.shape == like.shape:
         return gradient

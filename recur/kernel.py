@@ -117,37 +117,30 @@ def _turned(
     bonus: Tensor | None,
 ) -> ScanOut:
     """A complex gate is a real one on states twice as wide whose keys and queries are rotated by the phases so far."""
+    from recur.kernels.turn import turned
     from recur.primitives.outer import to_heads
     from recur.primitives.within import joined, stacked
 
-    real, phase = log_decay.real, log_decay.imag
-    # what is forgotten need not be turned, and owes the phase no gradient
-    phase = phase.masked_fill(real.exp() == 0, 0).expand(-1, v.shape[1], -1, -1)
-    # float64: the sum of many turns is known to their fraction only
-    phase = phase.double()
-    if reverse:
-        since = F.pad(phase.flip(1).cumsum(1).flip(1), (0, 0, 0, 0, 0, 1))
-    else:
-        since = F.pad(phase.cumsum(1), (0, 0, 0, 0, 1, 0))
-    since = (since - (since / (2 * torch.pi)).round().detach() * (2 * torch.pi)).float()
-    cos, sin = since.cos(), since.sin()
-    before, after = (slice(1, None), slice(None, -1)) if reverse else (slice(None, -1), slice(1, None))
-    q, k = (to_heads(x, v.shape[2]).float() for x in (q, k))
-    now = None if bonus is None else (q * k * bonus).sum(-1, keepdim=True) * scale * v
-    read = after if bonus is None else before
-    q, k = (torch.cat([x * cos[:, at], -x * sin[:, at]], -1).to(v.dtype) for x, at in ((q, read), (k, after)))
-    wide = real if real.shape[-1] == 1 else torch.cat([real, real], -1)
-    turn = torch.complex(cos, sin).unsqueeze(-1)
-    if cu_seqlens is None:
-        first, last = turn[:, 0], turn[:, -1]
-    else:
-        first, last = turn[0].index_select(0, cu_seqlens[:-1]), turn[0].index_select(0, cu_seqlens[1:])
-    if reverse:
-        first, last = last, first
+    before, packed = bonus is not None, cu_seqlens is not None
+    pairs = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj())
+    told, write, wide, edges, _ = turned(q.contiguous(), k.contiguous(), pairs, before, packed, reverse)
+    if not wide.numel():
+        wide = log_decay.real if log_decay.shape[-1] == 1 else torch.cat([log_decay.real, log_decay.real], -1)
+    turn = torch.complex(edges.cos(), edges.sin()).unsqueeze(-1)
+    first, last = turn[:, 0], None
+    if cu_seqlens is not None:
+        # at every border between tokens: beyond the token walked first nothing is turned
+        turn = F.pad(turn[0], (0, 0, 0, 0, 0, 0, 1, 0) if reverse else (0, 0, 0, 0, 0, 0, 0, 1), value=1)
+        first, last = (turn.index_select(0, at) for at in (cu_seqlens[:-1], cu_seqlens[1:]))
+        first, last = (last, first) if reverse else (first, last)
     initial = None if initial is None else stacked(initial * first.conj())
     none = None if bonus is None else torch.zeros_like(bonus).repeat(1, 2)
-    y, state = run(initial, q=q, k=k, log_decay=wide, bonus=none)
-    return ScanOut(y if now is None else y + now, joined(state) * last)
+    y, state = run(initial, q=told, k=write, log_decay=wide, bonus=none)
+    if bonus is not None:
+        q, k = (to_heads(x, v.shape[2]).float() for x in (q, k))
+        y = y + (q * k * bonus).sum(-1, keepdim=True) * scale * v
+    state = joined(state)
+    return ScanOut(y, state if last is None else state * last)
 
 
 def _run(

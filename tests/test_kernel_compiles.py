@@ -57,12 +57,12 @@ class Recorder:
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """What is launched meanwhile, by doors that take CPU tensors."""
-    from recur.kernels import chunk_scan, diagonal, scan, step, walk
+    from recur.kernels import chunk_scan, diagonal, scan, step, turn, walk
 
     assert not scan.INTERPRETED, "unset TRITON_INTERPRET: kernels are compiled here"
     log: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
-        for home in (chunk_scan, diagonal, step, walk):
+        for home in (chunk_scan, diagonal, step, turn, walk):
             for name, kernel in list(vars(home).items()):
                 if isinstance(kernel, triton.JITFunction):
                     patch.setattr(home, name, Recorder(kernel, log))

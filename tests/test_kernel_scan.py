@@ -77,7 +77,7 @@ def compare(
         leaves = [None if t is None else (widen(t) if wide else t).detach().clone().requires_grad_() for t in inputs]
         y, state = run(leaves)
         noise = torch.Generator().manual_seed(1)
-        weights = [torch.randn(t.shape, generator=noise, dtype=torch.float64) for t in (y, state)]
+        weights = [torch.randn(t.shape, generator=noise, dtype=widen(t).dtype) for t in (y, state)]
         loss = (y * weights[0].to(dtype)).sum() + (state * weights[1]).real.sum()
         return [y, state, *torch.autograd.grad(loss, [t for t in leaves if t is not None])]
 
@@ -182,6 +182,16 @@ def segments_side_by_side() -> None:
 
 
 @law
+def phases_of_many_turns() -> None:
+    """More tiles of tokens than one looks back at, and documents that end in the midst of them."""
+    from recur.kernels import turn
+
+    turn.LOOK = 2
+    compare(1, 300, 1, 1, 3, 2, "B T H K", "complex")
+    compare(1, 150, 2, 1, 3, 2, "B T H", "complex", bonus="H K", reverse=True, borders=(0, 0, 70, 150))
+
+
+@law
 def flags_that_nobody_wrote_are_not_read() -> None:
     from recur.kernels import scan
 
@@ -222,16 +232,19 @@ def two_runs_are_one() -> None:
 
 @law
 def operators_keep_the_rules_of_torch() -> None:
-    from recur.kernels import scan  # noqa: F401, registers them
+    from recur.kernels import scan, turn  # noqa: F401, they register them
 
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     q, k, v = (torch.randn(1, 9, 2, 4, requires_grad=True) for _ in range(3))
     a, beta = -torch.rand(1, 9, 2, 4), torch.rand(1, 9, 2)
     for arguments in (
         (q, k, v, a.requires_grad_(), None, None, None, None, 1.0, False, True),
         (q, k, v, None, beta, None, torch.randn(2, 2, 4, 4), torch.tensor([0, 4, 9]), 0.5, True, True),
     ):
-        checks = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(torch.ops.recur.scan, arguments, test_utils=checks)
+    for gate in (torch.randn(1, 9, 4, 4, 2, requires_grad=True), torch.randn(1, 1, 4, 1, 2)):
+        for packed in (False, True):
+            torch.library.opcheck(torch.ops.recur.turn, (q, k, gate, packed, packed, False), test_utils=checks)
 
 
 @law
@@ -260,7 +273,7 @@ GROUPS = [
         "operators_keep_the_rules_of_torch",
         "what_it_lacks_is_named",
     ],
-    ["hard_gates", "segments_side_by_side"],
+    ["hard_gates", "segments_side_by_side", "phases_of_many_turns"],
 ]
 
 
