@@ -30,8 +30,8 @@ def compare(name: str, run: Callable[..., Tensor], inputs: list[Tensor], at: int
     def outputs(*tensors: Tensor) -> list[Tensor]:
         leaves = [x.requires_grad_(backward) for x in tensors]
         y = run(*leaves)
-        cut = slice(at if y.shape[2] > at else 0, None)
-        return [y[:, :, cut].detach(), *torch.autograd.grad(y[:, :, cut].sum(), leaves[-1:])][: 1 + backward]
+        y = y[:, :, at if y.shape[2] > at else 0 :]
+        return [y.detach(), *(torch.autograd.grad(y.sum(), leaves[-1:]) if backward else ())]
 
     whole = [x[:, :, at:].contiguous() if x.shape[2] > at else x.clone() for x in inputs]
     found = outputs(*inputs)
