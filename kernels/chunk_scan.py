@@ -441,13 +441,13 @@ def combine(
 # ----------------------------------------------------------------------------------------------------------- adjoint
 
 
-@triton.jit(do_not_specialize=["B", "T", "tiles", "segments", "span"])
+@triton.jit(do_not_specialize=["B", "T", "numbers", "tiles", "segments", "span"])
 def adjoint(
     told_ptr, write_ptr, reach_ptr, dy_ptr, gate_ptr, beta_ptr, e_ptr,
     near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, solve_ptr,
     dv_ptr, dbeta_ptr, keep_ptr,  # [B T H V], [tiles B T H], gradients of the state after every chunk [chunks H K V]
-    enter_ptr, leave_ptr,
-    cu_ptr, B, T, tiles, segments, span, gate_sb, gate_sh, scale,
+    enter_ptr, leave_ptr, state_ptr, moment_ptr,  # the last two if rows are turned: [chunks H K V], [tiles chunks H K]
+    cu_ptr, B, T, numbers, tiles, segments, span, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -526,6 +526,14 @@ def adjoint(
         if DECAY == "key":
             G = G * near[:, None]
         store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
+        if moment_ptr is not None:
+            # what turning the state that enters this chunk would do: rows k and k + K / 2 are one complex row
+            partner = tl.where(offs_k < K // 2, offs_k + K // 2, offs_k - K // 2)
+            other = state_ptr + square * (K * V) + partner[:, None] * V + offs_v[None, :]
+            moment = tl.sum(G * tl.load(other, mask=in_state, other=0.0).to(tl.float32), 1)
+            moment = tl.where(offs_k < K // 2, -moment, moment)
+            at = (tile * numbers + chunk + n) * (H * K) + h * K + offs_k
+            tl.store(moment_ptr + at, moment, mask=offs_k < K)
 
     if leave_ptr is not None:  # only the segment in which the scan begins
         in_state = in_state & (segment == (segments - 1 if FLIP else 0))

@@ -42,18 +42,23 @@ class Plan(NamedTuple):
     gradient: Tiles
 
 
-# chunk; then block, warps and stages of forward and adjoint, of the same for the delta rule, and of gradient, for
-# states of at most 64, 128, 256 rows or columns; by trial on an H200
+# block, warps and stages of forward and adjoint, of the same for the delta rule, and of gradient, for states of at most
+# 64, 128, 256 rows or columns; by trial on an H200
 _BFLOAT16 = {
-    64: (64, ((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3)), (64, 4, 1)),
-    128: (64, ((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2)), (64, 4, 1)),
-    256: (64, ((64, 8, 1), (64, 8, 1)), ((64, 8, 1), (64, 8, 1)), (64, 8, 1)),
+    64: (((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3)), (64, 4, 1)),
+    128: (((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2)), (64, 4, 1)),
+    256: (((64, 8, 1), (64, 8, 1)), ((64, 8, 1), (64, 8, 1)), (64, 8, 1)),
 }
 _FLOAT32 = {
-    64: (32, ((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1)), (64, 4, 1)),
-    128: (32, ((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1)), (32, 4, 1)),
-    256: (32, ((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1)), (16, 8, 1)),
+    64: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1)), (64, 4, 1)),
+    128: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1)), (32, 4, 1)),
+    256: (((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1)), (16, 8, 1)),
 }
+
+
+def chunk_of(dtype: torch.dtype) -> int:
+    """Tokens of a chunk."""
+    return 64 if dtype == torch.bfloat16 else 32
 
 
 def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, processors: int = 132) -> Plan:
@@ -63,7 +68,8 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
     two, none below 512 tokens. The delta rule has one: what a stretch of it does to a state is a matrix [K K].
     """
     block_k, block_v = (max(64, power_of_2(size)) for size in (K, V))
-    chunk, plain, erasing, rows = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[max(block_k, block_v)]
+    chunk = chunk_of(dtype)
+    plain, erasing, rows = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[max(block_k, block_v)]
     forward, adjoint, gradient = (
         Tiles(block, cdiv(size, block), warps, stages)
         for (block, warps, stages), size in zip((*(erasing if delta else plain), rows), (V, V, K), strict=True)
@@ -89,8 +95,9 @@ def _kept(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def _chunks(B: int, T: int, chunk: int, cu_seqlens: Tensor | None) -> int:
-    """How many numbers of chunks there are; see `tiles.place_of`."""
+def chunks_of(B: int, T: int, dtype: torch.dtype, cu_seqlens: Tensor | None) -> int:
+    """How many numbers of chunks there are; see `tiles.numbered`."""
+    chunk = chunk_of(dtype)
     return B * cdiv(T, chunk) if cu_seqlens is None else T // chunk + cu_seqlens.shape[0] - 1
 
 
@@ -119,7 +126,7 @@ class _Scan:
             self.plan = self.plan._replace(segments=1, span=T)
         self.x, self.flip, self.sizes = x, flip, (B, T, H, K, V)
         self.documents = state_count(B, x.cu_seqlens)
-        self.chunks = _chunks(B, T, self.plan.chunk, x.cu_seqlens)
+        self.chunks = chunks_of(B, T, x.v.dtype, x.cu_seqlens)
         self.decay, strides = "none", [0, 0, 0, 0]
         if x.log_decay is not None:
             width = x.log_decay.shape[-1]
@@ -223,13 +230,15 @@ class _Scan:
 
     def adjoint(
         self, dy: Tensor, dv: Tensor, keep: Tensor, *, e: Tensor | None = None, dbeta: Tensor | None = None,
-        enter: Tensor | None = None, leave: Tensor | None = None,
+        enter: Tensor | None = None, leave: Tensor | None = None, state: Tensor | None = None,
+        moment: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Launch `kernels.adjoint`."""
         x, tiles = self.x, self.plan.adjoint
         kernels.adjoint[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
             self.told, self.write, self.reach, dy, x.log_decay, x.beta, e, self.near, self.far, self.calm, self.scores,
-            self.rates, self.whole, self.solved, dv, dbeta, keep, enter, leave, B=self.sizes[0], **self._walk(tiles),
+            self.rates, self.whole, self.solved, dv, dbeta, keep, enter, leave, state, moment,
+            B=self.sizes[0], numbers=self.chunks, **self._walk(tiles),
         )  # fmt: skip
 
     def gradient(
@@ -279,6 +288,7 @@ def scan_forward(
     beta: Tensor | None,
     bonus: Tensor | None,
     initial: Tensor | None,
+    turns: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     flip: bool,
@@ -288,7 +298,9 @@ def scan_forward(
 
     Args: q, k [B T G K] (k None: 1 − exp(log_decay), not with beta); v [B T H V], all of one dtype; log_decay
         [B|1 T|1 H K|1]; beta [B T H]; bonus [H K] float32; initial [B H K V] float32, or [n H K V] for the n documents
-        of cu_seqlens [n+1]; all contiguous. flip: from right to left; keep: for a derivative.
+        of cu_seqlens [n+1]; all contiguous. turns [chunks H K/2]: if rows k and k + K/2 are one complex row, by how
+        much the state that enters each chunk is turned on: zeros, but it has a gradient. flip: from right to left;
+        keep: for a derivative.
     Returns: y [B T H V]; state like initial; of the delta rule, with `keep`, M and T [chunks H C C].
     """
     run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip)
@@ -300,13 +312,13 @@ def scan_forward(
 
 
 @fake("scan")
-def _(q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, keep):
+def _(q, k, v, log_decay, beta, bonus, initial, turns, cu_seqlens, scale, flip, keep):
     (B, T, H, V), K = v.shape, q.shape[3]
     y, state = torch.empty_like(v), v.new_empty(state_count(B, cu_seqlens), H, K, V, dtype=torch.float32)
     if beta is None or not keep:
         return y, state, v.new_empty(0), v.new_empty(0)
-    chunk = plan(heads=B * H, T=T, K=K, V=V, dtype=v.dtype, delta=True).chunk
-    squares = (_chunks(B, T, chunk, cu_seqlens), H, chunk, chunk)
+    chunk = chunk_of(v.dtype)
+    squares = (chunks_of(B, T, v.dtype, cu_seqlens), H, chunk, chunk)
     return y, state, v.new_empty(squares, dtype=torch.float32), v.new_empty(squares, dtype=_kept(v.dtype))
 
 
@@ -321,13 +333,14 @@ def scan_backward(
     beta: Tensor | None,
     bonus: Tensor | None,
     initial: Tensor | None,
+    turns: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     flip: bool,
     overlap: Tensor,
     solved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay, beta, bonus and initial; empty for what is None. Has no derivative itself."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay, beta, bonus, initial and turns; empty for what is None. Has no derivative."""
     known = () if beta is None else (overlap, solved)
     run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip, *known)
     B, T, H, K, _ = run.sizes
@@ -335,7 +348,9 @@ def scan_backward(
     dv, dinitial = torch.empty_like(v), None if initial is None else torch.empty_like(initial)
     e, dbeta = (torch.empty_like(v), run.new(run.plan.adjoint.parts, B, T, H)) if known else (None, None)
     run.forward(keep=S, e=e, enter=run.entering(initial))
-    run.adjoint(dy, dv, G, e=e, dbeta=dbeta, enter=run.entering(dstate, back=dy), leave=dinitial)
+    moment = None if turns is None else run.new(run.plan.adjoint.parts, run.chunks, H, K)
+    entering = run.entering(dstate, back=dy)
+    run.adjoint(dy, dv, G, e=e, dbeta=dbeta, enter=entering, leave=dinitial, state=S, moment=moment)
 
     dq = run.new(B, T, H, K, dtype=q.dtype if q.shape[2] == H else torch.float32)
     dk = None if k is None else torch.empty_like(dq)
@@ -355,6 +370,7 @@ def scan_backward(
         sum_groups(dq, q), None if k is None or dk is None else sum_groups(dk, k), dv, dgate,
         None if dbeta is None or beta is None else dbeta.sum(0).to(beta.dtype),
         None if dbonus is None else dbonus.sum(0), dinitial,
+        None if moment is None else moment.unflatten(3, (2, -1)).sum((0, 3)),
     )  # fmt: skip
     return tuple(v.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
 
@@ -367,8 +383,8 @@ def sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 @fake("scan_backward")
-def _(dy, dstate, q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, overlap, solved):
-    inputs = (q, k, v, log_decay, beta, bonus, initial)
+def _(dy, dstate, q, k, v, log_decay, beta, bonus, initial, turns, cu_seqlens, scale, flip, overlap, solved):
+    inputs = (q, k, v, log_decay, beta, bonus, initial, turns)
     return tuple(v.new_empty(0) if x is None else torch.empty_like(x) for x in inputs)
 
 
@@ -383,7 +399,7 @@ def _gradients(ctx, dy: Tensor | None, dstate: Tensor | None, *_):
     dy = torch.zeros_like(tensors[2]) if dy is None else dy.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
     gradients = scan_backward(dy, dstate, *tensors, ctx.scale, ctx.flip, overlap, solved)
-    return *(None if x is None else g for x, g in zip(tensors[:7], gradients, strict=True)), None, None, None, None
+    return *(None if x is None else g for x, g in zip(tensors[:8], gradients, strict=True)), None, None, None, None
 
 
 differentiable("scan", _gradients, _remember)

@@ -55,12 +55,13 @@ def load_row(tensor, row, cols):
 
 
 @triton.jit
-def place_of(chunk, cu_ptr, T, documents, C: tl.constexpr):
-    """Where chunk number `chunk` of all rows, or of all documents of the only row, begins and must stop: the row's
-    first token, then tokens of that row. Document n owns the numbers from cu[n] // C + n on, some of them unused."""
+def numbered(chunk, cu_ptr, T, documents, C: tl.constexpr):
+    """Where chunk number `chunk` of all rows, or of all documents of the only row, lies: which row or document, and as
+    which of its chunks; then as `place_of`. Document n owns the numbers from cu[n] // C + n on, some of them unused."""
     if cu_ptr is None:
         chunks = tl.cdiv(T, C)
-        first, begin, stop = chunk // chunks * T, chunk % chunks * C, T
+        document, index = chunk // chunks, chunk % chunks
+        first, begin, stop = document * T, index * C, T
     else:
         low, high = 0, documents - 1
         while low < high:  # the last document whose numbers begin at or before this one
@@ -70,7 +71,15 @@ def place_of(chunk, cu_ptr, T, documents, C: tl.constexpr):
             else:
                 high = middle - 1
         cu = tl.load(cu_ptr + low).to(tl.int64)
-        first, begin, stop = chunk * 0, cu + (chunk - cu // C - low) * C, tl.load(cu_ptr + low + 1).to(tl.int64)
+        document, index = low, chunk - cu // C - low
+        first, begin, stop = chunk * 0, cu + index * C, tl.load(cu_ptr + low + 1).to(tl.int64)
+    return document, index, first, begin, stop
+
+
+@triton.jit
+def place_of(chunk, cu_ptr, T, documents, C: tl.constexpr):
+    """Where a chunk begins and must stop: the first token of its row, then tokens of that row."""
+    _, _, first, begin, stop = numbered(chunk, cu_ptr, T, documents, C)
     return first, begin, stop
 
 

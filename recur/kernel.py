@@ -7,7 +7,6 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recur.primitives.forms import ScanOut
@@ -121,26 +120,20 @@ def _turned(
     from recur.primitives.outer import to_heads
     from recur.primitives.within import joined, stacked
 
-    before, packed = bonus is not None, cu_seqlens is not None
     pairs = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj())
-    told, write, wide, edges, _ = turned(q.contiguous(), k.contiguous(), pairs, before, packed, reverse)
+    told, write, wide, turns, whole, _ = turned(
+        q.contiguous(), k.contiguous(), pairs, cu_seqlens, bonus is not None, reverse
+    )
     if not wide.numel():
         wide = log_decay.real if log_decay.shape[-1] == 1 else torch.cat([log_decay.real, log_decay.real], -1)
-    turn = torch.complex(edges.cos(), edges.sin()).unsqueeze(-1)
-    first, last = turn[:, 0], None
-    if cu_seqlens is not None:
-        # at every border between tokens: beyond the token walked first nothing is turned
-        turn = F.pad(turn[0], (0, 0, 0, 0, 0, 0, 1, 0) if reverse else (0, 0, 0, 0, 0, 0, 0, 1), value=1)
-        first, last = (turn.index_select(0, at) for at in (cu_seqlens[:-1], cu_seqlens[1:]))
-        first, last = (last, first) if reverse else (first, last)
-    initial = None if initial is None else stacked(initial * first.conj())
+    if initial is not None:
+        initial = stacked(initial * torch.complex(whole.cos(), -whole.sin()).unsqueeze(-1))
     none = None if bonus is None else torch.zeros_like(bonus).repeat(1, 2)
-    y, state = run(initial, q=told, k=write, log_decay=wide, bonus=none)
+    y, state = run(initial, q=told, k=write, log_decay=wide, bonus=none, turns=turns)
     if bonus is not None:
         q, k = (to_heads(x, v.shape[2]).float() for x in (q, k))
         y = y + (q * k * bonus).sum(-1, keepdim=True) * scale * v
-    state = joined(state)
-    return ScanOut(y, state if last is None else state * last)
+    return ScanOut(y, joined(state))
 
 
 def _run(
@@ -155,12 +148,13 @@ def _run(
     log_decay: Tensor | None,
     beta: Tensor | None,
     bonus: Tensor | None,
+    turns: Tensor | None = None,
 ) -> ScanOut:
     from recur.kernels.operators import recorded
     from recur.kernels.scan import scan_forward
 
     k, log_decay, beta = (None if x is None else x.contiguous() for x in (k, log_decay, beta))
     initial = None if initial is None else initial.float().contiguous()
-    tensors = (q.contiguous(), k, v.contiguous(), log_decay, beta, bonus, initial)
+    tensors = (q.contiguous(), k, v.contiguous(), log_decay, beta, bonus, initial, turns)
     y, state, *_ = scan_forward(*tensors, cu_seqlens, scale, reverse, recorded(*tensors))
     return ScanOut(y, state)

@@ -238,13 +238,13 @@ def operators_keep_the_rules_of_torch() -> None:
     q, k, v = (torch.randn(1, 9, 2, 4, requires_grad=True) for _ in range(3))
     a, beta = -torch.rand(1, 9, 2, 4), torch.rand(1, 9, 2)
     for arguments in (
-        (q, k, v, a.requires_grad_(), None, None, None, None, 1.0, False, True),
-        (q, k, v, None, beta, None, torch.randn(2, 2, 4, 4), torch.tensor([0, 4, 9]), 0.5, True, True),
+        (q, k, v, a.requires_grad_(), None, None, None, torch.zeros(1, 2, 2), None, 1.0, False, True),
+        (q, k, v, None, beta, None, torch.randn(2, 2, 4, 4), None, torch.tensor([0, 4, 9]), 0.5, True, True),
     ):
         torch.library.opcheck(torch.ops.recur.scan, arguments, test_utils=checks)
     for gate in (torch.randn(1, 9, 4, 4, 2, requires_grad=True), torch.randn(1, 1, 4, 1, 2)):
-        for packed in (False, True):
-            torch.library.opcheck(torch.ops.recur.turn, (q, k, gate, packed, packed, False), test_utils=checks)
+        for cu in (None, torch.tensor([0, 4, 9])):
+            torch.library.opcheck(torch.ops.recur.turn, (q, k, gate, cu, cu is None, False), test_utils=checks)
 
 
 @law
