@@ -75,13 +75,20 @@ def _angle(word):
 
 
 @triton.jit
-def _phases(gate_ptr, first, start, inside, T, h, K, d, gate_sb, gate_st, gate_sh, gate_sd: tl.constexpr):
-    """log |a| [C D], and phases in turns, of one of them at most a half; what is forgotten need not be turned."""
+def _phases(
+    gate_ptr, first, start, inside, T, h, K, tile, gate_sb, gate_st, gate_sh, D: tl.constexpr, KEYS: tl.constexpr
+):
+    """log |a| [C D], and phases in turns, none of more than a half; what is forgotten need not be turned."""
     C: tl.constexpr = inside.shape[0]
     ptr = gate_ptr + first // tl.maximum(T, 1) * gate_sb + h * gate_sh + start * gate_st
-    ptrs = ptr + tl.arange(0, C)[:, None] * gate_st + d[None, :] * gate_sd
-    here = (inside[:, None] & (d < K)[None, :])[:, :, None] & (tl.arange(0, 2) >= 0)[None, None, :]
-    log_a, phase = tl.split(tl.load(ptrs[:, :, None] + tl.arange(0, 2)[None, None, :], mask=here, other=0.0))
+    ptrs = ptr + tl.arange(0, C)[:, None] * gate_st
+    if KEYS:
+        e = tile * (2 * D) + tl.arange(0, 2 * D)
+        pairs = tl.load(ptrs + e[None, :], mask=inside[:, None] & (e < 2 * K)[None, :], other=0.0)
+        log_a, phase = tl.split(pairs.reshape(C, D, 2))
+    else:
+        log_a = tl.load(ptrs, mask=inside[:, None], other=0.0) + tl.zeros([C, D], tl.float32)
+        phase = tl.load(ptrs + 1, mask=inside[:, None], other=0.0) + tl.zeros([C, D], tl.float32)
     return log_a, _fraction(tl.where(log_a > RESET, phase, 0.0).to(tl.float64) * TURNS)
 
 
@@ -103,22 +110,26 @@ def turn(
     q_ptr, k_ptr, gate_ptr, cu_ptr,  # read: [B T heads K], [B|1 T|1 H K|1 2]
     told_ptr, write_ptr, wide_ptr, whole_ptr, words_ptr,  # written: [B T H 2K] three times, [B H K]
     T, documents, chunks, gate_sb, gate_st, gate_sh,
-    H: tl.constexpr, K: tl.constexpr, GROUPS_Q: tl.constexpr, GROUPS_K: tl.constexpr, gate_sd: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, GROUPS_Q: tl.constexpr, GROUPS_K: tl.constexpr, KEYS: tl.constexpr,
     BEFORE: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     """Turn q and k of one chunk. Chunks are drawn by number, so whoever is waited for has begun."""
     pid = tl.atomic_add(words_ptr, 1, sem="relaxed") + 1
     lanes = tl.num_programs(0) // chunks
-    drawn, h, d = pid // lanes, pid % lanes % H, pid % lanes // H * BLOCK_K + tl.arange(0, BLOCK_K)
+    drawn, h, tile = pid // lanes, pid % lanes % H, pid % lanes // H
+    if cu_ptr is None:  # all rows before the next chunk, so that few wait for who has just begun
+        rows = chunks // tl.cdiv(T, BLOCK_C)
+        drawn = drawn % rows * tl.cdiv(T, BLOCK_C) + drawn // rows
     chunk = drawn if FLIP else chunks - 1 - drawn
     document, index, first, start, stop = numbered(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
         return
+    d = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs, row, in_k = tl.arange(0, BLOCK_C), first + start, d < K
     inside = offs < stop - start
     here = inside[:, None] & in_k[None, :]
-    log_a, turns = _phases(gate_ptr, first, start, inside, T, h, K, d, gate_sb, gate_st, gate_sh, gate_sd)
+    log_a, turns = _phases(gate_ptr, first, start, inside, T, h, K, tile, gate_sb, gate_st, gate_sh, BLOCK_K, KEYS)
     q = _tile(q_ptr, row, offs, GROUPS_Q, h // (H // GROUPS_Q), K, d, here)
     k = _tile(k_ptr, row, offs, GROUPS_K, h // (H // GROUPS_K), K, d, here)
     if wide_ptr is not None:
@@ -148,21 +159,22 @@ def turn_backward(
     q_ptr, k_ptr, gate_ptr, cu_ptr, words_ptr, dtold_ptr, dwrite_ptr, dwide_ptr, dturns_ptr,  # read
     dq_ptr, dk_ptr, dgate_ptr,  # written: [B T H K] twice, [B T H K 2]
     T, documents, chunks, gate_sb, gate_st, gate_sh,
-    H: tl.constexpr, K: tl.constexpr, GROUPS_Q: tl.constexpr, GROUPS_K: tl.constexpr, gate_sd: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, GROUPS_Q: tl.constexpr, GROUPS_K: tl.constexpr, KEYS: tl.constexpr,
     BEFORE: tl.constexpr, FLIP: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, LOOK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk."""
     pid = tl.program_id(0).to(tl.int64)
     lanes = tl.num_programs(0) // chunks
-    chunk, h, d = pid // lanes, pid % lanes % H, pid % lanes // H * BLOCK_K + tl.arange(0, BLOCK_K)
+    chunk, h, tile = pid // lanes, pid % lanes % H, pid % lanes // H
     _, index, first, start, stop = numbered(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
         return
+    d = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     offs, row, in_k = tl.arange(0, BLOCK_C), first + start, d < K
     inside = offs < stop - start
     here = inside[:, None] & in_k[None, :]
-    log_a, turns = _phases(gate_ptr, first, start, inside, T, h, K, d, gate_sb, gate_st, gate_sh, gate_sd)
+    log_a, turns = _phases(gate_ptr, first, start, inside, T, h, K, tile, gate_sb, gate_st, gate_sh, BLOCK_K, KEYS)
     place = index if FLIP else (stop - start - 1) // BLOCK_C
     mine = words_ptr + 2 + (chunk * H + h) * K + d
     entering = _entering(mine, place, -(H * K) if FLIP else H * K, in_k, LOOK)
@@ -191,7 +203,7 @@ def turn_backward(
         dlog_a = _tile(dwide_ptr, row, offs, H, h, 2 * K, d, here)
         dlog_a += _tile(dwide_ptr + K, row, offs, H, h, 2 * K, d, here)
     pairs = tl.join(dlog_a, dphase).reshape(BLOCK_C, 2 * BLOCK_K)
-    d = pid % lanes // H * (2 * BLOCK_K) + tl.arange(0, 2 * BLOCK_K)
+    d = tile * (2 * BLOCK_K) + tl.arange(0, 2 * BLOCK_K)
     _store(dgate_ptr, row, offs, H, h, 2 * K, d, inside[:, None] & (d < 2 * K)[None, :], pairs)
 
 
@@ -202,10 +214,10 @@ def _launch(
     """Run one of the kernels on all chunks."""
     (B, T, groups_q, K), groups_k, H = q.shape, k.shape[2], gate.shape[2]
     chunks, block_k = chunks_of(B, T, q.dtype, cu_seqlens), min(32, power_of_2(K))
-    sb, st, sh, sd, _ = gate.expand(B, T, H, K, 2).stride()
+    sb, st, sh, *_ = gate.expand(B, T, H, -1, 2).stride()
     kernel[(chunks * H * cdiv(K, block_k),)](
         q, k, gate, cu_seqlens, *tensors, T, state_count(B, cu_seqlens), chunks, sb, st, sh,
-        H=H, K=K, GROUPS_Q=groups_q, GROUPS_K=groups_k, gate_sd=sd, BEFORE=before, FLIP=flip,
+        H=H, K=K, GROUPS_Q=groups_q, GROUPS_K=groups_k, KEYS=gate.shape[3] == K, BEFORE=before, FLIP=flip,
         BLOCK_C=chunk_of(q.dtype), BLOCK_K=block_k, LOOK=LOOK, num_warps=4,
     )  # fmt: skip
 
@@ -216,8 +228,8 @@ def turned(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Turn by the phases after each token, or, if flip, before it.
 
-    Args: q, k [B T G K], contiguous, of one dtype; gate [B|1 T|1 H K|1 2], log |a| and phases in float32; cu_seqlens
-        [n+1]; before: a token is read before its own gate.
+    Args: q, k [B T G K], contiguous, of one dtype; gate [B|1 T|1 H K|1 2], contiguous, log |a| and phases in float32;
+        cu_seqlens [n+1]; before: a token is read before its own gate.
     Returns: q and k [B T H 2K]; log |a| likewise, empty unless gates have all axes; turns [chunks H K], zeros, for
         `scan_forward`, whose gradient of them is the only way to the states; angles [B H K], or [n H K], by which to
         turn an initial state back; what the backward reads.

@@ -120,7 +120,7 @@ def _turned(
     from recur.primitives.outer import to_heads
     from recur.primitives.within import joined, stacked
 
-    pairs = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj())
+    pairs = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj().contiguous())
     told, write, wide, turns, whole, _ = turned(
         q.contiguous(), k.contiguous(), pairs, cu_seqlens, bonus is not None, reverse
     )
