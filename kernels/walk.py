@@ -577,7 +577,7 @@ SELECTIVE, ONLINE = (_selective_gate, _selective_gradients), (_online_gate, _onl
 
 class Plan(NamedTuple):
     """How one walk is cut up: tile [R N W] of `warps` warps, Q slots and R channels side by side in a thread, UNROLL
-    tokens at a time, loaded a block ahead or not, at most 255 registers a thread, segments of `length` tokens."""
+    tokens at a time, loaded a block ahead or not, at most `registers` a thread, segments of `length` tokens."""
 
     R: int
     Q: int
@@ -586,6 +586,7 @@ class Plan(NamedTuple):
     UNROLL: int
     AHEAD: bool
     warps: int
+    registers: int
     tiles: int
     segments: int
     length: int
@@ -594,15 +595,16 @@ class Plan(NamedTuple):
     def tile(self) -> dict[str, int]:
         """What every program takes by name."""
         tile = {"R": self.R, "Q": self.Q, "BLOCK_N": self.BLOCK_N, "W": self.W, "UNROLL": self.UNROLL}
-        return {**tile, "AHEAD": self.AHEAD, "STRETCH": STRETCH, "num_warps": self.warps, "maxnreg": 255}
+        return {**tile, "AHEAD": self.AHEAD, "STRETCH": STRETCH, "num_warps": self.warps, "maxnreg": self.registers}
 
 
 def plan(
     B: int, T: int, V: int, G: int, N: int, *, adjoint: bool = False, keyed: bool = False, processors: int = 132
 ) -> Plan:  # fmt: skip
     """16 entries of the state a thread, so that more of what is loaded is shared; 8 where the forward's exponentials
-    wait for each other. Blocks are loaded ahead where registers are left. One segment where that fills the machine,
-    else enough for 64 a processor: a token's latency hides behind other programs only.
+    wait for each other, which in 128 registers run 16 warps a processor (140 are what compilers like, and 12 warps).
+    Blocks are loaded ahead where registers are left. One segment where that fills the machine, else enough for 64 a
+    processor: a token's latency hides behind other programs only.
 
     Args: sizes; whether the walk is the backward one, and its gate made of the key; processors of the device.
     Returns: Plan.
@@ -615,7 +617,8 @@ def plan(
     segments = 1 if programs >= 7 * processors else cdiv(64 * processors, programs)
     length = cdiv(stretches, min(stretches, segments)) * STRETCH
     UNROLL, AHEAD = 2 if adjoint and keyed else 4, keyed or not adjoint
-    return Plan(R, Q, BLOCK_N, W, UNROLL, AHEAD, warps, tiles, cdiv(T, length), length)
+    registers = 255 if adjoint or keyed or N > 16 else 128
+    return Plan(R, Q, BLOCK_N, W, UNROLL, AHEAD, warps, registers, tiles, cdiv(T, length), length)
 
 
 class _Walk:
