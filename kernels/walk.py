@@ -8,11 +8,11 @@ Legend. B batch, T time, G groups of channels, V channels, N slots of the state.
 channels of one group and all their slots as a tile [R N W], whose last axis and part of N lie across the lanes of a
 warp while R lies inside a thread: sums over channels (dk, dq) and over slots (y, dx, drate) then need few shuffles.
 A block is UNROLL tokens, loaded before the first of them is used; where AHEAD, before the block before them is. A
-stretch is STRETCH tokens: S is kept at the start of each and the backward replays from there, never inverting a step.
-A run is the part of a stretch that lies in one document; a document starts from its own state. Stretches form segments,
-which run side by side once a first pass has told what each does to the state: S -> P * S + R, with P = 0 where a
-document starts. A stream is a tensor [B T *], the part of its last axis that a program reads, and how many neighbours a
-thread does.
+stretch is STRETCH tokens: S is kept at the start of each and the backward replays from there, never inverting a step. A
+run is the part of a stretch, or of a segment where no state is kept, that lies in one document; a document starts from
+its own state. Stretches form segments, which run side by side once a first pass has told what all but the last do to
+the state: S -> P * S + R, with P = 0 where a document starts. A stream is a tensor [B T *], the part of its last axis
+that a program reads, and how many neighbours a thread does.
 
     summary (segments > 1)   rate, k, x          -> P, R [B segments N V]
     combine (segments > 1)   P, R                -> the state entering each segment
@@ -42,6 +42,7 @@ from torch import Tensor
 from recur.primitives.forms import mirror, state_count
 
 STRETCH = 32  # tokens from one kept state to the next
+WHOLE = tl.constexpr(1 << 30)  # a stretch as long as any row, where none is kept
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Were V or room known to be a multiple of 16, states would be loaded as vectors, and the tile laid out like them.
@@ -387,9 +388,9 @@ def _summary(
     S = tl.zeros((R, BLOCK_N, W), tl.float32)
     P = S + 1.0
     total = tl.zeros((R, W), tl.float32)
-    todo = stop - start
+    todo = tl.where(segment == (0 if ADJOINT else segments - 1), 0, stop - start)  # no segment comes after the last
     while todo > 0:
-        document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT, STRETCH)
+        document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT, WHOLE)
         if (right == end) if ADJOINT else (left == begin):
             S = _load_state(initial_ptr, document, where, N, R, Q, BLOCK_N, W)
             P = tl.zeros((R, BLOCK_N, W), tl.float32)
@@ -448,8 +449,9 @@ def _emit(
     streams = streams + (_stream(None if FIXED_Q else q_ptr, slots),)
     S = _load_state(enter_ptr, b * segments + segment, where, N, R, Q, BLOCK_N, W)
     todo = stop - start
+    CUT: tl.constexpr = WHOLE if kept_ptr is None else STRETCH
     while todo > 0:
-        document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, False, STRETCH)
+        document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, False, CUT)
         if left == begin:
             S = _load_state(initial_ptr, document, where, N, R, Q, BLOCK_N, W)
         if kept_ptr is not None:  # noqa: SIM102, decided when compiled
