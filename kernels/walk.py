@@ -333,6 +333,36 @@ def _write_sums(ptr, x, run, i, u: tl.constexpr, slots):
 
 
 @triton.jit
+def _meet(x, y):
+    """Parts [R P X] of two tokens' sums -> [R P/2 2X]: of threads that have parts of both, each takes one token."""
+    R: tl.constexpr = x.shape[0]
+    P: tl.constexpr = x.shape[1]
+    X: tl.constexpr = x.shape[2]
+    both = tl.join(x, y).reshape(R, P // 2, 2, X, 2)
+    low, high = tl.split(tl.permute(both, 0, 1, 4, 3, 2))
+    return (low + high).reshape(R, P // 2, 2 * X)
+
+
+@triton.jit
+def _write_channels(ptr, parts, run, i, channels):
+    """Parts [R P W] of what each token from the i-th on has for R channels at every offset, summed over P."""
+    TOKENS: tl.constexpr = min(parts[0].shape[1], 4)
+    offs, inside, size, neighbours = channels
+    token = tl.arange(0, TOKENS)[:, None]
+    X: tl.constexpr = TOKENS * offs.shape[0]
+    offs = (offs + token * (run[1] * size)).reshape(X)
+    for u in tl.static_range(0, len(parts), TOKENS):
+        here = (inside & (i + u + token < run[2])).reshape(X)
+        if TOKENS == 1:
+            x = parts[u]
+        if TOKENS == 2:
+            x = _meet(parts[u], parts[u + 1])
+        if TOKENS == 4:
+            x = _meet(_meet(parts[u], parts[u + 1]), _meet(parts[u + 2], parts[u + 3]))
+        _write(ptr, tl.sum(x, 1), run, i, u, (offs, here, size, neighbours))
+
+
+@triton.jit
 def _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT: tl.constexpr, STRETCH: tl.constexpr):
     """The next run of a segment with `todo` tokens to go: document, its first token and the one after its last, edges
     of the run."""
@@ -464,11 +494,14 @@ def _emit(
             ahead = _fetch(streams, run, 0, UNROLL)
         for i in range(0, count, UNROLL):
             words, ahead = _turn(ahead, streams, run, i, i + UNROLL, AHEAD, UNROLL)
+            parts = ()
             for u in tl.static_range(UNROLL):
                 x, rate, k_t, other, norm = _step(words, u, streams, k)
                 A, scale = GATE(rate, a, other, norm)
                 S = A * S + k_t * (scale * x)[:, None, :]
-                _write(y_ptr, tl.sum(_slots(words, u, streams, 5, q) * S, 1), run, i, u, channels)
+                part = (_slots(words, u, streams, 5, q) * S).reshape(R, Q, BLOCK_N // Q, W)
+                parts = parts + (tl.sum(part, 1),)
+            _write_channels(y_ptr, parts, run, i, channels)
         if right == end:
             _store_state(S, state_ptr, document, where, N, R, Q, BLOCK_N, W)
         todo -= count
