@@ -8,11 +8,11 @@ Legend. B batch, T time, G groups of channels, V channels, N slots of the state.
 channels of one group and all their slots as a tile [R N W], whose last axis and part of N lie across the lanes of a
 warp while R lies inside a thread: sums over channels (dk, dq) and over slots (y, dx, drate) then need few shuffles.
 A block is UNROLL tokens, loaded before the first of them is used; where AHEAD, before the block before them is. A
-stretch is STRETCH tokens: S is kept at the start of each and the backward replays from there, never inverting a step.
-A run is the part of a stretch that lies in one document; a document starts from its own state. Stretches form segments,
-which run side by side once a first pass has told what each does to the state: S -> P * S + R, with P = 0 where a
-document starts. A stream is a tensor [B T *], the part of its last axis that a program reads, and how many neighbours a
-thread does.
+stretch is STRETCH tokens: S is kept at the start of each and the backward replays from there, never inverting a step. A
+run is the part of a stretch, or of a segment where no state is kept, that lies in one document; a document starts from
+its own state. Stretches form segments, which run side by side once a first pass has told what all but the last do to
+the state: S -> P * S + R, with P = 0 where a document starts. A stream is a tensor [B T *], the part of its last axis
+that a program reads, and how many neighbours a thread does.
 
     summary (segments > 1)   rate, k, x          -> P, R [B segments N V]
     combine (segments > 1)   P, R                -> the state entering each segment
@@ -42,6 +42,7 @@ from torch import Tensor
 from recur.primitives.forms import mirror, state_count
 
 STRETCH = 32  # tokens from one kept state to the next
+WHOLE = tl.constexpr(1 << 30)  # a stretch as long as any row, where none is kept
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Were V or room known to be a multiple of 16, states would be loaded as vectors, and the tile laid out like them.
@@ -332,6 +333,36 @@ def _write_sums(ptr, x, run, i, u: tl.constexpr, slots):
 
 
 @triton.jit
+def _meet(x, y):
+    """Parts [R P X] of two tokens' sums -> [R P/2 2X]: of threads that have parts of both, each takes one token."""
+    R: tl.constexpr = x.shape[0]
+    P: tl.constexpr = x.shape[1]
+    X: tl.constexpr = x.shape[2]
+    both = tl.join(x, y).reshape(R, P // 2, 2, X, 2)
+    low, high = tl.split(tl.permute(both, 0, 1, 4, 3, 2))
+    return (low + high).reshape(R, P // 2, 2 * X)
+
+
+@triton.jit
+def _write_channels(ptr, parts, run, i, channels):
+    """Parts [R P W] of what each token from the i-th on has for R channels at every offset, summed over P."""
+    TOKENS: tl.constexpr = min(parts[0].shape[1], 4)
+    offs, inside, size, neighbours = channels
+    token = tl.arange(0, TOKENS)[:, None]
+    X: tl.constexpr = TOKENS * offs.shape[0]
+    offs = (offs + token * (run[1] * size)).reshape(X)
+    for u in tl.static_range(0, len(parts), TOKENS):
+        here = (inside & (i + u + token < run[2])).reshape(X)
+        if TOKENS == 1:
+            x = parts[u]
+        if TOKENS == 2:
+            x = _meet(parts[u], parts[u + 1])
+        if TOKENS == 4:
+            x = _meet(_meet(parts[u], parts[u + 1]), _meet(parts[u + 2], parts[u + 3]))
+        _write(ptr, tl.sum(x, 1), run, i, u, (offs, here, size, neighbours))
+
+
+@triton.jit
 def _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT: tl.constexpr, STRETCH: tl.constexpr):
     """The next run of a segment with `todo` tokens to go: document, its first token and the one after its last, edges
     of the run."""
@@ -387,9 +418,9 @@ def _summary(
     S = tl.zeros((R, BLOCK_N, W), tl.float32)
     P = S + 1.0
     total = tl.zeros((R, W), tl.float32)
-    todo = stop - start
+    todo = tl.where(segment == (0 if ADJOINT else segments - 1), 0, stop - start)  # no segment comes after the last
     while todo > 0:
-        document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT, STRETCH)
+        document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT, WHOLE)
         if (right == end) if ADJOINT else (left == begin):
             S = _load_state(initial_ptr, document, where, N, R, Q, BLOCK_N, W)
             P = tl.zeros((R, BLOCK_N, W), tl.float32)
@@ -448,8 +479,9 @@ def _emit(
     streams = streams + (_stream(None if FIXED_Q else q_ptr, slots),)
     S = _load_state(enter_ptr, b * segments + segment, where, N, R, Q, BLOCK_N, W)
     todo = stop - start
+    CUT: tl.constexpr = WHOLE if kept_ptr is None else STRETCH
     while todo > 0:
-        document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, False, STRETCH)
+        document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, False, CUT)
         if left == begin:
             S = _load_state(initial_ptr, document, where, N, R, Q, BLOCK_N, W)
         if kept_ptr is not None:  # noqa: SIM102, decided when compiled
@@ -462,11 +494,14 @@ def _emit(
             ahead = _fetch(streams, run, 0, UNROLL)
         for i in range(0, count, UNROLL):
             words, ahead = _turn(ahead, streams, run, i, i + UNROLL, AHEAD, UNROLL)
+            parts = ()
             for u in tl.static_range(UNROLL):
                 x, rate, k_t, other, norm = _step(words, u, streams, k)
                 A, scale = GATE(rate, a, other, norm)
                 S = A * S + k_t * (scale * x)[:, None, :]
-                _write(y_ptr, tl.sum(_slots(words, u, streams, 5, q) * S, 1), run, i, u, channels)
+                part = (_slots(words, u, streams, 5, q) * S).reshape(R, Q, BLOCK_N // Q, W)
+                parts = parts + (tl.sum(part, 1),)
+            _write_channels(y_ptr, parts, run, i, channels)
         if right == end:
             _store_state(S, state_ptr, document, where, N, R, Q, BLOCK_N, W)
         todo -= count
@@ -577,7 +612,7 @@ SELECTIVE, ONLINE = (_selective_gate, _selective_gradients), (_online_gate, _onl
 
 class Plan(NamedTuple):
     """How one walk is cut up: tile [R N W] of `warps` warps, Q slots and R channels side by side in a thread, UNROLL
-    tokens at a time, loaded a block ahead or not, at most 255 registers a thread, segments of `length` tokens."""
+    tokens at a time, loaded a block ahead or not, at most `registers` a thread, segments of `length` tokens."""
 
     R: int
     Q: int
@@ -586,6 +621,7 @@ class Plan(NamedTuple):
     UNROLL: int
     AHEAD: bool
     warps: int
+    registers: int
     tiles: int
     segments: int
     length: int
@@ -594,15 +630,16 @@ class Plan(NamedTuple):
     def tile(self) -> dict[str, int]:
         """What every program takes by name."""
         tile = {"R": self.R, "Q": self.Q, "BLOCK_N": self.BLOCK_N, "W": self.W, "UNROLL": self.UNROLL}
-        return {**tile, "AHEAD": self.AHEAD, "STRETCH": STRETCH, "num_warps": self.warps, "maxnreg": 255}
+        return {**tile, "AHEAD": self.AHEAD, "STRETCH": STRETCH, "num_warps": self.warps, "maxnreg": self.registers}
 
 
 def plan(
     B: int, T: int, V: int, G: int, N: int, *, adjoint: bool = False, keyed: bool = False, processors: int = 132
 ) -> Plan:  # fmt: skip
     """16 entries of the state a thread, so that more of what is loaded is shared; 8 where the forward's exponentials
-    wait for each other. Blocks are loaded ahead where registers are left. One segment where that fills the machine,
-    else enough for 64 a processor: a token's latency hides behind other programs only.
+    wait for each other, which in 128 registers run 16 warps a processor (140 are what compilers like, and 12 warps).
+    Blocks are loaded ahead where registers are left. One segment where that fills the machine, else enough for 64 a
+    processor: a token's latency hides behind other programs only.
 
     Args: sizes; whether the walk is the backward one, and its gate made of the key; processors of the device.
     Returns: Plan.
@@ -615,7 +652,8 @@ def plan(
     segments = 1 if programs >= 7 * processors else cdiv(64 * processors, programs)
     length = cdiv(stretches, min(stretches, segments)) * STRETCH
     UNROLL, AHEAD = 2 if adjoint and keyed else 4, keyed or not adjoint
-    return Plan(R, Q, BLOCK_N, W, UNROLL, AHEAD, warps, tiles, cdiv(T, length), length)
+    registers = 255 if adjoint or keyed or N > 16 else 128
+    return Plan(R, Q, BLOCK_N, W, UNROLL, AHEAD, warps, registers, tiles, cdiv(T, length), length)
 
 
 class _Walk:

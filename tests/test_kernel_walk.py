@@ -286,6 +286,16 @@ def test_plan_cuts_time_only_where_the_machine_would_idle() -> None:
     assert (long.segments - 1) * long.length < 1 << 20 <= long.segments * long.length
 
 
+def test_forward_plan_lets_all_programs_of_a_full_machine_run_at_once() -> None:
+    """A quarter of a processor has 16384 registers, and a warp takes all of its 32 threads' at once."""
+    from recur.kernels.walk import plan
+
+    for keyed in (False, True):
+        p = plan(8, 2048, 4096, 1, 16, keyed=keyed)
+        assert p.segments == 1
+        assert 8 * p.tiles * p.warps <= 132 * 4 * (16384 // (32 * p.registers))
+
+
 def test_diagonal_plan_takes_a_chain_only_where_a_loop_would_leave_processors_idle() -> None:
     from recur.kernels.diagonal import plan_diagonal
 
