@@ -234,7 +234,7 @@ def _words(stream, run, i, UNROLL: tl.constexpr):
         ptr, axis = stream
         P: tl.constexpr = axis[3].shape[0]
         BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
-        AT_ONCE: tl.constexpr = min(P, 64 // BITS)
+        AT_ONCE: tl.constexpr = P if P * BITS < 64 else 64 // BITS
         wide = tl.uint64 if BITS * AT_ONCE == 64 else (tl.uint32 if BITS * AT_ONCE == 32 else tl.uint16)
         for u in tl.static_range(UNROLL):
             ptrs, mask = _at(ptr, run, i, u, axis)
@@ -270,7 +270,7 @@ def _number(block, u: tl.constexpr, streams, s: tl.constexpr):
         kind = streams[s][0].dtype.element_ty
         P: tl.constexpr = streams[s][1][3].shape[0]
         BITS: tl.constexpr = kind.primitive_bitwidth
-        AT_ONCE: tl.constexpr = min(P, 64 // BITS)
+        AT_ONCE: tl.constexpr = P if P * BITS < 64 else 64 // BITS
         numbers = ()
         for j in tl.static_range(P // AT_ONCE):
             word = block[s][u * (P // AT_ONCE) + j]
@@ -308,7 +308,7 @@ def _write(ptr, x, run, i, u: tl.constexpr, axis):
     P: tl.constexpr = x.shape[0]
     ptrs, mask = _at(ptr, run, i, u, axis)
     BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
-    AT_ONCE: tl.constexpr = min(P, 64 // BITS)
+    AT_ONCE: tl.constexpr = P if P * BITS < 64 else 64 // BITS
     number = tl.uint16 if BITS == 16 else tl.uint32
     wide = tl.uint64 if BITS * AT_ONCE == 64 else (tl.uint32 if BITS * AT_ONCE == 32 else tl.uint16)
     numbers = _apart(x.to(ptr.dtype.element_ty).to(number, bitcast=True), P)
@@ -325,7 +325,7 @@ def _write_sums(ptr, x, run, i, u: tl.constexpr, slots):
     half of the channels, so that half as many numbers meet."""
     Q: tl.constexpr = slots[3].shape[0]
     OFFSETS: tl.constexpr = x.shape[1] // Q
-    PAIR: tl.constexpr = min(Q, 2)
+    PAIR: tl.constexpr = 2 if Q > 1 else 1
     x = tl.sum(x, 0).reshape(Q // PAIR, PAIR, OFFSETS, 2, x.shape[2] // 2)
     low, high = tl.split(tl.permute(x, 0, 2, 1, 4, 3))
     x = tl.permute(tl.sum(low + high, 3), 0, 2, 1)
@@ -346,7 +346,7 @@ def _meet(x, y):
 @triton.jit
 def _write_channels(ptr, parts, run, i, channels):
     """Parts [R P W] of what each token from the i-th on has for R channels at every offset, summed over P."""
-    TOKENS: tl.constexpr = min(parts[0].shape[1], 4)
+    TOKENS: tl.constexpr = parts[0].shape[1] if parts[0].shape[1] < 4 else 4
     offs, inside, size, neighbours = channels
     token = tl.arange(0, TOKENS)[:, None]
     X: tl.constexpr = TOKENS * offs.shape[0]
