@@ -20,7 +20,8 @@ With R = rise(q), R' = rise(k), F = fall(k) and A all gates of a chunk, its whol
 
     y = R S + P u      S <- A S + Fᵀ u      u = v, or u = T β (v − R' S) with T = (1 + β M)⁻¹
 
-which is linear in S, so its derivative has the same shape from right to left:
+which is linear in S, as many chunks are: a segment turns S into Q S + L, Q being [K K], or diagonal where nothing is
+erased. So its derivative has the same shape from right to left:
 
     du = Pᵀ dy + F G   G <- A G + Rᵀ dy     dv = du, or dv = β r, r = Tᵀ du, and G <- G − R'ᵀ dv
     dR = dy Sᵀ         dF = u Gᵀ            dA = rowsum(G S)       dP = dy uᵀ       dM = −dv uᵀ     dR' = −dv Sᵀ
@@ -32,7 +33,7 @@ Kernels
     solve       T
     forward     left to right: y; or what a segment leaves by itself; or S before every chunk
     combine     what enters each segment
-    adjoint     right to left: dv, and G after every chunk
+    adjoint     right to left: dv, and G after every chunk; or what a segment of the delta rule leaves by itself
     gradient    every chunk by itself: dq, dk, d log a
     repair      every chunk that is not calm: what dP and dM owe to q, k and log a, token by token
 
@@ -319,28 +320,38 @@ def forward(
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns columns [BLOCK_V] of the state of one strand. BACK: the adjoint's state, with q for k and dy for
-    v, from the scan's end; only what a segment leaves."""
+    v, from the scan's end; only what a segment leaves. What a segment of the delta rule leaves is [L Q], [K V+K]: the
+    identity stands beside the state that enters it, and nothing is written there."""
     pid = tl.program_id(0).to(tl.int64)
     tile, strand = pid % tiles, pid // tiles
     b, h, segment, first, begin, stop, chunk = strand_of(strand, cu_ptr, H, T, segments, span, BLOCK_C)
     LEFT: tl.constexpr = FLIP != BACK
     DELTA: tl.constexpr = beta_ptr is not None
+    ALONE: tl.constexpr = not EMIT and keep_ptr is None
+    WIDTH: tl.constexpr = V + K if ALONE and DELTA else V
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
-    in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
-    cell = offs_k[:, None].to(tl.int64) * V + offs_v[None, :]
+    in_state = (offs_k < K)[:, None] & (offs_v < WIDTH)[None, :]
+    cell = offs_k[:, None].to(tl.int64) * WIDTH + offs_v[None, :]
     group = h * GROUPS // H
     told, keys, reaching = (told_ptr, GROUPS, group, K), (write_ptr, GROUPS, group, K), (reach_ptr, GROUPS, group, K)
     values = (v_ptr, H, h, V)
     read = strict(order(BLOCK_C, FLIP)) if BEFORE else order(BLOCK_C, FLIP)
     if DECAY == "one":
         gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+    begins, ends = segment == (segments - 1 if LEFT else 0), segment == (0 if LEFT else segments - 1)
     S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if enter_ptr is not None:
-        S = tl.load(enter_ptr + strand * (K * V) + cell, mask=in_state, other=0.0)
+        entry = enter_ptr + (b * H + h if ALONE else strand) * (K * V)  # of the scan, or of every segment
+        given = (in_state & (offs_v < V)[None, :] & begins) if ALONE else in_state
+        S = tl.load(entry + offs_k[:, None] * V + offs_v[None, :], mask=given, other=0.0)
+    if WIDTH > V:
+        S += tl.where(offs_k[:, None] + V == offs_v[None, :], 1.0, 0.0)
     share = tl.full([BLOCK_K], 1.0, tl.float32)
 
     chunks = tl.cdiv(stop - begin, BLOCK_C)
+    if ALONE:  # the last has no L to give, and the first no Q
+        chunks = tl.where(ends | (begins & (tile * BLOCK_V >= V)), 0, chunks)
     for i in tl.range(0, chunks, num_stages=STAGES):
         n = chunks - 1 - i if LEFT else i
         start = begin + n * BLOCK_C
@@ -408,20 +419,21 @@ def forward(
 
     if leave_ptr is not None:
         if EMIT:  # only the segment that ends the scan
-            in_state = in_state & (segment == (0 if LEFT else segments - 1))
+            in_state = in_state & ends
             strand = b * H + h
-        tl.store(leave_ptr + strand * (K * V) + cell, S, mask=in_state)
+        tl.store(leave_ptr + strand * (K * WIDTH) + cell, S, mask=in_state)
     if share_ptr is not None:
         tl.store(share_ptr + strand * K + offs_k, share, mask=(offs_k < K) & (tile == 0))
 
 
 @triton.jit
 def combine(
-    state_ptr, share_ptr, enter_ptr,  # [B H segments K V] left by each segment alone, [B H segments K], [B H K V]
-    K, V, segments,
-    LEFT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    left_ptr, share_ptr, enter_ptr, state_ptr,  # L and Q, or its diagonal; [B H K V], [B H segments K V]
+    K, V, segments, left_sk, share_sk,
+    LEFT: tl.constexpr, DELTA: tl.constexpr, TURN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite what each segment leaves by the state that enters it: S <- share S + left, from end to end."""
+    """The state that enters each segment: S <- Q S + L, or Qᵀ S + L if TURN, from end to end; L of the first holds Q S.
+    A Q that is no diagonal needs all rows in one program, which reads them as it stored them, BLOCK_V at a time."""
     bh = tl.program_id(0).to(tl.int64)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -432,10 +444,23 @@ def combine(
         S = tl.load(enter_ptr + bh * K * V + cell, mask=inside, other=0.0)
     for i in range(0, segments):
         strand = bh * segments + (segments - 1 - i if LEFT else i)
-        left = tl.load(state_ptr + strand * K * V + cell, mask=inside, other=0.0)
-        share = tl.load(share_ptr + strand * K + offs_k, mask=offs_k < K, other=0.0)
-        tl.store(state_ptr + strand * K * V + cell, S, mask=inside)
-        S = S * share[:, None] + left
+        state, share = state_ptr + strand * K * V, share_ptr + strand * K * share_sk
+        tl.store(state + cell, S, mask=inside)
+        left = left_ptr + strand * K * left_sk + offs_k[:, None] * left_sk + offs_v[None, :]
+        left = tl.load(left, mask=inside, other=0.0)
+        if DELTA:
+            tl.debug_barrier()
+            S = left
+            for part in tl.range(0, K, BLOCK_V, num_stages=1):
+                cols = part + tl.arange(0, BLOCK_V)
+                along, across = (1, share_sk) if TURN else (share_sk, 1)
+                Q = share + offs_k[:, None] * along + cols[None, :] * across
+                Q = tl.load(Q, mask=(offs_k < K)[:, None] & (cols < K)[None, :] & (i > 0), other=0.0)
+                rows = state + cols[:, None] * V + offs_v[None, :]
+                rows = tl.load(rows, mask=(cols < K)[:, None] & (offs_v < V)[None, :], other=0.0)
+                S = tl.dot(Q, rows, S, input_precision="tf32x3")
+        else:
+            S = S * tl.load(share + offs_k, mask=(offs_k < K) & (i > 0), other=0.0)[:, None] + left
 
 
 # ----------------------------------------------------------------------------------------------------------- adjoint
@@ -453,11 +478,13 @@ def adjoint(
     DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program owns columns [BLOCK_V] of the gradient of the state of one strand, against the scan's direction."""
+    """One program owns columns [BLOCK_V] of the gradient of the state of one strand, against the scan's direction.
+    Without dv only what a segment leaves."""
     pid = tl.program_id(0).to(tl.int64)
     tile, strand = pid % tiles, pid // tiles
     b, h, segment, first, begin, stop, chunk = strand_of(strand, cu_ptr, H, T, segments, span, BLOCK_C)
     DELTA: tl.constexpr = beta_ptr is not None
+    ALONE: tl.constexpr = dv_ptr is None
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
     in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
@@ -467,17 +494,22 @@ def adjoint(
     unread = strict(order(BLOCK_C, not FLIP)) if BEFORE else order(BLOCK_C, not FLIP)  # [s t]
     if DECAY == "one":
         gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+    begins, ends = segment == (segments - 1 if FLIP else 0), segment == (0 if FLIP else segments - 1)
     G = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if enter_ptr is not None:
-        G = tl.load(enter_ptr + strand * (K * V) + cell, mask=in_state, other=0.0)
+        entry = enter_ptr + (b * H + h if ALONE else strand) * (K * V)
+        G = tl.load(entry + cell, mask=in_state & ends if ALONE else in_state, other=0.0)
 
     chunks = tl.cdiv(stop - begin, BLOCK_C)
+    if ALONE:
+        chunks = tl.where(begins, 0, chunks)
     for i in tl.range(0, chunks, num_stages=STAGES):
         n = i if FLIP else chunks - 1 - i
         start = begin + n * BLOCK_C
         row, inside = first + start, offs < stop - start
         square = (chunk + n) * H + h
-        tl.store(keep_ptr + square * (K * V) + cell, G.to(keep_ptr.dtype.element_ty), mask=in_state)
+        if not ALONE:
+            tl.store(keep_ptr + square * (K * V) + cell, G.to(keep_ptr.dtype.element_ty), mask=in_state)
         query = load_tile(told, row, offs, inside, offs_k).to(DOT)
         key = load_tile(keys, row, offs, inside, offs_k).to(DOT)
         given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
@@ -517,15 +549,17 @@ def adjoint(
             du = tl.dot(X, du.to(DOT), input_precision=PRECISION)
             beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
             reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
-            e = load_tile((e_ptr, H, h, V), row, offs, inside, offs_v)
-            at = tile * B * T * H + (row + offs) * H + h
-            tl.store(dbeta_ptr + at, tl.sum(du * e, 1), mask=inside)
+            if not ALONE:
+                e = load_tile((e_ptr, H, h, V), row, offs, inside, offs_v)
+                at = tile * B * T * H + (row + offs) * H + h
+                tl.store(dbeta_ptr + at, tl.sum(du * e, 1), mask=inside)
             du = du * beta[:, None]
             erased = du * (tl.exp2(rise) * -1.0)[:, None] if DECAY == "one" else du * -1.0
             G = tl.dot(tl.trans(reach), erased.to(DOT), G, input_precision=PRECISION)
         if DECAY == "key":
             G = G * near[:, None]
-        store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
+        if not ALONE:
+            store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
         if moment_ptr is not None:
             # what turning the state that enters this chunk would do: rows k and k + K / 2 are one complex row
             partner = tl.where(offs_k < K // 2, offs_k + K // 2, offs_k - K // 2)
@@ -535,9 +569,11 @@ def adjoint(
             at = (tile * numbers + chunk + n) * (H * K) + h * K + offs_k
             tl.store(moment_ptr + at, moment, mask=offs_k < K)
 
-    if leave_ptr is not None:  # only the segment in which the scan begins
-        in_state = in_state & (segment == (segments - 1 if FLIP else 0))
-        tl.store(leave_ptr + (b * H + h) * (K * V) + cell, G, mask=in_state)
+    if leave_ptr is not None:
+        if not ALONE:  # only the segment in which the scan begins
+            in_state = in_state & begins
+            strand = b * H + h
+        tl.store(leave_ptr + strand * (K * V) + cell, G, mask=in_state)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradient

@@ -65,7 +65,9 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
     """The plan for `heads` states [K V] (batch times heads) over T tokens.
 
     One segment if the heads alone give three processors of four a program; otherwise as many as give every processor
-    two, none below 512 tokens. The delta rule has one: what a stretch of it does to a state is a matrix [K K].
+    two, none below 512 tokens. The delta rule: at most 8, none below 1024 tokens, so many that the longest chain of
+    chunks is shortest, with one program a processor: first all segments but the last by themselves, those within with K
+    more columns for what they do to a state, then all. To join a segment takes as long as four chunks, by estimate.
     """
     block_k, block_v = (max(64, power_of_2(size)) for size in (K, V))
     chunk = chunk_of(dtype)
@@ -74,8 +76,16 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
         Tiles(block, cdiv(size, block), warps, stages)
         for (block, warps, stages), size in zip((*(erasing if delta else plain), rows), (V, V, K), strict=True)
     )
-    programs = heads * forward.parts
-    wanted = 1 if delta or 4 * programs >= 3 * processors else cdiv(2 * processors, max(1, programs))
+    programs, chunks = heads * forward.parts, cdiv(T, chunk)
+
+    def chain(n: int) -> int:
+        alone = (n - 1) * programs + max(0, n - 2) * heads * cdiv(K, forward.block)
+        return cdiv(chunks, n) * (cdiv(alone, processors) + cdiv(n * programs, processors)) + 4 * n
+
+    if delta:
+        wanted = min(range(1, 1 + max(1, min(8, T // 1024))), key=chain) if 2 * programs < processors else 1
+    else:
+        wanted = 1 if 4 * programs >= 3 * processors else cdiv(2 * processors, max(1, programs))
     span = chunk * cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
     return Plan(chunk, max(1, cdiv(T, span)), span, block_k, block_v, forward, adjoint, gradient)
 
@@ -221,6 +231,8 @@ class _Scan:
     ) -> None:  # fmt: skip
         """Launch `kernels.forward`; `back` is dy, if it shall walk back."""
         x, tiles = self.x, self.plan.forward
+        if leave is not None:  # [L Q] has more columns
+            tiles = tiles._replace(parts=cdiv(leave.shape[-1], tiles.block))
         kernels.forward[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
             self.told, self.write if back is None else self.told, self.reach, x.v if back is None else back,
             x.log_decay, x.beta, self.near, self.far, self.calm, self.scores, self.rates, self.whole, self.overlap,
@@ -229,7 +241,8 @@ class _Scan:
         )  # fmt: skip
 
     def adjoint(
-        self, dy: Tensor, dv: Tensor, keep: Tensor, *, e: Tensor | None = None, dbeta: Tensor | None = None,
+        self, dy: Tensor, dv: Tensor | None = None, keep: Tensor | None = None, *, e: Tensor | None = None,
+        dbeta: Tensor | None = None,
         enter: Tensor | None = None, leave: Tensor | None = None, state: Tensor | None = None,
         moment: Tensor | None = None,
     ) -> None:  # fmt: skip
@@ -264,17 +277,27 @@ class _Scan:
             )  # fmt: skip
 
     def entering(self, initial: Tensor | None, back: Tensor | None = None) -> Tensor | None:
-        """[B H segments K V], the state that enters each segment, or its gradient that enters from the end."""
-        segments = self.plan.segments
+        """[B H segments K V], the state that enters each segment, or its gradient that enters from the end: after the
+        states, whose Q the delta rule needs again."""
+        segments, delta = self.plan.segments, self.x.beta is not None
         if segments == 1:
             return initial
         B, _, H, K, V = self.sizes
-        states, share = self.new(B, H, segments, K, V), self.new(B, H, segments, K)
-        self.forward(leave=states, share=share, back=back)
-        block_k, block_v = min(16, power_of_2(K)), min(64, power_of_2(V))
+        states = self.new(B, H, segments, K, V)
+        left = self.new(B, H, segments, K, V + K if delta and back is None else V)
+        if not delta:
+            self.share = self.new(B, H, segments, K)
+            self.forward(enter=initial, leave=left, share=self.share, back=back)
+        elif back is None:
+            self.forward(enter=initial, leave=left)
+            self.share = left[..., V:]
+        else:
+            self.adjoint(back, enter=initial, leave=left)
+        block_k, block_v = (self.plan.block_k, 32) if delta else (min(16, power_of_2(K)), min(64, power_of_2(V)))
         kernels.combine[(B * H, cdiv(K, block_k), cdiv(V, block_v))](
-            states, share, initial, K, V, segments,
-            LEFT=self.flip != (back is not None), BLOCK_K=block_k, BLOCK_V=block_v,
+            left, self.share, initial, states, K, V, segments, left.stride(3), self.share.stride(3) if delta else 1,
+            LEFT=self.flip != (back is not None), DELTA=delta, TURN=back is not None, BLOCK_K=block_k, BLOCK_V=block_v,
+            num_warps=max(4, block_k // 32),
         )  # fmt: skip
         return states
 

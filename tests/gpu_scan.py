@@ -90,7 +90,8 @@ def listed() -> list[Case]:
     found = []
     for row in specialisations.SCAN.rows:
         more, packed = row["segments"] == "more", row["rows"] == "packed"
-        T, axes = 1100 if more else 130, "B T H" if row["time"] == "token" else "H"
+        delta, axes = row["write"] == "delta", "B T H" if row["time"] == "token" else "H"
+        T = (3100 if delta else 1100) if more else 130
         found.append(
             Case(
                 (1 if more or packed else 2, T, 4, 2 if row["heads"] == "group" else 4, int(row["K"]), int(row["V"])),
@@ -100,7 +101,7 @@ def listed() -> list[Case]:
                 tied=row["keys"] == "tied",
                 initial=row["states"] == "given",
                 borders=(0, 0, 70, T) if packed else (),
-                beta=row["write"] == "delta",
+                beta=delta,
                 bonus=row["write"] == "bonus",
                 reverse=row["way"] == "left",
                 narrow=row["gates"] == "narrow",
@@ -159,6 +160,13 @@ def cases() -> list[Case]:
         found += [Case((1, 300, 2, 1, K, V), axes) for K, V in ((100, 72), (256, 256))]
         found += [Case((1, 2000, 2, 2, 128, 128), axes, initial=axes == "B T H")]
     found += [Case((1, 2000, 2, 1, 64, 64), "B T H K", "leaky")]
+    found += [  # long enough for segments
+        Case((1, 3100, 2, 1, 64, 64), axes, kind, dtype, beta=True, initial=not reverse, reverse=reverse)
+        for axes in GATES
+        for kind, dtype, reverse in (("mild", bf16, False), ("hard", bf16, True), ("mild", fp32, True))
+        if axes or kind == "mild"
+    ]
+    found += [Case((1, 3100, 2, 1, 64, 64), "B T H K", "complex", beta=True)]
     return [*found, Case((1, 200, 2, 1, 256, 256), "B T H K", beta=True, narrow=True)]
 
 

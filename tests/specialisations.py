@@ -63,7 +63,6 @@ SCAN = Family(
         {"keys": "tied", "phase": "yes"},  # refused
         {"keys": "tied", "write": "delta"},  # keys are written out
         {"segments": "more", "rows": "packed"},
-        {"segments": "more", "write": "delta"},
     ),
     rows=_rows("""
 name             sm dtype    way   decay time  gates  phase write keys heads rows   segments states K   V
@@ -74,18 +73,18 @@ hgrn2            90 bfloat16 right key   token narrow no    plain tied each  who
 rwkv5            90 bfloat16 right key   fixed wide   no    bonus own  each  whole  one      zero   64  64
 gated-delta-net  90 bfloat16 right one   token wide   no    delta own  each  whole  one      zero   128 128
 kda              90 bfloat16 right key   token narrow no    delta own  each  whole  one      zero   128 128
--                80 float16  left  key   fixed narrow no    bonus tied group packed one      given  256 200
+-                80 float16  left  key   fixed narrow no    bonus tied each  packed one      given  256 200
 -                80 float32  left  one   token wide   yes   plain own  each  whole  more     given  64  200
 -                90 float16  right one   fixed wide   yes   delta own  group packed one      given  128 64
 -                80 float32  left  none  token wide   no    delta own  group packed one      zero   256 64
--                80 float16  right one   fixed narrow no    plain own  each  whole  more     zero   256 128
--                90 float32  left  key   token wide   yes   bonus own  group whole  more     zero   128 128
+-                80 float16  right one   fixed narrow no    plain own  each  whole  more     given  256 128
+-                80 float32  left  key   token wide   yes   bonus own  group whole  more     zero   128 128
 -                90 bfloat16 left  none  token wide   no    delta own  each  packed one      given  64  200
 -                90 float16  right key   token narrow no    plain tied group whole  more     zero   64  64
--                90 float32  right key   fixed wide   no    plain tied group packed one      given  64  128
--                80 bfloat16 right one   token wide   yes   bonus own  each  whole  more     zero   128 200
--                90 bfloat16 left  none  token wide   no    bonus own  group whole  more     given  256 128
--                80 float16  right none  token wide   no    bonus own  each  whole  one      given  64  64
+-                90 float32  right key   fixed wide   no    plain tied group packed one      zero   64  128
+-                80 bfloat16 right one   token wide   yes   bonus own  each  whole  one      zero   128 200
+-                90 bfloat16 left  none  token wide   no    bonus own  group whole  more     given  256 200
+-                90 float16  right none  token wide   no    delta own  each  whole  more     given  128 64
 """),
 )
 

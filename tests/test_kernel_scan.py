@@ -169,9 +169,9 @@ def segments_side_by_side() -> None:
 
     whole = scan.plan
 
-    def cut(*, T: int, delta: bool, **sizes: Any) -> scan.Plan:
-        segments = 1 if delta else max(1, -(-T // 32))
-        return whole(T=T, delta=delta, **sizes)._replace(segments=segments, span=32 if segments > 1 else T)
+    def cut(*, T: int, **sizes: Any) -> scan.Plan:
+        segments = max(1, -(-T // 32))
+        return whole(T=T, **sizes)._replace(segments=segments, span=32 if segments > 1 else T)
 
     scan.plan = cut
     for axes in (None, "B T H", "B T H K"):
@@ -179,6 +179,12 @@ def segments_side_by_side() -> None:
     compare(1, 66, 1, 1, 5, 7, "B T H K", tied=True, initial=False, reverse=True)
     compare(1, 70, 1, 1, 4, 4, "B T H K", "hard")
     compare(1, 70, 1, 1, 4, 4, "B T H", "hard", reverse=True)
+    compare(1, 75, 2, 1, 5, 7, None, beta=True, initial=False)
+    compare(2, 97, 1, 1, 7, 5, "B T H", beta=True, reverse=True)
+    compare(1, 99, 1, 1, 3, 4, "B T H K", "complex", beta=True)
+    compare(1, 70, 1, 1, 4, 4, "B T H K", "hard", beta=True, initial=False, reverse=True)
+    compare(1, 70, 1, 1, 4, 4, "B T H", "hard", beta=True)
+    compare(1, 65, 1, 1, 66, 3, "B T H K", beta=True)  # more than one tile of the action's columns
 
 
 @law
@@ -294,7 +300,7 @@ def test_every_law_is_run() -> None:
 
 
 def test_plan_fills_the_machine() -> None:
-    """Heads alone where they give most processors a program, else segments of at least 512 tokens; delta has one."""
+    """Heads alone where they give most processors a program, else segments of at least 512 tokens; 1024 for delta."""
     pytest.importorskip("triton")
     from recur.kernels.scan import plan
 
@@ -304,7 +310,13 @@ def test_plan_fills_the_machine() -> None:
     assert long.segments == 9
     assert long.segments * long.span >= 32768
     assert long.span % long.chunk == 0
-    assert plan(heads=16, T=32768, delta=True, **sizes).segments == 1
+    erasing = plan(heads=16, T=32768, delta=True, **sizes)
+    assert erasing.segments == 3  # 96 programs at once, twice; four would be 160, then 128
+    assert erasing.segments * erasing.span >= 32768 > 2 * erasing.span
+    assert plan(heads=33, T=1 << 20, delta=True, **sizes).segments == 1  # half of the processors have one each
+    assert plan(heads=1, T=1 << 20, delta=True, **sizes).segments == 8
+    assert plan(heads=1, T=3071, delta=True, **sizes).segments == 1  # of two the second would wait for the first
+    assert plan(heads=1, T=0, delta=True, **sizes).segments == 1
     assert plan(heads=1, T=256, **sizes).segments == 1
     assert plan(heads=1, T=0, **sizes).segments == 1
     assert "segments=9" in repr(long)
