@@ -218,7 +218,7 @@ def _launch(
     kernel[(chunks * H * cdiv(K, block_k),)](
         q, k, gate, cu_seqlens, *tensors, T, state_count(B, cu_seqlens), chunks, sb, st, sh,
         H=H, K=K, GROUPS_Q=groups_q, GROUPS_K=groups_k, KEYS=gate.shape[3] == K, BEFORE=before, FLIP=flip,
-        BLOCK_C=chunk_of(q.dtype), BLOCK_K=block_k, LOOK=LOOK, num_warps=4,
+        BLOCK_C=chunk_of(q.dtype), BLOCK_K=block_k, LOOK=LOOK, num_warps=4, maxnreg=128,
     )  # fmt: skip
 
 

@@ -636,23 +636,26 @@ class Plan(NamedTuple):
 def plan(
     B: int, T: int, V: int, G: int, N: int, *, adjoint: bool = False, keyed: bool = False, processors: int = 132
 ) -> Plan:  # fmt: skip
-    """16 entries of the state a thread, so that more of what is loaded is shared; 8 where the forward's exponentials
-    wait for each other, which in 128 registers run 16 warps a processor (140 are what compilers like, and 12 warps).
-    Blocks are loaded ahead where registers are left. One segment where that fills the machine, else enough for 64 a
-    processor: a token's latency hides behind other programs only.
+    """16 entries of the state a thread, so that more of what is loaded is shared; 8 where the exponentials of Mamba's
+    forward walk wait for each other and programs are few, in 128 registers, that 16 warps fit a processor (140 are what
+    compilers like, and 12 warps). Blocks are loaded ahead where registers are left. One segment where that fills the
+    machine, else enough for 64 a processor: a token's latency hides behind other programs only.
 
     Args: sizes; whether the walk is the backward one, and its gate made of the key; processors of the device.
     Returns: Plan.
     """
     Q, BLOCK_N = math.gcd(4, N), power_of_2(N)
     W, warps = 32 // min(4, BLOCK_N // Q), max(1, BLOCK_N // 32)
-    R = math.gcd(4 if adjoint or keyed else 2, V // G)
+    R, full = math.gcd(4, V // G), 7 * processors
+    waits = not adjoint and not keyed
+    if waits and (N > 16 or B * G * cdiv(V // G, R * W) * warps < full):
+        R = math.gcd(2, R)
     tiles, stretches = cdiv(V // G, R * W), cdiv(T, STRETCH)
     programs = B * G * tiles * warps
-    segments = 1 if programs >= 7 * processors else cdiv(64 * processors, programs)
+    segments = 1 if programs >= full else cdiv(64 * processors, programs)
     length = cdiv(stretches, min(stretches, segments)) * STRETCH
     UNROLL, AHEAD = 2 if adjoint and keyed else 4, keyed or not adjoint
-    registers = 255 if adjoint or keyed or N > 16 else 128
+    registers = 128 if waits and N <= 16 and R < 4 else 255
     return Plan(R, Q, BLOCK_N, W, UNROLL, AHEAD, warps, registers, tiles, cdiv(T, length), length)
 
 

@@ -89,7 +89,7 @@ def listed() -> list[Case]:
         found.append(
             Case(
                 rule,
-                (1 if packed else 2 if more else 4, T, *sizes),
+                (1 if packed else 2 if more else 32 if walks else 4, T, *sizes),  # 32: Mamba in tiles of many programs
                 getattr(torch, row["dtype"]),
                 reverse=row["way"] == "left",
                 lengths=(0, 20, T - 20) if packed else (),

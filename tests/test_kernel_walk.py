@@ -311,6 +311,7 @@ def test_plan_reads_neighbours_at_once_only_where_they_are_of_one_group() -> Non
     from recur.kernels.walk import plan
 
     assert plan(1, 64, 4096, 1, 16)[:4] == (2, 4, 16, 8)
+    assert plan(8, 64, 4096, 1, 16)[:4] == (4, 4, 16, 8)
     assert plan(1, 64, 30, 2, 6, adjoint=True)[:4] == (1, 2, 8, 8)
     assert all(plan(1, 64, V, 1, N).R * plan(1, 64, V, 1, N).W * 4 >= 32 for V in (1, 64) for N in (1, 256))
 
