@@ -120,6 +120,16 @@ def selective_is_the_token_loop() -> None:
 
 
 @law
+def a_machine_that_is_full_is_the_token_loop() -> None:
+    """Of one processor, so that eight programs are many: Mamba's forward walk has its wide tiles."""
+    from recur.kernels import walk
+
+    walk.processors = lambda device: 1
+    selective("wide tiles", 8, 9, 36, 1, 5)
+    selective("wide tiles, groups, float16", 4, 5, 80, 2, 16, half=True)
+
+
+@law
 def online_is_the_token_loop() -> None:
     online("odd sizes", 1, 5, 7, 1, 3)
     online("a stretch and a token, right to left", 1, 9, 3, 1, 4, reverse=True)
