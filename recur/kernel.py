@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 
 from recur.primitives.forms import ScanOut
 
-TRITON = find_spec("triton") is not None
+OLDEST = (3, 4)  # the first Triton that compiles all kernels
+
+
+def installed() -> tuple[int, ...] | None:
+    """The version of Triton, by the names it is packaged under."""
+    for name in ("triton", "pytorch-triton"):
+        try:
+            return tuple(int(part) for part in version(name).split(".")[:2])
+        except PackageNotFoundError:
+            pass
+    return None
+
+
+TRITON = installed()
 WIDE = (torch.float64, torch.complex128)
 WIDEST = 256  # rows and columns of a state that fit the registers of one program
 
@@ -20,7 +33,11 @@ def refusal(number: torch.dtype, device: torch.device, **sizes: int) -> str | No
     """Why form="triton" cannot compute a scan whose states are of these numbers and sizes, in words that name a form
     which can; None if it can."""
     wide = [f"{axis}={size}, more than {WIDEST}" for axis, size in sizes.items() if size > WIDEST]
-    lacks = ["float64"] * (number in WIDE) + wide + ["a machine without Triton"] * (not TRITON)
+    lacks = ["float64"] * (number in WIDE) + wide
+    if TRITON is None:
+        lacks.append("a machine without Triton")
+    elif TRITON < OLDEST:
+        lacks.append("Triton {}.{}, older than {}.{}".format(*TRITON, *OLDEST))
     if lacks:
         return f"form='triton' does not cover {lacks[0]}; form='chunked' does"
     if device.type != "cuda":
@@ -41,7 +58,7 @@ def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, re
 
 def takes_step(rows: int, state: Tensor) -> bool:
     """Whether one launch computes a step: on a GPU, nothing in float64 (the state would be), at most 1024 rows."""
-    return TRITON and state.is_cuda and state.dtype not in WIDE and rows <= 1024
+    return TRITON is not None and TRITON >= OLDEST and state.is_cuda and state.dtype not in WIDE and rows <= 1024
 
 
 def step(

@@ -295,6 +295,32 @@ def test_a_compiled_model_equals_the_eager_one() -> None:
     run_laws(str(Path(__file__).with_name("gpu_compile.py")), ["triton", "retnet"])
 
 
+@pytest.mark.parametrize(
+    ("found", "words"), [(None, "a machine without Triton"), ((3, 3), "Triton 3.3, older than 3.4")]
+)
+def test_a_triton_that_cannot_is_named(monkeypatch: pytest.MonkeyPatch, found: Any, words: str) -> None:
+    from recur import kernel, scan
+
+    q = torch.randn(1, 2, 1, 2)
+    monkeypatch.setattr(kernel, "TRITON", found)
+    with pytest.raises(NotImplementedError, match=f"does not cover {words}; form='chunked' does"):
+        scan(q, q, q, form="triton")
+    assert not kernel.takes_step(2, q)
+
+
+def test_the_installed_triton_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    from recur import kernel
+
+    assert kernel.installed() == tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+    def nothing(name: str) -> str:
+        raise kernel.PackageNotFoundError
+
+    monkeypatch.setattr(kernel, "version", nothing)
+    assert kernel.installed() is None
+
+
 def test_every_law_is_run() -> None:
     assert sorted(LAWS) == sorted(name for names in GROUPS for name in names)
 
