@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -343,6 +345,31 @@ def test_distillation_alternates(tmp_path: Path, text_file: str, teacher: str) -
         opened("distillation", **choices | {"teacher": str(tmp_path / "nobody")})
     with pytest.raises(InputError, match="distillation reads whole rows: leave --packing none"):
         opened("distillation", **choices | {"packing": "documents"}).score(logits, batch)
+
+
+def test_a_model_of_ours_teaches(tmp_path: Path, text_file: str) -> None:
+    """In a process of its own, where nothing else has told transformers of such models."""
+    from recur.hf import RecurConfig, RecurForCausalLM
+
+    RecurForCausalLM(RecurConfig(recipe="gla", vocab_size=256, dim=8, depth=1)).save_pretrained(tmp_path / "ours")
+    choices = ["--teacher", str(tmp_path / "ours"), "--tokenizer", "byte", "--text", text_file, "--length", "16"]
+    toy = [
+        "--dim",
+        "16",
+        "--depth",
+        "1",
+        "--steps",
+        "2",
+        "--batch",
+        "4",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command = [sys.executable, "-m", "recur", "task", "distillation", "gla", *choices, *toy]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_teacher_that_knows_too_little(text_file: str, teacher: str) -> None:

@@ -196,6 +196,8 @@ class Distillation(LM):
         super().open(settings)
         from transformers import AutoModelForCausalLM
 
+        import recur.hf  # noqa: F401, whose models can teach too
+
         try:
             teacher = AutoModelForCausalLM.from_pretrained(self.teacher)
         except (OSError, ValueError) as error:
