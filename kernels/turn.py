@@ -75,6 +75,14 @@ def _angle(word):
 
 
 @triton.jit
+def _cells(first, start, stop, tile, K, C: tl.constexpr, D: tl.constexpr):
+    """Columns of a tile, tokens of a chunk, the row of the first; then which columns, tokens and cells there are."""
+    d, offs = tile * D + tl.arange(0, D), tl.arange(0, C)
+    in_k, inside = d < K, offs < stop - start
+    return d, offs, first + start, in_k, inside, inside[:, None] & in_k[None, :]
+
+
+@triton.jit
 def _phases(
     gate_ptr, first, start, inside, T, h, K, tile, gate_sb, gate_st, gate_sh, D: tl.constexpr, KEYS: tl.constexpr
 ):
@@ -125,10 +133,7 @@ def turn(
     document, index, first, start, stop = numbered(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
         return
-    d = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs, row, in_k = tl.arange(0, BLOCK_C), first + start, d < K
-    inside = offs < stop - start
-    here = inside[:, None] & in_k[None, :]
+    d, offs, row, in_k, inside, here = _cells(first, start, stop, tile, K, BLOCK_C, BLOCK_K)
     log_a, turns = _phases(gate_ptr, first, start, inside, T, h, K, tile, gate_sb, gate_st, gate_sh, BLOCK_K, KEYS)
     q = _tile(q_ptr, row, offs, GROUPS_Q, h // (H // GROUPS_Q), K, d, here)
     k = _tile(k_ptr, row, offs, GROUPS_K, h // (H // GROUPS_K), K, d, here)
@@ -170,10 +175,7 @@ def turn_backward(
     _, index, first, start, stop = numbered(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
         return
-    d = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs, row, in_k = tl.arange(0, BLOCK_C), first + start, d < K
-    inside = offs < stop - start
-    here = inside[:, None] & in_k[None, :]
+    d, offs, row, in_k, inside, here = _cells(first, start, stop, tile, K, BLOCK_C, BLOCK_K)
     log_a, turns = _phases(gate_ptr, first, start, inside, T, h, K, tile, gate_sb, gate_st, gate_sh, BLOCK_K, KEYS)
     place = index if FLIP else (stop - start - 1) // BLOCK_C
     mine = words_ptr + 2 + (chunk * H + h) * K + d
