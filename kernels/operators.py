@@ -77,6 +77,13 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@cache
+def capability(device: torch.device) -> int:
+    """Of a GPU, ten times the major plus the minor; an H100's for what is not one."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
 def cdiv(x: int, y: int) -> int:
     """x / y, rounded up. Triton's own takes 2 us."""
     return -(-x // y)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from recur.kernels import chunk_scan as kernels
-from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
+from recur.kernels.operators import capability, cdiv, differentiable, fake, operator, power_of_2, processors
 from torch import Tensor
 
 from recur.primitives.forms import state_count
@@ -149,7 +149,7 @@ class _Scan:
             **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "scale": scale, "H": H, "K": K, "FLIP": flip,
             "BLOCK_C": self.plan.chunk,
         }  # fmt: skip
-        if dot != tl.bfloat16:  # the assembler would give up on some and take 32 registers
+        if dot != tl.bfloat16 or capability(x.v.device) < 90:  # the assembler would give up on some, in 32 registers
             self.laid["maxnreg"] = 255
         self.common = {**self.laid, "DOT": dot, "PRECISION": precision}
         self.groups = H if self.decay == "key" else groups

@@ -55,8 +55,8 @@ class Recorder:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """What is launched meanwhile, by doors that take CPU tensors."""
+def recorded(sm: int) -> Iterator[list[Launch]]:
+    """What is launched meanwhile, by doors that take CPU tensors for a GPU of this capability."""
     from recur.kernels import chunk_scan, diagonal, scan, step, turn, walk
 
     assert not scan.INTERPRETED, "unset TRITON_INTERPRET: kernels are compiled here"
@@ -67,13 +67,14 @@ def recorded() -> Iterator[list[Launch]]:
                 if isinstance(kernel, triton.JITFunction):
                     patch.setattr(home, name, Recorder(kernel, log))
         patch.setattr(scan, "INTERPRETED", True)
+        patch.setattr(scan, "capability", lambda device: sm)
         patch.setattr(doors, "takes_step", lambda *tensors: True)
         yield log
 
 
-def launches(case: Any) -> list[Launch]:
+def launches(case: Any, sm: int) -> list[Launch]:
     """Every launch of a scan with and without gradients, and of its step."""
-    with recorded() as log:
+    with recorded(sm) as log:
         tensors = case.inputs()
         case.run("triton", **tensors)
         gpu_scan.outputs(case, "triton", tensors)
@@ -153,7 +154,8 @@ def test_the_list_is_short() -> None:
 def test_programs_compile_and_fit(name: str) -> None:
     """Hot ones spill no more than is known."""
     row, case = CASES[name]
-    sm, found = int(row["sm"]), launches(case)
+    sm = int(row["sm"])
+    found = launches(case, sm)
     kernels = [kernel.fn.__name__ for kernel, *_ in found]
     segments = {dict(zip(kernel.arg_names, args, strict=False)).get("segments", 1) for kernel, args, _ in found}
     assert (max(segments) > 1) == (row["segments"] == "more"), kernels
@@ -161,13 +163,14 @@ def test_programs_compile_and_fit(name: str) -> None:
         program = compiled(launch, sm)
         shared = program.metadata.shared
         assert shared <= SHARED[sm], f"{kernel} needs {shared} bytes of shared memory"
+        registers, spilled, _ = resources(program)
+        assert registers > 32 or spilled < 1024, f"the assembler gave up on {kernel}: it spills {spilled} bytes"
         if row["name"] != "-":
-            registers, spilled, _ = resources(program)
             known = SPILLS.get(f"{row['name']} {kernel}", 0)
             assert spilled <= known, f"{kernel} spills {spilled} bytes, not {known}, with {registers} registers"
 
 
 if __name__ == "__main__":
     for name, (row, case) in CASES.items():
-        for launch in launches(case):
+        for launch in launches(case, int(row["sm"])):
             print(name, launch[0].fn.__name__, resources(compiled(launch, int(row["sm"]))), flush=True)
