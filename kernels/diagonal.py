@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
-from recur.kernels.tiles import cos_sin
+from recur.kernels.tiles import awaited, cos_sin
 from torch import Tensor
 
 from recur.primitives.diagonal import document_starts
@@ -105,9 +105,7 @@ def _put(ptrs, x, y, here):
 @triton.jit
 def _await(ptrs, here):
     """The two float32 of every word, once it is there: −1 until then, two NaNs that no arithmetic makes."""
-    words = tl.load(ptrs, mask=here, other=0, volatile=True)
-    while tl.max((words == -1).to(tl.int32)) > 0:
-        words = tl.load(ptrs, mask=here, other=0, volatile=True)
+    words = awaited(ptrs, here)
     high, low = (words >> 32).to(tl.int32), words.to(tl.int32)
     return high.to(tl.float32, bitcast=True), low.to(tl.float32, bitcast=True)
 

@@ -77,6 +77,15 @@ def numbered(chunk, cu_ptr, T, documents, C: tl.constexpr):
 
 
 @triton.jit
+def awaited(ptrs, here):
+    """The words of a chain, once other programs have told them: −1 until then."""
+    words = tl.load(ptrs, mask=here, other=0, volatile=True)
+    while tl.max((words == -1).to(tl.int32)) > 0:
+        words = tl.load(ptrs, mask=here, other=0, volatile=True)
+    return words
+
+
+@triton.jit
 def place_of(chunk, cu_ptr, T, documents, C: tl.constexpr):
     """Where a chunk begins and must stop: the first token of its row, then tokens of that row."""
     _, _, first, begin, stop = numbered(chunk, cu_ptr, T, documents, C)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2
 from recur.kernels.scan import chunk_of, chunks_of, sum_groups
-from recur.kernels.tiles import RESET, cos_sin, numbered
+from recur.kernels.tiles import RESET, awaited, cos_sin, load_tile, numbered, store_tile, tile_of
 from torch import Tensor
 
 from recur.primitives.forms import state_count
@@ -50,10 +50,7 @@ def _entering(mine, place, apart, in_k, LOOK: tl.constexpr):
     back = (place - 1) % LOOK + 1 - tl.arange(0, LOOK)
     here = ((back > 0) & (place > 0))[:, None] & in_k[None, :]
     ptrs = mine[None, :] + back[:, None] * apart
-    told = tl.load(ptrs, mask=here, other=0, volatile=True)
-    while tl.max((told == -1).to(tl.int32)) > 0:
-        told = tl.load(ptrs, mask=here, other=0, volatile=True)
-    return tl.sum(told.to(tl.float64, bitcast=True), 0)
+    return tl.sum(awaited(ptrs, here).to(tl.float64, bitcast=True), 0)
 
 
 @triton.jit
@@ -76,10 +73,9 @@ def _angle(word):
 
 @triton.jit
 def _cells(first, start, stop, tile, K, C: tl.constexpr, D: tl.constexpr):
-    """Columns of a tile, tokens of a chunk, the row of the first; then which columns, tokens and cells there are."""
+    """Columns of a tile, tokens of a chunk, the row of the first; then which columns and tokens there are."""
     d, offs = tile * D + tl.arange(0, D), tl.arange(0, C)
-    in_k, inside = d < K, offs < stop - start
-    return d, offs, first + start, in_k, inside, inside[:, None] & in_k[None, :]
+    return d, offs, first + start, d < K, offs < stop - start
 
 
 @triton.jit
@@ -101,16 +97,20 @@ def _phases(
 
 
 @triton.jit
-def _tile(ptr, row, offs, heads, head, K, d, here):
-    """[C D] in float32 of a tensor [B T heads K]."""
-    ptrs = ptr + (row * heads + head) * K + offs[:, None] * (heads * K) + d[None, :]
-    return tl.load(ptrs, mask=here, other=0.0).to(tl.float32)
+def _halves(ptr, row, offs, inside, H, h, K, d):
+    """[C D] twice in float32: columns d and K + d of a tensor [B T H 2K]."""
+    ptrs, mask = tile_of((ptr, H, h, 2 * K), row, offs, inside, d)
+    mask = mask & (d < K)[None, :]
+    x, y = tl.load(ptrs, mask=mask, other=0.0), tl.load(ptrs + K, mask=mask, other=0.0)
+    return x.to(tl.float32), y.to(tl.float32)
 
 
 @triton.jit
-def _store(ptr, row, offs, heads, head, K, d, here, tile):
-    ptrs = ptr + (row * heads + head) * K + offs[:, None] * (heads * K) + d[None, :]
-    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=here)
+def _store_halves(ptr, row, offs, inside, H, h, K, d, x, y):
+    ptrs, mask = tile_of((ptr, H, h, 2 * K), row, offs, inside, d)
+    mask = mask & (d < K)[None, :]
+    tl.store(ptrs, x.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptrs + K, y.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["T", "documents", "chunks"])
@@ -133,13 +133,12 @@ def turn(
     document, index, first, start, stop = numbered(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
         return
-    d, offs, row, in_k, inside, here = _cells(first, start, stop, tile, K, BLOCK_C, BLOCK_K)
+    d, offs, row, in_k, inside = _cells(first, start, stop, tile, K, BLOCK_C, BLOCK_K)
     log_a, turns = _phases(gate_ptr, first, start, inside, T, h, K, tile, gate_sb, gate_st, gate_sh, BLOCK_K, KEYS)
-    q = _tile(q_ptr, row, offs, GROUPS_Q, h // (H // GROUPS_Q), K, d, here)
-    k = _tile(k_ptr, row, offs, GROUPS_K, h // (H // GROUPS_K), K, d, here)
+    q = load_tile((q_ptr, GROUPS_Q, h // (H // GROUPS_Q), K), row, offs, inside, d).to(tl.float32)
+    k = load_tile((k_ptr, GROUPS_K, h // (H // GROUPS_K), K), row, offs, inside, d).to(tl.float32)
     if wide_ptr is not None:
-        _store(wide_ptr, row, offs, H, h, 2 * K, d, here, log_a)
-        _store(wide_ptr + K, row, offs, H, h, 2 * K, d, here, log_a)
+        _store_halves(wide_ptr, row, offs, inside, H, h, K, d, log_a, log_a)
     place = index if FLIP else (stop - start - 1) // BLOCK_C
     mine, total = words_ptr + 2 + (chunk * H + h) * K + d, tl.sum(turns, 0)
     _put(mine, total, in_k & (place % LOOK != 0))
@@ -148,12 +147,10 @@ def turn(
     word = _word(turns)
     since = tl.cumsum(word, 0, reverse=not FLIP) + _word(_fraction(entering))[None, :]
     cos, sin = cos_sin(_angle(since - word))
-    _store(write_ptr, row, offs, H, h, 2 * K, d, here, k * cos)
-    _store(write_ptr + K, row, offs, H, h, 2 * K, d, here, -k * sin)
+    _store_halves(write_ptr, row, offs, inside, H, h, K, d, k * cos, -k * sin)
     if BEFORE:
         cos, sin = cos_sin(_angle(since))
-    _store(told_ptr, row, offs, H, h, 2 * K, d, here, q * cos)
-    _store(told_ptr + K, row, offs, H, h, 2 * K, d, here, -q * sin)
+    _store_halves(told_ptr, row, offs, inside, H, h, K, d, q * cos, -q * sin)
     last = stop - start <= BLOCK_C if FLIP else index == 0
     whole = _angle(_word(_fraction(entering + total)))
     tl.store(whole_ptr + (document * H + h) * K + d, whole, mask=in_k & last)
@@ -175,7 +172,7 @@ def turn_backward(
     _, index, first, start, stop = numbered(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
         return
-    d, offs, row, in_k, inside, here = _cells(first, start, stop, tile, K, BLOCK_C, BLOCK_K)
+    d, offs, row, in_k, inside = _cells(first, start, stop, tile, K, BLOCK_C, BLOCK_K)
     log_a, turns = _phases(gate_ptr, first, start, inside, T, h, K, tile, gate_sb, gate_st, gate_sh, BLOCK_K, KEYS)
     place = index if FLIP else (stop - start - 1) // BLOCK_C
     mine = words_ptr + 2 + (chunk * H + h) * K + d
@@ -183,17 +180,15 @@ def turn_backward(
     word = _word(turns)
     since = tl.cumsum(word, 0, reverse=not FLIP) + _word(_fraction(entering))[None, :]
     cos, sin = cos_sin(_angle(since - word))
-    x = _tile(dwrite_ptr, row, offs, H, h, 2 * K, d, here)
-    y = _tile(dwrite_ptr + K, row, offs, H, h, 2 * K, d, here)
-    _store(dk_ptr, row, offs, H, h, K, d, here, x * cos - y * sin)
-    k = _tile(k_ptr, row, offs, GROUPS_K, h // (H // GROUPS_K), K, d, here)
+    x, y = _halves(dwrite_ptr, row, offs, inside, H, h, K, d)
+    store_tile((dk_ptr, H, h, K), row, offs, inside, d, x * cos - y * sin)
+    k = load_tile((k_ptr, GROUPS_K, h // (H // GROUPS_K), K), row, offs, inside, d).to(tl.float32)
     free = -k * (x * sin + y * cos)  # of this token's own phase
     if BEFORE:
         cos, sin = cos_sin(_angle(since))
-    x = _tile(dtold_ptr, row, offs, H, h, 2 * K, d, here)
-    y = _tile(dtold_ptr + K, row, offs, H, h, 2 * K, d, here)
-    _store(dq_ptr, row, offs, H, h, K, d, here, x * cos - y * sin)
-    q = _tile(q_ptr, row, offs, GROUPS_Q, h // (H // GROUPS_Q), K, d, here)
+    x, y = _halves(dtold_ptr, row, offs, inside, H, h, K, d)
+    store_tile((dq_ptr, H, h, K), row, offs, inside, d, x * cos - y * sin)
+    q = load_tile((q_ptr, GROUPS_Q, h // (H // GROUPS_Q), K), row, offs, inside, d).to(tl.float32)
     bound = -q * (x * sin + y * cos)
     if not BEFORE:
         free, bound = free + bound, tl.zeros_like(bound)
@@ -202,11 +197,11 @@ def turn_backward(
     dphase = tl.where(log_a > RESET, dphase, 0.0)
     dlog_a = tl.zeros_like(dphase)
     if dwide_ptr is not None:
-        dlog_a = _tile(dwide_ptr, row, offs, H, h, 2 * K, d, here)
-        dlog_a += _tile(dwide_ptr + K, row, offs, H, h, 2 * K, d, here)
+        x, y = _halves(dwide_ptr, row, offs, inside, H, h, K, d)
+        dlog_a = x + y
     pairs = tl.join(dlog_a, dphase).reshape(BLOCK_C, 2 * BLOCK_K)
     d = tile * (2 * BLOCK_K) + tl.arange(0, 2 * BLOCK_K)
-    _store(dgate_ptr, row, offs, H, h, 2 * K, d, inside[:, None] & (d < 2 * K)[None, :], pairs)
+    store_tile((dgate_ptr, H, h, 2 * K), row, offs, inside, d, pairs)
 
 
 def _launch(

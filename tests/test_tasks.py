@@ -353,20 +353,7 @@ def test_a_model_of_ours_teaches(tmp_path: Path, text_file: str) -> None:
 
     RecurForCausalLM(RecurConfig(recipe="gla", vocab_size=256, dim=8, depth=1)).save_pretrained(tmp_path / "ours")
     choices = ["--teacher", str(tmp_path / "ours"), "--tokenizer", "byte", "--text", text_file, "--length", "16"]
-    toy = [
-        "--dim",
-        "16",
-        "--depth",
-        "1",
-        "--steps",
-        "2",
-        "--batch",
-        "4",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    toy = f"--dim 16 --depth 1 --steps 2 --batch 4 --device cpu --out {tmp_path / 'run'}".split()
     command = [sys.executable, "-m", "recur", "task", "distillation", "gla", *choices, *toy]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
