@@ -261,19 +261,26 @@ def _gate_row(gates, t, offs_k, K):
     return log_a, tl.where(log_a <= RESET, 0.0, tl.exp2(log_a * LOG2E))
 
 
+@triton.jit
+def _store_block(ptr, n, m, block, C: tl.constexpr):
+    """Columns of block m of the rows of block n, [16 16], of a square."""
+    few = tl.arange(0, 16)
+    tl.store(ptr + (n * 16 + few)[:, None] * C + m * 16 + few[None, :], block)
+
+
 @triton.jit(do_not_specialize=["T", "documents"])
 def solve(
     overlap_ptr, beta_ptr, solve_ptr, cu_ptr, T, documents,
     H: tl.constexpr, FLIP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """T = (1 + β M)⁻¹, in the order of time: 16 rows at once by a product, then one by one among themselves."""
+    """T = (1 + β M)⁻¹, in the order of time: 16 rows one by one among themselves, then blocks of 16 by products."""
     pid = tl.program_id(0).to(tl.int64)
     chunk, h = pid // H, pid % H
     first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
         return
     N: tl.constexpr = BLOCK_C // 16
-    block, few, cols = tl.arange(0, N), tl.arange(0, 16), tl.arange(0, BLOCK_C)
+    block, few = tl.arange(0, N), tl.arange(0, 16)
     length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)
     beta = beta_ptr + (first + start) * H + h
     M = overlap_ptr + pid * (BLOCK_C * BLOCK_C)
@@ -287,21 +294,26 @@ def solve(
         told = tl.load(ptrs, mask=(rows < length)[:, None], other=0.0) * weight[:, None]
         found = tl.sum(D * told[:, :, None], 1)
         D = tl.where((few == t)[None, :, None], D - found[:, None, :], D)
-    # rows of block n: D_n (1 − Σ_m β M_nm X_m) over the blocks m before it
-    done = ()
+    X, own = solve_ptr + pid * (BLOCK_C * BLOCK_C), ()
     for i in tl.static_range(N):
-        n = N - 1 - i if FLIP else i
-        rows = n * 16 + few
-        weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
-        X = tl.where(rows[:, None] == cols[None, :], 1.0, 0.0)
-        for j in tl.static_range(i):
-            m = (N - 1 - j if FLIP else j) * 16
-            met = tl.load(M + rows[:, None] * BLOCK_C + m + few[None, :], mask=(rows < length)[:, None], other=0.0)
-            X -= tl.dot(met * weight[:, None], done[j], input_precision="tf32x3")
-        own = tl.sum(tl.where((block == n)[:, None, None], D, 0.0), 0)
-        X = tl.dot(own, X, input_precision="tf32x3")
-        tl.store(solve_ptr + pid * (BLOCK_C * BLOCK_C) + rows[:, None] * BLOCK_C + cols[None, :], X)
-        done = done + (X,)
+        own = own + (tl.sum(tl.where((block == (N - 1 - i if FLIP else i))[:, None, None], D, 0.0), 0),)
+    # a block below those of the diagonal, D_i X_ij = -D_i Σ_p β M_ip X_pj, with the blocks p from j up to i
+    for j in tl.static_range(N):
+        m, done = N - 1 - j if FLIP else j, (own[j],)
+        _store_block(X, m, m, own[j], BLOCK_C)
+        for i in tl.static_range(j + 1, N):
+            n = N - 1 - i if FLIP else i
+            rows = n * 16 + few
+            weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
+            found = tl.zeros([16, 16], tl.float32)
+            for p in tl.static_range(j, i):
+                cols = (N - 1 - p if FLIP else p) * 16 + few
+                met = tl.load(M + rows[:, None] * BLOCK_C + cols[None, :], mask=(rows < length)[:, None], other=0.0)
+                found = tl.dot(met * weight[:, None], done[p - j], found, input_precision="tf32x3")
+            found = -tl.dot(own[i], found, input_precision="tf32x3")
+            done = done + (found,)
+            _store_block(X, n, m, found, BLOCK_C)
+            _store_block(X, m, n, tl.zeros_like(found), BLOCK_C)
 
 
 # ----------------------------------------------------------------------------------------------------------- forward

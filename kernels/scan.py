@@ -42,23 +42,35 @@ class Plan(NamedTuple):
     gradient: Tiles
 
 
-# block, warps and stages of forward and adjoint, of the same for the delta rule, and of gradient, for states of at most
-# 64, 128, 256 rows or columns; by trial on an H200
-_BFLOAT16 = {
-    64: (((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3)), (64, 4, 1)),
-    128: (((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2)), (64, 4, 1)),
-    256: (((64, 8, 1), (64, 8, 1)), ((64, 8, 1), (64, 8, 1)), (64, 8, 1)),
+# By trial on an H100 and an H200. Of the walks, by rows of the state, at most 64, 128, 256: columns of a tile, warps and
+# stages of forward and adjoint, then of the same for the delta rule. Of the gradient, by columns: rows of a tile.
+_WALKS = {
+    torch.bfloat16: {
+        64: (((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3))),
+        128: (((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2))),
+        256: (((64, 8, 2), (64, 8, 2)), ((64, 8, 1), (64, 8, 1))),
+    },
+    torch.float32: {
+        64: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1))),
+        128: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1))),
+        256: (((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1))),
+    },
 }
-_FLOAT32 = {
-    64: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1)), (64, 4, 1)),
-    128: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1)), (32, 4, 1)),
-    256: (((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1)), (16, 8, 1)),
+_FEW = ((32, 4, 2), (32, 4, 2))  # of 256 rows in bfloat16, where tiles of 64 columns would be too few
+_GRADIENT = {
+    torch.bfloat16: {64: (64, 4, 1), 128: (64, 4, 1), 256: (64, 4, 1)},
+    torch.float32: {64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 8, 1)},
 }
 
 
 def chunk_of(dtype: torch.dtype) -> int:
     """Tokens of a chunk."""
     return 64 if dtype == torch.bfloat16 else 32
+
+
+def _fills(programs: int, processors: int) -> bool:
+    """Whether three processors of four have a program."""
+    return 4 * programs >= 3 * processors
 
 
 def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, processors: int = 132) -> Plan:
@@ -70,11 +82,13 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
     more columns for what they do to a state, then all. To join a segment takes as long as four chunks, by estimate.
     """
     block_k, block_v = (max(64, power_of_2(size)) for size in (K, V))
-    chunk = chunk_of(dtype)
-    plain, erasing, rows = (_BFLOAT16 if dtype == torch.bfloat16 else _FLOAT32)[max(block_k, block_v)]
+    chunk, kept = chunk_of(dtype), _kept(dtype)
+    walks = _WALKS[kept][block_k][delta]
+    if walks == _WALKS[torch.bfloat16][256][0] and not _fills(heads * cdiv(V, 64), processors):
+        walks = _FEW
     forward, adjoint, gradient = (
         Tiles(block, cdiv(size, block), warps, stages)
-        for (block, warps, stages), size in zip((*(erasing if delta else plain), rows), (V, V, K), strict=True)
+        for (block, warps, stages), size in zip((*walks, _GRADIENT[kept][block_v]), (V, V, K), strict=True)
     )
     programs, chunks = heads * forward.parts, cdiv(T, chunk)
 
@@ -85,7 +99,7 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
     if delta:
         wanted = min(range(1, 1 + max(1, min(8, T // 1024))), key=chain) if 2 * programs < processors else 1
     else:
-        wanted = 1 if 4 * programs >= 3 * processors else cdiv(2 * processors, max(1, programs))
+        wanted = 1 if _fills(programs, processors) else cdiv(2 * processors, max(1, programs))
     span = chunk * cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
     return Plan(chunk, max(1, cdiv(T, span)), span, block_k, block_v, forward, adjoint, gradient)
 
@@ -213,7 +227,7 @@ class _Scan:
         if unsolved:
             kernels.solve[(self.chunks * H,)](
                 overlap, x.beta, self.solved, x.cu_seqlens, T, self.documents,
-                H=H, FLIP=self.flip, BLOCK_C=self.plan.chunk, num_warps=1,
+                H=H, FLIP=self.flip, BLOCK_C=self.plan.chunk, num_warps=1, maxnreg=136,
             )  # fmt: skip
 
     def _walk(self, tiles: Tiles) -> dict[str, Any]:
