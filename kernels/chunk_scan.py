@@ -55,9 +55,11 @@ from recur.kernels.tiles import (
     LOG2E,
     RESET,
     between,
+    cos_sin,
     load_gates,
     load_row,
     load_tile,
+    numbered,
     order,
     place_of,
     reaches,
@@ -67,6 +69,7 @@ from recur.kernels.tiles import (
     sums_along,
     tied,
 )
+from recur.kernels.turn import angle, chain_of, drawn, phases, tell, turned_by, word_of
 
 
 @triton.jit
@@ -135,65 +138,96 @@ def pace(
     tl.store(whole_ptr + chunk * H + h, tl.sum(tl.where(last, since, 0.0), 0) * LOG2E, mask=h < H)
 
 
-@triton.jit(do_not_specialize=["T", "documents"])
+@triton.jit(do_not_specialize=["T", "documents", "chunks"])
 def prepare(
-    q_ptr, k_ptr, gate_ptr, beta_ptr, bonus_ptr,  # tensors [B T heads *], bonus [H K]
-    told_ptr, write_ptr, reach_ptr, near_ptr, far_ptr, calm_ptr,  # if the gates are a key's
+    q_ptr, k_ptr, gate_ptr, bonus_ptr,  # tensors [B T heads *], bonus [H K]
+    told_ptr, write_ptr, reach_ptr, near_ptr, far_ptr, calm_ptr,  # if the gates are a key's; the first two if complex
+    turned_ptr, angles_ptr, words_ptr,  # if they are complex, see `turn`
     rates_ptr, overlap_ptr,  # from `pace` if a head has one gate; M [chunks H C C], if T is not known
-    cu_ptr, T, documents, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    DECAY: tl.constexpr, FLIP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr,
+    cu_ptr, T, documents, chunks, gate_sb, gate_sh, scale,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, LIMIT: tl.constexpr, LOOK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """All that a chunk needs to know of its gates, keys and queries alone, PART keys at a time."""
+    COMPLEX: tl.constexpr = words_ptr is not None
+    HALVES: tl.constexpr = K // COLS
     pid = tl.program_id(0).to(tl.int64)
+    if COMPLEX:
+        pid = drawn(words_ptr, cu_ptr, T, chunks, H, FLIP, BLOCK_C)
     chunk, h = pid // H, pid % H
-    first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
+    document, index, first, start, stop = numbered(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
         return
-    DELTA: tl.constexpr = beta_ptr is not None
     MEET: tl.constexpr = overlap_ptr is not None
-    BEFORE: tl.constexpr = bonus_ptr is not None
     TIED: tl.constexpr = k_ptr is None
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)
     row, inside = first + start, offs < length
     seen = order(BLOCK_C, FLIP)
-    k, q = (k_ptr, GROUPS, h * GROUPS // H, K), (q_ptr, GROUPS, h * GROUPS // H, K)
-    told, write = (told_ptr, H, h, K), (write_ptr, H, h, K)
+    k, q = (k_ptr, GROUPS, h * GROUPS // H, COLS), (q_ptr, GROUPS, h * GROUPS // H, COLS)
     calm = 1
     if DECAY != "none":
         gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
-    if DECAY == "key":
+    if COMPLEX:
+        chain = chain_of(words_ptr, pid, start, stop, index, H, COLS, FLIP, BLOCK_C)
+        most = start.to(tl.float32) * 0.0
+        for part in tl.range(0, BLOCK_K // HALVES, PART, num_stages=1):
+            log_p, turns = phases(gates, start, offs, inside, part, COLS, DECAY, PART)
+            tell(chain, part, turns, COLS, LOOK)
+            most = tl.maximum(most, tl.max(tl.abs(tl.sum(log_p, 0)), 0) * LOG2E)
+    elif DECAY == "key":
         total = tl.sum(load_gates(gates, start, offs, inside, offs_k, K, DECAY).to(tl.float32), 0) * LOG2E
-        calm = tl.where(tl.max(tl.abs(total), 0) <= 2 * LIMIT, 1, 0)
+        most = tl.max(tl.abs(total), 0)
+    if DECAY == "key":
+        calm = tl.where(most <= 2 * LIMIT, 1, 0)
         tl.store(calm_ptr + pid, calm)
     M = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     now = tl.zeros([BLOCK_C], tl.float32)
-    for part in tl.range(0, BLOCK_K, PART, num_stages=1):
+    for part in tl.range(0, BLOCK_K // HALVES, PART, num_stages=1):
         offs_p = part + tl.arange(0, PART)
-        if DECAY == "key":
+        if COMPLEX:
+            log_p, turns = phases(gates, start, offs, inside, part, COLS, DECAY, PART)
+            begin, end, word = turned_by(chain, part, turns, COLS, FLIP, LOOK)
+            tl.store(turned_ptr + pid * COLS + offs_p, begin, mask=offs_p < COLS)
+            last = stop - start <= BLOCK_C if FLIP else index == 0
+            tl.store(angles_ptr + (document * H + h) * COLS + offs_p, angle(begin), mask=(offs_p < COLS) & last)
+            cos, sin = cos_sin(angle(end))
+            cos_q, sin_q = cos, sin
+            if BEFORE:
+                cos_q, sin_q = cos_sin(angle(end + word))
+        elif DECAY == "key":
             log_p = load_gates(gates, start, offs, inside, offs_p, K, DECAY)
         key = tied(log_p) if TIED else load_tile(k, row, offs, inside, offs_p)
-        reach = key
-        if DECAY == "key" or BEFORE:
-            query = load_tile(q, row, offs, inside, offs_p) * scale
-        if BEFORE:
+        if DECAY == "key" or BEFORE or COMPLEX:
+            query = load_tile(q, row, offs, inside, offs_p)
+        if DECAY == "key" or bonus_ptr is not None:
+            query = query * scale
+        if bonus_ptr is not None:
             bonus = tl.load(bonus_ptr + h * K + offs_p, mask=offs_p < K, other=0.0)
             now += tl.sum(query * key * bonus[None, :], 1)
         if DECAY == "key":
             rise, fall, whole = reaches(log_p, FLIP, BEFORE, DOT)
             middle = _middle(whole, calm)
-            rise = tl.exp2(rise - middle[None, :])
-            store_tile(told, row, offs, inside, offs_p, query * rise)
-            reach, key = key * rise, key * tl.exp2(fall - middle[None, :])
-            store_tile(write, row, offs, inside, offs_p, key)
-            tl.store(near_ptr + pid * K + offs_p, tl.exp2(middle), mask=offs_p < K)
-            tl.store(far_ptr + pid * K + offs_p, tl.exp2(whole - middle), mask=offs_p < K)
-            if DELTA:
-                store_tile((reach_ptr, H, h, K), row, offs, inside, offs_p, reach)
-        if MEET:
-            M = tl.dot(reach.to(DOT), tl.trans(key.to(DOT)), M, input_precision=PRECISION)
+            rise, fall = tl.exp2(rise - middle[None, :]), tl.exp2(fall - middle[None, :])
+        for half in tl.static_range(HALVES):  # of the rows, if they are twice the keys: real part, imaginary part
+            read, write = query if DECAY == "key" or COMPLEX else key, key
+            if COMPLEX:
+                read, write = query * (-sin_q if half else cos_q), key * (-sin if half else cos)
+            reach, to = write, (H * HALVES, h * HALVES + half, COLS)
+            if DECAY == "key":
+                read, reach, write = read * rise, write * rise, write * fall
+                at = (pid * HALVES + half) * COLS + offs_p
+                tl.store(near_ptr + at, tl.exp2(middle), mask=offs_p < COLS)
+                tl.store(far_ptr + at, tl.exp2(whole - middle), mask=offs_p < COLS)
+            if told_ptr is not None:
+                store_tile((told_ptr,) + to, row, offs, inside, offs_p, read)
+                store_tile((write_ptr,) + to, row, offs, inside, offs_p, write)
+            if reach_ptr is not None:
+                store_tile((reach_ptr,) + to, row, offs, inside, offs_p, reach)
+            if MEET:
+                M = tl.dot(reach.to(DOT), tl.trans(write.to(DOT)), M, input_precision=PRECISION)
     if BEFORE:
         tl.store(rates_ptr + pid * (4 * BLOCK_C) + 3 * BLOCK_C + offs, now)
     if MEET:
@@ -207,10 +241,11 @@ def prepare(
 
 @triton.jit(do_not_specialize=["T", "documents", "squares"])
 def exact(
-    q_ptr, k_ptr, gate_ptr, calm_ptr, scores_ptr, overlap_ptr,  # what `prepare` left out
+    q_ptr, k_ptr, gate_ptr, turned_ptr, calm_ptr, scores_ptr, overlap_ptr,  # what `prepare` left out
     cu_ptr, T, documents, squares, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    FLIP: tl.constexpr, BEFORE: tl.constexpr, FEW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
+    gate_st: tl.constexpr, gate_sd: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """P, and M of the delta rule, of every chunk that is not calm, with products of gates; FEW chunks a program, which
     mostly finds that all are calm."""
@@ -224,16 +259,20 @@ def exact(
             first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
             offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
             length, row = tl.minimum(stop - start, BLOCK_C).to(tl.int32), first + start
-            k, q = (k_ptr, GROUPS, h * GROUPS // H, K), (q_ptr, GROUPS, h * GROUPS // H, K)
+            k, q = (k_ptr, GROUPS, h * GROUPS // H, COLS), (q_ptr, GROUPS, h * GROUPS // H, COLS)
             gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
             # E [s K]: the key of token s times the gates after it, up to the token that reads
             E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
             at = square * (BLOCK_C * BLOCK_C) + offs
+            turned = _turned(turned_ptr, square, offs_k, K, COLS)
             for i in tl.range(0, length, num_stages=1):
                 t = length - 1 - i if FLIP else i
-                log_t, a = _gate_row(gates, start + t, offs_k, K)
-                query = load_row(q, row + t, offs_k)
-                key = tied(log_t) if TIED else load_row(k, row + t, offs_k)
+                log_t, a = _gate_row(gates, start + t, offs_k, K, COLS)
+                told = turned
+                if turned_ptr is not None:
+                    turned -= _word_row(gates, start + t, offs_k, K, COLS)
+                query = _row(q, row + t, offs_k, told if BEFORE else turned, K)
+                key = tied(log_t) if TIED else _row(k, row + t, offs_k, turned, K)
                 if BEFORE:
                     scores = tl.sum(E * query[None, :], 1)
                 E = E * a[None, :]
@@ -254,11 +293,42 @@ def _all_calm(calm_ptr, square, squares, FEW: tl.constexpr):
 
 
 @triton.jit
-def _gate_row(gates, t, offs_k, K):
-    """Log of the gates of one token [K] and the gates."""
+def _gate_row(gates, t, offs_k, K, COLS: tl.constexpr):
+    """Log of the gates of one token [K] and the gates, of their size if they are complex."""
     ptr, stride_t, stride_d = gates
-    log_a = tl.load(ptr + t * stride_t + offs_k * stride_d, mask=offs_k < K, other=0.0).to(tl.float32)
+    log_a = tl.load(ptr + t * stride_t + offs_k % COLS * stride_d, mask=offs_k < K, other=0.0).to(tl.float32)
     return log_a, tl.where(log_a <= RESET, 0.0, tl.exp2(log_a * LOG2E))
+
+
+@triton.jit
+def _word_row(gates, t, offs_k, K, COLS: tl.constexpr):
+    """The phases of one token [K], in parts of a turn."""
+    ptr, stride_t, stride_d = gates
+    ptrs = ptr + t * stride_t + offs_k % COLS * stride_d
+    return word_of(tl.load(ptrs, mask=offs_k < K, other=0.0), tl.load(ptrs + 1, mask=offs_k < K, other=0.0))
+
+
+@triton.jit
+def _turned(turned_ptr, square, offs_k, K, COLS: tl.constexpr):
+    """By how much the rows [K] are turned where a chunk begins: not, unless gates are complex."""
+    word = tl.zeros(offs_k.shape, tl.int32)
+    if turned_ptr is not None:
+        word = tl.load(turned_ptr + square * COLS + offs_k % COLS, mask=offs_k < K, other=0)
+    return word
+
+
+@triton.jit
+def _row(tensor, row, offs_k, word, K):
+    """A token's key or query [K] in float32; if it has half of the rows, they are real and imaginary part of what it is
+    when turned."""
+    ptr, heads, head, COLS = tensor
+    if COLS == K:
+        x = load_row(tensor, row, offs_k)
+    else:
+        cos, sin = cos_sin(angle(word))
+        x = tl.load(ptr + (row * heads + head) * COLS + offs_k % COLS, mask=offs_k < K, other=0.0).to(tl.float32)
+        x = x * tl.where(offs_k < COLS, cos, -sin)
+    return x
 
 
 @triton.jit
@@ -597,9 +667,9 @@ def gradient(
     S_ptr, G_ptr, near_ptr, calm_ptr, rates_ptr, whole_ptr,  # u_ptr is v, or what u would be with beta 1
     dq_ptr, dk_ptr, dgate_ptr, dbonus_ptr,  # dgate, if a head has one gate, for every tile apart
     cu_ptr, B, T, tiles, documents, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PLAIN: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, TIED: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PLAIN: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
+    V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr,
+    BEFORE: tl.constexpr, TIED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program owns rows [BLOCK_K] of the state around one chunk. Loads stand where they are needed: registers are
@@ -611,7 +681,7 @@ def gradient(
     if start >= stop:
         return
     DELTA: tl.constexpr = beta_ptr is not None
-    BEFORE: tl.constexpr = bonus_ptr is not None
+    BONUS: tl.constexpr = bonus_ptr is not None
     offs, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_V)
     offs_k = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
     row, inside = first + start, offs < stop - start
@@ -624,7 +694,7 @@ def gradient(
     calm = True
     if DECAY != "none":
         gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
-        log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
+        log_a = load_gates(gates, start, offs, inside, offs_k if COLS == K else offs_k % COLS, K, DECAY)
     if DECAY == "key":
         calm = tl.load(calm_ptr + square) != 0
         near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)[None, :]
@@ -679,7 +749,7 @@ def gradient(
         dq = dq * (rise * scale)
         if DELTA:
             dreach = dreach * rise
-    if BEFORE:
+    if BONUS:
         plain_q = load_tile((q_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
         if TIED:
             plain_k = tied(log_a)
@@ -733,7 +803,7 @@ def gradient(
         tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
     if DELTA:
         dk += dreach
-    if BEFORE:
+    if BONUS:
         dk += now * plain_q * bonus[None, :]
     if TIED:
         dgate -= tl.exp2(log_a.to(tl.float32) * LOG2E) * dk
@@ -748,11 +818,11 @@ def gradient(
 
 @triton.jit(do_not_specialize=["T", "documents", "squares"])
 def repair(
-    q_ptr, k_ptr, gate_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr,  # tensors [B T heads *]
+    q_ptr, k_ptr, gate_ptr, turned_ptr, beta_ptr, dy_ptr, u_ptr, dv_ptr,  # tensors [B T heads *]
     calm_ptr, dP_ptr, dM_ptr,  # [chunks H C C] float32, room for what the scores owe
     dq_ptr, dk_ptr, dgate_ptr,  # added to
     cu_ptr, T, documents, squares, gate_sb, gate_sh, scale,
-    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr, V: tl.constexpr,
     gate_st: tl.constexpr, gate_sd: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr, FEW: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -771,7 +841,7 @@ def repair(
             length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)  # none for a number that no document uses
             row, inside = first + start, offs < length
             seen, later = order(BLOCK_C, FLIP), order(BLOCK_C, not FLIP)
-            q, k = (q_ptr, GROUPS, h * GROUPS // H, K), (k_ptr, GROUPS, h * GROUPS // H, K)
+            q, k = (q_ptr, GROUPS, h * GROUPS // H, COLS), (k_ptr, GROUPS, h * GROUPS // H, COLS)
             dq, dk, dgate = (dq_ptr, H, h, K), (dk_ptr, H, h, K), (dgate_ptr, H, h, K)
             gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
             u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
@@ -791,11 +861,15 @@ def repair(
             # forwards, E [s K] as in `prepare`; what each gate lies between is kept in D [t K]
             E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
             D = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+            turned = _turned(turned_ptr, square, offs_k, K, COLS)
             for i in tl.range(0, length, num_stages=1):
                 t = length - 1 - i if FLIP else i
-                log_t, a = _gate_row(gates, start + t, offs_k, K)
-                write = tied(log_t) if TIED else load_row(k, row + t, offs_k)
-                query = load_row(q, row + t, offs_k)
+                log_t, a = _gate_row(gates, start + t, offs_k, K, COLS)
+                told = turned
+                if turned_ptr is not None:
+                    turned -= _word_row(gates, start + t, offs_k, K, COLS)
+                write = tied(log_t) if TIED else _row(k, row + t, offs_k, turned, K)
+                query = _row(q, row + t, offs_k, told if BEFORE else turned, K)
                 if not BEFORE:
                     E = E * a[None, :]
                 if DELTA:
@@ -819,9 +893,12 @@ def repair(
             R = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
             for i in tl.range(0, length, num_stages=1):
                 t = i if FLIP else length - 1 - i
-                log_t, a = _gate_row(gates, start + t, offs_k, K)
-                write = tied(log_t) if TIED else load_row(k, row + t, offs_k)
-                query = load_row(q, row + t, offs_k)
+                log_t, a = _gate_row(gates, start + t, offs_k, K, COLS)
+                write = tied(log_t) if TIED else _row(k, row + t, offs_k, turned, K)
+                wrote = turned
+                if turned_ptr is not None:
+                    turned += _word_row(gates, start + t, offs_k, K, COLS)
+                query = _row(q, row + t, offs_k, turned if BEFORE else wrote, K)
                 if not BEFORE:
                     E = tl.where((offs == t)[:, None], query[None, :], E)
                 owed = tl.sum(E * tl.load(dP_ptr + at + offs * BLOCK_C + t)[:, None], 0)
@@ -837,7 +914,7 @@ def repair(
                 else:
                     _add_row(dk, row + t, offs_k, owed)
             tl.debug_barrier()
-            log_a = load_gates(gates, start, offs, inside, offs_k, K, "key")
+            log_a = load_gates(gates, start, offs, inside, offs_k % COLS, K, "key")
             sums = sums_along(later, D, tl.float32)
             if BEFORE:
                 sums -= read

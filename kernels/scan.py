@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from recur.kernels import chunk_scan as kernels
+from recur.kernels import turn
 from recur.kernels.operators import capability, cdiv, differentiable, fake, operator, power_of_2, processors
 from torch import Tensor
 
@@ -42,8 +43,8 @@ class Plan(NamedTuple):
     gradient: Tiles
 
 
-# By trial on an H100 and an H200. Of the walks, by rows of the state, at most 64, 128, 256: columns of a tile, warps and
-# stages of forward and adjoint, then of the same for the delta rule. Of the gradient, by columns: rows of a tile.
+# By trial on an H100 and an H200. Of the walks, by rows of the state, at most 64, 128, 256: columns of a tile, warps,
+# stages, of forward and adjoint, then of the same for the delta rule. Of the gradient, by columns: rows of a tile.
 _WALKS = {
     torch.bfloat16: {
         64: (((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3))),
@@ -138,41 +139,71 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None
 
 
-class _Scan:
-    """One scan laid out and prepared: allocates and launches."""
+def decay_of(x: Inputs) -> str:
+    """Whose the gates are: "none", "one" for all keys of a head, or each "key"'s."""
+    if x.log_decay is None:
+        return "none"
+    return "one" if x.log_decay.shape[3] == 1 and x.k is not None else "key"
 
-    def __init__(self, x: Inputs, scale: float, flip: bool, *solved: Tensor | None) -> None:
+
+def prepared(x: Inputs, before: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what is found of gates, keys and queries alone, and kept for the backward."""
+    (B, T, H, _), cols = x.v.shape, x.q.shape[3]
+    decay, turned = decay_of(x), x.log_decay is not None and x.log_decay.ndim == 5
+    chunk, kept, K = chunk_of(x.v.dtype), _kept(x.v.dtype), 2 * cols if turned else cols
+    squares = (chunks_of(B, T, x.v.dtype, x.cu_seqlens), H)
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if decay == "key" or turned:
+        found |= dict.fromkeys(("told", "write"), ((B, T, H, K), kept))
+    if decay == "key":
+        found |= dict.fromkeys(("near", "far"), ((*squares, K), torch.float32)) | {"calm": (squares, torch.int32)}
+    if decay == "key" and x.beta is not None:
+        found["reach"] = (B, T, H, K), kept
+    if turned:
+        found["turned"] = (*squares, cols), torch.int32
+        found["angles"] = (state_count(B, x.cu_seqlens), H, cols), torch.float32
+    if decay == "one" or before:
+        found["rates"] = (*squares, 4, chunk), torch.float32
+    if decay == "one":
+        found["whole"] = squares, torch.float32
+    if x.beta is not None:
+        found |= {"overlap": ((*squares, chunk, chunk), torch.float32), "solved": ((*squares, chunk, chunk), kept)}
+    return found
+
+
+class _Scan:
+    """One scan laid out and prepared, unless it was before: allocates and launches."""
+
+    def __init__(self, x: Inputs, scale: float, flip: bool, before: bool, made: list[Tensor] | None = None) -> None:
         B, T, H, V = x.v.shape
-        groups, K = x.q.shape[2:]
+        self.cols, turned = x.q.shape[3], x.log_decay is not None and x.log_decay.ndim == 5
+        K = 2 * self.cols if turned else self.cols
         delta, packed = x.beta is not None, x.cu_seqlens is not None
         self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=x.v.dtype, delta=delta, processors=processors(x.v.device))
         if packed:
             self.plan = self.plan._replace(segments=1, span=T)
-        self.x, self.flip, self.sizes = x, flip, (B, T, H, K, V)
+        self.x, self.flip, self.before, self.sizes = x, flip, before, (B, T, H, K, V)
         self.documents = state_count(B, x.cu_seqlens)
         self.chunks = chunks_of(B, T, x.v.dtype, x.cu_seqlens)
-        self.decay, strides = "none", [0, 0, 0, 0]
+        self.decay, strides = decay_of(x), [0, 0, 0, 0]
         if x.log_decay is not None:
-            width = x.log_decay.shape[-1]
-            self.decay = "one" if width == 1 and x.k is not None else "key"
-            strides = list(x.log_decay.expand(B, T, H, width).stride())
+            strides = list(x.log_decay.expand(B, T, H, *x.log_decay.shape[3:]).stride())
         dot, precision, self.limit = _numbers(x.v.dtype)
-        self.kept = _kept(x.v.dtype)
         self.gates = {"gate_sb": strides[0], "gate_sh": strides[2], "gate_st": strides[1], "gate_sd": strides[3]}
         self.laid = {
-            **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "scale": scale, "H": H, "K": K, "FLIP": flip,
-            "BLOCK_C": self.plan.chunk,
+            **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "H": H, "FLIP": flip, "BLOCK_C": self.plan.chunk,
         }  # fmt: skip
+        self.common = {**self.laid, "scale": scale, "K": K}
         if dot != tl.bfloat16 or capability(x.v.device) < 90:  # the assembler would give up on some, in 32 registers
-            self.laid["maxnreg"] = 255
-        self.common = {**self.laid, "DOT": dot, "PRECISION": precision}
-        self.groups = H if self.decay == "key" else groups
-        self.told, self.write, self.reach = x.q, x.k, x.k
-        nothing: Tensor | None = None
-        self.near, self.far, self.calm, self.scores = nothing, nothing, nothing, nothing
-        self.rates, self.whole = nothing, nothing
-        self.overlap, self.solved = solved or (None, None)
-        self._prepare()
+            self.common["maxnreg"] = 255
+        self.dots = {"DOT": dot, "PRECISION": precision}
+        shapes = prepared(x, before)
+        self.made = dict(zip(shapes, made or [self.new(*shape, dtype=d) for shape, d in shapes.values()], strict=True))
+        self.told, self.write = self.made.get("told", x.q), self.made.get("write", x.k)
+        self.reach = self.made.get("reach", self.write)
+        self.groups = H if "told" in self.made else x.q.shape[2]
+        self.scores = self.squares(_kept(x.v.dtype)) if self.decay == "key" else None
+        self._prepare(made is None)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.v.device)
@@ -184,56 +215,52 @@ class _Scan:
     def states(self) -> Tensor:
         """[chunks H K V]"""
         _, _, H, K, V = self.sizes
-        return self.new(self.chunks, H, K, V, dtype=self.kept)
+        return self.new(self.chunks, H, K, V, dtype=_kept(self.x.v.dtype))
 
-    def _prepare(self) -> None:
-        """Run what looks at gates, q and k alone: `pace`, `prepare`, `exact`, and `solve` unless M and T are known."""
-        x, (B, T, H, K, _) = self.x, self.sizes
-        delta, before = x.beta is not None, x.bonus is not None
-        unsolved = delta and self.solved is None
-        if self.decay == "key":
-            self.told, self.write = (self.new(B, T, H, K, dtype=self.kept) for _ in range(2))
-            self.reach = torch.empty_like(self.told) if delta else None
-            self.near, self.far = self.new(self.chunks, H, K), self.new(self.chunks, H, K)
-            self.calm, self.scores = self.new(self.chunks, H, dtype=torch.int32), self.squares(self.kept)
-        if self.decay == "one" or before:
-            self.rates = self.new(self.chunks, H, 4, self.plan.chunk)
-        if self.decay == "one":
-            self.whole, block_h = self.new(self.chunks, H), min(16, power_of_2(H))
+    def found(self, *names: str) -> list[Tensor | None]:
+        """Of what was prepared, what there is."""
+        return [self.made.get(name) for name in names]
+
+    def _prepare(self, first: bool) -> None:
+        """Run what looks at gates, q and k alone: first `pace`, `prepare` and `solve`, and always `exact`."""
+        x, (_, T, H, _, _), words, (solved,) = self.x, self.sizes, None, self.found("solved")
+        overlap = self.made.get("overlap") if first else None  # to be found
+        if first and self.decay == "one":
+            block_h = min(16, power_of_2(H))
             kernels.pace[(self.chunks, cdiv(H, block_h))](
-                x.log_decay, self.rates, self.whole, x.cu_seqlens, T, self.documents,
+                x.log_decay, *self.found("rates", "whole"), x.cu_seqlens, T, self.documents,
                 self.gates["gate_sb"], self.gates["gate_sh"],
-                H=H, gate_st=self.gates["gate_st"], FLIP=self.flip, BEFORE=before,
+                H=H, gate_st=self.gates["gate_st"], FLIP=self.flip, BEFORE=self.before,
                 BLOCK_C=self.plan.chunk, BLOCK_H=block_h, num_warps=1,
             )  # fmt: skip
-        if unsolved:
-            self.overlap, self.solved = self.squares(torch.float32), self.squares(self.kept)
-        overlap = self.overlap if unsolved else None  # to be found
-        if self.decay != "key" and not unsolved and not before:
-            return
-        hats = (self.told, self.write, self.reach) if self.decay == "key" else (None, None, None)
-        kernels.prepare[(self.chunks * H,)](
-            x.q, x.k, x.log_decay, x.beta, x.bonus,
-            *hats, self.near, self.far, self.calm, self.rates, overlap,
-            documents=self.documents, GROUPS=x.q.shape[2], DECAY=self.decay, LIMIT=self.limit,
-            BLOCK_K=self.plan.block_k, PART=32 if self.decay == "key" else 64, num_warps=4, **self.common,
-        )  # fmt: skip
+        if first and "turned" in self.made:
+            words = self.new(2 + self.chunks * H * self.cols, dtype=torch.int64).fill_(-1)
+            self.made["angles"].zero_()  # of documents without tokens
+        if first and (self.decay == "key" or overlap is not None or self.before or words is not None):
+            kernels.prepare[(self.chunks * H,)](
+                x.q, x.k, x.log_decay, x.bonus,
+                *self.found("told", "write", "reach", "near", "far", "calm", "turned", "angles"), words,
+                *self.found("rates"), overlap, documents=self.documents, chunks=self.chunks, GROUPS=x.q.shape[2],
+                COLS=self.cols, DECAY=self.decay, BEFORE=self.before, LIMIT=self.limit, LOOK=turn.LOOK,
+                BLOCK_K=self.plan.block_k, PART=32 if self.decay == "key" or words is not None else 64, num_warps=4,
+                **self.common, **self.dots,
+            )  # fmt: skip
         if self.decay == "key":
             kernels.exact[(cdiv(self.chunks * H, FEW),)](
-                x.q, x.k, x.log_decay, self.calm, self.scores, overlap, documents=self.documents,
-                squares=self.chunks * H, GROUPS=x.q.shape[2], BEFORE=before, FEW=FEW, BLOCK_K=self.plan.block_k,
-                num_warps=4, **self.laid,
+                x.q, x.k, x.log_decay, *self.found("turned", "calm"), self.scores, overlap, documents=self.documents,
+                squares=self.chunks * H, GROUPS=x.q.shape[2], COLS=self.cols, BEFORE=self.before, FEW=FEW,
+                BLOCK_K=self.plan.block_k, num_warps=4, **self.common,
             )  # fmt: skip
-        if unsolved:
+        if overlap is not None:
             kernels.solve[(self.chunks * H,)](
-                overlap, x.beta, self.solved, x.cu_seqlens, T, self.documents,
+                overlap, x.beta, solved, x.cu_seqlens, T, self.documents,
                 H=H, FLIP=self.flip, BLOCK_C=self.plan.chunk, num_warps=1, maxnreg=136,
             )  # fmt: skip
 
     def _walk(self, tiles: Tiles) -> dict[str, Any]:
         return {
-            **self.common, "GROUPS": self.groups, "V": self.sizes[4], "DECAY": self.decay,
-            "BEFORE": self.x.bonus is not None, "tiles": tiles.parts, "segments": self.plan.segments,
+            **self.common, **self.dots, "GROUPS": self.groups, "V": self.sizes[4], "DECAY": self.decay,
+            "BEFORE": self.before, "tiles": tiles.parts, "segments": self.plan.segments,
             "span": self.plan.span, "BLOCK_K": self.plan.block_k, "BLOCK_V": tiles.block, "STAGES": tiles.stages,
             "num_warps": tiles.warps,
         }  # fmt: skip
@@ -249,8 +276,8 @@ class _Scan:
             tiles = tiles._replace(parts=cdiv(leave.shape[-1], tiles.block))
         kernels.forward[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
             self.told, self.write if back is None else self.told, self.reach, x.v if back is None else back,
-            x.log_decay, x.beta, self.near, self.far, self.calm, self.scores, self.rates, self.whole, self.overlap,
-            self.solved, y, e, keep, enter, leave, share,
+            x.log_decay, x.beta, *self.found("near", "far", "calm"), self.scores,
+            *self.found("rates", "whole", "overlap", "solved"), y, e, keep, enter, leave, share,
             BACK=back is not None, EMIT=y is not None, **self._walk(tiles),
         )  # fmt: skip
 
@@ -263,8 +290,8 @@ class _Scan:
         """Launch `kernels.adjoint`."""
         x, tiles = self.x, self.plan.adjoint
         kernels.adjoint[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
-            self.told, self.write, self.reach, dy, x.log_decay, x.beta, e, self.near, self.far, self.calm, self.scores,
-            self.rates, self.whole, self.solved, dv, dbeta, keep, enter, leave, state, moment,
+            self.told, self.write, self.reach, dy, x.log_decay, x.beta, e, *self.found("near", "far", "calm"),
+            self.scores, *self.found("rates", "whole", "solved"), dv, dbeta, keep, enter, leave, state, moment,
             B=self.sizes[0], numbers=self.chunks, **self._walk(tiles),
         )  # fmt: skip
 
@@ -276,19 +303,41 @@ class _Scan:
         x, tiles, (B, _, H, _, V) = self.x, self.plan.gradient, self.sizes
         kernels.gradient[(self.chunks * H * tiles.parts,)](
             x.q, x.k, self.told, self.write, self.reach, u, dy, dv, x.log_decay, x.beta, x.bonus,
-            S, G, self.near, self.calm, self.rates, self.whole, dq, dk, dgate, dbonus,
-            B=B, tiles=tiles.parts, documents=self.documents, GROUPS=self.groups, GROUPS_PLAIN=x.q.shape[2], V=V,
-            DECAY=self.decay, TIED=x.k is None, BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v,
-            num_warps=tiles.warps, **self.common,
+            S, G, *self.found("near", "calm", "rates", "whole"), dq, dk, dgate, dbonus,
+            B=B, tiles=tiles.parts, documents=self.documents, GROUPS=self.groups, GROUPS_PLAIN=x.q.shape[2],
+            COLS=self.cols, V=V, DECAY=self.decay, BEFORE=self.before, TIED=x.k is None, BLOCK_K=tiles.block,
+            BLOCK_V=self.plan.block_v, num_warps=tiles.warps, **self.common, **self.dots,
         )  # fmt: skip
         if self.decay == "key":
             kernels.repair[(cdiv(self.chunks * H, FEW),)](
-                x.q, x.k, x.log_decay, x.beta, dy, u, dv, self.calm, self.squares(torch.float32),
-                self.squares(torch.float32) if x.beta is not None else None, dq, dk, dgate,
-                documents=self.documents, squares=self.chunks * H, GROUPS=x.q.shape[2], V=V,
-                BEFORE=x.bonus is not None, FEW=FEW, BLOCK_K=self.plan.block_k, BLOCK_V=self.plan.block_v, num_warps=8,
-                **self.common,
+                x.q, x.k, x.log_decay, *self.found("turned"), x.beta, dy, u, dv, *self.found("calm"),
+                self.squares(torch.float32), self.squares(torch.float32) if x.beta is not None else None, dq, dk, dgate,
+                documents=self.documents, squares=self.chunks * H, GROUPS=x.q.shape[2], COLS=self.cols, V=V,
+                BEFORE=self.before, FEW=FEW, BLOCK_K=self.plan.block_k, BLOCK_V=self.plan.block_v, num_warps=8,
+                **self.common, **self.dots,
             )  # fmt: skip
+
+    def turn_back(self, dq: Tensor, dk: Tensor, dgate: Tensor | None, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Launch `turn.turn_backward`: gradients of q, k and complex gates, [B T H K] and [B T H K 2]."""
+        x, (B, T, H, _, _), block = self.x, self.sizes, min(32, power_of_2(self.cols))
+        dturned = moment.unflatten(3, (2, -1)).sum((0, 3))
+        own = x.q.dtype if x.q.shape[2] == H else torch.float32
+        outs = [self.new(B, T, H, self.cols, dtype=own) for _ in range(2)] + [self.new(B, T, H, self.cols, 2)]
+        turn.turn_backward[(self.chunks * H * cdiv(self.cols, block),)](
+            x.q, x.k, x.log_decay, *self.found("turned"), dq, dk, dgate, dturned, *outs,
+            documents=self.documents, GROUPS=x.q.shape[2], COLS=self.cols, DECAY=self.decay, BEFORE=self.before,
+            BLOCK_D=block, num_warps=4, maxnreg=128, **self.laid,
+        )  # fmt: skip
+        return outs[0], outs[1], outs[2]
+
+    def turned(self, state: Tensor | None, way: int = 1) -> Tensor | None:
+        """The rows of a state that enters or leaves, turned to where phases are counted from, or by −1 from there."""
+        (angles,) = self.found("angles")
+        if state is None or angles is None:
+            return state
+        x, y = state.chunk(2, 2)
+        cos, sin = angles.cos().unsqueeze(-1), way * angles.sin().unsqueeze(-1)
+        return torch.cat([x * cos + y * sin, y * cos - x * sin], 2)
 
     def entering(self, initial: Tensor | None, back: Tensor | None = None) -> Tensor | None:
         """[B H segments K V], the state that enters each segment, or its gradient that enters from the end: after the
@@ -325,38 +374,34 @@ def scan_forward(
     beta: Tensor | None,
     bonus: Tensor | None,
     initial: Tensor | None,
-    turns: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     flip: bool,
+    before: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`recur.scan` without complex gates; T is at least 1.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`recur.scan`; T is at least 1.
 
     Args: q, k [B T G K] (k None: 1 − exp(log_decay), not with beta); v [B T H V], all of one dtype; log_decay
-        [B|1 T|1 H K|1]; beta [B T H]; bonus [H K] float32; initial [B H K V] float32, or [n H K V] for the n documents
-        of cu_seqlens [n+1]; all contiguous. turns [chunks H K/2]: if rows k and k + K/2 are one complex row, by how
-        much the state that enters each chunk is turned on: zeros, but it has a gradient. flip: from right to left;
-        keep: for a derivative.
-    Returns: y [B T H V]; state like initial; of the delta rule, with `keep`, M and T [chunks H C C].
+        [B|1 T|1 H K|1], or complex with a last axis of 2: states then have 2K rows, real parts before imaginary ones;
+        beta [B T H]; bonus [H K] float32; initial [B H K V] float32, or [n H K V] for the n documents of cu_seqlens
+        [n+1]; all contiguous. flip: from right to left; before: tokens are read before their own gate, as a bonus
+        wants it; keep: for a derivative.
+    Returns: y [B T H V]; state like initial; with `keep`, what is `prepared`.
     """
-    run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip)
+    run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip, before)
     _, _, H, K, V = run.sizes
     y, state = torch.empty_like(v), run.new(run.documents, H, K, V)
-    run.forward(y=y, enter=run.entering(initial), leave=state)
-    overlap, solved = (x if keep and x is not None else v.new_empty(0) for x in (run.overlap, run.solved))
-    return y, state, overlap, solved
+    run.forward(y=y, enter=run.entering(run.turned(initial)), leave=state)
+    return y, state, list(run.made.values()) if keep else []
 
 
 @fake("scan")
-def _(q, k, v, log_decay, beta, bonus, initial, turns, cu_seqlens, scale, flip, keep):
-    (B, T, H, V), K = v.shape, q.shape[3]
+def _(q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, before, keep):
+    (B, _, H, V), K = v.shape, q.shape[3] * (2 if log_decay is not None and log_decay.ndim == 5 else 1)
     y, state = torch.empty_like(v), v.new_empty(state_count(B, cu_seqlens), H, K, V, dtype=torch.float32)
-    if beta is None or not keep:
-        return y, state, v.new_empty(0), v.new_empty(0)
-    chunk = chunk_of(v.dtype)
-    squares = (chunks_of(B, T, v.dtype, cu_seqlens), H, chunk, chunk)
-    return y, state, v.new_empty(squares, dtype=torch.float32), v.new_empty(squares, dtype=_kept(v.dtype))
+    shapes = prepared(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), before) if keep else {}
+    return y, state, [v.new_empty(shape, dtype=dtype) for shape, dtype in shapes.values()]
 
 
 @operator("scan_backward")
@@ -370,26 +415,25 @@ def scan_backward(
     beta: Tensor | None,
     bonus: Tensor | None,
     initial: Tensor | None,
-    turns: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
     flip: bool,
-    overlap: Tensor,
-    solved: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay, beta, bonus, initial and turns; empty for what is None. Has no derivative."""
-    known = () if beta is None else (overlap, solved)
-    run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip, *known)
+    before: bool,
+    made: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay, beta, bonus and initial; empty for what is None. Has no derivative."""
+    run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip, before, made)
     B, T, H, K, _ = run.sizes
     S, G, parts = run.states(), run.states(), run.plan.gradient.parts
     dv, dinitial = torch.empty_like(v), None if initial is None else torch.empty_like(initial)
-    e, dbeta = (torch.empty_like(v), run.new(run.plan.adjoint.parts, B, T, H)) if known else (None, None)
-    run.forward(keep=S, e=e, enter=run.entering(initial))
-    moment = None if turns is None else run.new(run.plan.adjoint.parts, run.chunks, H, K)
+    erasing, turned = beta is not None, "turned" in run.made
+    e, dbeta = (torch.empty_like(v), run.new(run.plan.adjoint.parts, B, T, H)) if erasing else (None, None)
+    run.forward(keep=S, e=e, enter=run.entering(run.turned(initial)))
+    moment = run.new(run.plan.adjoint.parts, run.chunks, H, K) if turned else None
     entering = run.entering(dstate, back=dy)
     run.adjoint(dy, dv, G, e=e, dbeta=dbeta, enter=entering, leave=dinitial, state=S, moment=moment)
 
-    dq = run.new(B, T, H, K, dtype=q.dtype if q.shape[2] == H else torch.float32)
+    dq = run.new(B, T, H, K, dtype=q.dtype if turned or q.shape[2] == H else torch.float32)
     dk = None if k is None else torch.empty_like(dq)
     dgate = dbonus = None
     if run.decay == "one":
@@ -401,13 +445,18 @@ def scan_backward(
     run.gradient(v if e is None else e, dy, dv, S, G, dq, dk, dgate, dbonus)
 
     if dgate is not None and log_decay is not None:
-        dgate = dgate.sum(0).unsqueeze(-1) if run.decay == "one" else dgate
-        dgate = dgate.sum_to_size(log_decay.shape).to(log_decay.dtype)
+        size = dgate.sum(0).unsqueeze(-1) if run.decay == "one" else dgate
+        if moment is not None and dk is not None:
+            dq, dk, pairs = run.turn_back(dq, dk, None if run.decay == "one" else dgate, moment)
+            dgate = pairs.sum_to_size(log_decay.shape)
+            if run.decay == "one":
+                dgate[..., 0] += size.sum_to_size(log_decay.shape[:4])
+        else:
+            dgate = size.sum_to_size(log_decay.shape).to(log_decay.dtype)
     gradients = (
         sum_groups(dq, q), None if k is None or dk is None else sum_groups(dk, k), dv, dgate,
         None if dbeta is None or beta is None else dbeta.sum(0).to(beta.dtype),
-        None if dbonus is None else dbonus.sum(0), dinitial,
-        None if moment is None else moment.unflatten(3, (2, -1)).sum((0, 3)),
+        None if dbonus is None else dbonus.sum(0), run.turned(dinitial, -1),
     )  # fmt: skip
     return tuple(v.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
 
@@ -420,23 +469,24 @@ def sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 @fake("scan_backward")
-def _(dy, dstate, q, k, v, log_decay, beta, bonus, initial, turns, cu_seqlens, scale, flip, overlap, solved):
-    inputs = (q, k, v, log_decay, beta, bonus, initial, turns)
+def _(dy, dstate, q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, before, made):
+    inputs = (q, k, v, log_decay, beta, bonus, initial)
     return tuple(v.new_empty(0) if x is None else torch.empty_like(x) for x in inputs)
 
 
 def _remember(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.flip, _ = inputs
-    ctx.save_for_backward(*tensors, *output[2:])
+    *tensors, ctx.scale, ctx.flip, ctx.before, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy: Tensor | None, dstate: Tensor | None, *_):
-    *tensors, overlap, solved = ctx.saved_tensors
+def _gradients(ctx, dy: Tensor | None, dstate: Tensor | None, _):
+    tensors, made = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
     dy = torch.zeros_like(tensors[2]) if dy is None else dy.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
-    gradients = scan_backward(dy, dstate, *tensors, ctx.scale, ctx.flip, overlap, solved)
-    return *(None if x is None else g for x, g in zip(tensors[:8], gradients, strict=True)), None, None, None, None
+    gradients = scan_backward(dy, dstate, *tensors, ctx.scale, ctx.flip, ctx.before, made)
+    none = (None,) * 5
+    return *(None if x is None else g for x, g in zip(tensors[:7], gradients, strict=True)), *none
 
 
 differentiable("scan", _gradients, _remember)

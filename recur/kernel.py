@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -99,7 +97,10 @@ def scan(
 
     Operands are read in their own dtype, the widest of q, k and v; states and gates are float32.
     """
+    from recur.kernels.operators import recorded
+    from recur.kernels.scan import scan_forward
     from recur.primitives.outer import to_heads
+    from recur.primitives.within import joined, stacked
 
     dtype = v.dtype
     for x in (q, k):
@@ -112,66 +113,16 @@ def scan(
     if bonus is not None:
         bonus = bonus.float().reshape(v.shape[2], -1).expand(-1, q.shape[-1]).contiguous()
     q, k, w = q.to(dtype), None if k is None else k.to(dtype), v.to(dtype)
-    run = partial(_run, cu_seqlens, scale, reverse, v=w, beta=beta)
-    if log_decay is not None and log_decay.is_complex() and k is not None:
-        out = _turned(run, initial_state, cu_seqlens, scale, reverse, q, k, w, log_decay, bonus)
-    else:
-        out = run(initial_state, q=q, k=k, log_decay=log_decay, bonus=bonus)
-    return ScanOut(out.y.to(v.dtype), out.state)
-
-
-def _turned(
-    run: Callable[..., ScanOut],
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    reverse: bool,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-) -> ScanOut:
-    """A complex gate is a real one on states twice as wide whose keys and queries are rotated by the phases so far."""
-    from recur.kernels.turn import turned
-    from recur.primitives.outer import to_heads
-    from recur.primitives.within import joined, stacked
-
-    pairs = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj().contiguous())
-    told, write, wide, turns, whole, _ = turned(
-        q.contiguous(), k.contiguous(), pairs, cu_seqlens, bonus is not None, reverse
-    )
-    if not wide.numel():
-        wide = log_decay.real if log_decay.shape[-1] == 1 else torch.cat([log_decay.real, log_decay.real], -1)
-    if initial is not None:
-        initial = stacked(initial * torch.complex(whole.cos(), -whole.sin()).unsqueeze(-1))
-    none = None if bonus is None else torch.zeros_like(bonus).repeat(1, 2)
-    y, state = run(initial, q=told, k=write, log_decay=wide, bonus=none, turns=turns)
-    if bonus is not None:
-        q, k = (to_heads(x, v.shape[2]).float() for x in (q, k))
-        y = y + (q * k * bonus).sum(-1, keepdim=True) * scale * v
-    return ScanOut(y, joined(state))
-
-
-def _run(
-    cu_seqlens: Tensor | None,
-    scale: float,
-    reverse: bool,
-    initial: Tensor | None,
-    *,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    turns: Tensor | None = None,
-) -> ScanOut:
-    from recur.kernels.operators import recorded
-    from recur.kernels.scan import scan_forward
-
-    k, log_decay, beta = (None if x is None else x.contiguous() for x in (k, log_decay, beta))
-    initial = None if initial is None else initial.float().contiguous()
-    tensors = (q.contiguous(), k, v.contiguous(), log_decay, beta, bonus, initial, turns)
-    y, state, *_ = scan_forward(*tensors, cu_seqlens, scale, reverse, recorded(*tensors))
-    return ScanOut(y, state)
+    before, turned, now = bonus is not None, log_decay is not None and log_decay.is_complex(), None
+    if log_decay is not None and turned:
+        log_decay = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj())
+        initial_state = None if initial_state is None else stacked(initial_state)
+        if bonus is not None and k is not None:  # of plain keys and queries
+            now = (to_heads(q, v.shape[2]).float() * to_heads(k, v.shape[2]) * bonus).sum(-1, keepdim=True) * scale * w
+            bonus = None
+    initial_state = None if initial_state is None else initial_state.float()
+    given = (q, k, w, log_decay, beta, bonus, initial_state)
+    tensors = tuple(None if x is None else x.contiguous() for x in given)
+    y, state, _ = scan_forward(*tensors, cu_seqlens, scale, reverse, before, recorded(*tensors))
+    y = y if now is None else y + now
+    return ScanOut(y.to(v.dtype), joined(state) if turned else state)

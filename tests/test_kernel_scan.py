@@ -238,19 +238,18 @@ def two_runs_are_one() -> None:
 
 @law
 def operators_keep_the_rules_of_torch() -> None:
-    from recur.kernels import scan, turn  # noqa: F401, they register them
+    from recur.kernels import scan  # noqa: F401, it registers them
 
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     q, k, v = (torch.randn(1, 9, 2, 4, requires_grad=True) for _ in range(3))
-    a, beta = -torch.rand(1, 9, 2, 4), torch.rand(1, 9, 2)
+    a, beta, cu = -torch.rand(1, 9, 2, 4), torch.rand(1, 9, 2), torch.tensor([0, 4, 9])
     for arguments in (
-        (q, k, v, a.requires_grad_(), None, None, None, torch.zeros(1, 2, 2), None, 1.0, False, True),
-        (q, k, v, None, beta, None, torch.randn(2, 2, 4, 4), None, torch.tensor([0, 4, 9]), 0.5, True, True),
+        (q, k, v, a.requires_grad_(), None, None, None, None, 1.0, False, False, True),
+        (q, k, v, None, beta, None, torch.randn(2, 2, 4, 4), cu, 0.5, True, False, True),
+        (q, k, v, torch.randn(1, 9, 2, 4, 2, requires_grad=True), beta, None, None, None, 1.0, False, False, True),
+        (q, k, v, torch.randn(1, 1, 2, 1, 2), None, None, torch.randn(2, 2, 8, 4), cu, 1.0, False, True, True),
     ):
         torch.library.opcheck(torch.ops.recur.scan, arguments, test_utils=checks)
-    for gate in (torch.randn(1, 9, 4, 4, 2, requires_grad=True), torch.randn(1, 1, 4, 1, 2)):
-        for cu in (None, torch.tensor([0, 4, 9])):
-            torch.library.opcheck(torch.ops.recur.turn, (q, k, gate, cu, cu is None, False), test_utils=checks)
 
 
 @law
