@@ -200,6 +200,7 @@ def prepare(
         elif DECAY == "key":
             log_p = load_gates(gates, start, offs, inside, offs_p, K, DECAY)
         key = tied(log_p) if TIED else load_tile(k, row, offs, inside, offs_p)
+        query = key
         if DECAY == "key" or BEFORE or COMPLEX:
             query = load_tile(q, row, offs, inside, offs_p)
         if DECAY == "key" or bonus_ptr is not None:
@@ -210,20 +211,22 @@ def prepare(
         if DECAY == "key":
             rise, fall, whole = reaches(log_p, FLIP, BEFORE, DOT)
             middle = _middle(whole, calm)
-            rise, fall = tl.exp2(rise - middle[None, :]), tl.exp2(fall - middle[None, :])
+            rise = tl.exp2(rise - middle[None, :])
         for half in tl.static_range(HALVES):  # of the rows, if they are twice the keys: real part, imaginary part
-            read, write = query if DECAY == "key" or COMPLEX else key, key
+            to, read, write = (H * HALVES, h * HALVES + half, COLS), query, key
             if COMPLEX:
                 read, write = query * (-sin_q if half else cos_q), key * (-sin if half else cos)
-            reach, to = write, (H * HALVES, h * HALVES + half, COLS)
+            if told_ptr is not None:
+                store_tile((told_ptr,) + to, row, offs, inside, offs_p, read * rise if DECAY == "key" else read)
+            reach = write
             if DECAY == "key":
-                read, reach, write = read * rise, write * rise, write * fall
+                reach, write = write * rise, write * tl.exp2(fall - middle[None, :])
+            if write_ptr is not None:
+                store_tile((write_ptr,) + to, row, offs, inside, offs_p, write)
+            if DECAY == "key":
                 at = (pid * HALVES + half) * COLS + offs_p
                 tl.store(near_ptr + at, tl.exp2(middle), mask=offs_p < COLS)
                 tl.store(far_ptr + at, tl.exp2(whole - middle), mask=offs_p < COLS)
-            if told_ptr is not None:
-                store_tile((told_ptr,) + to, row, offs, inside, offs_p, read)
-                store_tile((write_ptr,) + to, row, offs, inside, offs_p, write)
             if reach_ptr is not None:
                 store_tile((reach_ptr,) + to, row, offs, inside, offs_p, reach)
             if MEET:

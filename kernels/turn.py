@@ -59,7 +59,8 @@ def word_of(log_a, phase):
 def phases(gates, start, offs, inside, part, COLS, DECAY: tl.constexpr, D: tl.constexpr):
     """log |a| [C D], resets at FLOOR, and phases in turns, of D keys from `part` on."""
     ptr, stride_t, _ = gates
-    ptrs, C = ptr + start * stride_t + offs[:, None] * stride_t, offs.shape[0]
+    C: tl.constexpr = offs.shape[0]
+    ptrs = ptr + start * stride_t + offs[:, None] * stride_t
     if DECAY == "key":
         e = part * 2 + tl.arange(0, 2 * D)
         pairs = tl.load(ptrs + e[None, :], mask=inside[:, None] & (e < 2 * COLS)[None, :], other=0.0)
