@@ -55,7 +55,6 @@ from recur.kernels.tiles import (
     LOG2E,
     RESET,
     between,
-    cos_sin,
     load_gates,
     load_row,
     load_tile,
@@ -69,7 +68,7 @@ from recur.kernels.tiles import (
     sums_along,
     tied,
 )
-from recur.kernels.turn import angle, chain_of, drawn, phases, tell, turned_by, word_of
+from recur.kernels.turn import angle, chain_of, cos_sin_of, drawn, phases, tell, turned_by, word_of
 
 
 @triton.jit
@@ -174,8 +173,8 @@ def prepare(
         chain = chain_of(words_ptr, pid, start, stop, index, H, COLS, FLIP, BLOCK_C)
         most = start.to(tl.float32) * 0.0
         for part in tl.range(0, BLOCK_K // HALVES, PART, num_stages=1):
-            log_p, turns = phases(gates, start, offs, inside, part, COLS, DECAY, PART)
-            tell(chain, part, turns, COLS, LOOK)
+            log_p, word = phases(gates, start, offs, inside, part, COLS, DECAY, PART)
+            tell(chain, part, word, COLS, LOOK)
             most = tl.maximum(most, tl.max(tl.abs(tl.sum(log_p, 0)), 0) * LOG2E)
     elif DECAY == "key":
         total = tl.sum(load_gates(gates, start, offs, inside, offs_k, K, DECAY).to(tl.float32), 0) * LOG2E
@@ -188,15 +187,15 @@ def prepare(
     for part in tl.range(0, BLOCK_K // HALVES, PART, num_stages=1):
         offs_p = part + tl.arange(0, PART)
         if COMPLEX:
-            log_p, turns = phases(gates, start, offs, inside, part, COLS, DECAY, PART)
-            begin, end, word = turned_by(chain, part, turns, COLS, FLIP, LOOK)
+            log_p, word = phases(gates, start, offs, inside, part, COLS, DECAY, PART)
+            begin, end = turned_by(chain, part, word, COLS, FLIP, LOOK)
             tl.store(turned_ptr + pid * COLS + offs_p, begin, mask=offs_p < COLS)
             last = stop - start <= BLOCK_C if FLIP else index == 0
             tl.store(angles_ptr + (document * H + h) * COLS + offs_p, angle(begin), mask=(offs_p < COLS) & last)
-            cos, sin = cos_sin(angle(end))
+            cos, sin = cos_sin_of(end, DOT)
             cos_q, sin_q = cos, sin
             if BEFORE:
-                cos_q, sin_q = cos_sin(angle(end + word))
+                cos_q, sin_q = cos_sin_of(end + word, DOT)
         elif DECAY == "key":
             log_p = load_gates(gates, start, offs, inside, offs_p, K, DECAY)
         key = tied(log_p) if TIED else load_tile(k, row, offs, inside, offs_p)
@@ -328,7 +327,7 @@ def _row(tensor, row, offs_k, word, K):
     if COLS == K:
         x = load_row(tensor, row, offs_k)
     else:
-        cos, sin = cos_sin(angle(word))
+        cos, sin = cos_sin_of(word, tl.float32)
         x = tl.load(ptr + (row * heads + head) * COLS + offs_k % COLS, mask=offs_k < K, other=0.0).to(tl.float32)
         x = x * tl.where(offs_k < COLS, cos, -sin)
     return x
@@ -369,11 +368,14 @@ def solve(
         D = tl.where((few == t)[None, :, None], D - found[:, None, :], D)
     X, own = solve_ptr + pid * (BLOCK_C * BLOCK_C), ()
     for i in tl.static_range(N):
-        own = own + (tl.sum(tl.where((block == (N - 1 - i if FLIP else i))[:, None, None], D, 0.0), 0),)
+        n = N - 1 - i if FLIP else i
+        own = own + (tl.sum(tl.where((block == n)[:, None, None], D, 0.0), 0),)
+        _store_block(X, n, n, own[i], BLOCK_C)
+        for j in tl.static_range(i):
+            _store_block(X, N - 1 - j if FLIP else j, n, tl.zeros([16, 16], tl.float32), BLOCK_C)
     # a block below those of the diagonal, D_i X_ij = -D_i Σ_p β M_ip X_pj, with the blocks p from j up to i
     for j in tl.static_range(N):
         m, done = N - 1 - j if FLIP else j, (own[j],)
-        _store_block(X, m, m, own[j], BLOCK_C)
         for i in tl.static_range(j + 1, N):
             n = N - 1 - i if FLIP else i
             rows = n * 16 + few
@@ -386,7 +388,6 @@ def solve(
             found = -tl.dot(own[i], found, input_precision="tf32x3")
             done = done + (found,)
             _store_block(X, n, m, found, BLOCK_C)
-            _store_block(X, m, n, tl.zeros_like(found), BLOCK_C)
 
 
 # ----------------------------------------------------------------------------------------------------------- forward
@@ -697,7 +698,10 @@ def gradient(
     calm = True
     if DECAY != "none":
         gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
-        log_a = load_gates(gates, start, offs, inside, offs_k if COLS == K else offs_k % COLS, K, DECAY)
+        if COLS % BLOCK_K == 0 and COLS < K and DECAY == "key":
+            log_a, _ = phases(gates, start, offs, inside, (tile * BLOCK_K % COLS).to(tl.int32), COLS, DECAY, BLOCK_K)
+        else:
+            log_a = load_gates(gates, start, offs, inside, offs_k if COLS == K else offs_k % COLS, K, DECAY)
     if DECAY == "key":
         calm = tl.load(calm_ptr + square) != 0
         near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)[None, :]

@@ -243,7 +243,7 @@ class _Scan:
                 *self.found("rates"), overlap, documents=self.documents, chunks=self.chunks, GROUPS=x.q.shape[2],
                 COLS=self.cols, DECAY=self.decay, BEFORE=self.before, LIMIT=self.limit, LOOK=turn.LOOK,
                 BLOCK_K=self.plan.block_k, PART=32 if self.decay == "key" or words is not None else 64, num_warps=4,
-                **self.common, **self.dots,
+                **(self.common | self.dots | ({} if words is None else {"maxnreg": 168})),
             )  # fmt: skip
         if self.decay == "key":
             kernels.exact[(cdiv(self.chunks * H, FEW),)](
@@ -254,7 +254,7 @@ class _Scan:
         if overlap is not None:
             kernels.solve[(self.chunks * H,)](
                 overlap, x.beta, solved, x.cu_seqlens, T, self.documents,
-                H=H, FLIP=self.flip, BLOCK_C=self.plan.chunk, num_warps=1, maxnreg=136,
+                H=H, FLIP=self.flip, BLOCK_C=self.plan.chunk, num_warps=1, maxnreg=128,
             )  # fmt: skip
 
     def _walk(self, tiles: Tiles) -> dict[str, Any]:
@@ -326,7 +326,7 @@ class _Scan:
         turn.turn_backward[(self.chunks * H * cdiv(self.cols, block),)](
             x.q, x.k, x.log_decay, *self.found("turned"), dq, dk, dgate, dturned, *outs,
             documents=self.documents, GROUPS=x.q.shape[2], COLS=self.cols, DECAY=self.decay, BEFORE=self.before,
-            BLOCK_D=block, num_warps=4, maxnreg=128, **self.laid,
+            DOT=self.dots["DOT"], BLOCK_D=block, num_warps=4, maxnreg=128, **self.laid,
         )  # fmt: skip
         return outs[0], outs[1], outs[2]
 

@@ -201,10 +201,15 @@ def cos_sin(phase):
     quarters = tl.floor(phase * 0.6366197723675814 + 0.5)
     x = phase - quarters * 1.5703125  # pi / 2 in three parts, the first two short enough for exact products
     x = (x - quarters * 4.837512969970703e-4) - quarters * 7.549789948768648e-8
+    return cos_sin_after(quarters.to(tl.int32), x)
+
+
+@triton.jit
+def cos_sin_after(quarter, x):
+    """cos and sin of so many quarter turns and x, at most an eighth of a turn."""
     z = x * x
     sin = x + x * z * (-1.6666667e-1 + z * (8.333334e-3 + z * (-1.9841270e-4 + z * 2.7557319e-6)))
     cos = 1 + z * (-0.5 + z * (4.1666668e-2 + z * (-1.3888889e-3 + z * (2.4801587e-5 - z * 2.7557319e-7))))
-    quarter = quarters.to(tl.int32)
     odd = quarter % 2 != 0
     cos, sin = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
     return tl.where((quarter + 1) & 2 != 0, -cos, cos), tl.where(quarter & 2 != 0, -sin, sin)

@@ -5,10 +5,10 @@
 and q likewise. Phases are counted from the token walked last, so that of the states only a given initial one is turned
 as well, by the sum of all: those are `angles` [B H K]. `turned` [chunks H K] is what a chunk's first token sees.
 
-Forward, in `chunk_scan.prepare`, chunks are a chain: each tells the next ones its sum of phases, in float64, for a
-float32 keeps no fraction of many turns. Within a chunk, phases are parts of a turn in 32 bits, which wrap by
-themselves. Backward, a phase owes what the tokens before it in its chunk would gain if they were turned on, and what
-the state that enters the chunk would: not a sum over all tokens, in which roundings would add up.
+Phases are parts of a turn in 32 bits, whose sums wrap by themselves and lose nothing. Forward, in `chunk_scan.prepare`,
+chunks are a chain: each tells the next ones its sum. Backward, a phase owes what the tokens before it in its chunk
+would gain if they were turned on, and what the state that enters the chunk would: not a sum over all tokens, in which
+roundings would add up.
 """
 
 # mypy: disable-error-code="no-untyped-def, assignment"
@@ -17,24 +17,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from recur.kernels.tiles import FLOOR, RESET, awaited, cos_sin, load_tile, numbered, store_tile
+from recur.kernels.tiles import FLOOR, RESET, awaited, cos_sin_after, load_tile, numbered, store_tile
+from triton.language.extra import libdevice
 
 TURNS = tl.constexpr(0.15915494309189535)  # of a radian
 ROUND = tl.constexpr(6755399441055744.0)  # 1.5 2^52, plus a number: the number rounded, in the last bits
-NAN = tl.constexpr(0x7FF8000000000000)
 LOOK = 32  # chunks: one of so many tells all that comes before it
-
-
-@triton.jit
-def _fraction(turns):
-    """In [−0.5, 0.5], without the conversions of a rounding."""
-    return turns - ((turns + ROUND) - ROUND)
-
-
-@triton.jit
-def _word(fraction):
-    """Parts of a turn, 2^32 of them."""
-    return (fraction * 4294967296.0 + ROUND).to(tl.int64, bitcast=True).to(tl.int32)
 
 
 @triton.jit
@@ -44,20 +32,27 @@ def angle(word):
 
 
 @triton.jit
-def _turns(log_a, phase):
-    """Phases in turns, none of more than a half; what is forgotten need not be turned."""
-    return _fraction(tl.where(log_a > RESET, phase, 0.0).to(tl.float64) * TURNS)
+def cos_sin_of(word, DOT: tl.constexpr):
+    """cos and sin of that angle; the GPU's own, good to 21 bits, where matmuls are fed with bfloat16."""
+    if tl.bfloat16 == DOT:
+        cos, sin = libdevice.fast_cosf(angle(word)), libdevice.fast_sinf(angle(word))
+    else:
+        quarter = (word + 536870912) >> 30
+        cos, sin = cos_sin_after(-quarter, angle(word - (quarter << 30)))
+    return cos, sin
 
 
 @triton.jit
 def word_of(log_a, phase):
-    """Phases in parts of a turn."""
-    return _word(_turns(log_a, phase))
+    """Parts of a turn, 2^32 of them; what is forgotten need not be turned."""
+    turns = tl.where(log_a > RESET, phase, 0.0).to(tl.float64) * TURNS
+    turns -= (turns + ROUND) - ROUND  # in [−0.5, 0.5], without the conversions of a rounding
+    return (turns * 4294967296.0 + ROUND).to(tl.int64, bitcast=True).to(tl.int32)
 
 
 @triton.jit
 def phases(gates, start, offs, inside, part, COLS, DECAY: tl.constexpr, D: tl.constexpr):
-    """log |a| [C D], resets at FLOOR, and phases in turns, of D keys from `part` on."""
+    """log |a| [C D], resets at FLOOR, and phases in parts of a turn, of D keys from `part` on."""
     ptr, stride_t, _ = gates
     C: tl.constexpr = offs.shape[0]
     ptrs = ptr + start * stride_t + offs[:, None] * stride_t
@@ -68,7 +63,7 @@ def phases(gates, start, offs, inside, part, COLS, DECAY: tl.constexpr, D: tl.co
     else:
         log_a = tl.load(ptrs, mask=inside[:, None], other=0.0) + tl.zeros([C, D], tl.float32)
         phase = tl.load(ptrs + 1, mask=inside[:, None], other=0.0) + tl.zeros([C, D], tl.float32)
-    return tl.maximum(log_a, FLOOR), _turns(log_a, phase)
+    return tl.maximum(log_a, FLOOR), word_of(log_a, phase)
 
 
 @triton.jit
@@ -91,34 +86,31 @@ def chain_of(words_ptr, square, start, stop, index, H, COLS, FLIP: tl.constexpr,
 
 
 @triton.jit
-def _put(ptrs, x, here):
-    """float64 as a word that is not −1."""
-    word = x.to(tl.int64, bitcast=True)
-    tl.store(ptrs, tl.where(word == -1, NAN, word), mask=here)
+def _put(ptrs, word, here):
+    """32 bits in 64, which are not −1."""
+    tl.store(ptrs, word.to(tl.uint32, bitcast=True).to(tl.int64), mask=here)
 
 
 @triton.jit
-def tell(chain, part, turns, COLS, LOOK: tl.constexpr):
-    """What a chunk turns all before it by; one of LOOK waits until it knows all."""
+def tell(chain, part, word, COLS, LOOK: tl.constexpr):
+    """By how much a chunk turns all before it; one of LOOK waits until it can tell how much it and all after it do."""
     mine, _, place = chain
-    d = part + tl.arange(0, turns.shape[1])
-    _put(mine + d, tl.sum(turns, 0), (d < COLS) & (place % LOOK != 0))
+    d = part + tl.arange(0, word.shape[1])
+    _put(mine + d, tl.sum(word, 0), (d < COLS) & (place % LOOK != 0))
 
 
 @triton.jit
-def turned_by(chain, part, turns, COLS, FLIP: tl.constexpr, LOOK: tl.constexpr):
-    """What the chunk's first token sees [D] and what comes after each token [C D], with the tokens' own phases, all in
-    parts of a turn, once the chunks that are walked after it have told theirs: −1 until then."""
+def turned_by(chain, part, word, COLS, FLIP: tl.constexpr, LOOK: tl.constexpr):
+    """By how much the chunk's first token is turned [D], and what is read or written after each token [C D], once the
+    chunks after it have told: −1 until then."""
     mine, apart, place = chain
-    d = part + tl.arange(0, turns.shape[1])
+    d = part + tl.arange(0, word.shape[1])
     back = (place - 1) % LOOK + 1 - tl.arange(0, LOOK)
     here = ((back > 0) & (place > 0))[:, None] & (d < COLS)[None, :]
     told = awaited((mine + d)[None, :] + back[:, None] * apart, here)
-    after = tl.sum(told.to(tl.float64, bitcast=True), 0)
-    _put(mine + d, _fraction(after + tl.sum(turns, 0)), (d < COLS) & (place % LOOK == 0))
-    word, first = _word(turns), _word(_fraction(after))
-    first += tl.sum(word, 0)
-    return first, first[None, :] - tl.cumsum(word, 0, reverse=FLIP), word
+    first = tl.sum(told.to(tl.int32), 0) + tl.sum(word, 0)
+    _put(mine + d, first, (d < COLS) & (place % LOOK == 0))
+    return first, first[None, :] - tl.cumsum(word, 0, reverse=FLIP)
 
 
 @triton.jit(do_not_specialize=["T", "documents"])
@@ -127,7 +119,8 @@ def turn_backward(
     dq_ptr, dk_ptr, dgate_ptr,  # written: [B T H K] twice, [B T H K 2]
     cu_ptr, T, documents, gate_sb, gate_sh,
     H: tl.constexpr, GROUPS: tl.constexpr, COLS: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr,
-    DECAY: tl.constexpr, BEFORE: tl.constexpr, FLIP: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    DECAY: tl.constexpr, BEFORE: tl.constexpr, FLIP: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What a chunk's turned keys and queries, and its gates of rows, owe to keys, queries and complex gates."""
     pid = tl.program_id(0).to(tl.int64)
@@ -142,18 +135,17 @@ def turn_backward(
     ptr = gate_ptr + h * gate_sh
     if cu_ptr is None:
         ptr += document * gate_sb
-    log_a, turns = phases((ptr, gate_st, gate_sd), start, offs, inside, part, COLS, DECAY, BLOCK_D)
-    word = _word(turns)
+    log_a, word = phases((ptr, gate_st, gate_sd), start, offs, inside, part, COLS, DECAY, BLOCK_D)
     begin = tl.load(turned_ptr + square * COLS + d, mask=d < COLS, other=0)
     after = begin[None, :] - tl.cumsum(word, 0, reverse=FLIP)
-    cos, sin = cos_sin(angle(after))
+    cos, sin = cos_sin_of(after, DOT)
     x = load_tile((dwrite_ptr, 2 * H, 2 * h, COLS), row, offs, inside, d).to(tl.float32)
     y = load_tile((dwrite_ptr, 2 * H, 2 * h + 1, COLS), row, offs, inside, d).to(tl.float32)
     store_tile((dk_ptr, H, h, COLS), row, offs, inside, d, x * cos - y * sin)
     k = load_tile((k_ptr, GROUPS, group, COLS), row, offs, inside, d).to(tl.float32)
     free = -k * (x * sin + y * cos)  # of this token's own phase
     if BEFORE:
-        cos, sin = cos_sin(angle(after + word))
+        cos, sin = cos_sin_of(after + word, DOT)
     x = load_tile((dtold_ptr, 2 * H, 2 * h, COLS), row, offs, inside, d).to(tl.float32)
     y = load_tile((dtold_ptr, 2 * H, 2 * h + 1, COLS), row, offs, inside, d).to(tl.float32)
     store_tile((dq_ptr, H, h, COLS), row, offs, inside, d, x * cos - y * sin)
