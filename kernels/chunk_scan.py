@@ -665,6 +665,19 @@ def adjoint(
 # ---------------------------------------------------------------------------------------------------------- gradient
 
 
+@triton.jit
+def _row_gates(gates, start, offs, inside, tile, K, COLS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Logs of the gates [C BLOCK_K] of a tile of rows; the size of a complex one belongs to two rows."""
+    cols = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
+    if COLS == K:
+        log_a = load_gates(gates, start, offs, inside, cols, K, "key")
+    elif COLS % BLOCK_K == 0:
+        log_a, _ = phases(gates, start, offs, inside, (tile * BLOCK_K % COLS).to(tl.int32), COLS, "key", BLOCK_K)
+    else:
+        log_a = load_gates(gates, start, offs, inside, cols % COLS, K, "key")
+    return log_a
+
+
 @triton.jit(do_not_specialize=["B", "T", "tiles", "documents"])
 def gradient(
     q_ptr, k_ptr, told_ptr, write_ptr, reach_ptr, u_ptr, dy_ptr, dv_ptr, gate_ptr, beta_ptr, bonus_ptr,
@@ -698,14 +711,12 @@ def gradient(
     calm = True
     if DECAY != "none":
         gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
-        if COLS % BLOCK_K == 0 and COLS < K and DECAY == "key":
-            log_a, _ = phases(gates, start, offs, inside, (tile * BLOCK_K % COLS).to(tl.int32), COLS, DECAY, BLOCK_K)
-        else:
-            log_a = load_gates(gates, start, offs, inside, offs_k if COLS == K else offs_k % COLS, K, DECAY)
     if DECAY == "key":
+        log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
         calm = tl.load(calm_ptr + square) != 0
         near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)[None, :]
     if DECAY == "one":
+        log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
         rise, since = _rates(rates_ptr, square, BLOCK_C, 0), _rates(rates_ptr, square, BLOCK_C, 1)
 
     given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
@@ -799,6 +810,11 @@ def gradient(
         dgate = tl.cumsum(sums, 0, reverse=not FLIP) + passed[None, :]
         if BEFORE:
             dgate -= own
+        if BLOCK_V > 64 or DELTA or BEFORE:  # again, for registers are short
+            log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
+        if DELTA or BEFORE:
+            _, fall, _ = reaches(log_a, FLIP, BEFORE, DOT)
+            fall = tl.exp2(fall - middle[None, :])
         dgate = tl.where(log_a <= RESET, 0.0, dgate)
         dk = dk * fall
     elif DECAY == "one":
@@ -811,6 +827,8 @@ def gradient(
     if DELTA:
         dk += dreach
     if BONUS:
+        plain_q = load_tile((q_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
+        bonus = tl.load(bonus_ptr + h * K + offs_k, mask=offs_k < K, other=0.0)
         dk += now * plain_q * bonus[None, :]
     if TIED:
         dgate -= tl.exp2(log_a.to(tl.float32) * LOG2E) * dk
