@@ -84,9 +84,8 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
     """
     block_k, block_v = (max(64, power_of_2(size)) for size in (K, V))
     chunk, kept = chunk_of(dtype), _kept(dtype)
-    walks = _WALKS[kept][block_k][delta]
-    if walks == _WALKS[torch.bfloat16][256][0] and not _fills(heads * cdiv(V, 64), processors):
-        walks = _FEW
+    few = (kept, block_k, delta) == (torch.bfloat16, 256, False) and not _fills(heads * cdiv(V, 64), processors)
+    walks = _FEW if few else _WALKS[kept][block_k][delta]
     forward, adjoint, gradient = (
         Tiles(block, cdiv(size, block), warps, stages)
         for (block, warps, stages), size in zip((*walks, _GRADIENT[kept][block_v]), (V, V, K), strict=True)
@@ -147,7 +146,8 @@ def decay_of(x: Inputs) -> str:
 
 
 def prepared(x: Inputs, before: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what is found of gates, keys and queries alone, and kept for the backward."""
+    """Shapes and dtypes of what is found of gates, keys and queries alone, and kept for the backward; for the names see
+    `chunk_scan` and `turn`: rates and whole are of one gate a head, overlap and solved M and T."""
     (B, T, H, _), cols = x.v.shape, x.q.shape[3]
     decay, turned = decay_of(x), x.log_decay is not None and x.log_decay.ndim == 5
     chunk, kept, K = chunk_of(x.v.dtype), _kept(x.v.dtype), 2 * cols if turned else cols
