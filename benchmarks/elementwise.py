@@ -60,7 +60,7 @@ def use_diagonal(tile: tuple[Any, ...], segments: int, adjoint: bool) -> None:
     row, thread, UNROLL, registers, stages = tile
 
     def plan(B: int, T: int, D: int, *, itemsize: int = 2, **options: Any) -> diagonal.DiagonalPlan:
-        BLOCK_D, ROWS = row // itemsize, 32 * diagonal.WARPS * thread // row
+        BLOCK_D, ROWS = row // min(itemsize, 4), 32 * diagonal.WARPS * thread // row
         length = T if segments == 1 else ROWS * UNROLL
         cut = triton.cdiv(D, BLOCK_D), triton.cdiv(T, length), length
         return diagonal.DiagonalPlan(ROWS, UNROLL, BLOCK_D, registers, stages, *cut)
