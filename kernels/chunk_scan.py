@@ -13,6 +13,7 @@ Legend
     told        q as its gates leave it, by its rise, if there is a gate a key; then too
     write       k by its fall, and
     reach       k by its rise; otherwise they are q, k and k
+    K, COLS     rows of the state and keys: twice as many rows if gates are complex, for k and q are turned, see `turn`
     near, far   2^half and 2^(whole − half) of a gate a key: a chunk reads near S and leaves near (far S + writeᵀ u)
     square      number of a chunk of a head, chunk H + h
 
@@ -28,7 +29,8 @@ erased. So its derivative has the same shape from right to left:
 
 Kernels
     pace        a gate a head: rise and fall of every chunk
-    prepare     a gate a key: q and k as their gates leave them, and is the chunk calm? M; what a bonus adds
+    prepare     q and k as complex gates turn them; a gate a key: as they leave them, and is the chunk calm? M; what a
+                bonus adds
     exact       every chunk that is not calm: P and M, token by token
     solve       T
     forward     left to right: y; or what a segment leaves by itself; or S before every chunk

@@ -265,10 +265,10 @@ def _diagonal(
 # By bytes of a number and whether adjoint, in a loop and in a chain: bytes a row, bytes a thread, UNROLL, registers,
 # stages. Measured; float32 has the loops of complex numbers, and more tokens a tile of a chain.
 TILES = {
-    (2, False): ((128, 16, 8, None, 3), (64, 16, 8, None, 1)),
-    (2, True): ((128, 8, 8, 168, 1), (128, 8, 8, 168, 1)),
+    (2, False): ((128, 16, 8, None, 3), (64, 8, 16, None, 1)),
+    (2, True): ((128, 8, 8, 168, 1), (64, 8, 8, 168, 1)),
     (4, False): ((128, 16, 4, None, 2), (64, 16, 16, None, 1)),
-    (4, True): ((128, 16, 4, None, 2), (128, 16, 4, 128, 1)),
+    (4, True): ((128, 16, 4, None, 2), (64, 16, 8, None, 1)),
     (8, False): ((128, 16, 4, None, 2), (64, 16, 8, 128, 1)),
     (8, True): ((128, 16, 4, None, 2), (128, 16, 4, 128, 1)),
 }

@@ -233,7 +233,9 @@ class _Scan:
                 H=H, gate_st=self.gates["gate_st"], FLIP=self.flip, BEFORE=self.before,
                 BLOCK_C=self.plan.chunk, BLOCK_H=block_h, num_warps=1,
             )  # fmt: skip
+        registers = {"maxnreg": 128} if self.decay == "key" and x.beta is not None else {}  # of bfloat16 on Hopper
         if first and "turned" in self.made:
+            registers = {"maxnreg": 168}
             words = self.new(2 + self.chunks * H * self.cols, dtype=torch.int64).fill_(-1)
             self.made["angles"].zero_()  # of documents without tokens
         if first and (self.decay == "key" or overlap is not None or self.before or words is not None):
@@ -243,7 +245,7 @@ class _Scan:
                 *self.found("rates"), overlap, documents=self.documents, chunks=self.chunks, GROUPS=x.q.shape[2],
                 COLS=self.cols, DECAY=self.decay, BEFORE=self.before, LIMIT=self.limit, LOOK=turn.LOOK,
                 BLOCK_K=self.plan.block_k, PART=32 if self.decay == "key" or words is not None else 64, num_warps=4,
-                **(self.common | self.dots | ({} if words is None else {"maxnreg": 168})),
+                **(registers | self.common | self.dots),
             )  # fmt: skip
         if self.decay == "key":
             kernels.exact[(cdiv(self.chunks * H, FEW),)](

@@ -31,8 +31,9 @@ def decays(axes: tuple[int, ...], kind: str) -> Tensor:
         return -torch.rand(axes)
     if kind == "complex":
         return torch.complex(-torch.rand(axes), 3 * torch.randn(axes))
-    values = HARD if kind == "hard" else LEAKY
-    return values[torch.randint(len(values), axes)]
+    values = LEAKY if kind == "leaky" else HARD
+    sizes = values[torch.randint(len(values), axes)]
+    return torch.complex(sizes, 3 * torch.randn(axes)) if kind == "hard complex" else sizes
 
 
 def compare(
@@ -155,6 +156,8 @@ def hard_gates() -> None:
             compare(1, 21, 2 if axes == "B T H" else 1, 1, 5, 7, axes, "hard", **more)
     compare(1, 50, 1, 1, 5, 7, "B T H K", "leaky", beta=True)
     compare(1, 20, 1, 1, 6, 7, "B T H K", "hard", tied=True, reverse=True)
+    for more in ({}, {"beta": True}, {"bonus": "H K", "reverse": True}, {"borders": (0, 0, 30, 40)}):
+        compare(1, 40, 2, 1, 5, 7, "B T H K", "hard complex", **more)
 
 
 @law
