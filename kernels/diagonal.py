@@ -265,9 +265,9 @@ def _diagonal(
 # By bytes of a number and whether adjoint, in a loop and in a chain: bytes a row, bytes a thread, UNROLL, registers,
 # stages. Measured; float32 has the loops of complex numbers, and more tokens a tile of a chain.
 TILES = {
-    (2, False): ((128, 16, 8, None, 3), (64, 8, 16, None, 1)),
+    (2, False): ((128, 16, 8, None, 3), (64, 8, 16, 255, 1)),
     (2, True): ((128, 8, 8, 168, 1), (64, 8, 8, 168, 1)),
-    (4, False): ((128, 16, 4, None, 2), (64, 16, 16, None, 1)),
+    (4, False): ((128, 16, 4, None, 2), (64, 16, 16, 255, 1)),
     (4, True): ((128, 16, 4, None, 2), (64, 16, 8, None, 1)),
     (8, False): ((128, 16, 4, None, 2), (64, 16, 8, 128, 1)),
     (8, True): ((128, 16, 4, None, 2), (128, 16, 4, 128, 1)),
@@ -295,16 +295,18 @@ class DiagonalPlan(NamedTuple):
 
 
 def plan_diagonal(
-    B: int, T: int, D: int, *, itemsize: int = 2, adjoint: bool = False, processors: int = 132
+    B: int, T: int, D: int, *, itemsize: int = 2, adjoint: bool = False, packed: bool = False, processors: int = 132
 ) -> DiagonalPlan:
     """Loops, unless they would leave a fourth of the processors without a program: then a chain.
 
-    Args: sizes (D counts both planes of complex numbers); bytes of a number, 8 of a complex one; processors.
+    Args: sizes (D counts both planes of complex numbers); bytes of a number, 8 of a complex one; packed: what
+        documents open with takes registers, so that rows are shorter; processors.
     Returns: DiagonalPlan.
     """
     plane = min(itemsize, 4)
     few = 4 * B * cdiv(D * plane, 128) < 3 * processors
     row, thread, UNROLL, registers, stages = TILES[itemsize, adjoint][few]
+    UNROLL = min(UNROLL, 8) if packed else UNROLL
     BLOCK_D = max(2, min(row // plane, power_of_2(D)))
     ROWS = min(32 * WARPS * thread // plane // BLOCK_D, power_of_2(cdiv(T, UNROLL)))
     length = ROWS * UNROLL if few else T
@@ -317,8 +319,8 @@ def _run_diagonal(
 ) -> None:  # fmt: skip
     """Launch the scan, or its adjoint; outs are (y, state), or (dx, dlog_decay, dinitial); `start` enters first."""
     B, T, D = value.shape
-    itemsize = 8 if complex_ else value.element_size()
-    p = plan_diagonal(B, T, D, itemsize=itemsize, adjoint=adjoint, processors=processors(value.device))
+    itemsize, packed, many = 8 if complex_ else value.element_size(), cu_seqlens is not None, processors(value.device)
+    p = plan_diagonal(B, T, D, itemsize=itemsize, adjoint=adjoint, packed=packed, processors=many)
     turned = reverse != adjoint
     sizes = (T, D, p.segments, p.length, *((T - 1, -1) if turned else (0, 1)))
     out, dlog, state = outs if adjoint else (outs[0], None, outs[1])
