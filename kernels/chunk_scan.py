@@ -12,7 +12,7 @@ Legend
     rise, fall  see `tiles`
     told        q as its gates leave it, by its rise, if there is a gate a key; then too
     write       k by its fall, and
-    reach       k by its rise; otherwise they are q, k and k
+    reach       k by its rise; otherwise they are q, k and k, turned if gates are complex
     K, COLS     rows of the state and keys: twice as many rows if gates are complex, for k and q are turned, see `turn`
     near, far   2^half and 2^(whole − half) of a gate a key: a chunk reads near S and leaves near (far S + writeᵀ u)
     square      number of a chunk of a head, chunk H + h
@@ -885,7 +885,7 @@ def repair(
             tl.debug_barrier()
             at = square * (BLOCK_C * BLOCK_C)
 
-            # forwards, E [s K] as in `prepare`; what each gate lies between is kept in D [t K]
+            # forwards, E [s K] as in `exact`; what each gate lies between is kept in D [t K]
             E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
             D = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
             turned = _turned(turned_ptr, square, offs_k, K, COLS)

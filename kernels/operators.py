@@ -16,15 +16,18 @@ from torch import Tensor
 LIBRARY = torch.library.Library("recur", "FRAGMENT")
 
 
-def operator(name: str, *, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate what runs as `torch.ops.recur.<name>`, on the device of its first argument, a tensor."""
+def operator(
+    name: str, schema: str = "", *, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate what runs as `torch.ops.recur.<name>`, on the device of its first argument, a tensor. A schema is read
+    off the annotations unless it is given: torch 2.6 finds none for lists."""
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         def here(first: Tensor, *rest: Any) -> Any:
             with torch.cuda.device_of(first):
                 return run(first, *rest)
 
-        LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=mutates))
+        LIBRARY.define(name + (schema or torch.library.infer_schema(run, mutates_args=mutates)))
         LIBRARY.impl(name, here, "CompositeExplicitAutograd")
         return getattr(torch.ops.recur, name).default
 

@@ -147,7 +147,7 @@ def decay_of(x: Inputs) -> str:
 
 def prepared(x: Inputs, before: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what is found of gates, keys and queries alone, and kept for the backward; for the names see
-    `chunk_scan` and `turn`: rates and whole are of one gate a head, overlap and solved M and T."""
+    `chunk_scan` and `turn`: rates and whole are of one gate a head, rates of a bonus too; overlap and solved: M, T."""
     (B, T, H, _), cols = x.v.shape, x.q.shape[3]
     decay, turned = decay_of(x), x.log_decay is not None and x.log_decay.ndim == 5
     chunk, kept, K = chunk_of(x.v.dtype), _kept(x.v.dtype), 2 * cols if turned else cols
@@ -198,12 +198,14 @@ class _Scan:
             self.common["maxnreg"] = 255
         self.dots = {"DOT": dot, "PRECISION": precision}
         shapes = prepared(x, before)
-        self.made = dict(zip(shapes, made or [self.new(*shape, dtype=d) for shape, d in shapes.values()], strict=True))
+        first = made is None
+        made = [self.new(*shape, dtype=dtype) for shape, dtype in shapes.values()] if made is None else made
+        self.made = dict(zip(shapes, made, strict=True))
         self.told, self.write = self.made.get("told", x.q), self.made.get("write", x.k)
         self.reach = self.made.get("reach", self.write)
         self.groups = H if "told" in self.made else x.q.shape[2]
         self.scores = self.squares(_kept(x.v.dtype)) if self.decay == "key" else None
-        self._prepare(made is None)
+        self._prepare(first)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.v.device)
@@ -367,7 +369,13 @@ class _Scan:
         return states
 
 
-@operator("scan")
+ARGUMENTS = (
+    "Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? bonus, Tensor? initial, "
+    "Tensor? cu_seqlens, float scale, bool flip, bool before"
+)
+
+
+@operator("scan", f"({ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor[])")
 def scan_forward(
     q: Tensor,
     k: Tensor | None,
@@ -386,9 +394,9 @@ def scan_forward(
 
     Args: q, k [B T G K] (k None: 1 − exp(log_decay), not with beta); v [B T H V], all of one dtype; log_decay
         [B|1 T|1 H K|1], or complex with a last axis of 2: states then have 2K rows, real parts before imaginary ones;
-        beta [B T H]; bonus [H K] float32; initial [B H K V] float32, or [n H K V] for the n documents of cu_seqlens
-        [n+1]; all contiguous. flip: from right to left; before: tokens are read before their own gate, as a bonus
-        wants it; keep: for a derivative.
+        beta [B T H]; bonus [H K] float32, not with complex gates; initial [B H K V] float32, or [n H K V] for the n
+        documents of cu_seqlens [n+1]; all contiguous. flip: from right to left; before: tokens are read before their
+        own gate, as a bonus wants it; keep: for a derivative.
     Returns: y [B T H V]; state like initial; with `keep`, what is `prepared`.
     """
     run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip, before)
@@ -406,7 +414,7 @@ def _(q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, before,
     return y, state, [v.new_empty(shape, dtype=dtype) for shape, dtype in shapes.values()]
 
 
-@operator("scan_backward")
+@operator("scan_backward", f"(Tensor dy, Tensor? dstate, {ARGUMENTS}, Tensor[] made) -> ({', '.join(['Tensor'] * 7)})")
 def scan_backward(
     dy: Tensor,
     dstate: Tensor | None,
@@ -483,7 +491,8 @@ def _remember(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, dy: Tensor | None, dstate: Tensor | None, _):
-    tensors, made = ctx.saved_tensors[:8], list(ctx.saved_tensors[8:])
+    saved = ctx.saved_tensors  # once: hooks may unpack once only
+    tensors, made = saved[:8], list(saved[8:])
     dy = torch.zeros_like(tensors[2]) if dy is None else dy.contiguous()
     dstate = None if dstate is None else dstate.contiguous()
     gradients = scan_backward(dy, dstate, *tensors, ctx.scale, ctx.flip, ctx.before, made)

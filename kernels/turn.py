@@ -3,7 +3,8 @@
     e_t = - sum of phi_s over the tokens s after t      k'_t = [k_t cos e_t, -k_t sin e_t]      |a|'_t = [|a_t|, |a_t|]
 
 and q likewise. Phases are counted from the token walked last, so that of the states only a given initial one is turned
-as well, by the sum of all: those are `angles` [B H K]. `turned` [chunks H K] is what a chunk's first token sees.
+as well, by the sum of all: those are `angles` [B H COLS], one a document. `turned` [chunks H COLS] is what a chunk's
+first token sees.
 
 Phases are parts of a turn in 32 bits, whose sums wrap by themselves and lose nothing. Forward, in `chunk_scan.prepare`,
 chunks are a chain: each tells the next ones its sum. Backward, a phase owes what the tokens before it in its chunk
