@@ -57,6 +57,7 @@ from recur.kernels.tiles import (
     LOG2E,
     RESET,
     between,
+    gates_of,
     load_gates,
     load_row,
     load_tile,
@@ -95,15 +96,6 @@ def _middle(whole, calm):
 # ----------------------------------------------------------------------------------------------------------- prepare
 
 
-@triton.jit
-def _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr):
-    """The gates of one row and head: pointer and strides."""
-    row = first * 0
-    if cu_ptr is None:
-        row = first // tl.maximum(T, 1)
-    return gate_ptr + row * gate_sb + h * gate_sh, gate_st, gate_sd
-
-
 @triton.jit(do_not_specialize=["T", "documents"])
 def pace(
     gate_ptr, rates_ptr, whole_ptr,  # [B T H], [chunks H 4 C], [chunks H]
@@ -117,7 +109,7 @@ def pace(
     if start >= stop:
         return
     offs, h = tl.arange(0, BLOCK_C), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    ptr, stride_t, stride_h = _gates_of(gate_ptr, first, T, 0, gate_sb, gate_sh, gate_st, gate_sh, cu_ptr)
+    ptr, stride_t, stride_h = gates_of(gate_ptr, first, T, 0, gate_sb, gate_sh, gate_st, gate_sh, cu_ptr)
     gates, within = (ptr, stride_t, stride_h), tl.minimum(stop - start, BLOCK_C)
     since = tl.cumsum(load_gates(gates, start, offs, offs < within, h, H, "key").to(tl.float32), 0, reverse=FLIP)
     # the same of the tokens beside it: a sum without the token's own gate is no difference of sums
@@ -170,7 +162,7 @@ def prepare(
     k, q = (k_ptr, GROUPS, h * GROUPS // H, COLS), (q_ptr, GROUPS, h * GROUPS // H, COLS)
     calm = 1
     if DECAY != "none":
-        gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+        gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
     if COMPLEX:
         chain = chain_of(words_ptr, pid, start, stop, index, H, COLS, FLIP, BLOCK_C)
         most = start.to(tl.float32) * 0.0
@@ -264,7 +256,7 @@ def exact(
             offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
             length, row = tl.minimum(stop - start, BLOCK_C).to(tl.int32), first + start
             k, q = (k_ptr, GROUPS, h * GROUPS // H, COLS), (q_ptr, GROUPS, h * GROUPS // H, COLS)
-            gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+            gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
             # E [s K]: the key of token s times the gates after it, up to the token that reads
             E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
             at = square * (BLOCK_C * BLOCK_C) + offs
@@ -426,7 +418,7 @@ def forward(
     values = (v_ptr, H, h, V)
     read = strict(order(BLOCK_C, FLIP)) if BEFORE else order(BLOCK_C, FLIP)
     if DECAY == "one":
-        gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+        gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
     begins, ends = segment == (segments - 1 if LEFT else 0), segment == (0 if LEFT else segments - 1)
     S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if enter_ptr is not None:
@@ -581,7 +573,7 @@ def adjoint(
     told, keys, reaching = (told_ptr, GROUPS, group, K), (write_ptr, GROUPS, group, K), (reach_ptr, GROUPS, group, K)
     unread = strict(order(BLOCK_C, not FLIP)) if BEFORE else order(BLOCK_C, not FLIP)  # [s t]
     if DECAY == "one":
-        gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+        gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
     begins, ends = segment == (segments - 1 if FLIP else 0), segment == (0 if FLIP else segments - 1)
     G = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
     if enter_ptr is not None:
@@ -712,7 +704,7 @@ def gradient(
     in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
     calm = True
     if DECAY != "none":
-        gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+        gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
     if DECAY == "key":
         log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
         calm = tl.load(calm_ptr + square) != 0
@@ -870,7 +862,7 @@ def repair(
             seen, later = order(BLOCK_C, FLIP), order(BLOCK_C, not FLIP)
             q, k = (q_ptr, GROUPS, h * GROUPS // H, COLS), (k_ptr, GROUPS, h * GROUPS // H, COLS)
             dq, dk, dgate = (dq_ptr, H, h, K), (dk_ptr, H, h, K), (dgate_ptr, H, h, K)
-            gates = _gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+            gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
             u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
             if DELTA:
                 u = u * tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]

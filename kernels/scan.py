@@ -145,12 +145,16 @@ def decay_of(x: Inputs) -> str:
     return "one" if x.log_decay.shape[3] == 1 and x.k is not None else "key"
 
 
+def rows_of(x: Inputs) -> int:
+    """Rows of a state: twice the keys if gates are complex."""
+    return x.q.shape[3] * (2 if x.log_decay is not None and x.log_decay.ndim == 5 else 1)
+
+
 def prepared(x: Inputs, before: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of what is found of gates, keys and queries alone, and kept for the backward; for the names see
     `chunk_scan` and `turn`: rates and whole are of one gate a head, rates of a bonus too; overlap and solved: M, T."""
-    (B, T, H, _), cols = x.v.shape, x.q.shape[3]
-    decay, turned = decay_of(x), x.log_decay is not None and x.log_decay.ndim == 5
-    chunk, kept, K = chunk_of(x.v.dtype), _kept(x.v.dtype), 2 * cols if turned else cols
+    (B, T, H, _), cols, K = x.v.shape, x.q.shape[3], rows_of(x)
+    decay, turned, chunk, kept = decay_of(x), cols < K, chunk_of(x.v.dtype), _kept(x.v.dtype)
     squares = (chunks_of(B, T, x.v.dtype, x.cu_seqlens), H)
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if decay == "key" or turned:
@@ -175,9 +179,7 @@ class _Scan:
     """One scan laid out and prepared, unless it was before: allocates and launches."""
 
     def __init__(self, x: Inputs, scale: float, flip: bool, before: bool, made: list[Tensor] | None = None) -> None:
-        B, T, H, V = x.v.shape
-        self.cols, turned = x.q.shape[3], x.log_decay is not None and x.log_decay.ndim == 5
-        K = 2 * self.cols if turned else self.cols
+        (B, T, H, V), self.cols, K = x.v.shape, x.q.shape[3], rows_of(x)
         delta, packed = x.beta is not None, x.cu_seqlens is not None
         self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=x.v.dtype, delta=delta, processors=processors(x.v.device))
         if packed:
@@ -408,9 +410,9 @@ def scan_forward(
 
 @fake("scan")
 def _(q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, before, keep):
-    (B, _, H, V), K = v.shape, q.shape[3] * (2 if log_decay is not None and log_decay.ndim == 5 else 1)
-    y, state = torch.empty_like(v), v.new_empty(state_count(B, cu_seqlens), H, K, V, dtype=torch.float32)
-    shapes = prepared(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), before) if keep else {}
+    x, (B, _, H, V) = Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), v.shape
+    y, state = torch.empty_like(v), v.new_empty(state_count(B, cu_seqlens), H, rows_of(x), V, dtype=torch.float32)
+    shapes = prepared(x, before) if keep else {}
     return y, state, [v.new_empty(shape, dtype=dtype) for shape, dtype in shapes.values()]
 
 

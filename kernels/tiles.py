@@ -123,6 +123,15 @@ def strict(seen):
 
 
 @triton.jit
+def gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr):
+    """The gates of one row and head: pointer and strides."""
+    row = first * 0
+    if cu_ptr is None:
+        row = first // tl.maximum(T, 1)
+    return gate_ptr + row * gate_sb + h * gate_sh, gate_st, gate_sd
+
+
+@triton.jit
 def load_gates(gates, start, offs, inside, cols, size, DECAY: tl.constexpr):
     """Logs of the gates [R D] or [R], resets at FLOOR; outside nothing decays."""
     ptr, stride_t, stride_d = gates

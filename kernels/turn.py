@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from recur.kernels.tiles import FLOOR, RESET, awaited, cos_sin_after, load_tile, numbered, store_tile
+from recur.kernels.tiles import FLOOR, RESET, awaited, cos_sin_after, gates_of, load_tile, place_of, store_tile
 from triton.language.extra import libdevice
 
 TURNS = tl.constexpr(0.15915494309189535)  # of a radian
@@ -127,16 +127,14 @@ def turn_backward(
     pid = tl.program_id(0).to(tl.int64)
     tile, square = pid % tl.cdiv(COLS, BLOCK_D), pid // tl.cdiv(COLS, BLOCK_D)
     chunk, h = square // H, square % H
-    document, _, first, start, stop = numbered(chunk, cu_ptr, T, documents, BLOCK_C)
+    first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
         return
     part = (tile * BLOCK_D).to(tl.int32)
     d, offs, row = part + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C), first + start
     inside, group = offs < stop - start, h * GROUPS // H
-    ptr = gate_ptr + h * gate_sh
-    if cu_ptr is None:
-        ptr += document * gate_sb
-    log_a, word = phases((ptr, gate_st, gate_sd), start, offs, inside, part, COLS, DECAY, BLOCK_D)
+    gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
+    log_a, word = phases(gates, start, offs, inside, part, COLS, DECAY, BLOCK_D)
     begin = tl.load(turned_ptr + square * COLS + d, mask=d < COLS, other=0)
     after = begin[None, :] - tl.cumsum(word, 0, reverse=FLIP)
     cos, sin = cos_sin_of(after, DOT)
