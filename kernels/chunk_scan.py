@@ -33,7 +33,7 @@ Kernels
                 bonus adds
     exact       every chunk that is not calm: P and M, token by token
     solve       T
-    forward     left to right: y; or what a segment leaves by itself; or S before every chunk
+    forward     left to right: y; or what a segment leaves by itself; or S before every chunk (near S of a gate a key)
     combine     what enters each segment
     adjoint     right to left: dv, and G after every chunk; or what a segment of the delta rule leaves by itself
     gradient    every chunk by itself: dq, dk, d log a
@@ -42,7 +42,7 @@ Kernels
 One gate a head: P is weighed pair by pair. A gate a key: q and k are weighed before they meet, from the middle of the
 chunk, q by 2^(rise − half) and k by 2^(fall − half), which overflows where a chunk forgets too much. Such a chunk is
 not calm: its factors are counted from its ends instead, where none exceeds 1, and P is made by products of gates.
-No kernel branches on that in its loop: a calm chunk masks the load of P away.
+Walks branch on that to load P: asked for in any case, it would be fetched ahead, into registers.
 """
 
 # Jitted functions take no annotations but constexpr, join tuples with +, and choose at compile time before run time.
@@ -391,7 +391,7 @@ def solve(
 def forward(
     told_ptr, write_ptr, reach_ptr, v_ptr, gate_ptr, beta_ptr,  # [B T heads *]; q and k as the gates leave them
     near_ptr, far_ptr, calm_ptr, scores_ptr, rates_ptr, whole_ptr, overlap_ptr, solve_ptr,  # from those above
-    y_ptr, e_ptr, keep_ptr,  # [B T H V]; states before every chunk [chunks H K V]
+    y_ptr, e_ptr, keep_ptr,  # [B T H V]; states before every chunk, as its reads see them [chunks H K V]
     enter_ptr, leave_ptr, share_ptr,  # [B H segments K V] states, [B H segments K] product of the gates
     cu_ptr, T, tiles, segments, span, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -437,10 +437,6 @@ def forward(
         start = begin + n * BLOCK_C
         row, inside = first + start, offs < stop - start
         square = (chunk + n) * H + h
-        if keep_ptr is not None:
-            tl.store(keep_ptr + square * (K * V) + cell, S.to(keep_ptr.dtype.element_ty), mask=in_state)
-        write = load_tile(keys, row, offs, inside, offs_k)
-        u = load_tile(values, row, offs, inside, offs_v)
         state = S
         if DECAY == "key":
             near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
@@ -455,6 +451,10 @@ def forward(
                 share *= whole
         if EMIT or DELTA:
             state = state.to(DOT)
+        if keep_ptr is not None:
+            tl.store(keep_ptr + square * (K * V) + cell, state.to(keep_ptr.dtype.element_ty), mask=in_state)
+        write = load_tile(keys, row, offs, inside, offs_k)
+        u = load_tile(values, row, offs, inside, offs_v)
         if DELTA:
             reach = load_tile(reaching, row, offs, inside, offs_k)
             found = tl.dot(reach.to(DOT), state, input_precision=PRECISION)
@@ -488,8 +488,10 @@ def forward(
                 y = y * (tl.exp2(rise) * scale)[:, None]
             elif DECAY == "key":
                 calm = tl.load(calm_ptr + square) != 0
-                exact = tl.load(_square(scores_ptr, chunk + n, h, H, BLOCK_C), mask=inside[:, None] & ~calm, other=0.0)
-                scores = tl.where(calm, tl.where(read, scores, 0.0), exact.to(tl.float32))
+                scores = tl.where(read, scores, 0.0)
+                if not calm:
+                    exact = tl.load(_square(scores_ptr, chunk + n, h, H, BLOCK_C), mask=inside[:, None], other=0.0)
+                    scores = exact.to(tl.float32)
             else:
                 scores, y = tl.where(read, scores, 0.0) * scale, y * scale
             y = tl.dot(scores.to(DOT), u, y, input_precision=PRECISION)
@@ -586,7 +588,7 @@ def adjoint(
     for i in tl.range(0, chunks, num_stages=STAGES):
         n = i if FLIP else chunks - 1 - i
         start = begin + n * BLOCK_C
-        row, inside = first + start, offs < stop - start
+        row, inside = first + start, offs < tl.minimum(stop - start, BLOCK_C).to(tl.int32)
         square = (chunk + n) * H + h
         if not ALONE:
             tl.store(keep_ptr + square * (K * V) + cell, G.to(keep_ptr.dtype.element_ty), mask=in_state)
@@ -616,9 +618,10 @@ def adjoint(
             du = du * tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2))[:, None]
         elif DECAY == "key":
             calm = tl.load(calm_ptr + square) != 0
-            turned = scores_ptr + square * (BLOCK_C * BLOCK_C) + offs[None, :] * BLOCK_C + offs[:, None]
-            exact = tl.load(turned, mask=inside[None, :] & ~calm, other=0.0)
-            scores = tl.where(calm, tl.where(unread, scores, 0.0), exact.to(tl.float32))
+            scores = tl.where(unread, scores, 0.0)
+            if not calm:
+                turned = scores_ptr + square * (BLOCK_C * BLOCK_C) + offs[None, :] * BLOCK_C + offs[:, None]
+                scores = tl.load(turned, mask=inside[None, :], other=0.0).to(tl.float32)
         else:
             scores = tl.where(unread, scores, 0.0) * scale
         du = tl.dot(scores.to(DOT), given, du, input_precision=PRECISION)
@@ -636,8 +639,6 @@ def adjoint(
             du = du * beta[:, None]
             erased = du * (tl.exp2(rise) * -1.0)[:, None] if DECAY == "one" else du * -1.0
             G = tl.dot(tl.trans(reach), erased.to(DOT), G, input_precision=PRECISION)
-        if DECAY == "key":
-            G = G * near[:, None]
         if not ALONE:
             store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
         if moment_ptr is not None:
@@ -648,6 +649,8 @@ def adjoint(
             moment = tl.where(offs_k < K // 2, -moment, moment)
             at = (tile * numbers + chunk + n) * (H * K) + h * K + offs_k
             tl.store(moment_ptr + at, moment, mask=offs_k < K)
+        if DECAY == "key":
+            G = G * near[:, None]
 
     if leave_ptr is not None:
         if not ALONE:  # only the segment in which the scan begins
@@ -672,10 +675,18 @@ def _row_gates(gates, start, offs, inside, tile, K, COLS: tl.constexpr, BLOCK_K:
     return log_a
 
 
+@triton.jit
+def _weights(log_a, calm, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr):
+    """What gates a key weigh readers and writers with [C K], counted from the middle of the chunk."""
+    rise, fall, whole = reaches(log_a, FLIP, BEFORE, DOT)
+    middle = _middle(whole, calm)[None, :]
+    return tl.exp2(rise - middle), tl.exp2(fall - middle)
+
+
 @triton.jit(do_not_specialize=["B", "T", "tiles", "documents"])
 def gradient(
     q_ptr, k_ptr, told_ptr, write_ptr, reach_ptr, u_ptr, dy_ptr, dv_ptr, gate_ptr, beta_ptr, bonus_ptr,
-    S_ptr, G_ptr, near_ptr, calm_ptr, rates_ptr, whole_ptr,  # u_ptr is v, or what u would be with beta 1
+    S_ptr, G_ptr, near_ptr, far_ptr, calm_ptr, rates_ptr, whole_ptr,  # u_ptr is v, or what u would be with beta 1
     dq_ptr, dk_ptr, dgate_ptr, dbonus_ptr,  # dgate, if a head has one gate, for every tile apart
     cu_ptr, B, T, tiles, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PLAIN: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
@@ -683,8 +694,9 @@ def gradient(
     BEFORE: tl.constexpr, TIED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program owns rows [BLOCK_K] of the state around one chunk. Loads stand where they are needed: registers are
-    what is short here."""
+    """One program owns rows [BLOCK_K] of the state around one chunk. Registers are what is short here: loads stand
+    where they are needed, some twice. A gate a key is read first where that costs no spills (EARLY), else last, and dq
+    waits for it (LATE)."""
     pid = tl.program_id(0).to(tl.int64)
     tile, square = pid % tiles, pid // tiles
     chunk, h = square // H, square % H
@@ -695,9 +707,10 @@ def gradient(
     BONUS: tl.constexpr = bonus_ptr is not None
     offs, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_V)
     offs_k = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
-    row, inside = first + start, offs < stop - start
-    read = strict(order(BLOCK_C, FLIP)) if BEFORE else order(BLOCK_C, FLIP)  # [t s]
-    unread = strict(order(BLOCK_C, not FLIP)) if BEFORE else order(BLOCK_C, not FLIP)  # [s t]
+    row, inside = first + start, offs < tl.minimum(stop - start, BLOCK_C).to(tl.int32)
+    EARLY: tl.constexpr = DECAY == "key" and not DELTA and not BEFORE
+    LATE: tl.constexpr = BEFORE or (DECAY == "key" and DELTA)
+    seen = order(BLOCK_C, FLIP)  # [t s]
     group = h * GROUPS // H
     told, keys, reaching = (told_ptr, GROUPS, group, K), (write_ptr, GROUPS, group, K), (reach_ptr, GROUPS, group, K)
     cell = square * (K * V) + offs_k[:, None] * V + offs_v[None, :]
@@ -706,61 +719,126 @@ def gradient(
     if DECAY != "none":
         gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
     if DECAY == "key":
-        log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
         calm = tl.load(calm_ptr + square) != 0
-        near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)[None, :]
+    if EARLY:
+        log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
     if DECAY == "one":
         log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
         rise, since = _rates(rates_ptr, square, BLOCK_C, 0), _rates(rates_ptr, square, BLOCK_C, 1)
 
     given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
-    u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
+    u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
     if DELTA:
         beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
         erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
-        u = u * beta[:, None]
-        ahead, behind = strict(order(BLOCK_C, FLIP)) & calm, strict(order(BLOCK_C, not FLIP)) & calm
-    u = u.to(DOT)
-
-    # what readers owe: to the state that enters, and to the scores; `repair` has those of a chunk that is not calm
     S = tl.load(S_ptr + cell, mask=in_state, other=0.0)
-    if DECAY == "key":  # while there are registers for both
+    if DECAY != "none":  # while there are registers for both
         G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
         passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
-    write = load_tile(keys, row, offs, inside, offs_k).to(DOT)
-    dP = tl.dot(given, tl.trans(u), input_precision=PRECISION)  # [t s]
-    dq = tl.dot(given, tl.trans(S), input_precision=PRECISION)
-    if DECAY == "key":
-        dP, dq = tl.where(read & calm, dP, 0.0), dq * near
-    elif DECAY == "one":
-        dP = dP * (between(log_a, rise, since, FLIP, BEFORE, False, DOT) * scale)
-        dq = dq * (tl.exp2(rise) * scale)[:, None]
-    else:
-        dP, dq = tl.where(read, dP, 0.0) * scale, dq * scale
-    dq = tl.dot(dP.to(DOT), write, dq, input_precision=PRECISION)
-    query = load_tile(told, row, offs, inside, offs_k).to(DOT)
-    if DECAY != "none":
-        sums = query * dq
-        own = sums
-    if DELTA:
-        dM = tl.where(ahead, -tl.dot(erase, tl.trans(u), input_precision=PRECISION), 0.0)
-        dreach = -tl.dot(erase, tl.trans(S), input_precision=PRECISION)
         if DECAY == "key":
-            dreach = dreach * near
-        elif DECAY == "one":
+            passed *= tl.load(far_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
+    write = load_tile(keys, row, offs, inside, offs_k).to(DOT)
+
+    # what is owed to the scores [t s]; `repair` has that of a chunk that is not calm
+    dP = tl.dot(given, tl.trans(u), input_precision=PRECISION)
+    if DELTA:
+        dP = dP * beta[None, :]
+    if DECAY == "one":
+        dP = dP * (between(log_a, rise, since, FLIP, BEFORE, False, DOT) * scale)
+    else:
+        dP = tl.where((strict(seen) if BEFORE else seen) & calm, dP, 0.0)
+    if DECAY == "none":
+        dP = dP * scale
+    dP = dP.to(DOT)
+    if DELTA:
+        dM = tl.dot(erase, tl.trans(u), input_precision=PRECISION) * -beta[None, :]
+        if DECAY == "one":
             dM = dM * between(log_a, rise, since, FLIP, False, False, DOT)
-            dreach = dreach * tl.exp2(rise)[:, None]
-        dreach = tl.dot(dM.to(DOT), write, dreach, input_precision=PRECISION)
-        reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
-        if DECAY != "none":
-            sums += reach * dreach
-    if DECAY == "key":
-        rise, fall, whole = reaches(log_a, FLIP, BEFORE, DOT)
-        middle = _middle(whole, calm)
-        rise, fall = tl.exp2(rise - middle[None, :]), tl.exp2(fall - middle[None, :])
+        dM = tl.where(strict(seen) & calm, dM, 0.0).to(DOT)
+
+    # what readers owe
+    if EARLY:
+        query = load_tile(told, row, offs, inside, offs_k).to(DOT)
+    dq = tl.dot(given, tl.trans(S), input_precision=PRECISION)
+    if DECAY == "one":
+        dq = dq * (tl.exp2(rise) * scale)[:, None]
+    elif DECAY == "none":
+        dq = dq * scale
+    dq = tl.dot(dP, write, dq, input_precision=PRECISION)
+    if not EARLY:
+        query = load_tile(told, row, offs, inside, offs_k).to(DOT)
+    if DECAY == "one":
+        sums = tl.sum(query * dq, 1)
+    elif DECAY == "key":
+        sums = query * dq
+    if EARLY:
+        rise, fall = _weights(log_a, calm, FLIP, BEFORE, DOT)
         dq = dq * (rise * scale)
-        if DELTA:
-            dreach = dreach * rise
+    if not LATE:
+        store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
+    if DELTA:
+        dreach = -tl.dot(erase, tl.trans(S), input_precision=PRECISION)
+        if DECAY == "one":
+            dreach = dreach * tl.exp2(rise)[:, None]
+        dreach = tl.dot(dM, write, dreach, input_precision=PRECISION)
+        reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
+        if DECAY == "one":
+            sums += tl.sum(reach * dreach, 1)
+        elif DECAY == "key":
+            sums += reach * dreach
+    if BONUS:  # a token reads what it writes
+        now = tl.sum(given.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
+        plain_q = load_tile((q_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
+        if TIED:
+            plain_k = tied(_row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K))
+        else:
+            plain_k = load_tile((k_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
+        tl.store(dbonus_ptr + square * K + offs_k, tl.sum(now * plain_q * plain_k, 0), mask=offs_k < K)
+
+    # what writers owe
+    if DECAY == "none":
+        G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
+    dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
+    if DELTA:
+        dk = dk * beta[:, None]
+    if DECAY == "one":
+        dk = dk * tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2))[:, None]
+        passed = tl.sum(passed) * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
+    elif DECAY == "key":
+        dk = dk * tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)[None, :]
+        passed += tl.sum(write * dk, 0)  # joins what is summed up first, below
+        sums += tl.where((offs == (0 if FLIP else BLOCK_C - 1))[:, None], passed[None, :], 0.0)
+    dk = tl.dot(tl.trans(dP), query, dk, input_precision=PRECISION)
+    if DELTA:
+        dk = tl.dot(tl.trans(dM), reach, dk, input_precision=PRECISION)
+
+    # d log a_t: reads from t on that reach back before t, writes before t that leave, and what passes all of the chunk
+    if DECAY == "one":
+        sums -= tl.sum(write * dk, 1)
+        dgate = tl.cumsum(sums, 0, reverse=not FLIP) + passed
+        if BEFORE:
+            dgate -= tl.sum(load_tile(told, row, offs, inside, offs_k) * dq, 1)
+        at = tile * B * T * H + (row + offs) * H + h
+        tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
+    elif DECAY == "key":
+        sums -= write * dk
+        if LATE:
+            dgate = tl.cumsum(sums, 0, reverse=not FLIP)
+            if BEFORE:
+                dgate -= load_tile(told, row, offs, inside, offs_k) * dq
+            gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)  # kept, it would spill
+            log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
+            dgate = tl.where(log_a <= RESET, 0.0, dgate)
+            if not TIED:
+                store_tile((dgate_ptr, H, h, K), row, offs, inside, offs_k, dgate)
+            log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
+            rise, fall = _weights(log_a, calm, FLIP, BEFORE, DOT)
+            dq = dq * (rise * scale)
+            if DELTA:
+                dreach = dreach * rise
+        dk = dk * fall
+    if DELTA:
+        dk += dreach
     if BONUS:
         plain_q = load_tile((q_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
         if TIED:
@@ -768,67 +846,20 @@ def gradient(
         else:
             plain_k = load_tile((k_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
         bonus = tl.load(bonus_ptr + h * K + offs_k, mask=offs_k < K, other=0.0)
-        now = tl.sum(given.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
         dq += now * plain_k * bonus[None, :]
-        tl.store(dbonus_ptr + square * K + offs_k, tl.sum(now * plain_q * plain_k, 0), mask=offs_k < K)
-    store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
-
-    # what writers owe: to the state that leaves, and to the scores
-    if DECAY != "key":
-        G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
-    if DECAY == "one":
-        passed = tl.sum(S.to(tl.float32) * G.to(tl.float32))
-    dPt = tl.dot(u, tl.trans(given), input_precision=PRECISION)  # [s t]
-    dk = tl.dot(u, tl.trans(G), input_precision=PRECISION)
-    if DECAY == "key":
-        dPt, dk = tl.where(unread & calm, dPt, 0.0), dk * near
-    elif DECAY == "one":
-        dPt = dPt * (between(log_a, rise, since, FLIP, BEFORE, True, DOT) * scale)
-        dk = dk * tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2))[:, None]
-    else:
-        dPt = tl.where(unread, dPt, 0.0) * scale
-    if DECAY == "key":
-        passed = passed * tl.exp2(whole) + tl.sum(write * dk, 0)
-    elif DECAY == "one":
-        passed = passed * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
-    dk = tl.dot(dPt.to(DOT), query, dk, input_precision=PRECISION)
-    if DELTA:
-        dMt = tl.where(behind, -tl.dot(u, tl.trans(erase), input_precision=PRECISION), 0.0)
-        if DECAY == "one":
-            dMt = dMt * between(log_a, rise, since, FLIP, False, True, DOT)
-        dk = tl.dot(dMt.to(DOT), reach, dk, input_precision=PRECISION)
-
-    # d log a_t: reads from t on that reach back before t, writes before t that leave, and what passes all of the chunk
-    if DECAY == "key":
-        sums -= write * dk
-        dgate = tl.cumsum(sums, 0, reverse=not FLIP) + passed[None, :]
-        if BEFORE:
-            dgate -= own
-        if BLOCK_V > 64 or DELTA or BEFORE:  # again, for registers are short
-            log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
-        if DELTA or BEFORE:
-            _, fall, _ = reaches(log_a, FLIP, BEFORE, DOT)
-            fall = tl.exp2(fall - middle[None, :])
-        dgate = tl.where(log_a <= RESET, 0.0, dgate)
-        dk = dk * fall
-    elif DECAY == "one":
-        sums = tl.sum(sums - write * dk, 1)
-        dgate = tl.cumsum(sums, 0, reverse=not FLIP) + passed
-        if BEFORE:
-            dgate -= tl.sum(own, 1)
-        at = tile * B * T * H + (row + offs) * H + h
-        tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
-    if DELTA:
-        dk += dreach
-    if BONUS:
-        plain_q = load_tile((q_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
-        bonus = tl.load(bonus_ptr + h * K + offs_k, mask=offs_k < K, other=0.0)
         dk += now * plain_q * bonus[None, :]
-    if TIED:
-        dgate -= tl.exp2(log_a.to(tl.float32) * LOG2E) * dk
-    else:
+    if LATE:
+        store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
+    if not TIED:
         store_tile((dk_ptr, H, h, K), row, offs, inside, offs_k, dk)
-    if DECAY == "key":
+    if EARLY:
+        if BLOCK_V > 64:
+            log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
+        dgate = tl.where(log_a <= RESET, 0.0, tl.cumsum(sums, 0, reverse=not FLIP))
+    if TIED:
+        log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
+        dgate -= tl.exp2(log_a.to(tl.float32) * LOG2E) * dk
+    if EARLY or TIED:
         store_tile((dgate_ptr, H, h, K), row, offs, inside, offs_k, dgate)
 
 

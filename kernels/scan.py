@@ -309,7 +309,7 @@ class _Scan:
         x, tiles, (B, _, H, _, V) = self.x, self.plan.gradient, self.sizes
         kernels.gradient[(self.chunks * H * tiles.parts,)](
             x.q, x.k, self.told, self.write, self.reach, u, dy, dv, x.log_decay, x.beta, x.bonus,
-            S, G, *self.found("near", "calm", "rates", "whole"), dq, dk, dgate, dbonus,
+            S, G, *self.found("near", "far", "calm", "rates", "whole"), dq, dk, dgate, dbonus,
             B=B, tiles=tiles.parts, documents=self.documents, GROUPS=self.groups, GROUPS_PLAIN=x.q.shape[2],
             COLS=self.cols, V=V, DECAY=self.decay, BEFORE=self.before, TIED=x.k is None, BLOCK_K=tiles.block,
             BLOCK_V=self.plan.block_v, num_warps=tiles.warps, **self.common, **self.dots,
@@ -451,7 +451,8 @@ def scan_backward(
     if run.decay == "one":
         dgate = run.new(parts, B, T, H)
     if run.decay == "key" and log_decay is not None:
-        dgate = run.new(B, T, H, K, dtype=log_decay.dtype if log_decay.shape == (B, T, H, K) else torch.float32)
+        wide = _kept(q.dtype) if turned else torch.float32  # `turn_backward` adds the two rows of a complex gate
+        dgate = run.new(B, T, H, K, dtype=log_decay.dtype if log_decay.shape == (B, T, H, K) else wide)
     if bonus is not None:
         dbonus = run.new(run.chunks, H, K).zero_()  # documents leave some chunks unused
     run.gradient(v if e is None else e, dy, dv, S, G, dq, dk, dgate, dbonus)

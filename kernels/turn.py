@@ -157,7 +157,7 @@ def turn_backward(
     dphase = tl.where(log_a > RESET, dphase, 0.0)
     dlog_a = tl.zeros_like(dphase)
     if dwide_ptr is not None:
-        dlog_a = load_tile((dwide_ptr, 2 * H, 2 * h, COLS), row, offs, inside, d)
+        dlog_a = load_tile((dwide_ptr, 2 * H, 2 * h, COLS), row, offs, inside, d).to(tl.float32)
         dlog_a += load_tile((dwide_ptr, 2 * H, 2 * h + 1, COLS), row, offs, inside, d)
     pairs = tl.join(dlog_a, dphase).reshape(BLOCK_C, 2 * BLOCK_D)
     store_tile((dgate_ptr, H, h, 2 * COLS), row, offs, inside, 2 * part + tl.arange(0, 2 * BLOCK_D), pairs)
