@@ -256,7 +256,7 @@ def _diagonal(
                 document = closings[u].to(tl.int64)
                 _store_planes(state_ptr, document, cols, (document >= 0)[:, None] & in_d, sr, si, COMPLEX)
     if open_ptr is None:  # noqa: SIM102, decided when compiled
-        if stop == T:
+        if segment == segments - 1:
             _store_planes(state_ptr, b + only, cols, in_d, hr, hi, COMPLEX)
 
 

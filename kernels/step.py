@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from recur.kernels.operators import cdiv, fake, operator, power_of_2, processors
-from recur.kernels.tiles import tied
+from recur.kernels.tiles import cos_sin, tied
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -109,7 +109,8 @@ def _step(
         if RULE != "selective":
             a = tl.exp2(log_a * LOG2E)
             if log_a_ptr.dtype.element_ty == tl.int64:
-                turn, turn_im = a * tl.cos(phase), a * tl.sin(phase)
+                cos, sin = cos_sin(phase)
+                turn, turn_im = a * cos, a * sin
                 kept, kept_im = turn * S - turn_im * S_im, turn * S_im + turn_im * S
             else:
                 kept, kept_im = a * S, a * S_im

@@ -96,7 +96,7 @@ def _online_gradients(G, H, before, x, rate, a, k, norm):
 @triton.jit
 def _document(cu_ptr, documents, t, b, T):
     """The document that holds token t of the walk, its first token, and the one after its last; a row is a document."""
-    low, begin, end = b, T * 0, T
+    low, begin, end = b + (t >= T), T * 0, T  # always b, but addresses made of it are not kept in registers
     if cu_ptr is not None:
         high = low + documents  # low is 0: there is one row
         while high - low > 1:
@@ -128,10 +128,11 @@ def _state_ptrs(
     R apart, because that lays the lanes along W. Nothing is read at once for it: of the alignment nothing is known.
     """
     tile, group, V, WIDTH = where
-    line = tl.arange(0, R * BLOCK_N)
-    slot = line % BLOCK_N % (BLOCK_N // Q) * Q + line % BLOCK_N // (BLOCK_N // Q)
-    within = tile * (R * W) + (line // BLOCK_N)[:, None] + tl.max_contiguous(tl.arange(0, W)[None, :] * R, (1, W))
-    return ptr + (row * N + slot[:, None]) * V + group * WIDTH + within, (slot < N)[:, None] & (within < WIDTH)
+    line = tl.arange(0, R * BLOCK_N)[:, None]
+    first, q = line % (BLOCK_N // Q) * Q, line % BLOCK_N // (BLOCK_N // Q)
+    within = line // BLOCK_N + tl.max_contiguous(tl.arange(0, W)[None, :] * R, (1, W))
+    place = (row * N + first) * V + q * V + (group * WIDTH + tile * (R * W)) + within
+    return ptr + place, (first + q < N) & (tile * (R * W) + within < WIDTH)
 
 
 @triton.jit
@@ -174,10 +175,11 @@ def _axes(where, G, N: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, BLOCK_N: 
 
 @triton.jit
 def _at(ptr, run, i, u: tl.constexpr, axis):
-    """Pointers to token i + u of a run in a tensor [B T *], and their mask: one address a block, and constants."""
+    """Pointers to token i + u of a run in a tensor [B T *], and their mask: one offset a block, that tensors share, and
+    constants."""
     origin, step, count = run
     offs, inside, size, _ = axis
-    return ptr + (origin + step * i) * size + offs + u * step * size, inside & (i + u < count)
+    return ptr + ((origin + step * i) * size + offs) + u * step * size, inside & (i + u < count)
 
 
 @triton.jit
@@ -275,8 +277,9 @@ def _number(block, u: tl.constexpr, streams, s: tl.constexpr):
         for j in tl.static_range(P // AT_ONCE):
             word = block[s][u * (P // AT_ONCE) + j]
             for h in tl.static_range(AT_ONCE):
-                if kind == tl.bfloat16:  # the upper half of a float32
-                    number = ((word >> (h * BITS)).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+                if kind == tl.bfloat16:  # the upper half of a float32; half of all lie there already
+                    pair = (word >> (h // 2 * 32)).to(tl.uint32)
+                    number = (pair << 16 if h % 2 == 0 else pair & 0xFFFF0000).to(tl.float32, bitcast=True)
                 else:
                     bits = (word >> (h * BITS)).to(tl.uint16 if BITS == 16 else tl.uint32)
                     number = bits.to(kind, bitcast=True).to(tl.float32)
@@ -586,14 +589,14 @@ def _adjoint(
                 dS = H + q_t * dy[:, None, :]
                 H = GATE(rate, a, other, norm)[0] * dS
                 dx, drate, dk, da_t = GRADIENTS(dS, H, states[u], x, rate, a, k_t, norm)
-                _write(dx_ptr, dx, run, i, u, channels)
-                _write(drate_ptr, drate, run, i, u, channels)
                 if a_ptr is not None:
                     da += da_t
                 if FIXED_K:
                     dk_whole += dk
                 else:
                     _write_sums(dk_ptr, dk, part, i, u, slots)
+                _write(dx_ptr, dx, run, i, u, channels)
+                _write(drate_ptr, drate, run, i, u, channels)
         if left == begin:
             _store_state(H, dinitial_ptr, document, where, N, R, Q, BLOCK_N, W)
         todo -= count
