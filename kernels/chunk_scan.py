@@ -642,7 +642,8 @@ def adjoint(
         if not ALONE:
             store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
         if moment_ptr is not None:
-            # what turning the state that enters this chunk would do: rows k and k + K / 2 are one complex row
+            # what turning the state that enters this chunk would do: rows k and k + K / 2 are one complex row, with one
+            # near, which is in what `forward` kept and so not yet in G
             partner = tl.where(offs_k < K // 2, offs_k + K // 2, offs_k - K // 2)
             other = state_ptr + square * (K * V) + partner[:, None] * V + offs_v[None, :]
             moment = tl.sum(G * tl.load(other, mask=in_state, other=0.0).to(tl.float32), 1)
@@ -686,7 +687,7 @@ def _weights(log_a, calm, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.cons
 @triton.jit(do_not_specialize=["B", "T", "tiles", "documents"])
 def gradient(
     q_ptr, k_ptr, told_ptr, write_ptr, reach_ptr, u_ptr, dy_ptr, dv_ptr, gate_ptr, beta_ptr, bonus_ptr,
-    S_ptr, G_ptr, near_ptr, far_ptr, calm_ptr, rates_ptr, whole_ptr,  # u_ptr is v, or what u would be with beta 1
+    S_ptr, G_ptr, near_ptr, far_ptr, calm_ptr, rates_ptr, whole_ptr,  # S as kept; u_ptr is v, or u with beta 1
     dq_ptr, dk_ptr, dgate_ptr, dbonus_ptr,  # dgate, if a head has one gate, for every tile apart
     cu_ptr, B, T, tiles, documents, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PLAIN: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
@@ -695,8 +696,8 @@ def gradient(
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """One program owns rows [BLOCK_K] of the state around one chunk. Registers are what is short here: loads stand
-    where they are needed, some twice. A gate a key is read first where that costs no spills (EARLY), else last, and dq
-    waits for it (LATE)."""
+    where they are needed, some twice. A gate a key is read first where that costs no spills (EARLY), else last; dq
+    waits for it then, and for a bonus (LATE)."""
     pid = tl.program_id(0).to(tl.int64)
     tile, square = pid % tiles, pid // tiles
     chunk, h = square // H, square % H
@@ -809,7 +810,7 @@ def gradient(
         passed = tl.sum(passed) * tl.exp2(tl.load(whole_ptr + square)) + tl.sum(write * dk)
     elif DECAY == "key":
         dk = dk * tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)[None, :]
-        passed += tl.sum(write * dk, 0)  # joins what is summed up first, below
+        passed += tl.sum(write * dk, 0)  # for all tokens: joins the one walked last, which is in every sum below
         sums += tl.where((offs == (0 if FLIP else BLOCK_C - 1))[:, None], passed[None, :], 0.0)
     dk = tl.dot(tl.trans(dP), query, dk, input_precision=PRECISION)
     if DELTA:

@@ -206,8 +206,8 @@ def between(log_a, rise, since, FLIP: tl.constexpr, BEFORE: tl.constexpr, TURN: 
 
 @triton.jit
 def cos_sin(phase):
-    """cos and sin by their series, after whole quarter turns are taken off, to 1e-7 up to 10^4 radians and 1e-6 up to
-    10^5: the library's spill on their rare path."""
+    """cos and sin by their series, after whole quarter turns are taken off, to 1e-7 up to 10^4 radians, 1e-6 up to
+    10^5 and no further: the library's spill on their rare path."""
     quarters = tl.floor(phase * 0.6366197723675814 + 0.5)
     x = phase - quarters * 1.5703125  # pi / 2 in three parts, the first two short enough for exact products
     x = (x - quarters * 4.837512969970703e-4) - quarters * 7.549789948768648e-8
