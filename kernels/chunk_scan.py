@@ -709,7 +709,8 @@ def gradient(
     offs, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_V)
     offs_k = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
     row, inside = first + start, offs < tl.minimum(stop - start, BLOCK_C).to(tl.int32)
-    MEET: tl.constexpr = DECAY == "key" or (DECAY == "one" and (DELTA or BLOCK_V <= 128))  # where both fit
+    # S and G, while there are registers and shared memory for both
+    SIDE_BY_SIDE: tl.constexpr = DECAY == "key" or (DECAY == "one" and (DELTA or BLOCK_V <= 128))
     EARLY: tl.constexpr = DECAY == "key" and not DELTA and not BEFORE
     LATE: tl.constexpr = BEFORE or (DECAY == "key" and DELTA)
     seen = order(BLOCK_C, FLIP)  # [t s]
@@ -734,7 +735,7 @@ def gradient(
         beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
         erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
     S = tl.load(S_ptr + cell, mask=in_state, other=0.0)
-    if MEET:  # while there are registers for both
+    if SIDE_BY_SIDE:
         G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
         passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
         if DECAY == "key":
@@ -798,7 +799,7 @@ def gradient(
         tl.store(dbonus_ptr + square * K + offs_k, tl.sum(now * plain_q * plain_k, 0), mask=offs_k < K)
 
     # what writers owe
-    if not MEET:
+    if not SIDE_BY_SIDE:
         G = tl.load(G_ptr + cell, mask=in_state, other=0.0)
         if DECAY == "one":
             passed = tl.sum(S.to(tl.float32) * G.to(tl.float32), 1)
