@@ -11,10 +11,10 @@ from einops import rearrange
 from torch import Tensor
 
 from recur.primitives.chunks import cut
-from recur.primitives.diagonal import gate
+from recur.primitives.diagonal import gate, like_batch
 from recur.primitives.forms import ScanOut
 from recur.primitives.outer import read, to_heads
-from recur.primitives.within import crossings, joined, lay_out, stacked, turned, within
+from recur.primitives.within import crossings, joined, lay_out, lower_product, stacked, turned, within
 
 
 def delta_step(
@@ -60,15 +60,15 @@ def delta_scan(
     q, k, log_decay, turn = turned(q, k, log_decay)
     # the key that reads is an alias, because torch.compile takes no tensor twice
     (scores, overlap), (q, reach), k, total = within((q, k.view_as(k)), k, log_decay)
-    solve = _UnitInverse.apply(beta * overlap) * beta.mT
+    solve = (_UnitInverse.apply(beta * overlap) * beta.mT).tril()  # 0 times a beta that is not finite is NaN
     decay, initial = total[..., :K, None], rearrange(initial, "B (G r) K V -> B G r K V", G=G)
     if turn is not None:
         decay, initial = decay * turn[..., None], stacked(initial)
         k = stacked(joined(k.mT) * turn[..., None]).mT
     decay, reach, k = (x.expand(chunks.n, *v.shape[1:4], *x.shape[-2:]) for x in (decay, reach, k))
     start, opening = chunks.openings(initial)
-    entering, _, u, _ = _Walk.apply(chunks.seal(decay), reach, chunks.seal(k), solve, v, None, opening, start, 1)
-    y = (scores @ u).add_(q @ entering)
+    entering, _, u, _ = _Walk.apply(decay, reach, k, solve, v, None, opening, start, chunks.sealed, 1)
+    y = lower_product(scores, u) + q @ entering
     state = _kept(chunks.last(decay), chunks.last(entering)) + chunks.last(k).mT @ chunks.last(u)
     state = chunks.settle(state, initial)
     y = chunks.merge(rearrange(y, "n B G r C V -> B n C (G r) V"))
@@ -86,7 +86,7 @@ class _UnitInverse(torch.autograd.Function):
         inverse = torch.ones_like(lower[..., :1, None])  # [... C 1 1]
         while (m := inverse.shape[-1]) < lower.shape[-1]:
             top, bottom = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-            cross = -(bottom @ (crossings(lower, m) @ top))
+            cross = -lower_product(bottom, crossings(lower, m) @ top)
             inverse = torch.cat([F.pad(top, (0, m)), torch.cat([cross, bottom], -1)], -2)
         inverse = inverse.squeeze(-3)
         ctx.save_for_backward(inverse)
@@ -106,8 +106,9 @@ class _Walk(torch.autograd.Function):
         S_{j+1} = decay_j S_j + order right_jᵀ u_j + opening_j
 
     decay [n ... K | 1 1], left and right [n ... C K], solve [n ... C C], write and more [n ... C V], opening
-    [n ... K V], start [... K V] is S_0. With order −1 the walk goes from the last chunk to the first.
-    That, with left and right exchanged and solve transposed, is the backward pass.
+    [n ... K V], start [... K V] is S_0, sealed [n] bool: the chunks that hand on the opening alone. With order −1 the
+    walk goes from the last chunk to the first. That, with left and right exchanged and solve transposed, is the
+    backward pass. Rows of e_j that are not finite make NaN of later rows of u_j, never of earlier ones.
     """
 
     @staticmethod
@@ -121,6 +122,7 @@ class _Walk(torch.autograd.Function):
         more: Tensor | None,
         opening: Tensor | None,
         start: Tensor,
+        sealed: Tensor | None,
         order: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         entering, final = start.new_empty(len(write), *start.shape), start.clone(memory_format=torch.contiguous_format)
@@ -131,16 +133,20 @@ class _Walk(torch.autograd.Function):
 
         state = final.flatten(0, -3)
         names = (entering, error, u, decay, left, right, solve, write, more, opening)
-        for old, e, new, keep, a, b, t, w, extra, push in zip(*map(columns, names), strict=True):
+        ends = [None] * len(write) if sealed is None else sealed.unbind(0)[::order]
+        for old, e, new, keep, a, b, t, w, extra, push, end in zip(*map(columns, names), ends, strict=True):
             old.copy_(state)
-            torch.baddbmm(w, a, old, alpha=-order, out=e)
-            torch.bmm(t, e, out=new)
+            before = old if end is None or order > 0 else old.masked_fill(end, 0)
+            torch.baddbmm(w, a, before, alpha=-order, out=e)
+            _triangular_product(t, e, order, out=new)
             if extra is not None:
                 new.add_(extra)
-            state.copy_(_kept(keep, old)).baddbmm_(b.mT, new, alpha=order)
+            state.copy_(_kept(keep, before)).baddbmm_(b.mT, new, alpha=order)
+            if end is not None and order > 0:
+                state.masked_fill_(end, 0)
             if push is not None:
                 state.add_(push)
-        ctx.save_for_backward(decay, left, right, solve, entering, error, u)
+        ctx.save_for_backward(decay, left, right, solve, entering, error, u, sealed)
         ctx.order = order
         ctx.set_materialize_grads(False)
         return entering, error, u, final
@@ -153,7 +159,7 @@ class _Walk(torch.autograd.Function):
         grad_u: Tensor | None,
         grad_final: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        decay, left, right, solve, entering, error, u = ctx.saved_tensors
+        decay, left, right, solve, entering, error, u, sealed = ctx.saved_tensors
         order = ctx.order
         after, push_u, push_error, grad_start = _Walk.apply(
             decay.conj(),
@@ -164,8 +170,16 @@ class _Walk(torch.autograd.Function):
             grad_error,
             grad_entering,
             torch.zeros_like(entering[0]) if grad_final is None else grad_final,
+            sealed,
             -order,
         )
+        grad_opening = after if ctx.needs_input_grad[6] else None
+        if sealed is not None:  # nothing passes between a sealed chunk and the next
+            end = like_batch(sealed, after)
+            if order > 0:
+                after = after.masked_fill(end, 0)
+            else:
+                entering = entering.masked_fill(end, 0)
         grad_left, grad_right = (push_error @ entering.mT).mul_(-order), (u @ after.mT).mul_(order)
         if decay.is_complex():
             grad_decay = joined(entering).conj() * joined(after)
@@ -174,8 +188,25 @@ class _Walk(torch.autograd.Function):
         grad_decay = grad_decay.sum(-1, keepdim=True).sum_to_size(decay.shape)
         grad_solve = push_u @ error.mT
         grad_more = push_u if ctx.needs_input_grad[5] else None
-        grad_opening = after if ctx.needs_input_grad[6] else None
-        return grad_decay, grad_left, grad_right, grad_solve, push_error, grad_more, grad_opening, grad_start, None
+        return (
+            grad_decay,
+            grad_left,
+            grad_right,
+            grad_solve,
+            push_error,
+            grad_more,
+            grad_opening,
+            grad_start,
+            None,
+            None,
+        )
+
+
+def _triangular_product(t: Tensor, e: Tensor, order: int, *, out: Tensor) -> Tensor:
+    """t @ e, `lower_product` if t is lower triangular (order 1); gradients, where it is upper, may mix one chunk."""
+    if order < 0:
+        return torch.bmm(t, e, out=out)
+    return torch.baddbmm((e * 0).cumsum(-2), t, e.nan_to_num(0, 0, 0), out=out)
 
 
 def _kept(decay: Tensor, state: Tensor) -> Tensor:

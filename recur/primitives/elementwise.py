@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
@@ -212,14 +211,12 @@ def _selective(sizes: dict[str, Any], x: Tensor, delta: Tensor, A: Tensor, B: Te
 
 
 def _online(sizes: dict[str, Any], x: Tensor, rate: Tensor, k: Tensor, q: Tensor) -> dict[str, Tensor]:
-    """u, k, q and what the gate 1 − eps k_n² is made of: 1 − eps |k|², eps, and |k|² − k_n², none by subtraction."""
+    """u, k, q and what the gate 1 − eps k_n² is made of: the rate and k_n²."""
     x, rate = _channels(x, sizes), _channels(rate, sizes)
     k, q = _slots(k, sizes), _slots(q, sizes)
     square = k.square()
-    kept = 1 / (1 + rate * square.sum(-2, keepdim=True))
-    before = F.pad(square[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
-    after = F.pad(square[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
-    return {"u": rate * kept * x, "k": k, "q": q, "kept": kept, "eps": rate * kept, "others": before + after}
+    eps = StepSize.apply(rate, square.sum(-2, keepdim=True))
+    return {"u": eps * x, "k": k, "q": q, "rate": rate, "square": square}
 
 
 _TOKENS: dict[str, Callable[..., dict[str, Tensor]]] = {"selective": _selective, "online": _online}
@@ -231,6 +228,35 @@ def _tokens(family: str, sizes: dict[str, Any], inputs: tuple[Tensor, ...], stat
     return _TOKENS[family](sizes, *(tensor.to(real) for tensor in inputs))
 
 
+class StepSize(torch.autograd.Function):
+    """rate and norm |k|² -> eps = rate / (1 + rate norm).
+
+    The derivative by the rate, 1 / (1 + rate norm)², is not the difference of two numbers that long keys make equal.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rate: Tensor, norm: Tensor) -> Tensor:
+        return rate / (1 + rate * norm)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        rate, norm = ctx.saved_tensors
+        slope = grad / (1 + rate * norm).square()
+        return slope.sum_to_size(rate.shape), -(slope * rate.square()).sum_to_size(norm.shape)
+
+    @staticmethod
+    def jvp(ctx: Any, rate_t: Tensor, norm_t: Tensor) -> Tensor:
+        rate, norm = ctx.saved_tensors
+        return (rate_t - rate.square() * norm_t) / (1 + rate * norm).square()
+
+
 def _delta(
     sizes: dict[str, Any], x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -240,7 +266,7 @@ def _delta(
     k, q = (_slots(tensor.to(real), sizes)[..., 0] for tensor in (k, q))
     norm = k.square().sum(-1).repeat_interleave(sizes["V"] // k.shape[2], dim=2)
     k, q = (tensor.expand(-1, -1, sizes["G"], -1) for tensor in (k, q))
-    return q, k, x[..., None], rate / (1 + rate * norm)
+    return q, k, x[..., None], StepSize.apply(rate, norm)
 
 
 # Forms

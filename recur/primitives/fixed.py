@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
-from recur.primitives.chunks import cut
+from recur.primitives.chunks import Documents, Rows, cut
 from recur.primitives.diagonal import LOG2_E, check_state, gate, linear_recurrence, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number
@@ -54,6 +54,10 @@ def fixed_scan(
     Cost: "parallel" O(T V N + B T V log T) for y, O(B T V N) for the state and for initial_state, all in matmuls, and
         O(T (B V + N)) memory; "chunked" O(B T V (N + log C)) with C = max(64, N/2), and B T V N / C memory. Phases of
         the poles' powers are reduced in float64, so that they hold for any length. Defined by `fixed_step`.
+    Rounding: a transform rounds relative to its whole row, so "parallel" errs by up to eps log2(2T) |x|₂ |h|₁, h being
+        the response, also where most of x comes later: in float32 a future 10,000 times louder leaves an output two
+        or three digits. "chunked" confines that to the chunk, "recurrent" has none of it. NaN, infinity and numbers
+        from 7e28 on (float32) make NaN of their own channel from their own token on, in every form.
         On a GPU too: walking N = 512 complex states is 8 N = 4096 operations a token and channel, which no kernel that
         keeps states in registers avoids; three transforms are 15 log2(2T), about 180, and move few bytes more than x.
     Source: Gupta et al. 2022, arXiv:2203.14343; Mehta et al. 2022, arXiv:2206.13947.
@@ -167,9 +171,15 @@ def _parallel(
 
 
 def _chunked(
-    recurrence: Callable[[Tensor, Tensor], Tensor], log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor,
-    cu_seqlens: Tensor | None, *, x: Tensor,
-) -> ScanOut:  # fmt: skip
+    recurrence: Callable[[Tensor, Tensor, Rows | Documents], Tensor],
+    log_decay: Tensor,
+    readout: Tensor,
+    write: Tensor,
+    initial: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    x: Tensor,
+) -> ScanOut:
     """Convolutions inside chunks, the states entering chunks by a recurrence over their ends."""
     T = x.shape[1]
     C = min(T, max(CHUNK, readout.shape[1] // 2))
@@ -180,7 +190,8 @@ def _chunked(
     x_ = chunks.split(x).permute(1, 0, 3, 2)  # [n B V C]
     written = write * _mix(x_.flip(-1)[..., None, :], fine)[..., 0, :]
     kept = decay[None, None].expand(chunks.n, -1, -1, -1)
-    entering = recurrence(chunks.delay(kept)[None], chunks.delay(written, initial)[None])[0]  # [n B V N]
+    delayed = chunks.delay(kept)[None], chunks.delay(written, initial)[None]
+    entering = recurrence(*delayed, chunks)[0]  # [n B V N]
 
     weights = _real_product((readout * write)[:, None], fine)[:, 0]  # [V C]
     y = _convolve(x_, weights[None, None], x_.shape)
@@ -193,17 +204,22 @@ def _chunked(
     return ScanOut(y, chunks.settle(final, initial))
 
 
-def _by_kernel(a: Tensor, x: Tensor) -> Tensor:
-    """`linear_recurrence` by the diagonal kernel, which takes logs; a gate of 0 has none and owes no gradient."""
+def _by_loop(a: Tensor, x: Tensor, chunks: Rows | Documents) -> Tensor:
+    """`linear_recurrence` along chunks, which starts anew where a document does."""
+    return linear_recurrence(a, x, starts=chunks.first)
+
+
+def _by_kernel(a: Tensor, x: Tensor, chunks: Rows | Documents) -> Tensor:
+    """The same by the diagonal kernel, which takes logs; a gate of 0 has none, and its gradient is 0."""
     alive = a != 0
     log = torch.where(alive, torch.where(alive, a, 1).log(), -math.inf)
-    return kernel.elementwise("diagonal", x, log, None, cu_seqlens=None, reverse=False).y
+    return kernel.elementwise("diagonal", x, log, None, cu_seqlens=chunks.borders, reverse=False).y
 
 
 _FORMS: dict[str, Callable[..., ScanOut]] = {
     "recurrent": _recurrent,
     "parallel": _parallel,
-    "chunked": partial(_chunked, linear_recurrence),
+    "chunked": partial(_chunked, _by_loop),
     "triton": partial(_chunked, _by_kernel),
 }
 
@@ -218,7 +234,7 @@ def _last_tokens(x: Tensor, C: int, cu_seqlens: Tensor | None) -> tuple[Tensor, 
     count = (ends - cu_seqlens[:-1] - 1) % C + 1
     lag = torch.arange(C, device=x.device)
     tail = x[0].index_select(0, (ends[:, None] - 1 - lag).clamp(min=0).flatten()).unflatten(0, (-1, C))
-    return tail * (lag < count[:, None])[..., None], count
+    return torch.where((lag < count[:, None])[..., None], tail, 0), count
 
 
 def _powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
@@ -277,6 +293,8 @@ def _convolve(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
     """Causal convolution along the last axis, summed to `shape`: c_t = sum_s a_{t-s} b_s.
 
     With its own gradient, because autograd would take complex transforms of twice the work for those of real signals.
+    A transform spreads what is not finite over the whole row, so it is left out and makes NaN from its own lag on;
+    so are numbers whose spectrum could overflow, which is from 7e28 on in float32.
     """
     V, T = shape[-2:]
     n = _fast_length(2 * T)
@@ -284,10 +302,18 @@ def _convolve(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
     out = a.new_empty(shape)
     for start in range(0, V, some):
         channels = slice(start, start + some)
-        product = torch.fft.rfft(a[..., channels, :], n) * torch.fft.rfft(b[..., channels, :], n)
+        (left, beyond), (right, past) = _in_range(a[..., channels, :]), _in_range(b[..., channels, :])
+        product = torch.fft.rfft(left, n) * torch.fft.rfft(right, n)
         part = out[..., channels, :]
         part.copy_(torch.fft.irfft(product.sum_to_size(*part.shape[:-1], product.shape[-1]), n)[..., :T])
+        part.add_((beyond + past).sum_to_size(part.shape))
     return out
+
+
+def _in_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [... T] with 0 for what a transform cannot take, and 0 or, from the first such number on, NaN."""
+    good = x.abs() < torch.finfo(x.dtype).max ** 0.75
+    return torch.where(good, x, 0), torch.where(good, 0, math.nan).to(x.dtype).cumsum(-1)
 
 
 @_convolve.register_fake

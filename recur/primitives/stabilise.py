@@ -47,9 +47,11 @@ def largest_log(
     f = torch.where(first, -torch.inf, f)
     span = 1
     while span < T:  # m_t is now over the last `span` tokens, f_t what they keep of what was before
+        closed = f[:, span:] == -torch.inf  # nothing passes, NaN included, which -inf + NaN would let through
+        largest = torch.maximum(m[:, span:], f[:, span:] + m[:, :-span])
         m, f = (
-            torch.cat([m[:, :span], torch.maximum(m[:, span:], f[:, span:] + m[:, :-span])], 1),
-            torch.cat([f[:, :span], f[:, span:] + f[:, :-span]], 1),
+            torch.cat([m[:, :span], torch.where(closed, m[:, span:], largest)], 1),
+            torch.cat([f[:, :span], torch.where(closed, -torch.inf, f[:, span:] + f[:, :-span])], 1),
         )
         span *= 2
     before = torch.where(first, before, torch.cat([m[:, :1], m[:, :-1]], 1))

@@ -48,6 +48,16 @@ def within(rows: tuple[Tensor, ...], key: Tensor, log_decay: Tensor | None) -> W
     return Within(tuple(scores), tuple(row * since for row in rows), key * until, since[..., -1, :])
 
 
+def lower_product(lower: Tensor, x: Tensor) -> Tensor:
+    """lower [... C C] @ x [... C V] for a lower triangular matrix; what is not finite in x stays out of earlier rows.
+
+    A plain product spreads it upwards, because 0 times NaN is NaN. Here it is left out of the product and makes NaN of
+    its column from its own row on.
+    """
+    zero = x.detach() * 0  # NaN where x is not finite
+    return lower @ torch.where(zero == 0, x, 0) + zero.cumsum(-2)
+
+
 class _Scalar(torch.autograd.Function):
     """log_decay [... C 1], key [... C K], rows [... C K] -> Π_{r≤t} a_r, Π_{r>s} a_r [... C 1], scores [... C C].
 
@@ -58,7 +68,7 @@ class _Scalar(torch.autograd.Function):
     def forward(ctx: Any, log_decay: Tensor, key: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
         pairs = _Products.apply(log_decay)
         since, until = pairs[..., :1] * gate(log_decay[..., :1, :]), pairs[..., -1:, :].mT.contiguous()
-        scores = [row @ key.mT * pairs for row in rows]
+        scores = [(row @ key.mT * pairs).tril_() for row in rows]  # 0 times an overflow above the diagonal is NaN
         ctx.save_for_backward(log_decay, key, since, until, *rows, *scores)
         return since, until, *scores
 
