@@ -371,7 +371,7 @@ def test_large_keys_cost_no_digits() -> None:
 @pytest.mark.parametrize("diagonal", [True, False])
 @given(numbers=seeds, size=st.sampled_from([1.0, 1e2, 1e4, 1e6]))
 def test_gradients_of_long_keys_keep_their_digits(form: str, diagonal: bool, numbers: Numbers, size: float) -> None:
-    """Four digits of float32's seven are left, where the difference of two steps of the closed form would leave none."""
+    """Four digits of float32's seven are left; a difference of steps of the closed form would leave none."""
     keys = size * numbers.normal(2, 5, 3) * torch.tensor([1.0, 1e-2, 1.0])
     given = [numbers.normal(2, 5, 4), numbers.uniform(2, 5, 4), keys, numbers.normal(2, 5, 3), numbers.normal(2, 4, 3)]
 

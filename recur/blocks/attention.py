@@ -19,7 +19,7 @@ from recur.blocks.cache import empty, extend, fresh, row_of
 from recur.primitives.forms import document_of
 from recur.primitives.rotary import rotary_frequencies, rotate
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.shapes import accumulation_dtype
+from recur.shapes import accumulation_dtype, all_finite
 from recur.weights import Param
 
 
@@ -234,7 +234,10 @@ def _finite(
     if q.shape[1] == 1 and flow.cu_seqlens is None:
         return (q, k, v), q.new_zeros((), dtype=torch.bool)
     heads, given = q.shape[2], (q, k, v)
-    bad_q, bad_k, bad_v = (~vector_norm(x.detach(), dim=-1, dtype=accumulation_dtype(x)).isfinite() for x in given)
+    norms = [vector_norm(x.detach(), dim=-1, dtype=accumulation_dtype(x)) for x in given]
+    if all(map(all_finite, norms)):
+        return given, q.new_zeros((), dtype=torch.bool)
+    bad_q, bad_k, bad_v = (~norm.isfinite() for norm in norms)
     bad = bad_k | bad_v
     seen = bad.cumsum(1) if mask is None else mask.float() @ bad.float()  # [B T G]
     lost = bad_q | (seen > 0).repeat_interleave(heads // bad.shape[2], 2)

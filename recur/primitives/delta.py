@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from recur.primitives.diagonal import gate, like_batch
 from recur.primitives.forms import ScanOut
 from recur.primitives.outer import read, to_heads
 from recur.primitives.within import crossings, joined, lay_out, lower_product, stacked, turned, within
+from recur.shapes import all_finite, readable
 
 
 def delta_step(
@@ -60,7 +61,8 @@ def delta_scan(
     q, k, log_decay, turn = turned(q, k, log_decay)
     # the key that reads is an alias, because torch.compile takes no tensor twice
     (scores, overlap), (q, reach), k, total = within((q, k.view_as(k)), k, log_decay)
-    solve = (_UnitInverse.apply(beta * overlap) * beta.mT).tril()  # 0 times a beta that is not finite is NaN
+    solve = _UnitInverse.apply(beta * overlap) * beta.mT
+    solve = solve if all_finite(beta) else solve.tril()  # 0 times a beta that is not finite is NaN
     decay, initial = total[..., :K, None], rearrange(initial, "B (G r) K V -> B G r K V", G=G)
     if turn is not None:
         decay, initial = decay * turn[..., None], stacked(initial)
@@ -125,27 +127,12 @@ class _Walk(torch.autograd.Function):
         sealed: Tensor | None,
         order: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        entering, final = start.new_empty(len(write), *start.shape), start.clone(memory_format=torch.contiguous_format)
-        error, u = (torch.empty_like(write, memory_format=torch.contiguous_format) for _ in range(2))
-
-        def columns(x: Tensor | None) -> Sequence[Tensor | None]:
-            return [None] * len(write) if x is None else x.flatten(1, -3).unbind(0)[::order]
-
-        state = final.flatten(0, -3)
-        names = (entering, error, u, decay, left, right, solve, write, more, opening)
-        ends = [None] * len(write) if sealed is None else sealed.unbind(0)[::order]
-        for old, e, new, keep, a, b, t, w, extra, push, end in zip(*map(columns, names), ends, strict=True):
-            old.copy_(state)
-            before = old if end is None or order > 0 else old.masked_fill(end, 0)
-            torch.baddbmm(w, a, before, alpha=-order, out=e)
-            _triangular_product(t, e, order, out=new)
-            if extra is not None:
-                new.add_(extra)
-            state.copy_(_kept(keep, before)).baddbmm_(b.mT, new, alpha=order)
-            if end is not None and order > 0:
-                state.masked_fill_(end, 0)
-            if push is not None:
-                state.add_(push)
+        given = (decay, left, right, solve, write, more, opening, start, sealed, order)
+        lower = order > 0  # solve is: gradients, where it is upper triangular, may mix the tokens of a chunk
+        product = _lower_bmm if lower and not readable(write) else torch.bmm
+        entering, error, u, final = _chunk_by_chunk(product, *given)
+        if lower and product is torch.bmm and not all_finite(u):
+            entering, error, u, final = _chunk_by_chunk(_lower_bmm, *given)
         ctx.save_for_backward(decay, left, right, solve, entering, error, u, sealed)
         ctx.order = order
         ctx.set_materialize_grads(False)
@@ -202,10 +189,46 @@ class _Walk(torch.autograd.Function):
         )
 
 
-def _triangular_product(t: Tensor, e: Tensor, order: int, *, out: Tensor) -> Tensor:
-    """t @ e, `lower_product` if t is lower triangular (order 1); gradients, where it is upper, may mix one chunk."""
-    if order < 0:
-        return torch.bmm(t, e, out=out)
+def _chunk_by_chunk(
+    product: Callable[..., Tensor],
+    decay: Tensor,
+    left: Tensor,
+    right: Tensor,
+    solve: Tensor,
+    write: Tensor,
+    more: Tensor | None,
+    opening: Tensor | None,
+    start: Tensor,
+    sealed: Tensor | None,
+    order: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward of `_Walk`, with `product` for solve_j e_j."""
+    entering, final = start.new_empty(len(write), *start.shape), start.clone(memory_format=torch.contiguous_format)
+    error, u = (torch.empty_like(write, memory_format=torch.contiguous_format) for _ in range(2))
+
+    def columns(x: Tensor | None) -> Sequence[Tensor | None]:
+        return [None] * len(write) if x is None else x.flatten(1, -3).unbind(0)[::order]
+
+    state = final.flatten(0, -3)
+    names = (entering, error, u, decay, left, right, solve, write, more, opening)
+    ends = [None] * len(write) if sealed is None else sealed.unbind(0)[::order]
+    for old, e, new, keep, a, b, t, w, extra, push, end in zip(*map(columns, names), ends, strict=True):
+        old.copy_(state)
+        before = old if end is None or order > 0 else old.masked_fill(end, 0)
+        torch.baddbmm(w, a, before, alpha=-order, out=e)
+        product(t, e, out=new)
+        if extra is not None:
+            new.add_(extra)
+        state.copy_(_kept(keep, before)).baddbmm_(b.mT, new, alpha=order)
+        if end is not None and order > 0:
+            state.masked_fill_(end, 0)
+        if push is not None:
+            state.add_(push)
+    return entering, error, u, final
+
+
+def _lower_bmm(t: Tensor, e: Tensor, *, out: Tensor) -> Tensor:
+    """`lower_product` of one chunk, into `out`."""
     return torch.baddbmm((e * 0).cumsum(-2), t, e.nan_to_num(0, 0, 0), out=out)
 
 

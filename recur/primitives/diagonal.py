@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recur import kernel
 from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, first_state, right_to_left, unroll
-from recur.shapes import accumulation_dtype, bind, check_given, check_number
+from recur.shapes import accumulation_dtype, bind, check_given, check_number, readable
 
 SIDE_BY_SIDE = 65_536  # numbers that one call should update: fewer waste the call and a second thread
 LOG2_E = math.log2(math.e)
@@ -159,8 +159,14 @@ def _past(state: Tensor, cut: Tensor | None) -> Tensor:
 
 
 def _side_by_side(cut: Tensor | None, which: slice, order: int, axis: int) -> Iterator[Tensor | None]:
-    """`cut` column by column, as `_columns` goes; None for ever if there is none."""
-    return repeat(None) if cut is None else iter(cut[:, which].unbind(axis)[::order])
+    """`cut` column by column, as `_columns` goes; None where there is none, as far as that can be seen."""
+    if cut is None:
+        return repeat(None)
+    columns = cut[:, which].movedim(axis, 0)
+    if not readable(columns):
+        return iter(columns.unbind(0)[::order])
+    some = columns.flatten(1).any(1).tolist()
+    return iter([column if there else None for there, column in zip(some, columns.unbind(0), strict=True)][::order])
 
 
 def _columns(order: int, axis: int, *tensors: Tensor) -> zip[tuple[Tensor, ...]]:

@@ -15,7 +15,7 @@ from recur import kernel
 from recur.primitives.chunks import Documents, Rows, cut
 from recur.primitives.diagonal import LOG2_E, check_state, gate, linear_recurrence, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
-from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number
+from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number, readable
 
 CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
 TRANSFORM = 2**18  # numbers transformed at a time: what a cache holds
@@ -306,13 +306,18 @@ def _convolve(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
         product = torch.fft.rfft(left, n) * torch.fft.rfft(right, n)
         part = out[..., channels, :]
         part.copy_(torch.fft.irfft(product.sum_to_size(*part.shape[:-1], product.shape[-1]), n)[..., :T])
-        part.add_((beyond + past).sum_to_size(part.shape))
+        for lost in (beyond, past):
+            if lost is not None:
+                part.add_(lost.expand(*product.shape[:-1], T).sum_to_size(part.shape))
     return out
 
 
-def _in_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [... T] with 0 for what a transform cannot take, and 0 or, from the first such number on, NaN."""
-    good = x.abs() < torch.finfo(x.dtype).max ** 0.75
+def _in_range(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x [... T] with 0 for what a transform cannot take, and 0 or, from the first such number on, NaN; None if x is."""
+    limit = torch.finfo(x.dtype).max ** 0.75
+    if readable(x) and bool(x.abs().amax() < limit):
+        return x, None
+    good = x.abs() < limit
     return torch.where(good, x, 0), torch.where(good, 0, math.nan).to(x.dtype).cumsum(-1)
 
 

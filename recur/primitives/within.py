@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recur.primitives.chunks import Documents, Rows
 from recur.primitives.diagonal import gate
+from recur.shapes import all_finite
 
 
 class Within(NamedTuple):
@@ -54,6 +55,8 @@ def lower_product(lower: Tensor, x: Tensor) -> Tensor:
     A plain product spreads it upwards, because 0 times NaN is NaN. Here it is left out of the product and makes NaN of
     its column from its own row on.
     """
+    if all_finite(x):
+        return lower @ x
     zero = x.detach() * 0  # NaN where x is not finite
     return lower @ torch.where(zero == 0, x, 0) + zero.cumsum(-2)
 
