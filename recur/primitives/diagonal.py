@@ -12,6 +12,7 @@ from torch import Tensor
 
 from recur import kernel
 from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, first_state, right_to_left, unroll
+from recur.primitives.operators import batched_at, operator, remember
 from recur.shapes import accumulation_dtype, bind, check_given, check_number
 
 SIDE_BY_SIDE = 65_536  # numbers that one call should update: fewer waste the call and a second thread
@@ -33,8 +34,7 @@ def linear_recurrence(a: Tensor, x: Tensor, initial: Tensor | None = None) -> Te
     return _recurrence(a, x, initial, False)
 
 
-@torch.library.custom_op("recur::linear_recurrence", mutates_args=())
-def _recurrence(a: Tensor, x: Tensor, initial: Tensor | None, adjoint: bool) -> Tensor:
+def _run(a: Tensor, x: Tensor, initial: Tensor | None, adjoint: bool) -> Tensor:
     """The recurrence h, or its adjoint g_t = x_t + conj(a_{t+1}) g_{t+1}: each is the backward of the other.
 
     One operator, so that a compiler sees one node and not T of them.
@@ -42,14 +42,13 @@ def _recurrence(a: Tensor, x: Tensor, initial: Tensor | None, adjoint: bool) -> 
     return walk_left(a, x) if adjoint else walk_right(a, x, initial)
 
 
-@_recurrence.register_fake
-def _(a: Tensor, x: Tensor, initial: Tensor | None, adjoint: bool) -> Tensor:
+def _fake(a: Tensor, x: Tensor, initial: Tensor | None, adjoint: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
     a, _, initial, ctx.adjoint = inputs
-    ctx.save_for_backward(a, initial, output)
+    remember(ctx, a, initial, output)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
@@ -58,16 +57,39 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | 
     h, g = (other, out) if ctx.adjoint else (out, other)
     grad_a = grad_initial = None
     if ctx.needs_input_grad[0]:
-        product = torch.empty_like(h)  # g_t conj(h_{t-1}), built in place: a fresh tensor costs more than a pass
-        product[:, :1] = 0 if initial is None else initial[:, None].conj()
-        product[:, 1:] = h[:, :-1].conj()
-        grad_a = product.mul_(g).sum_to_size(a.shape)
+        grad_a = (_before(h, initial).conj() * g).sum_to_size(a.shape)
     if ctx.needs_input_grad[2]:
         grad_initial = (a[:, :1].conj() * g[:, :1]).sum(1)
     return grad_a, other, grad_initial, None
 
 
-_recurrence.register_autograd(_gradients, setup_context=_save)
+def _tangent(ctx: Any, da: Tensor | None, dx: Tensor | None, dinitial: Tensor | None, _: None) -> Tensor:
+    """dh_t = a_t dh_{t-1} + (da_t h_{t-1} + dx_t): the same recurrence."""
+    a, initial, out = ctx.saved_tensors
+    write = torch.zeros_like(out) if dx is None else dx
+    if da is not None and ctx.adjoint:
+        pushed = da.conj() * out
+        write = write + torch.cat([pushed[:, 1:], torch.zeros_like(pushed[:, :1])], 1)
+    elif da is not None:
+        write = write + da * _before(out, initial)
+    return _recurrence(a, write, dinitial, ctx.adjoint)
+
+
+def _before(h: Tensor, initial: Tensor | None) -> Tensor:
+    """h_{t-1} [B T *], `initial` or 0 before the first token."""
+    first = torch.zeros_like(h[:, :1]) if initial is None else initial[:, None]
+    return torch.cat([first, h[:, :-1]], 1)
+
+
+_recurrence = operator(
+    "recur::linear_recurrence",
+    _run,
+    fake=_fake,
+    save=_save,
+    backward=_gradients,
+    jvp=_tangent,
+    vmap=batched_at(2, 2, 1, None, out=2),
+)
 
 
 def walk_right(a: Tensor, x: Tensor, initial: Tensor | None, out: Tensor | None = None) -> Tensor:
