@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
@@ -63,16 +64,14 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | 
     return grad_a, other, grad_initial, None
 
 
-def _tangent(ctx: Any, da: Tensor | None, dx: Tensor | None, dinitial: Tensor | None, _: None) -> Tensor:
+def _tangent(ctx: Any, da: Tensor, dx: Tensor, dinitial: Tensor | None, _: None) -> Tensor:
     """dh_t = a_t dh_{t-1} + (da_t h_{t-1} + dx_t): the same recurrence."""
     a, initial, out = ctx.saved_tensors
-    write = torch.zeros_like(out) if dx is None else dx
-    if da is not None and ctx.adjoint:
-        pushed = da.conj() * out
-        write = write + torch.cat([pushed[:, 1:], torch.zeros_like(pushed[:, :1])], 1)
-    elif da is not None:
-        write = write + da * _before(out, initial)
-    return _recurrence(a, write, dinitial, ctx.adjoint)
+    if ctx.adjoint:
+        moved = F.pad((da.conj() * out)[:, 1:], (0, 0) * (out.ndim - 2) + (0, 1))
+    else:
+        moved = da * _before(out, initial)
+    return _recurrence(a, dx + moved, dinitial, ctx.adjoint)
 
 
 def _before(h: Tensor, initial: Tensor | None) -> Tensor:

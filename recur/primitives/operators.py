@@ -19,6 +19,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def add_to(x: Tensor, y: Tensor) -> Tensor:
+    """x + y for an x that nothing else reads: in its memory, unless under vmap, where only y may be batched."""
+    return x + y if transformed() else x.add_(y)
+
+
 def remember(ctx: Any, *tensors: Tensor | None) -> None:
     """Save tensors for the backward and for the jvp."""
     ctx.save_for_backward(*tensors)
