@@ -6,7 +6,7 @@ which `torch.func` and `torch.autograd.forward_ad` understand.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,3 +100,19 @@ def batch_axis(size: int, dim: int | None, x: Any, axis: int | None) -> Any:
     if dim is None:
         return x.unsqueeze(axis).expand(*x.shape[:axis], size, *x.shape[axis:])
     return x.movedim(dim, axis)
+
+
+def pullback(run: Callable[..., Any], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of the inputs, from those of the outputs."""
+    _, pull = torch.func.vjp(run, *inputs)
+    return pull(tuple(weights))
+
+
+def pushforward(run: Callable[..., Any], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tangents of the outputs, from those of the inputs: the transpose of the pullback, which is linear in the weights.
+
+    torch.func.jvp would open a level of forward mode in one that is open, which torch does not allow.
+    """
+    outputs, pull = torch.func.vjp(run, *inputs)
+    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(y) for y in outputs))
+    return push(tuple(tangents))[0]
