@@ -246,7 +246,7 @@ def _real_product(left: Tensor, right: Tensor) -> Tensor:
         left = left.real
     elif not left.is_complex():
         right = right.real
-    return _matmul(_numbers(left), _numbers(right.conj()).mT)
+    return _matmul(_numbers(left), _numbers(right.conj_physical()).mT)
 
 
 def _mix(x: Tensor, right: Tensor) -> Tensor:
