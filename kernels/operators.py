@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("recur", "FRAGMENT")
 
@@ -66,6 +67,8 @@ def differentiable(
     function: Any = type(name, (torch.autograd.Function,), ways)
 
     def call(*inputs: Any) -> Any:
+        if forward_ad._current_level >= 0:  # of a tangent that came after the form was chosen, with a gradient
+            raise NotImplementedError("form='triton' has no forward-mode derivatives; form='chunked' has them")
         if recorded(*inputs):
             return function.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():

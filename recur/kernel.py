@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from recur.primitives.forms import ScanOut
+from recur.primitives.operators import transformed
 
 OLDEST = (3, 4)  # the first Triton that compiles all kernels
 
@@ -31,7 +32,9 @@ def refusal(number: torch.dtype, device: torch.device, **sizes: int) -> str | No
     """Why form="triton" cannot compute a scan whose states are of these numbers and sizes, in words that name a form
     which can; None if it can."""
     wide = [f"{axis}={size}, more than {WIDEST}" for axis, size in sizes.items() if size > WIDEST]
-    lacks = ["float64"] * (number in WIDE) + wide
+    lacks = (
+        ["forward-mode derivatives and torch.func transforms"] * transformed() + ["float64"] * (number in WIDE) + wide
+    )
     if TRITON is None:
         lacks.append("a machine without Triton")
     elif TRITON < OLDEST:
@@ -55,8 +58,10 @@ def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, re
 
 
 def takes_step(rows: int, state: Tensor) -> bool:
-    """Whether one launch computes a step: on a GPU, nothing in float64 (the state would be), at most 1024 rows."""
-    return TRITON is not None and TRITON >= OLDEST and state.is_cuda and state.dtype not in WIDE and rows <= 1024
+    """Whether one launch computes a step: on a GPU, nothing in float64 (the state would be), at most 1024 rows, no
+    forward-mode derivative and no torch.func transform."""
+    covered = state.is_cuda and state.dtype not in WIDE and rows <= 1024 and not transformed()
+    return covered and TRITON is not None and TRITON >= OLDEST
 
 
 def step(

@@ -100,8 +100,11 @@ def check_given(function: str, **tensors: Tensor | None) -> None:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether there are values that may be looked at: on a CPU outside compilation, where that is cheap."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel() > 0
+    """Whether there are values that may be looked at, where that is cheap: on a CPU, in no graph and no transform."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
+        return False
+    traced = torch._C._len_torch_dispatch_stack() > 0
+    return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def all_finite(tensor: Tensor) -> bool:

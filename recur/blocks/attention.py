@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from recur.axes import RecipeError, Spec
 from recur.blocks.cache import empty, extend, fresh, row_of
 from recur.primitives.forms import document_of
+from recur.primitives.operators import transformed
 from recur.primitives.rotary import rotary_frequencies, rotate
 from recur.recipe import Axes, Flow, Part, Site, State
 from recur.shapes import accumulation_dtype, all_finite
@@ -158,7 +159,8 @@ class Attention(Part):
         """q [B T H K] over k, v [B L G *], through the mask [B T L] or causally if there is none."""
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k.to(q.dtype), v.to(q.dtype)))
         mask = None if mask is None else mask[:, None]
-        with nullcontext() if self.fused else sdpa_kernel(SDPBackend.MATH):
+        # fused attention has first derivatives in reverse mode alone
+        with nullcontext() if self.fused and not transformed() else sdpa_kernel(SDPBackend.MATH):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return y.transpose(1, 2)
 

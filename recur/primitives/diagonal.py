@@ -9,10 +9,12 @@ from itertools import repeat
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
 from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, first_state, right_to_left, unroll
+from recur.primitives.operators import batched_at, operator, remember
 from recur.shapes import accumulation_dtype, bind, check_given, check_number, readable
 
 SIDE_BY_SIDE = 65_536  # numbers that one call should update: fewer waste the call and a second thread
@@ -35,8 +37,7 @@ def linear_recurrence(a: Tensor, x: Tensor, initial: Tensor | None = None, start
     return _recurrence(a, x, initial, starts, False)
 
 
-@torch.library.custom_op("recur::linear_recurrence", mutates_args=())
-def _recurrence(a: Tensor, x: Tensor, initial: Tensor | None, starts: Tensor | None, adjoint: bool) -> Tensor:
+def _run(a: Tensor, x: Tensor, initial: Tensor | None, starts: Tensor | None, adjoint: bool) -> Tensor:
     """The recurrence h, or its adjoint g_t = x_t + conj(a_{t+1}) g_{t+1}: each is the backward of the other.
 
     One operator, so that a compiler sees one node and not T of them.
@@ -44,14 +45,13 @@ def _recurrence(a: Tensor, x: Tensor, initial: Tensor | None, starts: Tensor | N
     return walk_left(a, x, starts=starts) if adjoint else walk_right(a, x, initial, starts=starts)
 
 
-@_recurrence.register_fake
-def _(a: Tensor, x: Tensor, initial: Tensor | None, starts: Tensor | None, adjoint: bool) -> Tensor:
+def _fake(a: Tensor, x: Tensor, initial: Tensor | None, starts: Tensor | None, adjoint: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, bool], output: Tensor) -> None:
     a, _, initial, starts, ctx.adjoint = inputs
-    ctx.save_for_backward(a, initial, starts, output)
+    remember(ctx, a, initial, starts, output)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
@@ -60,20 +60,42 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | 
     h, g = (other, out) if ctx.adjoint else (out, other)
     grad_a = grad_initial = None
     if ctx.needs_input_grad[0]:
-        product = torch.empty_like(h)  # g_t conj(h_{t-1}), built in place: a fresh tensor costs more than a pass
-        product[:, :1] = 0 if initial is None else initial[:, None].conj()
-        product[:, 1:] = h[:, :-1].conj()
-        product.mul_(g)
-        if starts is not None:
-            product.masked_fill_(like_batch(starts, h[0]), 0)
-        grad_a = product.sum_to_size(a.shape)
+        grad_a = _within(starts, _before(h, initial).conj() * g).sum_to_size(a.shape)
     if ctx.needs_input_grad[2]:
-        first = a[:, :1].conj() * g[:, :1]
-        grad_initial = (first if starts is None else first.masked_fill(starts[0], 0)).sum(1)
+        grad_initial = _within(None if starts is None else starts[:1], a[:, :1].conj() * g[:, :1]).sum(1)
     return grad_a, other, grad_initial, None, None
 
 
-_recurrence.register_autograd(_gradients, setup_context=_save)
+def _tangent(ctx: Any, da: Tensor, dx: Tensor, dinitial: Tensor | None, *_: None) -> Tensor:
+    """dh_t = a_t dh_{t-1} + (da_t h_{t-1} + dx_t): the same recurrence."""
+    a, initial, starts, out = ctx.saved_tensors
+    if ctx.adjoint:
+        moved = F.pad(_within(starts, da.conj() * out)[:, 1:], (0, 0) * (out.ndim - 2) + (0, 1))
+    else:
+        moved = _within(starts, da * _before(out, initial))
+    return _recurrence(a, dx + moved, dinitial, starts, ctx.adjoint)
+
+
+def _within(starts: Tensor | None, links: Tensor) -> Tensor:
+    """What has to do with the gates of tokens [B T *]: nothing at `starts` [T]."""
+    return links if starts is None else links.masked_fill(like_batch(starts, links[0]), 0)
+
+
+def _before(h: Tensor, initial: Tensor | None) -> Tensor:
+    """h_{t-1} [B T *], `initial` or 0 before the first token."""
+    first = torch.zeros_like(h[:, :1]) if initial is None else initial[:, None]
+    return torch.cat([first, h[:, :-1]], 1)
+
+
+_recurrence = operator(
+    "recur::linear_recurrence",
+    _run,
+    fake=_fake,
+    save=_save,
+    backward=_gradients,
+    jvp=_tangent,
+    vmap=batched_at(2, 2, 1, None, None, out=2),
+)
 
 
 def walk_right(

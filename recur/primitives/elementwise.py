@@ -15,6 +15,7 @@ from torch import Tensor
 from recur import kernel
 from recur.primitives.diagonal import check_state
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
+from recur.primitives.operators import batched_at, operator, remember
 from recur.primitives.segments import segments, update
 from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given, readable
 
@@ -215,7 +216,7 @@ def _online(sizes: dict[str, Any], x: Tensor, rate: Tensor, k: Tensor, q: Tensor
     x, rate = _channels(x, sizes), _channels(rate, sizes)
     k, q = _slots(k, sizes), _slots(q, sizes)
     square = k.square()
-    eps = StepSize.apply(rate, square.sum(-2, keepdim=True))
+    eps = _step_size(rate, square.sum(-2, keepdim=True))
     return {"u": eps * x, "k": k, "q": q, "rate": rate, "square": square}
 
 
@@ -228,33 +229,42 @@ def _tokens(family: str, sizes: dict[str, Any], inputs: tuple[Tensor, ...], stat
     return _TOKENS[family](sizes, *(tensor.to(real) for tensor in inputs))
 
 
-class StepSize(torch.autograd.Function):
-    """rate and norm |k|² -> eps = rate / (1 + rate norm).
+# rate and norm |k|² -> eps = rate / (1 + rate norm). Its derivative by the rate, 1 / (1 + rate norm)², is not the
+# difference of two numbers that long keys make equal.
 
-    The derivative by the rate, 1 / (1 + rate norm)², is not the difference of two numbers that long keys make equal.
-    """
 
-    generate_vmap_rule = True
+def _run_size(rate: Tensor, norm: Tensor) -> Tensor:
+    return rate / (1 + rate * norm)
 
-    @staticmethod
-    def forward(rate: Tensor, norm: Tensor) -> Tensor:
-        return rate / (1 + rate * norm)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+def _fake_size(rate: Tensor, norm: Tensor) -> Tensor:
+    return rate.new_empty(torch.broadcast_shapes(rate.shape, norm.shape))
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        rate, norm = ctx.saved_tensors
-        slope = grad / (1 + rate * norm).square()
-        return slope.sum_to_size(rate.shape), -(slope * rate.square()).sum_to_size(norm.shape)
 
-    @staticmethod
-    def jvp(ctx: Any, rate_t: Tensor, norm_t: Tensor) -> Tensor:
-        rate, norm = ctx.saved_tensors
-        return (rate_t - rate.square() * norm_t) / (1 + rate * norm).square()
+def _save_size(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    remember(ctx, *inputs)
+
+
+def _gradients_size(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    rate, norm = ctx.saved_tensors
+    slope = grad / (1 + rate * norm).square()
+    return slope.sum_to_size(rate.shape), -(slope * rate.square()).sum_to_size(norm.shape)
+
+
+def _tangent_size(ctx: Any, drate: Tensor, dnorm: Tensor) -> Tensor:
+    rate, norm = ctx.saved_tensors
+    return (drate - rate.square() * dnorm) / (1 + rate * norm).square()
+
+
+_step_size = operator(
+    "recur::step_size",
+    _run_size,
+    fake=_fake_size,
+    save=_save_size,
+    backward=_gradients_size,
+    jvp=_tangent_size,
+    vmap=batched_at(0, 0, out=0),
+)
 
 
 def _delta(
@@ -266,7 +276,7 @@ def _delta(
     k, q = (_slots(tensor.to(real), sizes)[..., 0] for tensor in (k, q))
     norm = k.square().sum(-1).repeat_interleave(sizes["V"] // k.shape[2], dim=2)
     k, q = (tensor.expand(-1, -1, sizes["G"], -1) for tensor in (k, q))
-    return q, k, x[..., None], StepSize.apply(rate, norm)
+    return q, k, x[..., None], _step_size(rate, norm)
 
 
 # Forms

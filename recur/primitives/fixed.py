@@ -15,6 +15,7 @@ from recur import kernel
 from recur.primitives.chunks import Documents, Rows, cut
 from recur.primitives.diagonal import LOG2_E, check_state, gate, linear_recurrence, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
+from recur.primitives.operators import operator, remember
 from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number, readable
 
 CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
@@ -261,7 +262,7 @@ def _real_product(left: Tensor, right: Tensor) -> Tensor:
         left = left.real
     elif not left.is_complex():
         right = right.real
-    return _matmul(_numbers(left), _numbers(right.conj()).mT)
+    return _matmul(_numbers(left), _numbers(right.conj_physical()).mT)
 
 
 def _mix(x: Tensor, right: Tensor) -> Tensor:
@@ -288,8 +289,7 @@ def tap_conv(u: Tensor, tap: Tensor) -> Tensor:
     return _convolve(u.to(dtype).mT, tap.to(dtype).mT, u.mT.shape).mT.to(u.dtype)
 
 
-@torch.library.custom_op("recur::convolve", mutates_args=())
-def _convolve(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
+def _run(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
     """Causal convolution along the last axis, summed to `shape`: c_t = sum_s a_{t-s} b_s.
 
     With its own gradient, because autograd would take complex transforms of twice the work for those of real signals.
@@ -321,13 +321,13 @@ def _in_range(x: Tensor) -> tuple[Tensor, Tensor | None]:
     return torch.where(good, x, 0), torch.where(good, 0, math.nan).to(x.dtype).cumsum(-1)
 
 
-@_convolve.register_fake
-def _(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
+def _fake(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
     return a.new_empty(shape)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, list[int]], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+    a, b, ctx.shape = inputs
+    remember(ctx, a, b)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -340,7 +340,17 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
     return grad_a, grad_b, None
 
 
-_convolve.register_autograd(_gradients, setup_context=_save)
+def _tangent(ctx: Any, da: Tensor, db: Tensor, _: None) -> Tensor:
+    a, b = ctx.saved_tensors
+    return _convolve(da, b, ctx.shape) + _convolve(a, db, ctx.shape)
+
+
+def _vmap(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+    a, b = (x[None] if dim is None else x.movedim(dim, 0) for x, dim in zip(inputs[:2], in_dims, strict=False))
+    return call(a, b, [size, *inputs[2]]), 0
+
+
+_convolve = operator("recur::convolve", _run, fake=_fake, save=_save, backward=_gradients, jvp=_tangent, vmap=_vmap)
 
 
 def _fast_length(length: int) -> int:

@@ -7,7 +7,7 @@ token has length 1 at T. A family says how A_t is made; see GATES.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from recur.primitives.diagonal import (
     walk_right,
 )
 from recur.primitives.forms import ScanOut, document_of, state_count
+from recur.primitives.operators import batch_axis, batched_at, operator, pullback, pushforward, remember
 
 SEGMENT = 2**19  # numbers of A_t that are held at a time: what a cache holds
 
@@ -38,7 +39,8 @@ def segments(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, **t
 
     Time O(B T V N); memory for one segment, and for one state a segment, from which the backward computes it again.
     """
-    y, state, _ = _segments(family, initial, cu_seqlens, list(tokens.values()))
+    u, k, q, first, second, *third = tokens.values()
+    y, state, _ = _segments(family, initial, cu_seqlens, u, k, q, first, second, *(third or [None]))
     return ScanOut(y, state)
 
 
@@ -65,42 +67,6 @@ def _exponential_gradients(a: Tensor, grad: Tensor, spare: Tensor, delta: Tensor
     return [grad_delta, grad.mul_(delta).sum_to_size(A.shape)]
 
 
-class OnlineGate(torch.autograd.Function):
-    """rate [... 1 W] and square k_n² [... N 1] -> 1 - eps k_n², eps = rate / (1 + rate |k|²).
-
-    With its own derivatives, because those of the steps on the way cancel for long keys and leave rounding alone:
-    -k_n² / (1 + rate |k|²)² by the rate, -eps (1 - eps k_n²) by k_n² and eps² k_n² by the other squares.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(rate: Tensor, square: Tensor) -> Tensor:
-        return torch.addcmul(*closed_form(rate, square))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        rate, square = ctx.saved_tensors
-        kept, eps, others = closed_form(rate, square)
-        moved = square * grad
-        total = moved.sum(-2, keepdim=True)
-        grad_square = eps * (eps * (total - moved) - (kept + eps * others) * grad)
-        return (-kept.square() * total).sum_to_size(rate.shape), grad_square.sum_to_size(square.shape)
-
-    @staticmethod
-    def jvp(ctx: Any, rate_t: Tensor, square_t: Tensor) -> Tensor:
-        rate, square = ctx.saved_tensors
-        kept, eps, others = closed_form(rate, square)
-        elsewhere = square_t.sum(-2, keepdim=True) - square_t
-        moved = eps.square() * square * elsewhere - eps * (kept + eps * others) * square_t
-        return moved - kept.square() * square * rate_t
-
-
 def closed_form(rate: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """kept = 1 - eps |k|², eps, and |k|² - k_n², none by subtraction: the gate 1 - eps k_n² is kept + eps others."""
     kept = 1 / (1 + rate * square.sum(-2, keepdim=True))
@@ -109,12 +75,57 @@ def closed_form(rate: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return kept, rate * kept, before + after
 
 
+# rate [... 1 W] and k_n² [... N 1] -> 1 - eps k_n². With its own derivatives, because those of the steps on the way
+# cancel for long keys and leave rounding alone: -k_n² / (1 + rate |k|²)² by the rate, -eps (1 - eps k_n²) by k_n² and
+# eps² k_n² by the other squares.
+
+
+def _run_gate(rate: Tensor, square: Tensor) -> Tensor:
+    return torch.addcmul(*closed_form(rate, square))
+
+
+def _fake_gate(rate: Tensor, square: Tensor) -> Tensor:
+    return rate.new_empty(torch.broadcast_shapes(rate.shape, square.shape))
+
+
+def _save_gate(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    remember(ctx, *inputs)
+
+
+def _gradients_gate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    rate, square = ctx.saved_tensors
+    kept, eps, others = closed_form(rate, square)
+    moved = square * grad
+    total = moved.sum(-2, keepdim=True)
+    grad_square = eps * (eps * (total - moved) - (kept + eps * others) * grad)
+    return (-kept.square() * total).sum_to_size(rate.shape), grad_square.sum_to_size(square.shape)
+
+
+def _tangent_gate(ctx: Any, drate: Tensor, dsquare: Tensor) -> Tensor:
+    rate, square = ctx.saved_tensors
+    kept, eps, others = closed_form(rate, square)
+    elsewhere = dsquare.sum(-2, keepdim=True) - dsquare
+    moved = eps.square() * square * elsewhere - eps * (kept + eps * others) * dsquare
+    return moved - kept.square() * square * drate
+
+
+_online_gate = operator(
+    "recur::online_gate",
+    _run_gate,
+    fake=_fake_gate,
+    save=_save_gate,
+    backward=_gradients_gate,
+    jvp=_tangent_gate,
+    vmap=batched_at(0, 0, out=0),
+)
+
+
 def _online(rate: Tensor, square: Tensor, out: Tensor | None = None) -> Tensor:
-    return OnlineGate.apply(rate, square) if out is None else torch.addcmul(*closed_form(rate, square), out=out)
+    return _online_gate(rate, square) if out is None else torch.addcmul(*closed_form(rate, square), out=out)
 
 
 def _online_gradients(a: Tensor, grad: Tensor, spare: Tensor, rate: Tensor, square: Tensor) -> list[Tensor]:
-    """The backward of `OnlineGate`, in place."""
+    """Those of `_online_gate`, in place."""
     kept = 1 / (1 + rate * square.sum(-2, keepdim=True))
     eps, moved = rate * kept, torch.mul(square, grad, out=spare)
     total = moved.sum(-2, keepdim=True)
@@ -155,10 +166,15 @@ class _Borders(NamedTuple):
         return cls(starts, document.where(starts, none), document.where(ends, none))
 
 
+def _segment_length(u: Tensor, k: Tensor) -> int:
+    """Tokens of a segment: their gates together are about SEGMENT numbers, and they are at least 16."""
+    B, _, G, _, W = u.shape
+    return torch.sym_max(16, SEGMENT // torch.sym_max(1, B * G * k.shape[3] * W))
+
+
 def _pieces(u: Tensor, k: Tensor) -> list[slice]:
-    """Segments of tokens whose gates together are about SEGMENT numbers, at least 16 tokens each."""
-    B, T, G, _, W = u.shape
-    length = max(16, SEGMENT // max(1, B * G * k.shape[3] * W))
+    """The tokens of each segment."""
+    T, length = u.shape[1], _segment_length(u, k)
     return [slice(start, min(start + length, T)) for start in range(0, T, length)]
 
 
@@ -177,12 +193,22 @@ def _room(u: Tensor, k: Tensor, tensors: int) -> Tensor:
     return u.new_empty(tensors, B, _pieces(u, k)[0].stop, G, k.shape[3], W)
 
 
-@torch.library.custom_op("recur::elementwise_segments", mutates_args=())
-def _segments(
-    family: str, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: list[Tensor]
+# What the operators take: the family, initial, cu_seqlens, u, k, q and the makings of the gate
+
+
+def _run(
+    family: str,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    u: Tensor,
+    k: Tensor,
+    q: Tensor,
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Segment after segment: y [B T G 1 W], final states [B G N W], and the states between segments [n+1 B G N W]."""
-    u, k = tokens[:2]
+    tokens = _given(u, k, q, first, second, third)
     (B, T, G, _, W), N, pieces = u.shape, k.shape[3], _pieces(u, k)
     y, between = torch.empty_like(u), u.new_zeros(len(pieces) + 1, B, G, N, W)
     if cu_seqlens is None and initial is not None:
@@ -208,31 +234,41 @@ def _segments(
     return y, between[-1].clone() if cu_seqlens is None else final[:-1].clone(), between
 
 
-@_segments.register_fake
-def _(
-    family: str, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    u, k = tokens[:2]
-    (B, _, G, _, W), N = u.shape, k.shape[3]
-    rows = state_count(B, cu_seqlens)
-    return torch.empty_like(u), u.new_empty(rows, G, N, W), u.new_empty(len(_pieces(u, k)) + 1, B, G, N, W)
-
-
-@torch.library.custom_op("recur::elementwise_segments_backward", mutates_args=())
-def _segments_backward(
+def _fake(
     family: str,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    tokens: list[Tensor],
+    u: Tensor,
+    k: Tensor,
+    q: Tensor,
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T, G, _, W), N = u.shape, k.shape[3]
+    rows, pieces = state_count(B, cu_seqlens), -(-T // _segment_length(u, k))
+    return torch.empty_like(u), u.new_empty(rows, G, N, W), u.new_empty(pieces + 1, B, G, N, W)
+
+
+def _run_backward(
+    family: str,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    u: Tensor,
+    k: Tensor,
+    q: Tensor,
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None,
     between: Tensor,
     grad_y: Tensor,
     grad_state: Tensor,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of initial and tokens: from the last segment to the first, each computed again from its entering state.
 
     G_t = q_t dy_tᵀ + A_{t+1} * G_{t+1} is the gradient of S_t; everything else is a product with it.
     """
-    u, k = tokens[:2]
+    tokens = _given(u, k, q, first, second, third)
     T, pieces = u.shape[1], _pieces(u, k)
     gradients = [torch.zeros_like(tensor) for tensor in tokens]
     borders = starts = None
@@ -274,51 +310,167 @@ def _segments_backward(
         parts += GATES[family].gradients(gate, grad_gate, h, *rates)
         for gradient, part in zip(_cut(gradients, T, piece), parts, strict=True):
             gradient += part
-    if cu_seqlens is None:
-        return [carried, *gradients]
-    return [grad_own[:-1].clone(), *gradients]
+    if cu_seqlens is not None:
+        carried = grad_own[:-1].clone()
+    grad_u, grad_k, grad_q, *others = gradients
+    grad_first, grad_second, grad_third = others if third is not None else (*others, _nothing(u))
+    return carried, grad_u, grad_k, grad_q, grad_first, grad_second, grad_third
 
 
-@_segments_backward.register_fake
-def _(
+def _fake_backward(
     family: str,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    tokens: list[Tensor],
+    u: Tensor,
+    k: Tensor,
+    q: Tensor,
+    first: Tensor,
+    second: Tensor,
+    third: Tensor | None,
     between: Tensor,
     grad_y: Tensor,
     grad_state: Tensor,
-) -> list[Tensor]:
-    return [torch.empty_like(grad_state), *(torch.empty_like(tensor) for tensor in tokens)]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    carried, grad_u, grad_k, grad_q, grad_first, grad_second = map(
+        torch.empty_like, (grad_state, u, k, q, first, second)
+    )
+    grad_third = _nothing(u) if third is None else torch.empty_like(third)
+    return carried, grad_u, grad_k, grad_q, grad_first, grad_second, grad_third
 
 
-def _whole(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, tokens: list[Tensor]) -> ScanOut:
-    """The scan in one piece, out of differentiable operations: how second derivatives are taken."""
-    u, k, q, *rates = tokens
-    h, state = recurrence(GATES[family].value(*rates), k * u, initial, cu_seqlens)
-    return ScanOut((q * h).sum(-2, keepdim=True), state)
+def _given(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.family, initial, cu_seqlens, tokens = inputs
-    ctx.save_for_backward(initial, cu_seqlens, output[2], *tokens)
+def _nothing(u: Tensor) -> Tensor:
+    """The gradient of an argument that was not given; it has the axis G, into which calls are vmapped."""
+    return u.new_empty(0, 0, u.shape[2], 0, 0)
 
 
-def _gradients(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Any, ...]:
-    initial, cu_seqlens, between, *tokens = ctx.saved_tensors
+# Derivatives: first ones segment by segment; all others, and those in forward mode, from the scan in one piece
+
+
+def _whole(family: str, entered: bool, cu_seqlens: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The scan in one piece, out of differentiable operations: of initial if it is `entered`, u, k, q and the rates."""
+
+    def run(*given: Tensor) -> tuple[Tensor, Tensor]:
+        u, k, q, *rates = given[entered:]
+        h, state = recurrence(GATES[family].value(*rates), k * u, given[0] if entered else None, cu_seqlens)
+        return (q * h).sum(-2, keepdim=True), state
+
+    return run
+
+
+def _whole_backward(family: str, entered: bool, cu_seqlens: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
+    """Its gradients, of what it is given and of the gradients of y and of the state."""
+
+    def run(*given: Tensor) -> tuple[Tensor, ...]:
+        return pullback(_whole(family, entered, cu_seqlens), given[:-2], given[-2:])
+
+    return run
+
+
+def _placed(values: Iterable[Tensor], places: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """One value for each place that is not None, and None for the others."""
+    left = iter(values)
+    return [None if place is None else next(left) for place in places]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.family, initial, cu_seqlens, *tokens = inputs
+    ctx.mark_non_differentiable(output[2])
+    remember(ctx, cu_seqlens, output[2], initial, *tokens)
+
+
+def _gradients(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    cu_seqlens, between, initial, *tokens = ctx.saved_tensors
     with torch.autocast(grad_y.device.type, enabled=False):
-        if torch.is_grad_enabled():
-            sources = [tensor for tensor in (initial, *tokens) if tensor is not None and tensor.requires_grad]
-            outputs = _whole(ctx.family, initial, cu_seqlens, tokens)
-            found = iter(torch.autograd.grad(outputs, sources, (grad_y, grad_state), create_graph=True))
-            grad_initial, *gradients = [
-                next(found) if tensor is not None and tensor.requires_grad else None for tensor in (initial, *tokens)
-            ]
-        else:
-            grad_initial, *gradients = _segments_backward(
-                ctx.family, initial, cu_seqlens, tokens, between, grad_y, grad_state
-            )
-    return None, None if initial is None else grad_initial, None, gradients
+        found = _segments_backward(ctx.family, initial, cu_seqlens, *tokens, between, grad_y, grad_state)
+    grad_initial, *gradients = [
+        grad if x is not None else None for grad, x in zip(found, (initial, *tokens), strict=True)
+    ]
+    return None, grad_initial, None, *gradients
 
 
-_segments.register_autograd(_gradients, setup_context=_save)
+def _tangent(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    cu_seqlens, _, *given = ctx.saved_tensors
+    whole = _whole(ctx.family, given[0] is not None, cu_seqlens)
+    return *pushforward(whole, _given(*given), _given(tangents[1], *tangents[3:])), None
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.family, initial, cu_seqlens, *tokens, _, grad_y, grad_state = inputs
+    remember(ctx, cu_seqlens, initial, *tokens, grad_y, grad_state)
+    ctx.mark_non_differentiable(*(y for y, x in zip(output, (initial, *tokens), strict=True) if x is None))
+
+
+def _second_gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    cu_seqlens, *given = ctx.saved_tensors
+    steepness = _whole_backward(ctx.family, given[0] is not None, cu_seqlens)
+    weights = [grad for grad, x in zip(grads, given[:-2], strict=True) if x is not None]
+    grad_initial, *tokens, grad_y, grad_state = _placed(pullback(steepness, _given(*given), weights), given)
+    return None, grad_initial, None, *tokens, None, grad_y, grad_state
+
+
+def _second_tangent(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    cu_seqlens, *given = ctx.saved_tensors
+    steepness = _whole_backward(ctx.family, given[0] is not None, cu_seqlens)
+    moved = _given(tangents[1], *tangents[3:-3], *tangents[-2:])
+    return tuple(_placed(pushforward(steepness, _given(*given), moved), given[:-2]))
+
+
+# vmap: the groups of all calls lie side by side
+
+
+def _grouped(size: int, dim: int | None, x: Tensor | None, axis: int, groups: int) -> Tensor | None:
+    """x, whose groups lie along `axis`, with those of all calls there; one group for all becomes one for each."""
+    if x is None:
+        return None
+    x = batch_axis(size, dim, x, axis)
+    return x.expand(*x.shape[: axis + 1], groups, *x.shape[axis + 2 :]).flatten(axis, axis + 1)
+
+
+def _groups(x: Tensor | None, dim: int | None) -> int:
+    """G of a token [B T G ...] with a vmapped axis `dim`."""
+    return 0 if x is None else (x if dim is None else x.select(dim, 0)).shape[2]
+
+
+def _vmap(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+    family, initial, cu_seqlens, *tokens = inputs
+    G = _groups(tokens[0], in_dims[3])
+    entered, borders = _grouped(size, in_dims[1], initial, 1, G), batch_axis(size, in_dims[2], cu_seqlens, None)
+    moved = (_grouped(size, dim, x, 2, G) for dim, x in zip(in_dims[3:], tokens, strict=True))
+    y, state, between = call(family, entered, borders, *moved)
+    return (y.unflatten(2, (size, G)), state.unflatten(1, (size, G)), between.unflatten(2, (size, G))), (2, 1, 2)
+
+
+def _vmap_backward(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+    family, initial, cu_seqlens, *others, grad_state = inputs
+    groups = [_groups(x, dim) for x, dim in zip(others, in_dims[3:], strict=False)]
+    G = groups[0]
+    entered, borders = _grouped(size, in_dims[1], initial, 1, G), batch_axis(size, in_dims[2], cu_seqlens, None)
+    moved = (_grouped(size, dim, x, 2, G) for dim, x in zip(in_dims[3:], others, strict=False))
+    carried, *gradients = call(family, entered, borders, *moved, _grouped(size, in_dims[-1], grad_state, 1, G))
+    each = [gradient.unflatten(2, (size, G)) for gradient in gradients]
+    shared = [x.sum(3, keepdim=True) if one == 1 else x for x, one in zip(each, groups, strict=False)]
+    return (carried.unflatten(1, (size, G)), *shared), (1, *[2] * len(shared))
+
+
+_segments = operator(
+    "recur::elementwise_segments",
+    _run,
+    fake=_fake,
+    save=_save,
+    backward=_gradients,
+    jvp=_tangent,
+    vmap=_vmap,
+)
+_segments_backward = operator(
+    "recur::elementwise_segments_backward",
+    _run_backward,
+    fake=_fake_backward,
+    save=_save_backward,
+    backward=_second_gradients,
+    jvp=_second_tangent,
+    vmap=_vmap_backward,
+)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recur.primitives.chunks import Documents, Rows
 from recur.primitives.diagonal import gate
+from recur.primitives.operators import batched_at, operator, remember
 from recur.shapes import all_finite
 
 
@@ -45,8 +46,8 @@ def within(rows: tuple[Tensor, ...], key: Tensor, log_decay: Tensor | None) -> W
         return Within(tuple((row @ key.mT).tril() for row in rows), rows, key, torch.ones_like(key[..., 0, :1]))
     if log_decay.shape[-1] == key.shape[-1]:
         return _key_wise(rows, key, gate(log_decay))
-    since, until, *scores = _Scalar.apply(log_decay, key, *rows)
-    return Within(tuple(scores), tuple(row * since for row in rows), key * until, since[..., -1, :])
+    since, until, *scores = _scalar(log_decay, key, rows[0], rows[1] if len(rows) > 1 else None)
+    return Within(tuple(scores[: len(rows)]), tuple(row * since for row in rows), key * until, since[..., -1, :])
 
 
 def lower_product(lower: Tensor, x: Tensor) -> Tensor:
@@ -61,59 +62,121 @@ def lower_product(lower: Tensor, x: Tensor) -> Tensor:
     return lower @ torch.where(zero == 0, x, 0) + zero.cumsum(-2)
 
 
-class _Scalar(torch.autograd.Function):
-    """log_decay [... C 1], key [... C K], rows [... C K] -> Π_{r≤t} a_r, Π_{r>s} a_r [... C 1], scores [... C C].
-
-    The pairs of gates are not kept for backward but made again, and the products with them are those of the scores.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, log_decay: Tensor, key: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        pairs = _Products.apply(log_decay)
-        since, until = pairs[..., :1] * gate(log_decay[..., :1, :]), pairs[..., -1:, :].mT.contiguous()
-        scores = [(row @ key.mT * pairs).tril_() for row in rows]  # 0 times an overflow above the diagonal is NaN
-        ctx.save_for_backward(log_decay, key, since, until, *rows, *scores)
-        return since, until, *scores
-
-    @staticmethod
-    def backward(ctx: Any, grad_since: Tensor, grad_until: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        log_decay, key, since, until, *saved = ctx.saved_tensors
-        rows, scores = saved[: len(grads)], saved[len(grads) :]
-        pairs = _Products.apply(log_decay)
-        shape = (*torch.broadcast_shapes(key.shape[:-2], rows[0].shape[:-2]), *pairs.shape[-2:])
-        plain = [(grad * pairs).sum_to_size(shape) for grad in grads]
-        grad_rows = [(grad @ key).sum_to_size(row.shape) for row, grad in zip(rows, plain, strict=True)]
-        grad_key = reduce(torch.add, [grad.mT @ row for row, grad in zip(rows, plain, strict=True)])
-        grad_pairs = reduce(torch.add, [grad * score for score, grad in zip(scores, grads, strict=True)])
-        grad_log = _crossed(grad_pairs).sum_to_size(log_decay.shape) + (grad_since * since).flip(-2).cumsum(-2).flip(-2)
-        grad_log = grad_log + F.pad((grad_until * until)[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
-        return grad_log, grad_key.sum_to_size(key.shape), *grad_rows
+# One gate per token: Π_{r≤t} a_r and Π_{r>s} a_r [... C 1], and for each of rows [... C K] its scores [... C C]. The
+# pairs of gates are not kept for backward but made again, and the products with them are those of the scores.
 
 
-class _Products(torch.autograd.Function):
-    """log_decay [... C 1] -> Π_{s<r≤t} a_r at (t, s) of [... C C], 1 on the diagonal and 0 above it.
+def _run_scalar(
+    log_decay: Tensor, key: Tensor, row: Tensor, other: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _scalar_of(_run_products(log_decay), log_decay, key, row, other)
 
-    Blocks are joined two by two: below the diagonal of a pair stands what is left of the left block's tokens at the
-    border times what is left since the border in the right block.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, log_decay: Tensor) -> Tensor:
-        since, until = gate(log_decay), torch.ones_like(log_decay)
-        pairs = torch.diag_embed(until.squeeze(-1))
-        for m in (1 << level for level in range(log_decay.shape[-2].bit_length() - 1)):
-            left_since, right_since = since.unflatten(-2, (-1, 2, m)).unbind(-3)
-            left_until, right_until = until.unflatten(-2, (-1, 2, m)).unbind(-3)
-            crossings(pairs, m).copy_(right_since * left_until.mT)
-            since = torch.stack([left_since, right_since * left_since[..., -1:, :]], -3).flatten(-4, -2)
-            until = torch.stack([left_until * right_since[..., -1:, :], right_until], -3).flatten(-4, -2)
-        ctx.save_for_backward(pairs)
-        return pairs
+def _fake_scalar(log_decay: Tensor, key: Tensor, row: Tensor, other: Tensor | None) -> tuple[Tensor, ...]:
+    return _scalar_of(_fake_products(log_decay), log_decay, key, row, other)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (pairs,) = ctx.saved_tensors
-        return _crossed(grad * pairs)
+
+def _scalar_of(
+    pairs: Tensor, log_decay: Tensor, key: Tensor, row: Tensor, other: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    since, until = pairs[..., :1] * gate(log_decay[..., :1, :]), pairs[..., -1:, :].mT.contiguous()
+    scores = [(x @ key.mT * pairs).tril() for x in (row, other) if x is not None]  # an overflow times 0 is NaN
+    none = pairs.new_empty(*scores[0].shape[:-2], 0, 0)
+    return since, until, scores[0], none if other is None else scores[1]
+
+
+def _save_scalar(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    remember(ctx, *inputs, *output)
+
+
+def _gradients_scalar(ctx: Any, grad_since: Tensor, grad_until: Tensor, *given: Tensor) -> tuple[Tensor | None, ...]:
+    log_decay, key, row, other, since, until, *saved = ctx.saved_tensors
+    rows = [row] if other is None else [row, other]
+    scores, grads = saved[: len(rows)], given[: len(rows)]
+    pairs = _products(log_decay)
+    shape = (*torch.broadcast_shapes(key.shape[:-2], row.shape[:-2]), *pairs.shape[-2:])
+    plain = [(grad * pairs).sum_to_size(shape) for grad in grads]
+    grad_rows = [(grad @ key).sum_to_size(row.shape) for row, grad in zip(rows, plain, strict=True)]
+    grad_key = reduce(torch.add, [grad.mT @ row for row, grad in zip(rows, plain, strict=True)])
+    grad_pairs = reduce(torch.add, [grad * score for score, grad in zip(scores, grads, strict=True)])
+    grad_log = _crossed(grad_pairs).sum_to_size(log_decay.shape) + (grad_since * since).flip(-2).cumsum(-2).flip(-2)
+    grad_log = grad_log + F.pad((grad_until * until)[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
+    return grad_log, grad_key.sum_to_size(key.shape), grad_rows[0], None if other is None else grad_rows[1]
+
+
+def _tangent_scalar(ctx: Any, dlog: Tensor, dkey: Tensor, drow: Tensor, dother: Tensor | None) -> tuple[Tensor, ...]:
+    log_decay, key, row, other, since, until, scores, other_scores = ctx.saved_tensors
+    pairs, between = _products(log_decay), _spread(dlog)
+    later = F.pad(dlog[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+
+    def moved(row: Tensor, drow: Tensor, scores: Tensor) -> Tensor:
+        return (drow @ key.mT + row @ dkey.mT) * pairs + scores * between
+
+    further = torch.zeros_like(other_scores) if other is None else moved(other, dother, other_scores)
+    return since * dlog.cumsum(-2), until * later, moved(row, drow, scores), further
+
+
+_scalar = operator(
+    "recur::decayed_scores",
+    _run_scalar,
+    fake=_fake_scalar,
+    save=_save_scalar,
+    backward=_gradients_scalar,
+    jvp=_tangent_scalar,
+    vmap=batched_at(0, 0, 0, 0, out=0),
+)
+
+
+# log_decay [... C 1] -> Π_{s<r≤t} a_r at (t, s) of [... C C], 1 on the diagonal and 0 above it. Blocks are joined two
+# by two: below the diagonal of a pair stands what is left of the left block's tokens at the border times what is left
+# since the border in the right block.
+
+
+def _run_products(log_decay: Tensor) -> Tensor:
+    since, until = gate(log_decay), torch.ones_like(log_decay)
+    pairs = torch.diag_embed(until.squeeze(-1))
+    for m in (1 << level for level in range(log_decay.shape[-2].bit_length() - 1)):
+        left_since, right_since = since.unflatten(-2, (-1, 2, m)).unbind(-3)
+        left_until, right_until = until.unflatten(-2, (-1, 2, m)).unbind(-3)
+        crossings(pairs, m).copy_(right_since * left_until.mT)
+        since = torch.stack([left_since, right_since * left_since[..., -1:, :]], -3).flatten(-4, -2)
+        until = torch.stack([left_until * right_since[..., -1:, :], right_until], -3).flatten(-4, -2)
+    return pairs
+
+
+def _fake_products(log_decay: Tensor) -> Tensor:
+    return log_decay.new_empty(*log_decay.shape[:-1], log_decay.shape[-2])
+
+
+def _save_products(ctx: Any, inputs: tuple[Tensor], pairs: Tensor) -> None:
+    remember(ctx, pairs)
+
+
+def _gradients_products(ctx: Any, grad: Tensor) -> Tensor:
+    (pairs,) = ctx.saved_tensors
+    return _crossed(grad * pairs)
+
+
+def _tangent_products(ctx: Any, dlog: Tensor) -> Tensor:
+    (pairs,) = ctx.saved_tensors
+    return pairs * _spread(dlog)
+
+
+_products = operator(
+    "recur::decay_products",
+    _run_products,
+    fake=_fake_products,
+    save=_save_products,
+    backward=_gradients_products,
+    jvp=_tangent_products,
+    vmap=batched_at(0, out=0),
+)
+
+
+def _spread(logs: Tensor) -> Tensor:
+    """[... C 1] -> [... C C]: at (t, s) the sum over s < r <= t, without differences; the transpose of `_crossed`."""
+    square = logs.expand(*logs.shape[:-1], logs.shape[-2])
+    return square.new_ones(square.shape[-2:]).tril() @ square.tril(-1)
 
 
 def _crossed(pairs: Tensor) -> Tensor:
@@ -121,7 +184,7 @@ def _crossed(pairs: Tensor) -> Tensor:
 
     A sum of sums, without differences: where all of them are 0, as they are for a gate of 0, so is the sum.
     """
-    later = torch.ones_like(pairs[(0,) * (pairs.ndim - 2)]).triu()
+    later = pairs.new_ones(pairs.shape[-2:]).triu()
     return (later @ pairs).tril(-1).sum(-1, keepdim=True)
 
 

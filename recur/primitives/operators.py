@@ -1,0 +1,118 @@
+"""Operators of torch with all their derivatives: backward, forward mode, vmap, and in graphs that are compiled.
+
+In a graph an operator is one node, however many tokens it loops over. Called eagerly it is a `torch.autograd.Function`,
+which `torch.func` and `torch.autograd.forward_ad` understand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform is running, or a level of forward-mode differentiation is open."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def add_to(x: Tensor, y: Tensor) -> Tensor:
+    """x + y for an x that nothing else reads: in its memory, unless under vmap, where only y may be batched."""
+    return x + y if transformed() else x.add_(y)
+
+
+def remember(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for the backward and for the jvp."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def operator(
+    name: str,
+    run: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    save: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+    jvp: Callable[..., Any],
+    vmap: Callable[..., Any],
+) -> Callable[..., Any]:
+    """`run` as a function of its positional arguments with derivatives of any order, in graphs `torch.ops.<name>`.
+
+    Args:
+        run: takes and returns tensors; None and numbers, but no lists of tensors, are further arguments.
+        fake: empty outputs of the same arguments.
+        save: (ctx, inputs, output) saves by `remember` what the derivatives read.
+        backward: (ctx, *gradients of the outputs) -> gradients of the inputs.
+        jvp: (ctx, *tangents of the inputs) -> tangents of the outputs.
+        vmap: (call, size, in_dims, *inputs) -> outputs, out_dims: one call, the vmapped axis a further batch axis.
+
+    backward and jvp are made of differentiable operations, and out of place: under vmap any tensor may be batched.
+
+    Raises: NotImplementedError for a torch.func transform inside a compiled function.
+    """
+    node = torch.library.custom_op(name, run, mutates_args=())
+    node.register_fake(fake)
+    node.register_autograd(backward, setup_context=save)
+
+    def over_calls(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return vmap(call, info.batch_size, in_dims, *inputs)
+
+    # the node, because vmap as torch.autograd has it, which is not that of torch.func, falls back to a loop over nodes
+    rules = {"forward": node, "setup_context": save, "backward": backward, "jvp": jvp, "vmap": over_calls}
+    bases = (torch.autograd.Function,)
+    function: Any = type(name.partition("::")[2], bases, {rule: staticmethod(f) for rule, f in rules.items()})
+
+    def call(*inputs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return function.apply(*inputs) if torch.is_grad_enabled() or transformed() else node(*inputs)
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "a torch.func transform inside torch.compile needs form='recurrent'; outside it every torch form has it"
+            )
+        return node(*inputs)
+
+    return call
+
+
+def batched_at(*axes: int | None, out: int | tuple[int, ...]) -> Callable[..., Any]:
+    """A vmap rule for an operator whose tensors can have one more axis: where each input and each output has it.
+
+    None is for an input that cannot be vmapped.   Raises: NotImplementedError if that one is.
+    """
+
+    def rule(call: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        moved = [batch_axis(size, dim, x, axis) for dim, x, axis in zip(in_dims, inputs, axes, strict=True)]
+        return call(*moved), out
+
+    return rule
+
+
+def batch_axis(size: int, dim: int | None, x: Any, axis: int | None) -> Any:
+    """x with its vmapped axis `dim` at `axis`, expanded if it has none; as it is where `axis` is None."""
+    if axis is None or not isinstance(x, Tensor):
+        if dim is not None:
+            raise NotImplementedError("borders of documents must be the same for all that is vmapped, got a batch")
+        return x
+    if dim is None:
+        return x.unsqueeze(axis).expand(*x.shape[:axis], size, *x.shape[axis:])
+    return x.movedim(dim, axis)
+
+
+def pullback(run: Callable[..., Any], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of the inputs, from those of the outputs."""
+    _, pull = torch.func.vjp(run, *inputs)
+    return pull(tuple(weights))
+
+
+def pushforward(run: Callable[..., Any], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Tangents of the outputs, from those of the inputs: the transpose of the pullback, which is linear in the weights.
+
+    torch.func.jvp would open a level of forward mode in one that is open, which torch does not allow.
+    """
+    outputs, pull = torch.func.vjp(run, *inputs)
+    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(y) for y in outputs))
+    return push(tuple(tangents))[0]
