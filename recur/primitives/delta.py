@@ -90,8 +90,8 @@ def _run_inverse(lower: Tensor) -> Tensor:
     return inverse.squeeze(-3)
 
 
-def _save_inverse(ctx: Any, inputs: tuple[Tensor], inverse: Tensor) -> None:
-    remember(ctx, inverse)
+def _save_inverse(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    remember(ctx, output)
 
 
 def _gradients_inverse(ctx: Any, grad: Tensor) -> Tensor:
@@ -123,8 +123,8 @@ _unit_inverse = operator(
 #
 # decay [n ... K | 1 1], left and right [n ... C K], solve [n ... C C], write and more [n ... C V], opening [n ... K V],
 # start [... K V] is S_0, sealed [n] bool the chunks that hand on the opening alone. With order −1 the walk goes from
-# the last chunk to the first. That, with left and right exchanged and solve transposed, is the backward pass. Rows of e_j
-# that are not finite make NaN of later rows of u_j, never of earlier ones.
+# the last chunk to the first. That, with left and right exchanged and solve transposed, is the backward pass. Rows of
+# e_j that are not finite make NaN of later rows of u_j, never of earlier ones.
 
 
 def _run_walk(
