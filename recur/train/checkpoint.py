@@ -17,10 +17,10 @@ import math
 import os
 import re
 import shutil
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from recur.train.config import InputError
 
 MODEL, TRAINER, RECORD, CONFIG = "model.safetensors", "trainer.safetensors", "record.json", "config.json"
 VERSION = 2  # of the layout of a checkpoint; the first had no "version" and no Record.data
-STEP = re.compile(r"step-(\d{8,})")
+STEP = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 Say = Callable[[str], object]
 
 
@@ -50,16 +50,23 @@ class Record:
 
 
 def save(
-    out: Path, record: Record, weights: Mapping[str, Tensor], trainer: Mapping[str, Tensor], keep: int = 1
+    out: Path,
+    record: Record,
+    weights: Mapping[str, Tensor],
+    trainer: Mapping[str, Tensor],
+    keep: int = 1,
+    spare: Collection[Path] = (),
 ) -> Path:
     """Write the checkpoint of `record.step` into `out`; returns its folder.
 
-    Of the older ones the newest `keep - 1` stay, and the one with the lowest validation loss. Newer ones stay.
+    Of the older ones the newest `keep - 1` stay, the one with the lowest validation loss, and those in `spare`. Newer
+    ones stay. If the name is taken, by a damaged checkpoint or something else, that stays too: "-2" is appended.
 
     Raises: InputError if it cannot be written; the others are whole then.
     """
-    final = out / f"step-{record.step:08d}"
-    partial, replaced = out / f".{final.name}.partial", out / f".{final.name}.replaced"
+    name = f"step-{record.step:08d}"
+    final = next(path for i in count(1) if not (path := out / (name if i == 1 else f"{name}-{i}")).exists())
+    partial = out / f".{name}.partial"
     sweep(out)
     try:
         partial.mkdir(parents=True)
@@ -70,17 +77,14 @@ def save(
         (partial / RECORD).write_text(json.dumps(content), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             _flush(path)
-        if final.exists():  # damaged, or the run would have been resumed from it; or not a checkpoint of ours
-            kept = out / f"{final.name}.replaced-{time.time_ns()}"
-            os.replace(final, replaced if _is_checkpoint(final) else kept)
         os.replace(partial, final)
         _flush(out)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise InputError(f"cannot save step {record.step} in {out}: {reason.lower()}") from error
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise InputError(f"cannot save step {record.step} in {out}: {reason}") from error
     finally:
         sweep(out)
-    older = [path for path in checkpoints(out) if number(path) < record.step]
+    older = [path for path in checkpoints(out) if number(path) < record.step and path not in spare]
     best = lowest_loss([*older, final], record.curve)
     for path in older[: max(0, len(older) - keep + 1)]:
         if path != best:
@@ -90,12 +94,16 @@ def save(
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoint folders in `out`, oldest first."""
-    return sorted((path for path in out.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()), key=number)
+    found = {path: STEP.fullmatch(path.name) for path in out.glob("step-*") if path.is_dir()}
+    order = {path: (int(match[1]), int(match[2] or 1)) for path, match in found.items() if match}
+    return sorted(order, key=lambda path: order[path])
 
 
 def number(folder: Path) -> int:
     """The step of a checkpoint folder, by its name."""
-    return int(folder.name.removeprefix("step-"))
+    match = STEP.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1])
 
 
 def lowest_loss(folders: list[Path], curve: list[dict[str, Any]]) -> Path | None:
@@ -108,7 +116,7 @@ def lowest_loss(folders: list[Path], curve: list[dict[str, Any]]) -> Path | None
 
 def sweep(out: Path) -> None:
     """Remove what an interrupted `save` left behind."""
-    for path in (*out.glob(".step-*.partial"), *out.glob(".step-*.replaced")):
+    for path in out.glob(".step-*.partial"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -117,8 +125,7 @@ def read_record(out: Path, which: str = "newest", say: Say = warnings.warn) -> t
 
     Args:
         out:   the folder of a run, or of one checkpoint.
-        which: "newest"; "best", of the lowest validation loss; or a step. Damaged ones are passed over, unless it is a
-               step.
+        which: "newest"; "best", of the lowest validation loss; or a step.
         say:   called with a line that names what was passed over, and why.
 
     Raises: InputError if there is none, none is whole, or a newer version of recur wrote it.
@@ -152,10 +159,11 @@ def _in_order(found: list[Path], which: str, out: Path) -> list[Path]:
     if which == "best":
         losses = {path: _valid_loss(path) for path in found[::-1]}
         return sorted(losses, key=lambda path: losses[path])
-    steps = {str(number(path)): path for path in found if STEP.fullmatch(path.name)}
-    if found and which not in steps:
-        raise InputError(f"no checkpoint of step {which} in {out}; there are: {', '.join(steps)}")
-    return [steps[which]] if found else []
+    chosen = [path for path in found[::-1] if path == out or str(number(path)) == which]
+    if found and not chosen:
+        there = ", ".join(dict.fromkeys(str(number(path)) for path in found))
+        raise InputError(f"no checkpoint of step {which} in {out}; there are: {there}")
+    return chosen
 
 
 def _valid_loss(folder: Path) -> float:
@@ -317,11 +325,6 @@ def _digests(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
                 digest.update(block)
         found[name] = digest.hexdigest()
     return found | {RECORD: hashlib.sha256(json.dumps(record).encode()).hexdigest()}
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    """Whether a folder holds what `save` writes, or a part of it, and nothing else."""
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {MODEL, TRAINER, RECORD}
 
 
 def _flush(path: Path) -> None:

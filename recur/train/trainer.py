@@ -7,7 +7,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from recur.blocks.language_model import evaluating
 from recur.train import checkpoint
 from recur.train.config import InputError, Settings, known, path, plain, read_file, resolved
 from recur.train.digest import changes, differences, digests
+from recur.train.events import Events
 from recur.train.lock import Held, hold
 from recur.train.models import describe, parameters
 from recur.train.task import Task, part
@@ -46,6 +47,7 @@ class Training:
     data: dict[str, dict[str, str]]
     held: Held | None
     saved: Path | None = None  # the checkpoint that the run would go on from
+    spare: Collection[Path] = ()  # damaged checkpoints that were passed over
     stopped: bool = False
     signal: int | None = None  # set it, and the run is saved and stops after the step under way
     _pending: list[tuple[float, Tensor]] = field(default_factory=list)
@@ -85,6 +87,8 @@ def prepare(
     Raises: InputError if a choice cannot be met, or contradicts the run that is taken up; or if another process has
         locked `out`.
     """
+    if (out / checkpoint.RECORD).exists():
+        raise InputError(f"--out must be the folder of a run, got one of its checkpoints: {out}")
     first, notes = _is_first_process(), list[str]()
     folder, record, held = None, None, None
     with ExitStack() as undo:
@@ -123,6 +127,8 @@ def prepare(
             checkpoint.load_weights(folder, run.plain_model)
             checkpoint.load_trainer(folder, run.plain_model, optimizer.optimizer, accelerator.process_index)
             run.curve = record.curve
+            found = checkpoint.checkpoints(out)
+            run.spare = found[found.index(folder) + 1 :]
         if run.is_main:
             checkpoint.sweep(out)
             config = json.dumps({"task": task.name, **plain(settings, task)}, indent=1) + "\n"
@@ -159,17 +165,18 @@ def fit(run: Training, report: Report = lambda loss, speed: None) -> None:
     """
     if run.is_main and (run.held is None or not run.held.release.alive):
         run.held = hold(run.out)
-    writer = _tensorboard(run)
+    events = None
     try:
-        _train(run, report, writer)
+        events = Events(run.out / "tensorboard", run.step) if run.is_main else None
+        _train(run, report, events)
     finally:
-        if writer is not None:
-            writer.close()
+        if events is not None:
+            events.close()
         if run.held is not None:
             run.held.release()
 
 
-def _train(run: Training, report: Report, writer: Any) -> None:
+def _train(run: Training, report: Report, events: Events | None) -> None:
     settings, began = run.settings, time.perf_counter()
     look = 1 if run.accelerator.device.type == "cpu" else 10
     alone = run.accelerator.num_processes == 1
@@ -194,7 +201,8 @@ def _train(run: Training, report: Report, writer: Any) -> None:
                 run.curve[-1] |= _validated(run)
             if due or run.stopped:
                 save(run)
-            _write(writer, fresh, speed)
+            if events is not None:
+                events.add([*fresh[:-1], {**fresh[-1], "tokens_per_second": speed}])
             for point in fresh:
                 report(point["loss"], speed)
             started, tokens = time.perf_counter(), 0
@@ -261,7 +269,7 @@ def save(run: Training) -> None:
             data=run.data,
         )
         try:
-            run.saved = checkpoint.save(run.out, record, weights, trainer, run.settings.keep)
+            run.saved = checkpoint.save(run.out, record, weights, trainer, run.settings.keep, run.spare)
         except InputError as error:
             raise InputError(f"{error}; {_last_good(run)}") from error
     accelerator.wait_for_everyone()
@@ -492,7 +500,7 @@ def _check_same(
 def _recipe_changes(record: checkpoint.Record, task: Task, settings: Settings, place: Path) -> list[str]:
     """Where the recipes of a run, with this version's defaults, differ from those of `settings`."""
     before, now = describe(recorded_recipes(record, place)), describe(task.recipes(settings))
-    return list(differences(json.loads(json.dumps(before)), json.loads(json.dumps(now))))
+    return list(differences(json.loads(json.dumps(before)), json.loads(json.dumps(now)), "recipe"))
 
 
 def recorded_recipes(record: checkpoint.Record, place: Path) -> list[Recipe]:
@@ -532,24 +540,3 @@ def _initialise(model: nn.Module, place: Path, task: Task, settings: Settings, s
 def _few(items: list[str]) -> str:
     """The first three."""
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
-
-
-# ---------------------------------------------------------------------- TensorBoard
-
-
-def _tensorboard(run: Training) -> Any:
-    if not run.is_main:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(run.out / "tensorboard"), purge_step=run.step + 1 if run.curve else None)
-
-
-def _write(writer: Any, points: list[dict[str, Any]], speed: float) -> None:
-    if writer is None:
-        return
-    for point in points:
-        for name, value in point.items():
-            if name != "step":
-                writer.add_scalar(name, value, point["step"])
-    writer.add_scalar("tokens_per_second", speed, points[-1]["step"])
