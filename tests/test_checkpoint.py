@@ -268,6 +268,21 @@ def test_loss_that_is_not_finite_is_damage(tmp_path: Path) -> None:
         assert said == ["using step-00000003; step-00000004 is damaged: valid_loss is nan"]
 
 
+def test_a_checkpoint_under_the_name_of_another(tmp_path: Path) -> None:
+    (save(tmp_path, *trained(), step=3)).rename(tmp_path / "step-00000007")
+    with pytest.raises(InputError, match=r"step-00000007 is damaged: record\.json is of step 3"):
+        checkpoint.read_record(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"record": []}', '{"record": {}, "sha256": []}', "\udcff"])
+def test_a_record_of_another_kind(tmp_path: Path, content: str) -> None:
+    folder = save(tmp_path, *trained())
+    (folder / checkpoint.RECORD).write_text(content, errors="surrogateescape")
+    for which in ("newest", "best"):
+        with pytest.raises(InputError, match=r"is damaged: record\.json is not what this version of recur writes"):
+            checkpoint.read_record(tmp_path, which)
+
+
 def test_checkpoints_of_other_versions(tmp_path: Path) -> None:
     folder = save(tmp_path, *trained())
 

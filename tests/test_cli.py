@@ -255,7 +255,7 @@ def test_resuming_with_a_file_of_settings(
     assert main([*map(str, resume)]) == 0
     said = capsys.readouterr().err
     assert "recur: passing over the configuration of the run: " in said
-    assert "resuming" not in said
+    assert "resuming after" not in said
 
 
 def test_resuming_with_another_text(capsys: pytest.CaptureFixture[str], run_folder: Path, tmp_path: Path) -> None:

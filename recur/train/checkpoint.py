@@ -198,8 +198,10 @@ def _read(folder: Path) -> Record:
             )
         record = Record(**written)
         changed = [name for name, digest in _digests(folder, written).items() if digest != expected[name]]
+        renamed = STEP.fullmatch(folder.name) is not None and number(folder) != record.step
         last = record.curve[-1] if record.curve else {}
-        bad = [f"{name} is {last[name]}" for name in ("loss", "valid_loss") if not math.isfinite(last.get(name, 0.0))]
+        bad = [f"{RECORD} is of step {record.step}"] if renamed else []
+        bad += [f"{name} is {last[name]}" for name in ("loss", "valid_loss") if not math.isfinite(last.get(name, 0.0))]
     except OSError as error:
         raise _Damaged(f"cannot read {Path(str(error.filename)).name}") from error
     except (TypeError, KeyError, AttributeError) as error:

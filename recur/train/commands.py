@@ -190,12 +190,15 @@ def _saved_on_signals(run: Training) -> Iterator[None]:
     first.
     """
 
+    alone = run.accelerator.num_processes == 1
+    again = b"; Ctrl-C again stops at once" if alone else b""
+
     def stop(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and run.signal is not None and run.accelerator.num_processes == 1:
+        if number == signal.SIGINT and run.signal is not None and alone:
             raise KeyboardInterrupt
         run.signal = number
         if run.is_main:  # print may be what was interrupted
-            os.write(2, b"\nrecur: saving and stopping after this step; Ctrl-C again stops at once\n")
+            os.write(2, b"\nrecur: saving and stopping after this step" + again + b"\n")
 
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield

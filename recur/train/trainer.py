@@ -521,8 +521,8 @@ def _initialise(model: nn.Module, place: Path, task: Task, settings: Settings, s
         tensors, own = checkpoint.load_tensors(folder), task.record()
         theirs = record.task.get("tokenizer")
         if theirs is not None and "tokenizer" in own and theirs != own["tokenizer"]:
-            found = _few(list(differences(theirs, own["tokenizer"])))
-            raise InputError(f"--init: the weights in {place} were trained with another tokenizer: {found}")
+            how = _few(list(differences(theirs, own["tokenizer"])))
+            raise InputError(f"--init: the weights in {place} were trained with another tokenizer: {how}")
         if found := _recipe_changes(record, task, settings, place):
             say(f"the recipe is not the one of {place}: {_few(found)}")
     else:
