@@ -347,17 +347,21 @@ def _check_finite(run: Training) -> None:
 
     Cost: reads each of them once, on its device.
     """
-    state = run.optimizer.optimizer.state
-    tensors = {name: weight.detach() for name, weight in checkpoint.named(run.plain_model).items()}
+    tensors: dict[str, Tensor] = {}
     for name, weight in checkpoint.named(run.plain_model).items():
-        moments = state.get(weight, {}).items()
+        moments = run.optimizer.optimizer.state.get(weight, {}).items()
+        tensors[name] = weight.detach()
         tensors |= {f"{key} of {name}": moment for key, moment in moments if key != "step"}
     shards = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors.values()]
-    wrong = torch.stack([~shard.isfinite().all() for shard in shards])
-    if _summed(run, wrong.sum().float()) > 0:
-        names = [name for name, flag in zip(tensors, wrong.tolist(), strict=True) if flag] or [
-            "those of another process"
-        ]
+    # a sum is finite only if every number is; it is one pass, and overflows only where numbers are near to it
+    suspect = ~torch.stack([shard.sum().float() for shard in shards]).isfinite()
+    names = [
+        name
+        for name, shard, doubtful in zip(tensors, shards, suspect.tolist(), strict=True)
+        if doubtful and not shard.isfinite().all()
+    ]
+    if _summed(run, torch.tensor(float(len(names)), device=run.accelerator.device)) > 0:
+        names = names or ["of another process"]
         listed = names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
         problem = f"weights or moments are not finite after step {run.step} ({listed})"
         raise InputError(f"{problem}: try a smaller --lr; {_last_good(run)}")
