@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from recur.train import InputError, checkpoint
@@ -346,6 +347,13 @@ def test_prefixes_of_wrappers_are_left_out(tmp_path: Path) -> None:
     again = Tied()
     checkpoint.fill(again, {f"module._orig_mod.{name}": w for name, w in model.named_parameters()}, "no")
     assert torch.equal(again.head.weight, model.head.weight)
+    moments = checkpoint.trainer_tensors(model, optimizer)  # as earlier versions saved them
+    save_file(
+        {name.replace("|embed", "|_orig_mod.embed"): m for name, m in moments.items()}, tmp_path / "trainer.safetensors"
+    )
+    restored = torch.optim.AdamW(again.parameters())
+    checkpoint.load_trainer(tmp_path, again, restored, 0)
+    assert torch.equal(restored.state[again.head.weight]["exp_avg"], optimizer.state[model.head.weight]["exp_avg"])
 
 
 def test_what_does_not_fit_is_listed() -> None:

@@ -255,7 +255,7 @@ def load_trainer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
             restore(tensor)
         elif kind == "optimizer":
             key, weight = rest.split("|")
-            parameter = own[weight]
+            parameter = own[unwrapped(weight)]
             slot = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
             if key != "step":
                 slot = slot.to(parameter.device)
