@@ -397,7 +397,7 @@ def scan_forward(
     Args: q, k [B T G K] (k None: 1 − exp(log_decay), not with beta); v [B T H V], all of one dtype; log_decay
         [B|1 T|1 H K|1], or complex with a last axis of 2: states then have 2K rows, real parts before imaginary ones;
         beta [B T H]; bonus [H K] float32, not with complex gates; initial [B H K V] float32, or [n H K V] for the n
-        documents of cu_seqlens [n+1]; all contiguous. flip: from right to left; before: tokens are read before their
+        documents of cu_seqlens [n+1]. flip: from right to left; before: tokens are read before their
         own gate, as a bonus wants it; keep: for a derivative.
     Returns: y [B T H V]; state like initial; with `keep`, what is `prepared`.
     """
@@ -496,8 +496,7 @@ def _remember(ctx, inputs, output) -> None:
 def _gradients(ctx, dy: Tensor | None, dstate: Tensor | None, _):
     saved = ctx.saved_tensors  # once: hooks may unpack once only
     tensors, made = saved[:8], list(saved[8:])
-    dy = torch.zeros_like(tensors[2]) if dy is None else dy.contiguous()
-    dstate = None if dstate is None else dstate.contiguous()
+    dy = torch.zeros_like(tensors[2]) if dy is None else dy
     gradients = scan_backward(dy, dstate, *tensors, ctx.scale, ctx.flip, ctx.before, made)
     none = (None,) * 5
     return *(None if x is None else g for x, g in zip(tensors[:7], gradients, strict=True)), *none

@@ -277,11 +277,12 @@ def operators_keep_the_rules_of_torch() -> None:
 def what_it_lacks_is_named() -> None:
     from recur import scan
 
-    q, wide = torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 300)
+    q, wide, turned = torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 300), decays((1, 4, 1), "complex")
     for arguments, match in (
         ((q.double(), q, q), "float64; form='chunked' does"),
         ((wide, wide, q), "K=300"),
         ((q, q, wide), "V=300"),
+        ((wide[..., :150], wide[..., :150], q, turned), "K=150, for a complex state 300 rows, more than 256; form"),
     ):
         with pytest.raises(NotImplementedError, match=match):
             scan(*arguments, form="triton")
