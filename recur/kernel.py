@@ -25,7 +25,7 @@ def installed() -> tuple[int, ...] | None:
 
 TRITON = installed()
 WIDE = (torch.float64, torch.complex128)
-WIDEST = {"K": 256, "V": 256, "N": 256}  # rows and columns of a state that fit the registers of one program
+WIDEST = {"K": 512, "N": 256}  # rows of a state that fit the registers of one program; columns are cut up
 STEPPED = 2048  # rows of one that a step overwrites
 
 
