@@ -19,20 +19,19 @@ LIBRARY = torch.library.Library("recur", "FRAGMENT")
 
 def contiguous(x: Any) -> Any:
     """A tensor with its entries in the order of its axes, or a list of such; anything else as it is."""
-    if isinstance(x, list):
-        return [contiguous(item) for item in x]
-    return x.contiguous() if isinstance(x, Tensor) else x
+    if isinstance(x, Tensor):
+        return x if x.is_contiguous() else x.contiguous()
+    return [contiguous(item) for item in x] if isinstance(x, list) else x
 
 
 def readable(x: Any) -> Any:
     """A tensor, or a list of them, as kernels read one: contiguous, and beginning at a multiple of 16 bytes, for loads
-    of several numbers at once; anything else as it is. 0.2 us a tensor that is so already."""
-    if isinstance(x, list):
-        return [readable(item) for item in x]
-    if not isinstance(x, Tensor):
-        return x
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    of several numbers at once; anything else as it is. 0.3 us per tensor that is so already."""
+    if isinstance(x, Tensor):
+        if not x.is_contiguous():
+            return x.contiguous()
+        return x if x.data_ptr() % 16 == 0 else x.clone()
+    return [readable(item) for item in x] if isinstance(x, list) else x
 
 
 def operator(
