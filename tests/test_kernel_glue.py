@@ -1,0 +1,234 @@
+"""Kernels around the scans (norms, gates, short convolutions) against their formulas in float64, interpreted.
+
+Laws run in processes of their own: `TRITON_INTERPRET=1 python tests/test_kernel_glue.py LAW...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from interpreted import Laws, run_laws
+from test_kernel_walk import EXACT, compare, randn
+from torch import Tensor
+
+from recur import kernel
+from recur.primitives.conv import causal_conv, causal_convs
+from recur.primitives.gates import biased, lower_bounded_decay, output_gate, sigmoid_decay
+from recur.primitives.norms import normalise
+
+HALF = 4e-3  # gradients that come in are rounded as well
+
+LAWS = law = Laws()
+
+
+def agree(name: str, run: Callable[..., Any], *inputs: Tensor | None, half: bool = False) -> None:
+    """The kernel, in float32 or with `half` in float16, against the formula in float64."""
+    taken = []
+    inputs = tuple(x.half() if half and x is not None else x for x in inputs)
+
+    def by(form: str) -> Callable[..., tuple[Tensor, ...]]:
+        def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+            taken.append(kernel.fused(form, *tensors))
+            out = run(*tensors, form=form)
+            return out if isinstance(out, tuple) else (out,)
+
+        return call
+
+    compare(name, by("triton"), by("chunked"), list(inputs), HALF if half else EXACT)
+    assert taken == [True, False], name
+
+
+@law
+def norms_are_their_formulas() -> None:
+    sizes = (((2, 3, 2, 5), 1, 1), ((2, 3, 4, 6), 2, 1), ((1, 7, 12), 1, 3), ((5, 33), 1, 1), ((2, 9, 1), 1, 1))
+    for kind, (shape, axes, groups) in product(("rms", "layer", "l2", "unit"), sizes):
+        weight, bias = randn(*shape[-axes:]), randn(*shape[-axes:])
+
+        def run(x: Tensor, *affine: Tensor | None, form: str, kind=kind, axes=axes, groups=groups) -> Tensor:
+            weight, bias = (*affine, None, None)[:2]
+            return normalise(x, kind, axes=axes, groups=groups, eps=0.1, weight=weight, bias=bias, form=form)
+
+        if shape[-1] > 1 or kind != "layer":
+            agree(f"{kind} {shape}", run, randn(*shape), weight, bias)
+            agree(f"{kind} {shape}, no bias, float16", run, randn(*shape), weight, half=True)
+            agree(f"{kind} {shape}, nothing learned", run, randn(*shape))
+
+
+@law
+def norms_with_an_eps_per_row_are_their_formulas() -> None:
+    for shape in ((2, 3, 4, 1), (1, 3, 4, 1), (3, 4, 1), (1, 1, 1, 1)):
+        eps = torch.rand(shape) + 0.1
+        agree(f"{shape}", lambda x, w, form, eps=eps: normalise(x, eps=eps, weight=w, form=form), randn(2, 3, 4, 5), randn(5))
+
+
+@law
+def short_vectors_are_divided_by_eps() -> None:
+    x = torch.stack([torch.zeros(6), torch.full((6,), 0.01), torch.ones(6)])[None]
+    for kind in ("l2", "unit"):
+        agree(kind, lambda x, form, kind=kind: normalise(x, kind, eps=0.5, form=form), x)
+
+
+@law
+def a_row_that_is_not_a_number_leaves_others_alone() -> None:
+    x, z = randn(1, 9, 3, 5), randn(1, 9, 3, 5)
+    want = normalise(x, "layer", form="triton")
+    y = x.clone()
+    y[0, 4, 1, 2] = torch.nan
+    got = normalise(y, "layer", form="triton")
+    assert got[0, 4, 1].isnan().all()
+    got[0, 4, 1] = want[0, 4, 1]
+    assert torch.equal(got, want)
+    assert output_gate(y, z, form="triton").isnan().sum() == 1
+
+
+@law
+def gates_are_their_formulas() -> None:
+    for act in kernel.GATES:
+        agree(act, lambda y, z, form, act=act: output_gate(y, z, act=act, form=form), randn(2, 5, 7), 3 * randn(2, 5, 7))
+    agree("float16", lambda y, z, form: output_gate(y, z, form=form), randn(2, 5, 3, 7), randn(2, 5, 3, 7), half=True)
+    wide = randn(1, 3, 2, 600)
+    agree("several tiles", lambda y, z, form: output_gate(y, z, form=form), wide, randn(*wide.shape))
+
+
+@law
+def decays_are_their_formulas() -> None:
+    z = torch.tensor([-200.0, -30.0, -3.0, -1e-3, 0.0, 1e-3, 3.0, 8.0, 12.0, 17.0]).repeat(2, 3, 2, 1)
+    agree("log sigmoid", lambda z, form: sigmoid_decay(z, tau=16.0, form=form), z)
+    for act in ("sigmoid", "softplus"):
+        bias = randn(2, 10)
+        agree(act, lambda z, b, form, act=act: biased(act, z, b, form=form), z, bias)
+        agree(f"{act}, float16", lambda z, b, form, act=act: biased(act, z, b, form=form), z, bias, half=True)
+    for bound in (None, torch.tensor([[0.0, 1e-30, 0.1, 0.5, 0.99], [0.0, 0.3, 0.3, 0.999, 0.7]]).repeat(1, 2)):
+        agree(f"bounded {bound}", lambda z, *g, form: lower_bounded_decay(z, *(g or (None,)), form=form), z, *([] if bound is None else [bound]))
+
+
+@law
+def a_small_decay_keeps_its_digits() -> None:
+    z = torch.linspace(-40, 40, 81)[None, :, None]
+    wide, none = z.double(), torch.zeros(1)
+    for name, got, want in (
+        ("log sigmoid", sigmoid_decay(z, form="triton"), torch.nn.functional.logsigmoid(wide)),
+        ("softplus", biased("softplus", z, none, form="triton"), -torch.nn.functional.logsigmoid(-wide)),
+        ("bounded", lower_bounded_decay(z, none + 0.25, form="triton")[0], torch.log1p(-0.75 * torch.sigmoid(-wide))),
+    ):
+        assert ((got - want) / want).abs().max() < 5e-6, name
+
+
+@law
+def convolutions_are_their_formulas() -> None:
+    for W, T, act in product((1, 2, 4, 8), (1, 3, 17, 40), ("silu", "identity")):
+        x, weight, bias, state = randn(2, T, 5), randn(5, W), randn(5), randn(2, W - 1, 5)
+
+        def run(x: Tensor, w: Tensor, b: Tensor | None = None, s: Tensor | None = None, *, form: str, act=act) -> Any:
+            return causal_conv(x, w, b, initial_state=s, act=act, form=form)
+
+        if W > 1:
+            agree(f"W={W} T={T} {act}", run, x, weight, bias, state)
+        agree(f"W={W} T={T} {act}, fresh, float16", run, x, weight, half=True)
+
+
+@law
+def packed_convolutions_are_their_formulas() -> None:
+    for lengths, W in product(((0, 5, 0, 1, 20, 2), (28,), (1,) * 28, (0, 0, 28, 0)), (2, 4)):
+        cu, n = torch.tensor([0, *lengths]).cumsum(0), len(lengths)
+        x, weight, bias, state = randn(1, 28, 5), randn(5, W), randn(5), randn(n, W - 1, 5)
+
+        def run(x: Tensor, w: Tensor, b: Tensor, s: Tensor | None = None, *, form: str, cu=cu) -> Any:
+            return causal_conv(x, w, b, initial_state=s, cu_seqlens=cu, act="silu", form=form)
+
+        agree(f"{lengths} W={W}", run, x, weight, bias, state)
+        agree(f"{lengths} W={W}, fresh", run, x, weight, bias)
+
+
+@law
+def several_tensors_are_convolved_with_one_weight() -> None:
+    def run(a: Tensor, b: Tensor, c: Tensor, w: Tensor, s: Tensor, *, form: str) -> tuple[Tensor, ...]:
+        ys, state = causal_convs((a, b, c), w, initial_state=s, act="silu", form=form)
+        return (*ys, state)
+
+    agree("three", run, randn(2, 9, 3), randn(2, 9, 130), randn(2, 9, 1), randn(134, 4), randn(2, 3, 134))
+
+
+@law
+def any_stride_will_do() -> None:
+    """Slices of a projection, transposed and repeated tensors, and gradients that come in so, give the same bits."""
+    base = randn(2, 9, 20)
+    views = {
+        "slice": base[..., 3:11],
+        "transposed": randn(2, 8, 9).mT,
+        "every other": randn(2, 9, 16)[..., ::2],
+        "repeated": randn(1, 1, 8).expand(2, 9, 8),
+        "later tokens": randn(2, 12, 8)[:, 3:],
+    }
+    w, b, taps, state = randn(8), randn(8), randn(8, 4), randn(2, 8, 3).mT
+    for name, view in views.items():
+        for run in (
+            lambda x, form="triton": normalise(x, weight=w, form=form),
+            lambda x, form="triton": output_gate(x, x, form=form),
+            lambda x, form="triton": biased("softplus", x, b, form=form),
+            lambda x, form="triton": lower_bounded_decay(x, b.sigmoid(), form=form)[0],
+            lambda x, form="triton": causal_conv(x, taps, b, initial_state=state, form=form)[0],
+        ):
+            outs = []
+            for x in (view, view.contiguous()):
+                leaf = x.detach().requires_grad_()
+                y = run(leaf)
+                dy = torch.ones(y.shape[0], y.shape[2], y.shape[1]).cumsum(1).mT
+                outs.append([y, *torch.autograd.grad(y, leaf, dy if x is view else dy.contiguous())])
+            assert all(map(torch.equal, *outs)), name
+
+
+@law
+def second_order_is_refused() -> None:
+    x, w = randn(1, 3, 4).requires_grad_(), randn(4, 2)
+    for y in (
+        normalise(x, form="triton"),
+        output_gate(x, x, form="triton"),
+        sigmoid_decay(x, form="triton"),
+        lower_bounded_decay(x, None, form="triton")[0],
+        causal_conv(x, w, act="silu", form="triton").y,
+    ):
+        (dx,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="form='triton' has first derivatives only"):
+            dx.sum().backward()
+
+
+@law
+def operators_keep_the_promises_of_torch() -> None:
+    """Fakes, schemas, autograd registrations."""
+    from recur.kernels import conv, norm, pointwise  # noqa: F401, registers them
+
+    ops, cu = torch.ops.recur, torch.tensor([0, 4, 9])
+    x, z, w, g, taps, state = randn(1, 9, 6), randn(1, 9, 6), randn(6), torch.rand(6), randn(6, 4), randn(2, 3, 6)
+    leaves = [t.requires_grad_() for t in (x, z, w, g, taps, state)]
+    x, z, w, g, taps, state = leaves
+    shape = (0.1, 6, 6, "layer", "after", "silu")
+    calls = (
+        (ops.norm, (x, z, x, w, w, w, None, *shape)),
+        (ops.norm_backward, (z.detach(), x.detach(), z.detach(), None, w.detach(), None, None, None, *shape)),
+        (ops.activate, (z, w, "softplus", 0.5)),
+        (ops.activate_backward, (x.detach(), z.detach(), None, "sigmoid", 1.0)),
+        (ops.bounded, (z, g)),
+        (ops.bounded_backward, (x.detach(), x.detach(), z.detach(), g.detach())),
+        (ops.conv, (x, None, None, taps, w, state, cu, "silu")),
+        (ops.conv_backward, (x.detach(), x.new_zeros(0), x.new_zeros(0), None, z.detach(), None, None, taps.detach(), None, None, None, "silu")),
+    )  # fmt: skip
+    for operator, inputs in calls:
+        torch.library.opcheck(operator, inputs)
+
+
+SLOW = [name for name in LAWS if name.endswith("their_formulas")]
+QUICK = [name for name in LAWS if name not in SLOW]
+
+
+@pytest.mark.parametrize("names", [*([name] for name in SLOW), QUICK], ids=[*SLOW, "quick"])
+def test_laws(names: list[str]) -> None:
+    run_laws(__file__, names)
+
+
+if __name__ == "__main__":
+    LAWS.main()
