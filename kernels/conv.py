@@ -156,9 +156,7 @@ def _conv_backward(
         t = t0 + tl.arange(0, BLOCK_T)
         here = (t < tokens)[:, None] & in_c[None, :]
         document, start, stop = _documents(t, cu_ptr, T, documents, halvings)
-        dx, tiles, g = _gradients(
-            x, dy, initial, dstate_ptr, t, document, start, stop, here, cols, taps, bias, W, ACT
-        )
+        dx, tiles, g = _gradients(x, dy, initial, dstate_ptr, t, document, start, stop, here, cols, taps, bias, W, ACT)
         tl.store(dx_ptr + t.to(tl.int64)[:, None] * D + cols[None, :], dx, mask=here)
         g, more = tl.where(here, g, 0.0), ()
         db += g
@@ -186,10 +184,15 @@ def _conv_backward(
 # Launch
 
 
-def _tile(D: int, W: int, backward: bool) -> dict[str, int]:
-    """What a thread holds: 2 W - 1 tiles of tokens and W sums in the backward."""
-    BLOCK_T = (8 if W <= 4 else 4) if backward else 16
-    return {"BLOCK_T": BLOCK_T, "BLOCK_C": min(128, power_of_2(D)), "BLOCK_W": power_of_2(W - 1), "num_warps": 4}
+def _tile(x: Tensor, W: int, backward: bool) -> dict[str, int]:
+    """In the backward a thread holds 2 W - 1 tiles of tokens and W sums, so it has few entries of each."""
+    BLOCK_T = (8 if W <= 4 and x.element_size() == 2 else 4) if backward else 16
+    return {
+        "BLOCK_T": BLOCK_T,
+        "BLOCK_C": min(128, power_of_2(x.shape[2])),
+        "BLOCK_W": power_of_2(W - 1),
+        "num_warps": 8,
+    }
 
 
 def _sizes(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
@@ -219,7 +222,7 @@ def _conv(
     *ys, state = _fake_conv(x, x2, x3, weight, bias, initial, cu_seqlens, act)
     count, T, documents, halvings = _sizes(x, cu_seqlens)
     for i, first, piece in _pieces(x, x2, x3):
-        D, tile = piece.shape[2], _tile(piece.shape[2], W, False)
+        D, tile = piece.shape[2], _tile(piece, W, False)
         rows = tokens(piece, D)
         sizes = (count, T, D, first, C, rows.stride(0), documents, halvings)
         grid = (cdiv(count, tile["BLOCK_T"]), cdiv(D, tile["BLOCK_C"]))
@@ -252,12 +255,14 @@ def _conv_gradients(
     made = [None if t is None else out for t, out in zip(given, outs, strict=True)]
     count, T, documents, halvings = _sizes(x, cu_seqlens)
     dstate = None if dstate is None else dstate.contiguous()
-    tiles = cdiv(count, _tile(C, W, True)["BLOCK_T"])
-    per = cdiv(tiles, max(1, min(tiles, cdiv(8 * processors(x.device), cdiv(C, 128)))))  # few sums, not too few programs
+    tiles = cdiv(count, _tile(x, W, True)["BLOCK_T"])
+    per = cdiv(
+        tiles, max(1, min(tiles, cdiv(8 * processors(x.device), cdiv(C, 128))))
+    )  # few sums, not too few programs
     programs = cdiv(tiles, per)
     sums = x.new_empty((programs, C * W + C), dtype=torch.float32)
     for i, first, piece in _pieces(x, x2, x3):
-        D, tile = piece.shape[2], _tile(piece.shape[2], W, True)
+        D, tile = piece.shape[2], _tile(piece, W, True)
         rows, drows = tokens(piece, D), tokens((dy, dy2, dy3)[i], D)
         sizes = (count, T, D, first, C, rows.stride(0), drows.stride(0), documents, halvings, per * tile["BLOCK_T"])
         tensors = (drows, dstate, rows, weight, bias, initial, cu_seqlens, made[i], made[5], sums)

@@ -205,9 +205,7 @@ def _norm(
     eps_count = 1 if eps_of is None else eps_of.numel()
     grid = (cdiv(count, tile["BLOCK_R"]), cdiv(N, tile["BLOCK_N"]))
     tensors = (x, z, u, weight, bias, skip, eps_of, y)
-    _norm_forward[grid](
-        *tensors, count, *sizes, eps_count, eps, x_stride, z_stride, u_stride, kind, gate, act, **tile
-    )
+    _norm_forward[grid](*tensors, count, *sizes, eps_count, eps, x_stride, z_stride, u_stride, kind, gate, act, **tile)
     return y
 
 

@@ -114,9 +114,7 @@ def _activate_backward(
 
 
 @triton.jit(do_not_specialize=["count"])
-def _bounded_forward(
-    z_ptr, g_ptr, log_ptr, keep_ptr, count, D, z_stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _bounded_forward(z_ptr, g_ptr, log_ptr, keep_ptr, count, D, z_stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """log a of a = g + (1 - g) sigmoid(z), and 1 - a = (1 - g) sigmoid(-z)."""
     t, d, z_at, y_at = _place(tl.program_id(0), D, z_stride, BLOCK_T, BLOCK_D)
     here = (t < count)[:, None] & (d < D)[None, :]

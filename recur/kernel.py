@@ -178,7 +178,9 @@ def rows(x: Tensor, axes: int, groups: int, eps: float | Tensor) -> tuple[int, i
         each = eps.shape[: eps.ndim - axes]
         lead = x.shape[first - len(each) : first]
         constant = next((i for i, size in enumerate(each) if size != 1), len(each))
-        per_row = groups == 1 and 0 < len(each) <= first and each[constant:] == lead[constant:] and not eps.requires_grad
+        per_row = (
+            groups == 1 and 0 < len(each) <= first and each[constant:] == lead[constant:] and not eps.requires_grad
+        )
         if not per_row or eps.shape[eps.ndim - axes :].numel() != 1:
             return None
     return (x.shape[min(2, first) :].numel(), entries) if 0 < entries <= WIDEST else None
@@ -217,3 +219,10 @@ def conv(
     from recur.kernels.conv import conv
 
     return conv(xs, weight, bias, initial, cu_seqlens, act)
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """-log softmax at the target of every row [N V] in float32, 0 where that is negative; logits become its gradient."""
+    from recur.kernels.loss import cross_entropy
+
+    return cross_entropy(logits, target)

@@ -48,12 +48,12 @@ class Recorder:
 @contextmanager
 def recorded(sm: int) -> Iterator[list[Launch]]:
     """What is launched meanwhile, by doors that take CPU tensors for a GPU of this capability."""
-    from recur.kernels import chunk_scan, conv, diagonal, norm, pointwise, scan, step, turn, walk
+    from recur.kernels import chunk_scan, conv, diagonal, loss, norm, pointwise, scan, step, turn, walk
 
     assert not scan.INTERPRETED, "unset TRITON_INTERPRET: kernels are compiled here"
     log: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
-        for home in (chunk_scan, conv, diagonal, norm, pointwise, step, turn, walk):
+        for home in (chunk_scan, conv, diagonal, loss, norm, pointwise, step, turn, walk):
             for name, kernel in list(vars(home).items()):
                 if isinstance(kernel, triton.JITFunction):
                     patch.setattr(home, name, Recorder(kernel, log))
@@ -186,7 +186,11 @@ def around(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         taps, state = torch.randn(1024, W).to(dtype).requires_grad_(), torch.randn(2, W - 1, 1024).requires_grad_()
         tokens = (x.flatten(2).flatten(0, 1)[None] if packed else x.flatten(2),)
         yield f"conv {W} {packed}", doors.conv(tokens, taps, None, state, cu if packed else None, "silu")[0][0]
-        yield f"fresh conv {W} {packed}", doors.conv(tokens, taps, taps[:, 0], None, cu if packed else None, "silu")[0][0]
+        yield (
+            f"fresh conv {W} {packed}",
+            doors.conv(tokens, taps, taps[:, 0], None, cu if packed else None, "silu")[0][0],
+        )
+    yield "cross-entropy", doors.cross_entropy(x.detach().flatten(1), torch.tensor([3, -1])).requires_grad_()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -200,7 +204,6 @@ def test_kernels_around_the_scans_compile_and_do_not_spill(sm: int, dtype: torch
     assert len(log) > 40
     for name, launch in zip(names, log, strict=True):
         registers, spilled, shared = resources(compiled(launch, sm))
-        print(name, launch[0].fn.__name__, registers, spilled, shared)
         assert spilled == 0, f"{name}: {launch[0].fn.__name__} spills {spilled} bytes, {registers} registers"
         assert shared <= SHARED[sm]
 

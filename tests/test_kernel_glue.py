@@ -62,7 +62,12 @@ def norms_are_their_formulas() -> None:
 def norms_with_an_eps_per_row_are_their_formulas() -> None:
     for shape in ((2, 3, 4, 1), (1, 3, 4, 1), (3, 4, 1), (1, 1, 1, 1)):
         eps = torch.rand(shape) + 0.1
-        agree(f"{shape}", lambda x, w, form, eps=eps: normalise(x, eps=eps, weight=w, form=form), randn(2, 3, 4, 5), randn(5))
+        agree(
+            f"{shape}",
+            lambda x, w, form, eps=eps: normalise(x, eps=eps, weight=w, form=form),
+            randn(2, 3, 4, 5),
+            randn(5),
+        )
 
 
 @law
@@ -88,7 +93,9 @@ def a_row_that_is_not_a_number_leaves_others_alone() -> None:
 @law
 def gates_are_their_formulas() -> None:
     for act in kernel.GATES:
-        agree(act, lambda y, z, form, act=act: output_gate(y, z, act=act, form=form), randn(2, 5, 7), 3 * randn(2, 5, 7))
+        agree(
+            act, lambda y, z, form, act=act: output_gate(y, z, act=act, form=form), randn(2, 5, 7), 3 * randn(2, 5, 7)
+        )
     agree("float16", lambda y, z, form: output_gate(y, z, form=form), randn(2, 5, 3, 7), randn(2, 5, 3, 7), half=True)
     wide = randn(1, 3, 2, 600)
     agree("several tiles", lambda y, z, form: output_gate(y, z, form=form), wide, randn(*wide.shape))
@@ -103,7 +110,12 @@ def decays_are_their_formulas() -> None:
         agree(act, lambda z, b, form, act=act: biased(act, z, b, form=form), z, bias)
         agree(f"{act}, float16", lambda z, b, form, act=act: biased(act, z, b, form=form), z, bias, half=True)
     for bound in (None, torch.tensor([[0.0, 1e-30, 0.1, 0.5, 0.99], [0.0, 0.3, 0.3, 0.999, 0.7]]).repeat(1, 2)):
-        agree(f"bounded {bound}", lambda z, *g, form: lower_bounded_decay(z, *(g or (None,)), form=form), z, *([] if bound is None else [bound]))
+        agree(
+            f"bounded {bound}",
+            lambda z, *g, form: lower_bounded_decay(z, *(g or (None,)), form=form),
+            z,
+            *([] if bound is None else [bound]),
+        )
 
 
 @law
@@ -151,6 +163,24 @@ def several_tensors_are_convolved_with_one_weight() -> None:
         return (*ys, state)
 
     agree("three", run, randn(2, 9, 3), randn(2, 9, 130), randn(2, 9, 1), randn(134, 4), randn(2, 3, 134))
+
+
+@law
+def rows_of_logits_become_the_gradient_of_their_loss() -> None:
+    from recur.kernels import loss
+
+    loss.BLOCK = 16  # several blocks a row
+    for V, dtype in ((1, torch.float32), (5, torch.float32), (70, torch.float32), (70, torch.float16)):
+        logits, target = (5 * randn(9, V)).to(dtype), torch.randint(V, (9,))
+        target[3] = -1
+        logits[0, 1:] = -torch.inf
+        target[0] = 0
+        wide = logits.double().requires_grad_()
+        want = torch.nn.functional.cross_entropy(wide, target, reduction="none", ignore_index=-1)
+        got = kernel.cross_entropy(logits, target)
+        torch.testing.assert_close(got.double(), want.detach(), rtol=1e-5, atol=1e-5)
+        (gradient,) = torch.autograd.grad(want.sum(), wide)
+        torch.testing.assert_close(logits.double(), gradient, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-3)
 
 
 @law

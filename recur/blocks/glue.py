@@ -335,9 +335,12 @@ class Norm(Part):
             raise RecipeError(f"Norm: groups must divide the {math.prod(site.size(over))} entries, got {groups}")
         return {"rank": len(over), "groups": groups}
 
+    def eps_of(self, flow: Flow, weights: Any) -> float | Tensor:
+        """A number, or a tensor that broadcasts against what is normalised."""
+        return flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
+
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        eps = flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
-        scale, shift = getattr(weights, "weight", None), getattr(weights, "bias", None)
+        scale, shift, eps = getattr(weights, "weight", None), getattr(weights, "bias", None), self.eps_of(flow, weights)
         options: dict[str, Any] = {"axes": weights.rank, "groups": weights.groups, "eps": eps, "form": flow.form}
         y = normalise(flow[self.source], self.kind, weight=scale, bias=shift, **options)
         return flow.set(**{self.to or self.source: y}), None
