@@ -150,7 +150,7 @@ def _conv_backward(
     in_c, x, dy, initial = cols < D, (x_ptr, x_stride), (dy_ptr, dy_stride), (initial_ptr, first, C)
     taps, bias = _weights(weight_ptr, bias_ptr, first + cols, in_c, W)
     db, dtaps = tl.zeros((BLOCK_T, BLOCK_C), tl.float32), ()
-    for w in tl.static_range(W):
+    for w in tl.static_range(W):  # noqa: B007, `_` would be carried through the loop over tiles
         dtaps = dtaps + (tl.zeros((BLOCK_T, BLOCK_C), tl.float32),)
     for t0 in range(pid * length, tl.minimum(pid * length + length, tokens), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
@@ -174,9 +174,9 @@ def _conv_backward(
             begin, end = _borders(n, cu_ptr, T)
             begins, ends, owner = tl.zeros_like(j) + begin, tl.zeros_like(j) + end, tl.zeros_like(j) + n
             slots = begins - (W - 1) + j
-            before, seen, change = _gradients(
-                x, dy, initial, dstate_ptr, slots, owner, begins, ends, in_w, cols, taps, bias, W, ACT
-            )
+            before = _gradients(x, dy, initial, dstate_ptr, slots, owner, begins, ends, in_w, cols, taps, bias, W, ACT)[
+                0
+            ]
             at = (owner.to(tl.int64) * (W - 1) + j)[:, None] * C + first + cols[None, :]
             tl.store(dinitial_ptr + at, before, mask=in_w)
 
@@ -241,8 +241,8 @@ def _fake_conv(
 
 
 @operator("conv_backward", (
-    "(Tensor dy, Tensor dy2, Tensor dy3, Tensor? dstate, Tensor x, Tensor? x2, Tensor? x3, Tensor weight, Tensor? bias, "
-    "Tensor? initial, Tensor? cu_seqlens, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor dy, Tensor dy2, Tensor dy3, Tensor? dstate, Tensor x, Tensor? x2, Tensor? x3, Tensor weight, "
+    "Tensor? bias, Tensor? initial, Tensor? cu_seqlens, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 ))  # fmt: skip
 def _conv_gradients(
     dy: Tensor, dy2: Tensor, dy3: Tensor, dstate: Tensor | None, x: Tensor, x2: Tensor | None, x3: Tensor | None,
@@ -255,16 +255,17 @@ def _conv_gradients(
     made = [None if t is None else out for t, out in zip(given, outs, strict=True)]
     count, T, documents, halvings = _sizes(x, cu_seqlens)
     dstate = None if dstate is None else dstate.contiguous()
-    tiles = cdiv(count, _tile(x, W, True)["BLOCK_T"])
+    step = _tile(x, W, True)["BLOCK_T"]
+    tiles = cdiv(count, step)
     per = cdiv(
         tiles, max(1, min(tiles, cdiv(8 * processors(x.device), cdiv(C, 128))))
     )  # few sums, not too few programs
     programs = cdiv(tiles, per)
     sums = x.new_empty((programs, C * W + C), dtype=torch.float32)
     for i, first, piece in _pieces(x, x2, x3):
-        D, tile = piece.shape[2], _tile(piece, W, True)
+        D, tile = piece.shape[2], _tile(piece, W, True) | {"BLOCK_T": step}
         rows, drows = tokens(piece, D), tokens((dy, dy2, dy3)[i], D)
-        sizes = (count, T, D, first, C, rows.stride(0), drows.stride(0), documents, halvings, per * tile["BLOCK_T"])
+        sizes = (count, T, D, first, C, rows.stride(0), drows.stride(0), documents, halvings, per * step)
         tensors = (drows, dstate, rows, weight, bias, initial, cu_seqlens, made[i], made[5], sums)
         _conv_backward[(programs, cdiv(D, tile["BLOCK_C"]))](*tensors, *sizes, W, act, **tile)
     for out, total in ((made[3], sums[:, : C * W]), (made[4], sums[:, C * W :])):

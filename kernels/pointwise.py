@@ -2,9 +2,10 @@
 
     activate   z, b          -> scale f(z + b)           f: sigmoid, softplus or log sigmoid; b one per channel
     bounded    z, g          -> log a, 1 - a             a = g + (1 - g) sigmoid(z), the forget gate above a bound
+    weigh      u, w          -> w u                      w one per head, u [H P]
 
-Arithmetic is float32, and so is what is returned but 1 - a, which has the dtype of z. The backward reads z again and
-keeps nothing else; gradients of b and g are summed per program, in a fixed order, then over programs.
+Arithmetic is float32, and so is what is returned but 1 - a and w u, of the dtype of z and u. The backward reads its
+inputs again and keeps nothing else; gradients of b and g are summed per program, in a fixed order, then over programs.
 """
 
 # Jitted functions take no annotations but constexpr.
@@ -169,6 +170,32 @@ def _column_sums(x_ptr, out_ptr, rows, D, stride, BLOCK_R: tl.constexpr, BLOCK_D
     tl.store(out_ptr + d, tl.sum(total, 0), mask=d < D)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _weigh_forward(u_ptr, w_ptr, y_ptr, rows, H, P, u_stride, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
+    """y = w u; a row is a head of a token."""
+    i, p = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
+    here = (i < rows)[:, None] & (p < P)[None, :]
+    u_at = (i // H).to(tl.int64)[:, None] * u_stride + (i % H)[:, None] * P + p[None, :]
+    w = tl.load(w_ptr + i, mask=i < rows, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + u_at, mask=here, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i.to(tl.int64)[:, None] * P + p[None, :], w[:, None] * u, mask=here)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _weigh_backward(
+    dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, rows, H, P, dy_stride, u_stride,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    i, p = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
+    here = (i < rows)[:, None] & (p < P)[None, :]
+    token, m = (i // H).to(tl.int64)[:, None], (i % H)[:, None] * P + p[None, :]
+    w = tl.load(w_ptr + i, mask=i < rows, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + token * u_stride + m, mask=here, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + token * dy_stride + m, mask=here, other=0.0).to(tl.float32)
+    tl.store(du_ptr + i.to(tl.int64)[:, None] * P + p[None, :], w[:, None] * dy, mask=here)
+    tl.store(dw_ptr + i, tl.sum(dy * u, 1), mask=i < rows)
+
+
 # Launch
 
 
@@ -299,6 +326,59 @@ def _bounded_backwards(ctx: Any, dlog: Tensor, dkeep: Tensor) -> tuple[Tensor | 
 
 differentiable("bounded", _bounded_backwards, _save_bounded)
 differentiable("bounded_backward")
+
+
+def _heads(u: Tensor, w: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Heads of a token, their channels, and a tile of a few heads."""
+    H = w.shape[2:].numel()
+    P = u.shape[2:].numel() // H
+    BLOCK_P = power_of_2(P)
+    return H, P, {"BLOCK_R": max(1, 1024 // BLOCK_P), "BLOCK_P": BLOCK_P, "num_warps": 4}
+
+
+@operator("weigh")
+def _weigh(u: Tensor, w: Tensor) -> Tensor:
+    H, P, tile = _heads(u, w)
+    rows, y = tokens(u, H * P), like(u, u)
+    grid = (cdiv(w.numel(), tile["BLOCK_R"]),)
+    _weigh_forward[grid](rows, w.contiguous(), y, w.numel(), H, P, rows.stride(0), **tile)
+    return y
+
+
+@fake("weigh")
+def _fake_weigh(u: Tensor, w: Tensor) -> Tensor:
+    return like(u, u)
+
+
+@operator("weigh_backward")
+def _weigh_gradients(dy: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    H, P, tile = _heads(u, w)
+    drows, rows, (du, dw) = tokens(dy, H * P), tokens(u, H * P), _fake_weigh_gradients(dy, u, w)
+    grid, strides = (cdiv(w.numel(), tile["BLOCK_R"]),), (drows.stride(0), rows.stride(0))
+    _weigh_backward[grid](drows, rows, w.contiguous(), du, dw, w.numel(), H, P, *strides, **tile)
+    return du, dw
+
+
+@fake("weigh_backward")
+def _fake_weigh_gradients(dy: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return like(u, u), like(w, w)
+
+
+def _save_weigh(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _weigh_backwards(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return _weigh_gradients(dy, *ctx.saved_tensors)  # type: ignore[no-any-return]
+
+
+differentiable("weigh", _weigh_backwards, _save_weigh)
+differentiable("weigh_backward")
+
+
+def weigh(u: Tensor, w: Tensor) -> Tensor:
+    """w u in the dtype of u; u [B T H P], w [B T H]."""
+    return _weigh(u, w)  # type: ignore[no-any-return]
 
 
 def activate(z: Tensor, bias: Tensor | None, fn: str, scale: float = 1.0) -> Tensor:

@@ -222,7 +222,22 @@ def conv(
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """-log softmax at the target of every row [N V] in float32, 0 where that is negative; logits become its gradient."""
+    """-log softmax at the target of every row [N V], float32, 0 where that is negative; logits become its gradient."""
     from recur.kernels.loss import cross_entropy
 
     return cross_entropy(logits, target)
+
+
+def rotate(x: Tensor, position: Tensor, frequencies: Tensor, halves: bool) -> Tensor:
+    """x [B T H K] turned by position [B|1 T] times float64 frequencies [K/2]; pairs are halves, or neighbours."""
+    from recur.kernels.rotary import rotate
+
+    y: Tensor = rotate(x, position, frequencies.double(), halves, False)
+    return y
+
+
+def weigh(u: Tensor, w: Tensor) -> Tensor:
+    """w u in the dtype of u; u [B T H P], w [B T H]."""
+    from recur.kernels.pointwise import weigh
+
+    return weigh(u, w)

@@ -48,12 +48,12 @@ class Recorder:
 @contextmanager
 def recorded(sm: int) -> Iterator[list[Launch]]:
     """What is launched meanwhile, by doors that take CPU tensors for a GPU of this capability."""
-    from recur.kernels import chunk_scan, conv, diagonal, loss, norm, pointwise, scan, step, turn, walk
+    from recur.kernels import chunk_scan, conv, diagonal, loss, norm, pointwise, rotary, scan, step, turn, walk
 
     assert not scan.INTERPRETED, "unset TRITON_INTERPRET: kernels are compiled here"
     log: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
-        for home in (chunk_scan, conv, diagonal, loss, norm, pointwise, step, turn, walk):
+        for home in (chunk_scan, conv, diagonal, loss, norm, pointwise, rotary, step, turn, walk):
             for name, kernel in list(vars(home).items()):
                 if isinstance(kernel, triton.JITFunction):
                     patch.setattr(home, name, Recorder(kernel, log))
@@ -76,7 +76,7 @@ def compiled(launch: Launch, capability: int) -> Any:
     """The launch, compiled as it would be on a GPU of this capability."""
     kernel, args, kwargs = launch
     types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-    types[torch.int64] = "*i64"
+    types |= {torch.int64: "*i64", torch.float64: "*fp64"}
     values = dict(zip(kernel.arg_names, args, strict=False))
     options = {"num_warps": 4, **{name: kwargs[name] for name in ("num_warps", "maxnreg") if name in kwargs}}
     values.update({name: value for name, value in kwargs.items() if name in kernel.arg_names})
@@ -182,6 +182,7 @@ def around(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     for fn in ("softplus", "sigmoid", "log_sigmoid"):
         yield fn, doors.activate(z.flatten(2), None if fn == "log_sigmoid" else torch.randn(1024).requires_grad_(), fn)
     yield "bounded", sum(x.float() for x in doors.bounded(z, torch.rand(4, 256).requires_grad_()))
+    yield "weigh", doors.weigh(z.unflatten(-1, (4, 64)), torch.rand(2, 64, 4, 4).requires_grad_())
     for W, packed in ((4, False), (4, True), (8, False)):
         taps, state = torch.randn(1024, W).to(dtype).requires_grad_(), torch.randn(2, W - 1, 1024).requires_grad_()
         tokens = (x.flatten(2).flatten(0, 1)[None] if packed else x.flatten(2),)
@@ -190,6 +191,8 @@ def around(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
             f"fresh conv {W} {packed}",
             doors.conv(tokens, taps, taps[:, 0], None, cu if packed else None, "silu")[0][0],
         )
+    for halves in (True, False):
+        yield "rotation", doors.rotate(x, torch.arange(64)[None], torch.rand(128).double(), halves)
     yield "cross-entropy", doors.cross_entropy(x.detach().flatten(1), torch.tensor([3, -1])).requires_grad_()
 
 

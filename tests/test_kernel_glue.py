@@ -17,8 +17,9 @@ from torch import Tensor
 
 from recur import kernel
 from recur.primitives.conv import causal_conv, causal_convs
-from recur.primitives.gates import biased, lower_bounded_decay, output_gate, sigmoid_decay
+from recur.primitives.gates import biased, lower_bounded_decay, output_gate, sigmoid_decay, weigh
 from recur.primitives.norms import normalise
+from recur.primitives.rotary import rotary_frequencies, rotate
 
 HALF = 4e-3  # gradients that come in are rounded as well
 
@@ -119,6 +120,13 @@ def decays_are_their_formulas() -> None:
 
 
 @law
+def weights_of_heads_are_their_formulas() -> None:
+    for H, P in ((1, 1), (3, 5), (2, 64)):
+        agree(f"H={H} P={P}", lambda u, w, form: weigh(u, w, form=form), randn(2, 5, H, P), randn(2, 5, H))
+    agree("float16", lambda u, w, form: weigh(u, w, form=form), randn(2, 5, 3, 4), randn(2, 5, 3), half=True)
+
+
+@law
 def a_small_decay_keeps_its_digits() -> None:
     z = torch.linspace(-40, 40, 81)[None, :, None]
     wide, none = z.double(), torch.zeros(1)
@@ -184,6 +192,31 @@ def rows_of_logits_become_the_gradient_of_their_loss() -> None:
 
 
 @law
+def rotations_are_their_formulas() -> None:
+    for layout, K, rows in (("half", 2, 1), ("half", 12, 2), ("interleaved", 16, 2), ("interleaved", 6, 1)):
+        position = torch.randint(0, 100_000, (rows, 9))
+
+        def run(x: Tensor, form: str, layout=layout, K=K, position=position) -> Tensor:
+            return rotate(x, position, rotary_frequencies(K), layout=layout, form=form)
+
+        agree(f"{layout} {K}", lambda x, form: run(x, form=form), randn(2, 9, 3, K), half=True)
+        x = randn(2, 9, 3, K)  # the angles of float32, which the formula rounds as well
+        torch.testing.assert_close(run(x, "triton"), run(x, "chunked"), rtol=1e-5, atol=2e-6)
+
+
+@law
+def a_rotation_has_second_derivatives() -> None:
+    x = randn(1, 5, 2, 4).requires_grad_()
+    position, frequencies = torch.arange(5)[None], rotary_frequencies(4)
+    y = rotate(x, position, frequencies, form="triton")
+    (dx,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(dx.square().sum(), x)
+    z = rotate(x, position, frequencies, form="chunked")
+    (dx,) = torch.autograd.grad((z**3).sum(), x, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(dx.square().sum(), x)[0], rtol=1e-4, atol=1e-4)
+
+
+@law
 def any_stride_will_do() -> None:
     """Slices of a projection, transposed and repeated tensors, and gradients that come in so, give the same bits."""
     base = randn(2, 9, 20)
@@ -221,6 +254,7 @@ def second_order_is_refused() -> None:
         sigmoid_decay(x, form="triton"),
         lower_bounded_decay(x, None, form="triton")[0],
         causal_conv(x, w, act="silu", form="triton").y,
+        weigh(x[..., None], x, form="triton"),
     ):
         (dx,) = torch.autograd.grad((y * y).sum(), x, create_graph=True)
         with pytest.raises(NotImplementedError, match="form='triton' has first derivatives only"):
@@ -230,22 +264,25 @@ def second_order_is_refused() -> None:
 @law
 def operators_keep_the_promises_of_torch() -> None:
     """Fakes, schemas, autograd registrations."""
-    from recur.kernels import conv, norm, pointwise  # noqa: F401, registers them
+    from recur.kernels import conv, norm, pointwise, rotary  # noqa: F401, registers them
 
     ops, cu = torch.ops.recur, torch.tensor([0, 4, 9])
     x, z, w, g, taps, state = randn(1, 9, 6), randn(1, 9, 6), randn(6), torch.rand(6), randn(6, 4), randn(2, 3, 6)
     leaves = [t.requires_grad_() for t in (x, z, w, g, taps, state)]
     x, z, w, g, taps, state = leaves
-    shape = (0.1, 6, 6, "layer", "after", "silu")
+    shape, none = (0.1, 6, 6, "layer", "after", "silu"), torch.zeros(0)
     calls = (
         (ops.norm, (x, z, x, w, w, w, None, *shape)),
         (ops.norm_backward, (z.detach(), x.detach(), z.detach(), None, w.detach(), None, None, None, *shape)),
         (ops.activate, (z, w, "softplus", 0.5)),
         (ops.activate_backward, (x.detach(), z.detach(), None, "sigmoid", 1.0)),
+        (ops.weigh, (x.view(1, 9, 2, 3), randn(1, 9, 2).requires_grad_())),
+        (ops.weigh_backward, (x.detach().view(1, 9, 2, 3), z.detach().view(1, 9, 2, 3), randn(1, 9, 2))),
         (ops.bounded, (z, g)),
         (ops.bounded_backward, (x.detach(), x.detach(), z.detach(), g.detach())),
         (ops.conv, (x, None, None, taps, w, state, cu, "silu")),
-        (ops.conv_backward, (x.detach(), x.new_zeros(0), x.new_zeros(0), None, z.detach(), None, None, taps.detach(), None, None, None, "silu")),
+        (ops.rotate, (x.view(1, 9, 1, 6), torch.arange(9)[None], g[:3].detach().double(), True, False)),
+        (ops.conv_backward, (x.detach(), none, none, None, z.detach(), *[None] * 2, taps.detach(), *[None] * 3, "silu")),
     )  # fmt: skip
     for operator, inputs in calls:
         torch.library.opcheck(operator, inputs)

@@ -103,10 +103,10 @@ def test_a_model_has_the_loss_of_its_logits(options, monkeypatch):
 
 
 def test_errors():
-    x, weight, bias, target = inputs(4, 3, 5, 0)
+    x, weight, _, target = inputs(4, 3, 5, 0)
     with pytest.raises(ShapeError, match="linear_cross_entropy: x has D=3 but weight has D=2"):
         linear_cross_entropy(x, weight[:, :2], target)
-    with pytest.raises(TypeError, match="target must be integers, got torch.float64"):
+    with pytest.raises(TypeError, match=r"target must be integers, got torch\.float64"):
         linear_cross_entropy(x, weight, target.double())
     with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
         linear_cross_entropy(x, weight, target, chunk=0)

@@ -150,10 +150,11 @@ def test_norms_are_their_formulas():
     layer = torch.nn.functional.layer_norm(x, (4, 5), weight, bias, 1e-5)
     close(normalise(x, "layer", axes=2, weight=weight, bias=bias), layer)
     close(normalise(x, "l2", eps=1e-12), torch.nn.functional.normalize(x, dim=-1) * 5**0.5)
+    close(normalise(x, "unit", eps=1e-12), torch.nn.functional.normalize(x, dim=-1))
     eps = draw(2, 3, 4, 1, seed=3).abs()
     close(normalise(x, eps=eps), x / (x.square().mean(-1, keepdim=True) + eps).sqrt())
     assert normalise(x.half()).dtype == torch.float16
-    with pytest.raises(ValueError, match="kind must be one of rms, layer, l2, got 'batch'"):
+    with pytest.raises(ValueError, match="kind must be one of rms, layer, l2, unit, got 'batch'"):
         normalise(x, "batch")
 
 

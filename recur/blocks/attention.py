@@ -63,7 +63,7 @@ class Rotary(Part):
         for name in self.names.split():
             K, device = flow[name].shape[-1], flow.position.device
             frequencies = weights.frequencies if self.stored else self._frequencies(K, device)
-            turned[name] = rotate(flow[name], positions, frequencies, layout=self.layout)
+            turned[name] = rotate(flow[name], positions, frequencies, layout=self.layout, form=flow.form)
         return flow.set(**turned), None
 
     def formula(self) -> str:

@@ -17,7 +17,7 @@ from recur.blocks.cache import extend, fresh, row_of
 from recur.primitives.conv import causal_convs, token_shift
 from recur.primitives.fixed import tap_conv
 from recur.primitives.forms import mirror
-from recur.primitives.gates import activation, scale_gradient
+from recur.primitives.gates import activation, scale_gradient, weigh
 from recur.primitives.norms import KINDS, normalise
 from recur.recipe import Around, Axes, Flow, Part, Recipe, RecipeError, Site, State
 from recur.shapes import readable
@@ -405,9 +405,7 @@ class Weigh(Part):
         return {self.to or self.source: axes[self.source]}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        u, by = flow[self.source], flow[self.by]
-        weighed = u * by[(...,) + (None,) * (u.ndim - by.ndim)]
-        return flow.set(**{self.to or self.source: weighed.to(u.dtype)}), None
+        return flow.set(**{self.to or self.source: weigh(flow[self.source], flow[self.by], form=flow.form)}), None
 
     def formula(self) -> str:
         return f"{self.to or self.source} {'=' if self.to else '<-'} {self.by} {self.source}"

@@ -241,7 +241,8 @@ class LanguageModel(nn.Module):
         """Logits [B T vocab_size]; with return_state also the state to go on from. cu_seqlens [n+1] packs n documents.
 
         With targets [B T], the classes to predict, their mean cross-entropy in float32 or wider takes the place of the
-        logits, of which there is only a chunk of tokens at a time (recur.primitives.loss); targets of -100 do not count.
+        logits, of which there is only a chunk of tokens at a time (recur.primitives.loss). Targets of -100 do not
+        count.
 
         Raises: ShapeError, TypeError if ids are no [B T] integers, ValueError for an id out of vocabulary (on a CPU).
         """

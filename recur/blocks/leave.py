@@ -16,8 +16,8 @@ from recur.recipe import Flow, Part, State
 class Leave(Part):
     """Parts that follow each other and all change the same tensor: a Skip, then a Norm and an OutputGate in any order.
 
-    Not written in recipes: `fuse` finds the parts in a chain, whose weights and names stay as they are. Where the kernel
-    does not compute a call they run one by one.
+    Not written in recipes: `fuse` finds the parts in a chain, whose weights and names stay as they are. Where the
+    kernel does not compute a call they run one by one.
     """
 
     parts: tuple[Part, ...] = ()

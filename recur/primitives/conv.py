@@ -22,7 +22,7 @@ def causal_conv(
     act: str = "identity",
     form: str = "auto",
 ) -> ScanOut:
-    """Depthwise causal convolution: y_t = act(b + sum_w weight[:, w] x_{t - (W-1) + w}); the newest token, the last tap.
+    """Depthwise causal convolution: y_t = act(b + sum_w weight[:, w] x_{t - (W-1) + w}); the last tap, the newest.
 
     Args:
         x:             [B T D].

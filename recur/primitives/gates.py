@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
-from recur.shapes import accumulation_dtype, bind, check_float, pick
+from recur.shapes import accumulation_dtype, bind, check_float, expect, pick
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -205,6 +205,18 @@ def output_gate(y: Tensor, z: Tensor, *, act: str = "silu", form: str = "auto") 
         width = y.shape[min(2, y.ndim - 1) :].numel()
         return kernel.norm(y, z=z, width=width, N=width, gate="before", act=act)
     return y * fn(z).to(y.dtype)
+
+
+def weigh(u: Tensor, w: Tensor, *, form: str = "auto") -> Tensor:
+    """A number per head times its channels: w u.
+
+    Args: u: [B T H P]; w: [B T H], or any first axes of u; form: as in `biased`.
+    Returns: [B T H P] in u's dtype.   Raises: ShapeError unless the axes of w are the first ones of u.
+    """
+    expect("weigh", "w", w, "the first axes of u", tuple(u.shape[: w.ndim]))
+    if w.ndim > 2 and 0 < u.shape[w.ndim :].numel() <= 1024 and kernel.fused(form, u, w, compiler=True):
+        return kernel.weigh(u, w)
+    return (u * w[(...,) + (None,) * (u.ndim - w.ndim)]).to(u.dtype)
 
 
 def scale_gradient(x: Tensor, fraction: float) -> Tensor:
