@@ -4,9 +4,9 @@
     python benchmarks/models.py --models gla mamba2 --compile
 
 Models have 24 layers of 1024 channels (48 without feed-forward), bfloat16 weights, a vocabulary of 32,000 and a batch
-of 8 x 2048 tokens, trained by fused AdamW. A step is timed on the host, the best of three runs of six steps; launches, GPU
-time and the longest kernels are those of one forward and backward under torch's profiler; the peak is what torch had
-allocated. flash-linear-attention's models are measured beside ours where it is installed. --check first runs
+of 8 x 2048 tokens, trained by fused AdamW. A step is timed on the host, the best of three runs of six steps; launches,
+GPU time and the longest kernels are those of one forward and backward under torch's profiler; the peak is what torch
+had allocated. flash-linear-attention's models are measured beside ours where it is installed. --check first runs
 tests/gpu_glue.py, which compares the kernels around the scans with their formulas. Writes models.json and models.md to
 --out after every model.
 """

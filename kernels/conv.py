@@ -13,7 +13,7 @@ convolved with one weight, whose rows are their channels in order: none is copie
 
 # Jitted functions take no annotations but constexpr, and join tuples with +.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
 
@@ -174,11 +174,9 @@ def _conv_backward(
             begin, end = _borders(n, cu_ptr, T)
             begins, ends, owner = tl.zeros_like(j) + begin, tl.zeros_like(j) + end, tl.zeros_like(j) + n
             slots = begins - (W - 1) + j
-            before = _gradients(x, dy, initial, dstate_ptr, slots, owner, begins, ends, in_w, cols, taps, bias, W, ACT)[
-                0
-            ]
+            found = _gradients(x, dy, initial, dstate_ptr, slots, owner, begins, ends, in_w, cols, taps, bias, W, ACT)
             at = (owner.to(tl.int64) * (W - 1) + j)[:, None] * C + first + cols[None, :]
-            tl.store(dinitial_ptr + at, before, mask=in_w)
+            tl.store(dinitial_ptr + at, found[0], mask=in_w)
 
 
 # Launch
@@ -227,7 +225,7 @@ def _conv(
         sizes = (count, T, D, first, C, rows.stride(0), documents, halvings)
         grid = (cdiv(count, tile["BLOCK_T"]), cdiv(D, tile["BLOCK_C"]))
         _conv_forward[grid](rows, weight, bias, initial, cu_seqlens, ys[i], state, *sizes, W, act, **tile)
-    return (*ys, state)  # type: ignore[return-value]
+    return (*ys, state)
 
 
 @fake("conv")
@@ -237,7 +235,7 @@ def _fake_conv(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     C, W = weight.shape
     state = x.new_empty((state_count(x.shape[0], cu_seqlens), W - 1, C))
-    return (*(like(piece, x) for piece in (x, x2, x3)), state)  # type: ignore[return-value]
+    return (*(like(piece, x) for piece in (x, x2, x3)), state)
 
 
 @operator("conv_backward", (
@@ -291,7 +289,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     x, *others = tensors[:3]
     dys = [
-        dy if dy is not None else x.new_zeros(0 if piece is None else piece.shape)
+        dy if dy is not None else x.new_empty(0) if piece is None else piece.new_zeros(piece.shape)
         for dy, piece in zip(grads[:3], (x, *others), strict=True)
     ]
     made = _conv_gradients(*dys, grads[3], *tensors, ctx.act)

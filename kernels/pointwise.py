@@ -369,7 +369,7 @@ def _save_weigh(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _weigh_backwards(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return _weigh_gradients(dy, *ctx.saved_tensors)  # type: ignore[no-any-return]
+    return _weigh_gradients(dy, *ctx.saved_tensors)
 
 
 differentiable("weigh", _weigh_backwards, _save_weigh)
@@ -378,7 +378,7 @@ differentiable("weigh_backward")
 
 def weigh(u: Tensor, w: Tensor) -> Tensor:
     """w u in the dtype of u; u [B T H P], w [B T H]."""
-    return _weigh(u, w)  # type: ignore[no-any-return]
+    return _weigh(u, w)
 
 
 def activate(z: Tensor, bias: Tensor | None, fn: str, scale: float = 1.0) -> Tensor:

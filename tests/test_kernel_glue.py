@@ -15,7 +15,8 @@ from interpreted import Laws, run_laws
 from test_kernel_walk import EXACT, compare, randn
 from torch import Tensor
 
-from recur import kernel
+from recur import LanguageModel, Mixer, kernel, presets
+from recur.blocks import Norm
 from recur.primitives.conv import causal_conv, causal_convs
 from recur.primitives.gates import biased, lower_bounded_decay, output_gate, sigmoid_decay, weigh
 from recur.primitives.norms import normalise
@@ -246,6 +247,45 @@ def any_stride_will_do() -> None:
 
 
 @law
+def models_are_those_of_the_formulas() -> None:
+    """Loss and gradients by kernels: skip, norm and gate in the order of each preset, packed rows, several layers."""
+    exact = (Norm("y", eps=1e-6),)
+    for name, recipe in {
+        "gla": presets.gla(heads=2),
+        "hgrn2": presets.hgrn2(heads=2),
+        "gated_delta_net": presets.gated_delta_net(heads=2),
+        "retnet": presets.retnet(heads=2),
+        "mamba2": presets.mamba2(head=8, state=4, groups=2),
+        "longhorn": presets.longhorn(norm=exact),
+        "llama": presets.llama(heads=2),
+    }.items():
+        torch.manual_seed(0)
+        lm = LanguageModel(recipe, vocab_size=9, dim=16, depth=2, ffn="swiglu", norm="rms")
+        ids, cu = torch.randint(9, (1, 7)), torch.tensor([0, 2, 6])
+        found = []
+        for form in ("triton", "chunked"):
+            loss = lm.loss(ids, cu_seqlens=cu, form=form)
+            found.append([loss, *torch.autograd.grad(loss, list(lm.parameters()), materialize_grads=True)])
+        for i, (got, want) in enumerate(zip(*found, strict=True)):
+            assert (got - want).norm() < 2e-5 * (want.norm() + 1), f"{name}: output {i}"
+
+
+@law
+def parts_side_by_side_are_one_launch() -> None:
+    from recur.kernels import norm as home
+
+    launched, run = [], home.norm
+    home.norm = lambda x, **options: launched.append(options) or run(x, **options)
+    for recipe, count in ((presets.mamba2(head=8, state=4), 1), (presets.gla(heads=2), 1), (presets.longhorn(), 1)):
+        launched.clear()
+        Mixer(recipe, 16)(randn(1, 3, 16), form="triton")
+        assert len(launched) == count, launched
+        launched.clear()
+        Mixer(recipe, 16)(randn(1, 3, 16), form="chunked")
+        assert launched == []
+
+
+@law
 def second_order_is_refused() -> None:
     x, w = randn(1, 3, 4).requires_grad_(), randn(4, 2)
     for y in (
@@ -282,7 +322,7 @@ def operators_keep_the_promises_of_torch() -> None:
         (ops.bounded_backward, (x.detach(), x.detach(), z.detach(), g.detach())),
         (ops.conv, (x, None, None, taps, w, state, cu, "silu")),
         (ops.rotate, (x.view(1, 9, 1, 6), torch.arange(9)[None], g[:3].detach().double(), True, False)),
-        (ops.conv_backward, (x.detach(), none, none, None, z.detach(), *[None] * 2, taps.detach(), *[None] * 3, "silu")),
+        (ops.conv_backward, (z.detach(), none, none, None, z.detach(), None, None, taps.detach(), *[None] * 3, "silu")),
     )  # fmt: skip
     for operator, inputs in calls:
         torch.library.opcheck(operator, inputs)

@@ -76,6 +76,9 @@ def test_lower_bounds_start_at_zero_and_rise():
     assert (rising[0] == 0).all()
     assert (rising.diff(dim=0) > 0).all()
     assert rising.max() < 1
+    for law in ("skip_first", "skip_last"):
+        table, logits = lower_bounds(draw(6, 5), law=law), draw(6, 5)
+        close(torch.stack([lower_bounds(logits, law=law, layer=layer) for layer in range(6)]), table)
 
 
 def test_complex_gates():

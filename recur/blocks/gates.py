@@ -74,7 +74,8 @@ class LowerBounds(Part):
         return {"logits": Param((site.depth, *site.size(self.axes)), ones, decay=False, float32=True)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.out: lower_bounds(weights.logits, law=self.law)[flow.layer][None, None]}), None
+        bound = lower_bounds(weights.logits, law=self.law, layer=flow.layer)
+        return flow.set(**{self.out: bound[None, None]}), None
 
     def formula(self) -> str:
         shares = "1<=j<=layer" if self.law == "skip_first" else "0<=j<layer"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from recur import kernel
 from recur.blocks.gates import OutputGate
 from recur.blocks.glue import Norm, Skip
@@ -23,16 +25,16 @@ class Leave(Part):
     parts: tuple[Part, ...] = ()
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        options = self._options(flow, weights)
+        name = _written(self.parts[0]) or ""
+        options = self._options(flow, weights, flow[name])
         if options is not None:
-            return flow.set(**{_written(self.parts[0]): kernel.norm(**options)}), None
+            return flow.set(**{name: kernel.norm(**options)}), None
         for part, own in zip(self.parts, weights, strict=True):
             flow, _ = part(flow, own, None)
         return flow, None
 
-    def _options(self, flow: Flow, weights: Any) -> dict[str, Any] | None:
+    def _options(self, flow: Flow, weights: Any, y: Tensor) -> dict[str, Any] | None:
         """The arguments of the kernel; None if it does not compute this call."""
-        y = flow[_written(self.parts[0])]
         options: dict[str, Any] = {"x": y, "width": y.shape[2:].numel(), "N": y.shape[2:].numel()}
         tensors = [y]
         for part, own in zip(self.parts, weights, strict=True):
@@ -65,7 +67,8 @@ def _written(part: Part) -> str | None:
 
 def fuse(parts: Sequence[Part]) -> int:
     """How many of the first of these parts are one Leave: 1 if only the first, or none, is of that kind."""
-    kinds, name = [], _written(parts[0])
+    kinds: list[type[Part]] = []
+    name = _written(parts[0])
     for part in parts:
         allowed = () if isinstance(part, Skip) and kinds else (Skip, Norm, OutputGate)
         if name is None or _written(part) != name or not isinstance(part, allowed) or type(part) in kinds:

@@ -25,8 +25,9 @@ def hgrn2(
     The forget gate is also the key, and the output gate is the query; each head keeps a square state, D / heads wide.
 
     Args: heads: H, by default an expansion by 128 from D = 1024 on, as published; "D/e" for one by e;
-        bias, init: of all projections; value_act, read_act: activations of v and q; scale: of the read-out; bounds: law of LowerBounds; scan: which way it reads (one_way, both_ways,
-        in_grid; for series see recur.blocks.in_series); norm: of all heads together, or none, ().
+        bias, init: of all projections; value_act, read_act: activations of v and q; scale: of the read-out; bounds:
+        law of LowerBounds; scan: which way it reads (one_way, both_ways, in_grid; for series see
+        recur.blocks.in_series); norm: of all heads together, or none, ().
     Source: Qin et al. 2024, arXiv:2404.07904.
     """
     return Recipe(

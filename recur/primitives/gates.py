@@ -61,7 +61,8 @@ def biased(act: str, z: Tensor, bias: Tensor, *, form: str = "auto") -> Tensor:
 
     Returns: [B T *] float32 or wider.   Raises: ValueError for another act.   Cost: O(size).
     """
-    fn = pick("biased", "act", act, {"sigmoid": torch.sigmoid, "softplus": softplus})
+    known: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softplus": softplus}
+    fn = pick("biased", "act", act, known)
     if z.shape[2:] == bias.shape and kernel.fused(form, z, bias, compiler=True):
         return kernel.activate(z, bias, act)
     return fn(z.to(accumulation_dtype(z, bias)) + bias)
@@ -112,19 +113,22 @@ def lower_bounded_decay(z: Tensor, bound: Tensor | None, *, form: str = "auto") 
     return log_a, ((1 - bound) * torch.sigmoid(-z)).to(given)
 
 
-def lower_bounds(logits: Tensor, *, law: str = "skip_first") -> Tensor:
+def lower_bounds(logits: Tensor, *, law: str = "skip_first", layer: int | None = None) -> Tensor:
     """Bounds that rise with depth from g_0 = 0, made of shares P = softmax(logits) over the layers.
 
     "skip_first": g_l = sum_{1 <= j <= l} P_j.   "skip_last": g_l = sum_{0 <= j < l} P_j.   They differ once trained.
 
-    Args: logits: [L *] one row a layer.
-    Returns: [L *] bounds in [0, 1).   Raises: ValueError for another law.   Cost: O(size).
+    Args: logits: [L *] one row a layer; layer: the only row that is wanted.
+    Returns: [L *] bounds in [0, 1), or [*] of one layer.   Raises: ValueError for another law.   Cost: O(size).
     Source: Qin et al. 2024, arXiv:2404.07904 (skip_first); Qin et al. 2023, arXiv:2311.04823 (skip_last).
     """
     check_float("lower_bounds", logits=logits)
     if law not in BOUND_LAWS:
         raise ValueError(f"lower_bounds: law must be one of {', '.join(BOUND_LAWS)}, got {law!r}")
     share = logits.to(accumulation_dtype(logits)).softmax(0)
+    if layer is not None:
+        first = int(law == "skip_first")
+        return share[first : first + layer].sum(0)
     share = share[1:] if law == "skip_first" else share[:-1]
     return torch.cat([torch.zeros_like(logits[:1], dtype=share.dtype), share.cumsum(0)])
 

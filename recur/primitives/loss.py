@@ -51,7 +51,7 @@ def linear_cross_entropy(
     narrow = x.dtype in (torch.bfloat16, torch.float16)  # whose softmax is float32 one chunk at a time
     if transformed or torch.autograd.forward_ad._current_level >= 0 or (len(x) <= chunk and not narrow):
         return _whole(x, weight, target, bias, ignore)
-    loss: Tensor = _Chunked.apply(x, weight, target, bias, ignore, chunk)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Chunked.apply(x, weight, target, bias, ignore, chunk)
     return loss
 
 
