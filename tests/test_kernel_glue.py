@@ -141,7 +141,7 @@ def a_small_decay_keeps_its_digits() -> None:
 
 @law
 def convolutions_are_their_formulas() -> None:
-    for W, T, act in product((1, 2, 4, 8), (1, 3, 17, 40), ("silu", "identity")):
+    for W, T, act in [(4, 19, "identity"), *product((1, 2, 4, 8), (1, 3, 19), ("silu",))]:
         x, weight, bias, state = randn(2, T, 5), randn(5, W), randn(5), randn(2, W - 1, 5)
 
         def run(x: Tensor, w: Tensor, b: Tensor | None = None, s: Tensor | None = None, *, form: str, act=act) -> Any:
