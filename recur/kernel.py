@@ -154,7 +154,7 @@ def fused(form: str, *tensors: Tensor | None, compiler: bool = False) -> bool:
         return False
     if compiling and compiler and on_gpu:
         return False
-    if not compiling and (torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0):
+    if not compiling and transformed():
         return False
     if any(x.dtype not in FUSED for x in given) or given[0].numel() == 0:
         return False

@@ -19,7 +19,7 @@ MODELS: dict[str, tuple[Recipe, str | None, int, int, int]] = {  # at most: forw
     "mamba2": (presets.mamba2(), None, 14, 20, 31_000),
     "mamba": (presets.mamba(), None, 14, 21, 42_000),
     "longhorn": (presets.longhorn(), None, 12, 19, 42_000),
-    "llama": (presets.llama(heads=16), "swiglu", 26, 20, 38_000),
+    "llama": (presets.llama(heads=16), "swiglu", 51, 24, 38_000),
 }
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
+from recur.primitives.operators import transformed
 from recur.shapes import accumulation_dtype, bind
 
 LOGITS = 1 << 26  # at once: 256 MiB in float32
@@ -47,9 +48,9 @@ def linear_cross_entropy(
     if chunk is not None and chunk < 1:
         raise ValueError(f"linear_cross_entropy: chunk must be at least 1, got {chunk}")
     chunk = max(1, LOGITS // max(1, weight.shape[0])) if chunk is None else chunk
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    formula = torch.compiler.is_compiling() or transformed()
     narrow = x.dtype in (torch.bfloat16, torch.float16)  # whose softmax is float32 one chunk at a time
-    if transformed or torch.autograd.forward_ad._current_level >= 0 or (len(x) <= chunk and not narrow):
+    if formula or (len(x) <= chunk and not narrow):
         return _whole(x, weight, target, bias, ignore)
     loss: Tensor = _Chunked.apply(x, weight, target, bias, ignore, chunk)
     return loss
