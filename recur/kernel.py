@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,3 +140,112 @@ def scan(
     y, state, _ = scan_forward(*tensors, cu_seqlens, scale, reverse, before, recorded(*tensors))
     y = y if now is None else y + now
     return ScanOut(y.to(v.dtype), joined(state) if turned else state)
+
+
+GATES = ("identity", "silu", "sigmoid", "gelu")  # activations that kernels around the scans know
+FUSED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fused(form: str, *tensors: Tensor | None, compiler: bool = False) -> bool:
+    """Whether the kernels around the scans (norms, gates, short convolutions) compute a call.
+
+    They do in form="auto" on a GPU and in form="triton" wherever kernels run, for real numbers up to float32. All other
+    calls take the formula in torch, which has second derivatives and torch.func's transforms as well.
+
+    Args: compiler: whether torch.compile does better with the formula, which it fuses with what surrounds it.
+    """
+    if form not in ("auto", "triton") or TRITON is None or TRITON < OLDEST:
+        return False
+    given = [x for x in tensors if x is not None]
+    on_gpu, compiling = given[0].is_cuda, torch.compiler.is_compiling()
+    if not on_gpu and form == "auto":
+        return False
+    if compiling and compiler and on_gpu:
+        return False
+    if not compiling and transformed():
+        return False
+    if any(x.dtype not in FUSED for x in given) or given[0].numel() == 0:
+        return False
+    if on_gpu:
+        return True
+    from recur.kernels.scan import INTERPRETED
+
+    return INTERPRETED
+
+
+def rows(x: Tensor, axes: int, groups: int, eps: float | Tensor) -> tuple[int, int] | None:
+    """Channels of a token and entries of a row, where kernels/norm.py normalises the last `axes` of x in groups.
+
+    None if it does not: where rows are longer than its widest, or where eps is neither a number nor one per row.
+    """
+    from recur.kernels.norm import WIDEST
+
+    first = x.ndim - axes
+    entries = x.shape[first:].numel() // groups
+    if isinstance(eps, Tensor):
+        each = eps.shape[: eps.ndim - axes]
+        lead = x.shape[first - len(each) : first]
+        constant = next((i for i, size in enumerate(each) if size != 1), len(each))
+        per_row = (
+            groups == 1 and 0 < len(each) <= first and each[constant:] == lead[constant:] and not eps.requires_grad
+        )
+        if not per_row or eps.shape[eps.ndim - axes :].numel() != 1:
+            return None
+    return (x.shape[min(2, first) :].numel(), entries) if 0 < entries <= WIDEST else None
+
+
+def norm(x: Tensor, **options: Any) -> Tensor:
+    """Skip, norm and gate of kernels/norm.py, whose arguments these are."""
+    from recur.kernels.norm import norm
+
+    return norm(x, **options)
+
+
+def activate(z: Tensor, bias: Tensor | None, fn: str, scale: float = 1.0) -> Tensor:
+    """scale f(z + b) in float32, f "sigmoid", "softplus" or "log_sigmoid"; z [B T *], b [*]."""
+    from recur.kernels.pointwise import activate
+
+    return activate(z, bias, fn, scale)
+
+
+def bounded(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log a in float32 and 1 - a in the dtype of z, for a = g + (1 - g) sigmoid(z); z [B T *], g [*]."""
+    from recur.kernels.pointwise import bounded
+
+    return bounded(z, bound)
+
+
+def conv(
+    xs: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    act: str,
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The short convolution of kernels/conv.py, whose arguments these are."""
+    from recur.kernels.conv import conv
+
+    return conv(xs, weight, bias, initial, cu_seqlens, act)
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """-log softmax at the target of every row [N V], float32, 0 where that is negative; logits become its gradient."""
+    from recur.kernels.loss import cross_entropy
+
+    return cross_entropy(logits, target)
+
+
+def rotate(x: Tensor, position: Tensor, frequencies: Tensor, halves: bool) -> Tensor:
+    """x [B T H K] turned by position [B|1 T] times float64 frequencies [K/2]; pairs are halves, or neighbours."""
+    from recur.kernels.rotary import rotate
+
+    y: Tensor = rotate(x, position, frequencies.double(), halves, False)
+    return y
+
+
+def weigh(u: Tensor, w: Tensor) -> Tensor:
+    """w u in the dtype of u; u [B T H P], w [B T H]."""
+    from recur.kernels.pointwise import weigh
+
+    return weigh(u, w)

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -241,10 +242,24 @@ class Chain(Part):
         states = {key: part.init_state(place, batch, max_len) for key, part, place in self.sites(site)}
         return {key: state for key, state in states.items() if state is not None}
 
+    @cached_property
+    def stages(self) -> tuple[tuple[tuple[str, ...], Part], ...]:
+        """The parts as they run, with their keys: those that one kernel may compute are one stage."""
+        from recur.blocks.leave import Leave, fuse
+
+        keys, stages, at = self.keys(), [], 0
+        while at < len(keys):
+            stop = at + fuse(self.parts[at:])
+            part = self.parts[at] if stop == at + 1 else Leave(self.parts[at:stop])
+            stages.append((tuple(keys[at:stop]), part))
+            at = stop
+        return tuple(stages)
+
     def __call__(self, flow: Flow, weights: Mapping[str, nn.Module], state: State) -> tuple[Flow, State]:
         before, after = state or {}, {}
-        for key, part in zip(self.keys(), self.parts, strict=True):
-            flow, new = part(flow, weights[key], before.get(key))
+        for (key, *more), part in self.stages:
+            own = (weights[key], *(weights[other] for other in more)) if more else weights[key]
+            flow, new = part(flow, own, before.get(key))
             if new is not None:
                 after[key] = new
         return flow, after

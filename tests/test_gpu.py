@@ -12,10 +12,11 @@ HERE = Path(__file__).parent
 SCRIPTS = {
     "gpu_scan.py": [],
     "gpu_walk.py": [],
+    "gpu_glue.py": [],
+    "gpu_laws.py": [],
     "gpu_step.py": ["check"],
     "gpu_large.py": [],
     "gpu_compile.py": [],
-    "gpu_laws.py": [],
 }
 
 

@@ -48,12 +48,12 @@ class Recorder:
 @contextmanager
 def recorded(sm: int) -> Iterator[list[Launch]]:
     """What is launched meanwhile, by doors that take CPU tensors for a GPU of this capability."""
-    from recur.kernels import chunk_scan, diagonal, scan, step, turn, walk
+    from recur.kernels import chunk_scan, conv, diagonal, loss, norm, pointwise, rotary, scan, step, turn, walk
 
     assert not scan.INTERPRETED, "unset TRITON_INTERPRET: kernels are compiled here"
     log: list[Launch] = []
     with pytest.MonkeyPatch.context() as patch:
-        for home in (chunk_scan, diagonal, step, turn, walk):
+        for home in (chunk_scan, conv, diagonal, loss, norm, pointwise, rotary, step, turn, walk):
             for name, kernel in list(vars(home).items()):
                 if isinstance(kernel, triton.JITFunction):
                     patch.setattr(home, name, Recorder(kernel, log))
@@ -76,7 +76,7 @@ def compiled(launch: Launch, capability: int) -> Any:
     """The launch, compiled as it would be on a GPU of this capability."""
     kernel, args, kwargs = launch
     types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-    types[torch.int64] = "*i64"
+    types |= {torch.int64: "*i64", torch.float64: "*fp64"}
     values = dict(zip(kernel.arg_names, args, strict=False))
     options = {"num_warps": 4, **{name: kwargs[name] for name in ("num_warps", "maxnreg") if name in kwargs}}
     values.update({name: value for name, value in kwargs.items() if name in kernel.arg_names})
@@ -159,6 +159,56 @@ def test_programs_compile_and_fit(name: str) -> None:
         if row["name"] != "-":
             known = SPILLS.get(f"{row['name']} {kernel}", 0)
             assert spilled <= known, f"{kernel} spills {spilled} bytes, not {known}, with {registers} registers"
+
+
+def around(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
+    """Kernels around the scans as models call them, and at their widest: what to run, and the inputs' sum."""
+    x, h, z = (torch.randn(2, 64, 4, 256).to(dtype).requires_grad_() for _ in range(3))
+    w, d = torch.randn(256).to(dtype).requires_grad_(), torch.randn(4).requires_grad_()
+    flat, cu, wide = {"width": 1024, "N": 1024}, torch.tensor([0, 5, 128]), torch.randn(1, 8, 8192).to(dtype)
+    kinds = {"rms": None, "layer": torch.randn(256).to(dtype).requires_grad_(), "unit": None}
+    for kind, bias in kinds.items():
+        yield f"{kind} of heads", doors.norm(x, weight=w, bias=bias, eps=1e-5, width=1024, N=256, kind=kind)
+    yield "gate", doors.norm(x, z=z, **flat, gate="before", act="silu")
+    yield "gelu gate", doors.norm(x, z=z, **flat, gate="before", act="gelu")
+    yield "skip and gate", doors.norm(x, z=z, u=h, skip=d, **flat, gate="before", act="silu")
+    every = {"z": z, "u": h, "skip": d, "weight": torch.randn(1024).requires_grad_(), "eps": 1e-5, "act": "silu"}
+    for gate in ("before", "after"):
+        yield f"skip, norm, gate {gate}", doors.norm(x, **every, **flat, kind="rms", gate=gate)
+    eps = torch.rand(1, 64, 4, 1)
+    yield "an eps per row", doors.norm(x, eps=eps, z=z, width=1024, N=256, kind="rms", gate="after", act="silu")
+    wide, full = wide.requires_grad_(), torch.randn(8192).to(dtype).requires_grad_()
+    yield "widest row", doors.norm(wide, weight=full, eps=1e-5, width=8192, N=8192, kind="rms")
+    for fn in ("softplus", "sigmoid", "log_sigmoid"):
+        yield fn, doors.activate(z.flatten(2), None if fn == "log_sigmoid" else torch.randn(1024).requires_grad_(), fn)
+    yield "bounded", sum(x.float() for x in doors.bounded(z, torch.rand(4, 256).requires_grad_()))
+    yield "weigh", doors.weigh(z.unflatten(-1, (4, 64)), torch.rand(2, 64, 4, 4).requires_grad_())
+    for W, packed in ((4, False), (4, True), (8, False)):
+        taps, state = torch.randn(1024, W).to(dtype).requires_grad_(), torch.randn(2, W - 1, 1024).requires_grad_()
+        tokens = (x.flatten(2).flatten(0, 1)[None] if packed else x.flatten(2),)
+        yield f"conv {W} {packed}", doors.conv(tokens, taps, None, state, cu if packed else None, "silu")[0][0]
+        yield (
+            f"fresh conv {W} {packed}",
+            doors.conv(tokens, taps, taps[:, 0], None, cu if packed else None, "silu")[0][0],
+        )
+    for halves in (True, False):
+        yield "rotation", doors.rotate(x, torch.arange(64)[None], torch.rand(128).double(), halves)
+    yield "cross-entropy", doors.cross_entropy(x.detach().flatten(1), torch.tensor([3, -1])).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sm", [80, 90])
+def test_kernels_around_the_scans_compile_and_do_not_spill(sm: int, dtype: torch.dtype) -> None:
+    names: list[str] = []
+    with recorded(sm) as log:
+        for name, y in around(dtype):
+            y.sum().backward()
+            names += [name] * (len(log) - len(names))
+    assert len(log) > 40
+    for name, launch in zip(names, log, strict=True):
+        registers, spilled, shared = resources(compiled(launch, sm))
+        assert spilled == 0, f"{name}: {launch[0].fn.__name__} spills {spilled} bytes, {registers} registers"
+        assert shared <= SHARED[sm]
 
 
 if __name__ == "__main__":

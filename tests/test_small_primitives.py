@@ -76,6 +76,9 @@ def test_lower_bounds_start_at_zero_and_rise():
     assert (rising[0] == 0).all()
     assert (rising.diff(dim=0) > 0).all()
     assert rising.max() < 1
+    for law in ("skip_first", "skip_last"):
+        table, logits = lower_bounds(draw(6, 5), law=law), draw(6, 5)
+        close(torch.stack([lower_bounds(logits, law=law, layer=layer) for layer in range(6)]), table)
 
 
 def test_complex_gates():
@@ -150,10 +153,11 @@ def test_norms_are_their_formulas():
     layer = torch.nn.functional.layer_norm(x, (4, 5), weight, bias, 1e-5)
     close(normalise(x, "layer", axes=2, weight=weight, bias=bias), layer)
     close(normalise(x, "l2", eps=1e-12), torch.nn.functional.normalize(x, dim=-1) * 5**0.5)
+    close(normalise(x, "unit", eps=1e-12), torch.nn.functional.normalize(x, dim=-1))
     eps = draw(2, 3, 4, 1, seed=3).abs()
     close(normalise(x, eps=eps), x / (x.square().mean(-1, keepdim=True) + eps).sqrt())
     assert normalise(x.half()).dtype == torch.float16
-    with pytest.raises(ValueError, match="kind must be one of rms, layer, l2, got 'batch'"):
+    with pytest.raises(ValueError, match="kind must be one of rms, layer, l2, unit, got 'batch'"):
         normalise(x, "batch")
 
 

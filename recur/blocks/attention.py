@@ -60,10 +60,12 @@ class Rotary(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         turned, positions = {}, flow.positions()
+        frequencies: dict[int, Tensor] = {}  # found once for all tensors of one width
         for name in self.names.split():
             K, device = flow[name].shape[-1], flow.position.device
-            frequencies = weights.frequencies if self.stored else self._frequencies(K, device)
-            turned[name] = rotate(flow[name], positions, frequencies, layout=self.layout)
+            if K not in frequencies:
+                frequencies[K] = weights.frequencies if self.stored else self._frequencies(K, device)
+            turned[name] = rotate(flow[name], positions, frequencies[K], layout=self.layout, form=flow.form)
         return flow.set(**turned), None
 
     def formula(self) -> str:

@@ -14,6 +14,7 @@ from recur.axes import RecipeError, Spec, spec
 from recur.primitives.gates import (
     BOUND_LAWS,
     activation,
+    biased,
     complex_gate,
     lower_bounded_decay,
     lower_bounds,
@@ -42,7 +43,7 @@ class Decay(Part):
         return {self.out: axes[self.source]}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.out: sigmoid_decay(flow[self.source], tau=self.tau)}), None
+        return flow.set(**{self.out: sigmoid_decay(flow[self.source], tau=self.tau, form=flow.form)}), None
 
     def formula(self) -> str:
         return f"{self.out} = log sigmoid({self.source}){f' / {self.tau:g}' if self.tau != 1 else ''}"
@@ -73,7 +74,8 @@ class LowerBounds(Part):
         return {"logits": Param((site.depth, *site.size(self.axes)), ones, decay=False, float32=True)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.out: lower_bounds(weights.logits, law=self.law)[flow.layer][None, None]}), None
+        bound = lower_bounds(weights.logits, law=self.law, layer=flow.layer)
+        return flow.set(**{self.out: bound[None, None]}), None
 
     def formula(self) -> str:
         shares = "1<=j<=layer" if self.law == "skip_first" else "0<=j<layer"
@@ -98,8 +100,9 @@ class BoundedDecay(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         z = flow[self.source]
-        log_a, keep = lower_bounded_decay(z, z.new_zeros(()) if self.bound is None else flow[self.bound])
-        return flow.set(**{self.out: log_a, self.keep: keep.to(z.dtype)}), None
+        bound = None if self.bound is None else flow[self.bound]
+        log_a, keep = lower_bounded_decay(z, bound, form=flow.form)
+        return flow.set(**{self.out: log_a, self.keep: keep}), None
 
     def formula(self) -> str:
         g, z = self.bound, self.source
@@ -373,7 +376,8 @@ class OutputGate(Part):
         return {self.out: axes.same(self.out, self.gate)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.out: output_gate(flow[self.out], flow[self.gate], act=self.act)}), None
+        y = output_gate(flow[self.out], flow[self.gate], act=self.act, form=flow.form)
+        return flow.set(**{self.out: y}), None
 
     def formula(self) -> str:
         gate = self.gate if self.act == "identity" else f"{self.act}({self.gate})"
@@ -408,7 +412,7 @@ class StepDecay(Part):
         }
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        delta = softplus(flow[self.source] + weights.dt_bias)
+        delta = biased("softplus", flow[self.source], weights.dt_bias, form=flow.form)
         delta = delta if self.limit is None else delta.clamp(*self.limit)
         rate = weights.A_log.exp().unflatten(0, (-1,) + (1,) * (weights.dt_bias.ndim - 1))
         return flow.set(**{self.step: delta, self.out: -rate * delta}), None

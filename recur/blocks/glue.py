@@ -14,10 +14,10 @@ from torch import Tensor
 
 from recur.axes import Spec, spec
 from recur.blocks.cache import extend, fresh, row_of
-from recur.primitives.conv import causal_conv, token_shift
+from recur.primitives.conv import causal_convs, token_shift
 from recur.primitives.fixed import tap_conv
 from recur.primitives.forms import mirror
-from recur.primitives.gates import activation, scale_gradient
+from recur.primitives.gates import activation, scale_gradient, weigh
 from recur.primitives.norms import KINDS, normalise
 from recur.recipe import Around, Axes, Flow, Part, Recipe, RecipeError, Site, State
 from recur.shapes import readable
@@ -122,7 +122,8 @@ class Project(Part):
         return Projection(self.params(site), {"outs": self.outs, **sizes})
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**weights(torch.cat([flow[name].flatten(2) for name in self.source.split()], -1))), None
+        read = [flow[name].flatten(2) for name in self.source.split()]
+        return flow.set(**weights(read[0] if len(read) == 1 else torch.cat(read, -1))), None
 
     def formula(self) -> str:
         bias, names = " + b" if self.bias else "", self.source.split()
@@ -166,10 +167,10 @@ class ShortConv(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         names, bias = self.source.split(), weights.bias if self.bias else None
-        x = torch.cat([flow[name].flatten(2) for name in names], -1)
-        y, state = causal_conv(x, weights.weight, bias, initial_state=state, cu_seqlens=flow.cu_seqlens)
-        pieces = activation(self.act)(y).split(weights.widths, -1)
-        return flow.set(**{name: y.view_as(flow[name]) for name, y in zip(names, pieces, strict=True)}), state
+        xs = tuple(flow[name].flatten(2) for name in names)
+        options: dict[str, Any] = {"cu_seqlens": flow.cu_seqlens, "act": self.act, "form": flow.form}
+        ys, state = causal_convs(xs, weights.weight, bias, initial_state=state, **options)
+        return flow.set(**{name: y.view_as(flow[name]) for name, y in zip(names, ys, strict=True)}), state
 
     def formula(self) -> str:
         bias = " + b" if self.bias else ""
@@ -284,7 +285,7 @@ class Norm(Part):
 
     Args:
         source: the tensor; the result goes to `to`, or takes its place.
-        kind:   "rms", "layer" or "l2".
+        kind:   "rms", "layer", "l2" or "unit".
         over:   the trailing axes normalised together, such as "V" for each head alone; all of them when omitted.
         eps:    a number, or the name of a tensor [B T H] that holds one value a head.
         affine: "full" (a weight, and a bias if kind is "layer"), "weight", or "none".
@@ -334,10 +335,13 @@ class Norm(Part):
             raise RecipeError(f"Norm: groups must divide the {math.prod(site.size(over))} entries, got {groups}")
         return {"rank": len(over), "groups": groups}
 
+    def eps_of(self, flow: Flow, weights: Any) -> float | Tensor:
+        """A number, or a tensor that broadcasts against what is normalised."""
+        return flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
+
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        eps = flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
-        scale, shift = getattr(weights, "weight", None), getattr(weights, "bias", None)
-        options: dict[str, Any] = {"axes": weights.rank, "groups": weights.groups, "eps": eps}
+        scale, shift, eps = getattr(weights, "weight", None), getattr(weights, "bias", None), self.eps_of(flow, weights)
+        options: dict[str, Any] = {"axes": weights.rank, "groups": weights.groups, "eps": eps, "form": flow.form}
         y = normalise(flow[self.source], self.kind, weight=scale, bias=shift, **options)
         return flow.set(**{self.to or self.source: y}), None
 
@@ -401,9 +405,7 @@ class Weigh(Part):
         return {self.to or self.source: axes[self.source]}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        u, by = flow[self.source], flow[self.by]
-        weighed = u * by[(...,) + (None,) * (u.ndim - by.ndim)]
-        return flow.set(**{self.to or self.source: weighed.to(u.dtype)}), None
+        return flow.set(**{self.to or self.source: weigh(flow[self.source], flow[self.by], form=flow.form)}), None
 
     def formula(self) -> str:
         return f"{self.to or self.source} {'=' if self.to else '<-'} {self.by} {self.source}"

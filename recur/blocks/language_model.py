@@ -17,8 +17,9 @@ from recur.blocks.glue import Norm
 from recur.blocks.mixer import Mixer, detach, overwrite, passed
 from recur.blocks.sampling import sample_token
 from recur.primitives.forms import check_packing, state_count
+from recur.primitives.loss import linear_cross_entropy
 from recur.recipe import Flow, Recipe, State
-from recur.shapes import bind, readable
+from recur.shapes import bind, expect, readable
 from recur.weights import Init, Param, Weights, bias_init, declared, matrix_init, normal
 
 
@@ -71,11 +72,12 @@ class Block(nn.Module):
         self, branch: Mixer, norm: nn.Module | None, p: float, x: Tensor, state: State, options: dict[str, Any]
     ) -> tuple[Tensor, State, Mapping[str, Tensor]]:
         assert norm is not None
-        flow, state = branch.run(norm(x) if self.order == "pre" else x, state, **options)
+        form = options.get("form", "auto")
+        flow, state = branch.run(norm(x, form) if self.order == "pre" else x, state, **options)
         y = flow["y"] if self.drop == "sum" else F.dropout(flow["y"], p, self.training)
         x = x + y.to(x.dtype)
         x = x if self.drop == "branch" else F.dropout(x, p, self.training)
-        return (x if self.order == "pre" else norm(x)), state, flow.published
+        return (x if self.order == "pre" else norm(x, form)), state, flow.published
 
     def init_state(self, batch: int, max_len: int | None = None) -> State:
         state = {"mixer": self.mixer.init_state(batch, max_len)}
@@ -109,11 +111,11 @@ class StreamNorm(nn.Module):
         self.norm = norm
         self.weights = None if norm is None else norm.build(Recipe(norm, Norm("x", to="y")).site(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, form: str = "auto") -> Tensor:
         if self.norm is None:
             return x
         nowhere = x.new_empty(0, dtype=torch.long)  # norms read no positions
-        flow, _ = self.norm(Flow({"x": x}, nowhere), self.weights, None)
+        flow, _ = self.norm(Flow({"x": x}, nowhere, form), self.weights, None)
         return flow[self.norm.to or "x"]
 
 
@@ -234,14 +236,24 @@ class LanguageModel(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         form: str = "auto",
+        targets: Tensor | None = None,
     ) -> Any:
         """Logits [B T vocab_size]; with return_state also the state to go on from. cu_seqlens [n+1] packs n documents.
+
+        With targets [B T], the classes to predict, their mean cross-entropy in float32 or wider takes the place of the
+        logits, of which there is only a chunk of tokens at a time (recur.primitives.loss). Targets of -100 do not
+        count.
 
         Raises: ShapeError, TypeError if ids are no [B T] integers, ValueError for an id out of vocabulary (on a CPU).
         """
         x, state = self._hidden(ids, state, cu_seqlens=cu_seqlens, form=form)
-        logits = self._logits(x)
-        return (logits, state) if return_state else logits
+        if targets is None:
+            y = self._logits(x)
+        else:
+            expect("LanguageModel", "targets", targets, "B T", tuple(ids.shape))
+            weight, bias = self._head()
+            y = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), bias)
+        return (y, state) if return_state else y
 
     def _hidden(self, ids: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
@@ -281,12 +293,14 @@ class LanguageModel(nn.Module):
                 x, after, published = block(x, before, **options)
             past += (published,)
             layers.append(after)
-        return self.final_norm(x), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
+        return self.final_norm(x, form), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
 
     def _logits(self, x: Tensor) -> Tensor:
-        if self.head is None:
-            return F.linear(x, self.embedding.weight)
-        return F.linear(x, self.head.weight, getattr(self.head, "bias", None))
+        return F.linear(x, *self._head())
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Its weight, and its bias if it has one."""
+        return (self.embedding if self.head is None else self.head).weight, getattr(self.head, "bias", None)
 
     def _add_positions(self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if self.positions is None and not self.sinusoidal:
@@ -416,8 +430,8 @@ class LanguageModel(nn.Module):
 
     def loss(self, ids: Tensor, **options: Any) -> Tensor:
         """Mean cross-entropy, in nats, of every token of ids [B T] but the first, given those before it."""
-        logits = self(ids[:, :-1], **options)
-        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss: Tensor = self(ids[:, :-1], targets=ids[:, 1:], **options)
+        return loss
 
     def decay_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser: weight decay on what is declared so, none on gates, norms and biases."""

@@ -15,7 +15,7 @@ from recur.primitives.diagonal import gated_scan, gated_step
 from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
 from recur.primitives.fixed import fixed_scan, fixed_step
 from recur.primitives.forms import ScanOut
-from recur.primitives.gates import softplus
+from recur.primitives.gates import biased
 from recur.primitives.poles import poles, zero_order_hold
 from recur.primitives.scan import scan, step
 from recur.recipe import Axes, Flow, Part, Site, State
@@ -217,7 +217,7 @@ class OnlineScan(StateScan):
         return site.memory(batch, *site.of(self.source), *site.of(self.k))
 
     def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
-        rate = torch.sigmoid(flow[self.rate] + weights.rate_bias)
+        rate = biased("sigmoid", flow[self.rate], weights.rate_bias, form=flow.form)
         return {"x": flow[self.source], "rate": rate, "k": flow[self.k]}
 
     def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
@@ -263,7 +263,7 @@ class SelectiveScan(StateScan):
         return site.memory(batch, *site.of(self.source), *site.of(self.B))
 
     def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
-        delta = softplus(flow[self.dt] + weights.dt_bias)
+        delta = biased("softplus", flow[self.dt], weights.dt_bias, form=flow.form)
         return {"x": flow[self.source], "delta": delta, "A": -weights.A_log.exp(), "B": flow[self.B]}
 
     def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:

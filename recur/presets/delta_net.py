@@ -1,26 +1,26 @@
 """Delta networks: each write corrects what the state would have said; with a gate per head, or per key channel."""
 
-from recur.blocks import Act, DeltaScan, LowRank, Norm, OutputGate, Project, Scale, ShortConv, StepDecay
-from recur.recipe import Part, Recipe
+from recur.blocks import Act, DeltaScan, LowRank, Norm, OutputGate, Project, ShortConv, StepDecay
+from recur.recipe import Recipe
 
 
-def _unit(name: str) -> tuple[Part, ...]:
+def _unit(name: str) -> Norm:
     """Vectors of length 1 in every head."""
-    return Norm(name, kind="l2", over="K", eps=1e-6, affine="none"), Scale(name, "1/sqrt(K)")
+    return Norm(name, kind="unit", over="K", eps=1e-6, affine="none")
 
 
-def delta_net(*, heads: int = 4, conv: int = 4) -> Recipe:
+def delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
     """S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T, y_t = norm(S_t^T q_t) / sqrt(K); |q| = |k| = 1.
 
-    Args: heads: H; conv: taps of the short convolution.
+    Args: heads: H, by default of 128 key channels, as published; conv: taps of the short convolution.
     Source: Schlag et al. 2021, arXiv:2102.11174; Yang et al. 2024, arXiv:2406.06484.
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H V", beta="H"),
         ShortConv("q k v", width=conv, bias=False),
         Act("beta", "sigmoid"),
-        *_unit("q"),
-        *_unit("k"),
+        _unit("q"),
+        _unit("k"),
         DeltaScan(decay=None, scale="1/sqrt(K)"),
         Norm("y", over="V"),
         Project("y", y="D"),
@@ -29,7 +29,7 @@ def delta_net(*, heads: int = 4, conv: int = 4) -> Recipe:
     )
 
 
-def gated_delta_net(*, heads: int = 4, conv: int = 4) -> Recipe:
+def gated_delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
     """S' = a_t S_{t-1}, S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T, y_t = norm(S_t^T q_t) * silu(g_t); a one a head.
 
     log a = -exp(A) softplus(dt + b).
@@ -42,8 +42,8 @@ def gated_delta_net(*, heads: int = 4, conv: int = 4) -> Recipe:
         ShortConv("q k v", width=conv, bias=False),
         Act("beta", "sigmoid"),
         StepDecay(),
-        *_unit("q"),
-        *_unit("k"),
+        _unit("q"),
+        _unit("k"),
         DeltaScan(scale="1/sqrt(K)"),
         Norm("y", over="V"),
         OutputGate("g"),
@@ -53,7 +53,7 @@ def gated_delta_net(*, heads: int = 4, conv: int = 4) -> Recipe:
     )
 
 
-def kda(*, heads: int = 4, conv: int = 4) -> Recipe:
+def kda(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
     """S' = diag(a_t) S_{t-1}, S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T, y_t = norm(S_t^T q_t) * sigmoid(g_t).
 
     log a = -exp(A) softplus(dt + b), one a key channel; dt and g through V channels.
@@ -66,8 +66,8 @@ def kda(*, heads: int = 4, conv: int = 4) -> Recipe:
         ShortConv("q k v", width=conv, bias=False),
         Act("beta", "sigmoid"),
         StepDecay(),
-        *_unit("q"),
-        *_unit("k"),
+        _unit("q"),
+        _unit("k"),
         DeltaScan(scale="1/sqrt(K)"),
         Norm("y", over="V"),
         OutputGate("g", act="sigmoid"),

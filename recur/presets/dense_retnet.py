@@ -18,13 +18,19 @@ from recur.recipe import Recipe
 
 
 def dense_retnet(
-    *, heads: int = 4, layers: int = 1, dropout: float = 0.0, eps: float = 1e-6, scale: tuple[RetentionScale, ...] = ()
+    *,
+    heads: int | str = "max(4,D//640)",
+    layers: int = 1,
+    dropout: float = 0.0,
+    eps: float = 1e-6,
+    scale: tuple[RetentionScale, ...] = (),
 ) -> Recipe:
     """S_t = a_h S_{t-1} + k_t v_t^T, y_t = norm(S_t^T q_t) * g_t; k <- norm(k + silu(G x) * sum past k), v likewise.
 
     One block type, no feed-forward.
 
-    Args: heads: H; layers: how many layers below are fused in; dropout: of the output; eps: of every norm inside;
+    Args: heads: H, by default of 320 key and 1280 value channels from D = 2560 on, the published 1.3B model's; layers:
+        how many layers below are fused in; dropout: of the output; eps: of every norm inside;
         scale: (RetentionScale(),) as the released parallel form has it, see `retnet`.
     Source: He et al. 2024, arXiv:2403.00818.
     """

@@ -10,7 +10,7 @@ HEADS_TOGETHER = (Norm("y", eps=1e-6, affine="none"),)
 
 def hgrn2(
     *,
-    heads: int | str = 8,
+    heads: int | str = "max(8,D//128)",
     bias: bool = False,
     init: str = "normal",
     value_act: str = "identity",
@@ -24,9 +24,10 @@ def hgrn2(
 
     The forget gate is also the key, and the output gate is the query; each head keeps a square state, D / heads wide.
 
-    Args: heads: H, or "D/e" for an expansion by e; bias, init: of all projections; value_act, read_act: activations of
-        v and q; scale: of the read-out; bounds: law of LowerBounds; scan: which way it reads (one_way, both_ways,
-        in_grid; for series see recur.blocks.in_series); norm: of all heads together, or none, ().
+    Args: heads: H, by default an expansion by 128 from D = 1024 on, as published; "D/e" for one by e;
+        bias, init: of all projections; value_act, read_act: activations of v and q; scale: of the read-out; bounds:
+        law of LowerBounds; scan: which way it reads (one_way, both_ways, in_grid; for series see
+        recur.blocks.in_series); norm: of all heads together, or none, ().
     Source: Qin et al. 2024, arXiv:2404.07904.
     """
     return Recipe(

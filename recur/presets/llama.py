@@ -4,10 +4,10 @@ from recur.blocks import Attention, Project, Rotary
 from recur.recipe import Recipe
 
 
-def llama(*, heads: int = 8, bias: bool = False) -> Recipe:
+def llama(*, heads: int | str = "max(8,D//128)", bias: bool = False) -> Recipe:
     """y_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(K)) v_s, q and k rotated by their positions.
 
-    Args: heads: H; bias: of all projections.
+    Args: heads: H, by default of 128 channels from D = 1024 on, as published; bias: of all projections.
     Source: Touvron et al. 2023, arXiv:2302.13971.
     """
     return Recipe(

@@ -4,13 +4,14 @@ from recur.blocks import Count, Decay, Learned, Norm, Normalise, OuterScan, Outp
 from recur.recipe import Recipe
 
 
-def mlstm(*, heads: int = 4) -> Recipe:
+def mlstm(*, heads: int | str = "max(4,D//256)") -> Recipe:
     """C_t = f_t C_{t-1} + i_t k_t v_t^T, n_t = f_t n_{t-1} + i_t k_t, y_t = norm(C_t^T q_t / max(|n_t . q_t|, 1)) o_t.
 
     i = exp(z), f and o are sigmoids; C and n are kept divided by their largest weight. At first f = sigmoid(3 ... 6)
     over the heads, and i = 1.
 
-    Args: heads: H.
+    Args: heads: H, by default the published 4 up to D = 1024, then of 256 channels, as the keys of the 7B model have
+        (arXiv:2503.13427).
     Source: Beck et al. 2024, arXiv:2405.04517.
     """
     return Recipe(

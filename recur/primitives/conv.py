@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.forms import ScanOut, check_packing, document_of, first_state, state_count
+from recur.primitives.gates import activation
 from recur.shapes import bind, expect
 
 
@@ -17,8 +19,10 @@ def causal_conv(
     *,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    act: str = "identity",
+    form: str = "auto",
 ) -> ScanOut:
-    """Depthwise causal convolution: y_t = b + sum_w weight[:, w] x_{t - (W-1) + w}; the newest token, the last tap.
+    """Depthwise causal convolution: y_t = act(b + sum_w weight[:, w] x_{t - (W-1) + w}); the last tap, the newest.
 
     Args:
         x:             [B T D].
@@ -26,21 +30,56 @@ def causal_conv(
         bias:          [D].
         initial_state: [B W-1 D] the tokens before the first, newest last ([n W-1 D] if packed); zeros when omitted.
         cu_seqlens:    [n+1] document borders; no tap reaches across one.
+        act:           name of a pointwise function applied last.
+        form:          "auto" takes one kernel on a GPU (recur.kernel.fused) for up to 8 taps, "recurrent", "chunked"
+                       and "parallel" the formula in torch.
 
     Returns: y [B T D]; state [B W-1 D], the last W-1 inputs.   Raises: ShapeError.   Cost: O(B T D W).
     """
     bind("causal_conv", x=(x, "B T D"), weight=(weight, "D W"), bias=(bias, "D"))
-    T, D = x.shape[1:]
-    initial_state = _opening("causal_conv", x, "W-1", weight.shape[1] - 1, initial_state, cu_seqlens)
+    (y,), state = causal_convs(
+        (x,), weight, bias, initial_state=initial_state, cu_seqlens=cu_seqlens, act=act, form=form
+    )
+    return ScanOut(y, state)
+
+
+def causal_convs(
+    xs: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    act: str = "identity",
+    form: str = "auto",
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """`causal_conv` of several tensors [B T D_i], whose channels are the D rows of weight in order.
+
+    Returns: y of each; state [B W-1 D] of all channels.
+    """
+    fn, widths = activation(act), [x.shape[-1] for x in xs]
+    (B, T), (D, W) = xs[0].shape[:2], weight.shape
+    expect("causal_conv", "weight", weight, "D W", (sum(widths), W))
+    check_packing("causal_conv", cu_seqlens, B, T)
+    letters, n = ("B W-1 D", B) if cu_seqlens is None else ("n W-1 D", state_count(B, cu_seqlens))
+    expect("causal_conv", "initial_state", initial_state, letters, (n, W - 1, D))
+    if W <= 8 and len(xs) <= 3 and act in kernel.GATES and kernel.fused(form, *xs, weight, bias):
+        initial = None if initial_state is None else initial_state.to(xs[0].dtype)
+        return kernel.conv(xs, weight, bias, initial, cu_seqlens, act)
+    x = xs[0] if len(xs) == 1 else torch.cat(xs, -1)
+    initial_state = first_state(x, (W - 1, D), x.dtype, initial_state, cu_seqlens)
     if T == 0:
-        return ScanOut(x, initial_state)
+        return xs, initial_state
     if cu_seqlens is None:
         context = torch.cat([initial_state, x], dim=1)
-        y = F.conv1d(context.mT, weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), groups=D)
-        return ScanOut(y.mT, context[:, T:])
-    before = packed_context(x[0], initial_state, cu_seqlens)
-    y = torch.einsum("twd,dw->td", before, weight.to(x.dtype)) + (0 if bias is None else bias.to(x.dtype))
-    return ScanOut(y[None], packed_tail(x[0], initial_state, cu_seqlens))
+        y = F.conv1d(context.mT, weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), groups=D).mT
+        state = context[:, T:]
+    else:
+        before = packed_context(x[0], initial_state, cu_seqlens)
+        y = torch.einsum("twd,dw->td", before, weight.to(x.dtype)) + (0 if bias is None else bias.to(x.dtype))
+        y, state = y[None], packed_tail(x[0], initial_state, cu_seqlens)
+    y = fn(y)
+    return (y,) if len(xs) == 1 else y.split(widths, -1), state
 
 
 def token_shift(x: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None) -> ScanOut:

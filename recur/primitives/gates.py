@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recur.shapes import accumulation_dtype, bind, check_float, pick
+from recur import kernel
+from recur.shapes import accumulation_dtype, bind, check_float, expect, pick
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -49,52 +50,85 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return pick("activation", "name", name, ACTIVATIONS)
 
 
-def sigmoid_decay(z: Tensor, *, tau: float = 1.0) -> Tensor:
+def biased(act: str, z: Tensor, bias: Tensor, *, form: str = "auto") -> Tensor:
+    """A gate with a bias per channel: act(z + b).
+
+    Args:
+        act:  "sigmoid" or "softplus".
+        z:    [B T *] logits.
+        bias: [*], a bias per channel.
+        form: "auto" or "triton": one kernel where `recur.kernel.fused` says so; any other name: torch.
+
+    Returns: [B T *] float32 or wider.   Raises: ValueError for another act.   Cost: O(size).
+    """
+    known: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softplus": softplus}
+    fn = pick("biased", "act", act, known)
+    if z.shape[2:] == bias.shape and kernel.fused(form, z, bias, compiler=True):
+        return kernel.activate(z, bias, act)
+    return fn(z.to(accumulation_dtype(z, bias)) + bias)
+
+
+def sigmoid_decay(z: Tensor, *, tau: float = 1.0, form: str = "auto") -> Tensor:
     """Log decay of a sigmoid gate: log a = log(sigmoid(z)) / tau, so a = sigmoid(z)^(1/tau) in (0, 1).
 
     Args:
-        z:   [*] gate logits.
-        tau: how many tokens share one sigmoid of forgetting; 16 in GLA.
+        z:    [*] gate logits.
+        tau:  how many tokens share one sigmoid of forgetting; 16 in GLA.
+        form: as in `biased`.
 
     Returns: [*] natural log decay, float32 or wider.   Cost: O(size).   Source: Yang et al. 2023, arXiv:2312.06635.
     """
     check_float("sigmoid_decay", z=z)
-    return F.logsigmoid(z.to(accumulation_dtype(z))) / tau
+    if kernel.fused(form, z, compiler=True):
+        return kernel.activate(z, None, "log_sigmoid", 1 / tau)
+    log_a = F.logsigmoid(z.to(accumulation_dtype(z)))
+    return log_a if tau == 1 else log_a / tau
 
 
-def lower_bounded_decay(z: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+def lower_bounded_decay(z: Tensor, bound: Tensor | None, *, form: str = "auto") -> tuple[Tensor, Tensor]:
     """A forget gate that never falls below its bound: a = g + (1 - g) sigmoid(z), and what it lets in, 1 - a.
 
     Args:
         z:     [*] gate logits.
-        bound: broadcastable to z, g in [0, 1).
+        bound: broadcastable to z, g in [0, 1); None is 0.
+        form:  as in `biased`.
 
-    Returns: log a and 1 - a = (1 - g) sigmoid(-z), each [*], float32 or wider; neither is formed by a difference.
+    Returns: log a [*], float32 or wider, and 1 - a = (1 - g) sigmoid(-z) [*] in z's dtype; neither is formed by a
+        difference.
     Cost: O(size).   Source: Qin et al. 2023, arXiv:2311.04823; Qin et al. 2024, arXiv:2404.07904.
     """
     check_float("lower_bounded_decay", z=z, bound=bound)
-    dtype = accumulation_dtype(z, bound)
-    z, bound = z.to(dtype), bound.to(dtype)
+    per_channel = bound is None or (z.ndim > 2 and bound.numel() == z.shape[2:].numel() and bound.ndim <= z.ndim)
+    if per_channel and kernel.fused(form, z, bound, compiler=True):
+        return kernel.bounded(z, bound)
+    given, dtype = z.dtype, accumulation_dtype(z, bound)
+    z = z.to(dtype)
     free = F.logsigmoid(z)
+    if bound is None:
+        return free, torch.sigmoid(-z).to(given)
+    bound = bound.to(dtype)
     bounded = bound > 0
     safe = torch.where(bounded, bound, 0.5)  # a bound of 0 must not reach log, whose gradient there is infinite
     log_a = torch.where(bounded, torch.logaddexp(safe.log(), torch.log1p(-safe) + free), free)
-    return log_a, (1 - bound) * torch.sigmoid(-z)
+    return log_a, ((1 - bound) * torch.sigmoid(-z)).to(given)
 
 
-def lower_bounds(logits: Tensor, *, law: str = "skip_first") -> Tensor:
+def lower_bounds(logits: Tensor, *, law: str = "skip_first", layer: int | None = None) -> Tensor:
     """Bounds that rise with depth from g_0 = 0, made of shares P = softmax(logits) over the layers.
 
     "skip_first": g_l = sum_{1 <= j <= l} P_j.   "skip_last": g_l = sum_{0 <= j < l} P_j.   They differ once trained.
 
-    Args: logits: [L *] one row a layer.
-    Returns: [L *] bounds in [0, 1).   Raises: ValueError for another law.   Cost: O(size).
+    Args: logits: [L *] one row a layer; layer: the only row that is wanted.
+    Returns: [L *] bounds in [0, 1), or [*] of one layer.   Raises: ValueError for another law.   Cost: O(size).
     Source: Qin et al. 2024, arXiv:2404.07904 (skip_first); Qin et al. 2023, arXiv:2311.04823 (skip_last).
     """
     check_float("lower_bounds", logits=logits)
     if law not in BOUND_LAWS:
         raise ValueError(f"lower_bounds: law must be one of {', '.join(BOUND_LAWS)}, got {law!r}")
     share = logits.to(accumulation_dtype(logits)).softmax(0)
+    if layer is not None:
+        first = int(law == "skip_first")
+        return share[first : first + layer].sum(0)
     share = share[1:] if law == "skip_first" else share[:-1]
     return torch.cat([torch.zeros_like(logits[:1], dtype=share.dtype), share.cumsum(0)])
 
@@ -157,19 +191,36 @@ def signed_gate(real: Tensor, imag: Tensor) -> Tensor:
     return complex_gate(real.abs(), torch.where(real < 0, math.pi, torch.zeros_like(real)))
 
 
-def output_gate(y: Tensor, z: Tensor, *, act: str = "silu") -> Tensor:
+def output_gate(y: Tensor, z: Tensor, *, act: str = "silu", form: str = "auto") -> Tensor:
     """Let a second branch decide how much of the result leaves: y * act(z).
 
     Args:
         y:   [*] what the recurrence read.
         z:   [*] gate of the same shape.
         act: name of a pointwise function; "identity" multiplies as is.
+        form: as in `biased`.
 
     Returns: [*] in y's dtype.   Raises: ShapeError if the shapes differ.   Cost: O(size).
     Source: Hua et al. 2022, arXiv:2202.10447 (gated attention unit); Mehta et al. 2022, arXiv:2206.13947.
     """
     bind("output_gate", y=(y, "*"), z=(z, "*"))
-    return y * activation(act)(z).to(y.dtype)
+    fn = activation(act)
+    if act in kernel.GATES and kernel.fused(form, y, z, compiler=True):
+        width = y.shape[min(2, y.ndim - 1) :].numel()
+        return kernel.norm(y, z=z, width=width, N=width, gate="before", act=act)
+    return y * fn(z).to(y.dtype)
+
+
+def weigh(u: Tensor, w: Tensor, *, form: str = "auto") -> Tensor:
+    """A number per head times its channels: w u.
+
+    Args: u: [B T H P]; w: [B T H], or any first axes of u; form: as in `biased`.
+    Returns: [B T H P] in u's dtype.   Raises: ShapeError unless the axes of w are the first ones of u.
+    """
+    expect("weigh", "w", w, "the first axes of u", tuple(u.shape[: w.ndim]))
+    if w.ndim > 2 and 0 < u.shape[w.ndim :].numel() <= 1024 and kernel.fused(form, u, w, compiler=True):
+        return kernel.weigh(u, w)
+    return (u * w[(...,) + (None,) * (u.ndim - w.ndim)]).to(u.dtype)
 
 
 def scale_gradient(x: Tensor, fraction: float) -> Tensor:

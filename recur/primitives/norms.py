@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from recur import kernel
 from recur.shapes import accumulation_dtype
 
-KINDS = ("rms", "layer", "l2")
+KINDS = ("rms", "layer", "l2", "unit")
 
 
 def normalise(
@@ -21,22 +23,32 @@ def normalise(
     eps: float | Tensor = 1e-5,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    form: str = "auto",
 ) -> Tensor:
     """Norm over the last `axes` axes of x.
 
     "rms":   x / sqrt(mean(x^2) + eps).   "layer": (x - mean) / sqrt(var + eps), biased variance.
     "l2":    sqrt(n) x / max(|x|, eps), n entries: the eps bounds the length instead of joining the mean square.
+    "unit":  x / max(|x|, eps), vectors of length 1.
 
     Args:
         x:            [* N...].
         groups:       how many equal stretches of the N... entries are normalised, each by itself.
         eps:          a number, or a tensor that broadcasts against the reduced x (one value a token or head).
         weight, bias: [N...] applied last.
+        form:         "auto" takes one kernel on a GPU where torch.compile does not do better (recur.kernel.fused);
+                      "recurrent", "chunked" and "parallel" the formula in torch.
 
     Returns: [* N...] in x's dtype.   Raises: ValueError for another kind.
     """
     if kind not in KINDS:
         raise ValueError(f"normalise: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    sizes = kernel.rows(x, axes, groups, eps) if kernel.fused(form, x, weight, bias, compiler=True) else None
+    if sizes is not None:
+        width, N = sizes
+        return kernel.norm(x, weight=weight, bias=bias, eps=eps, width=width, N=N, kind=kind)
+    if kind == "layer" and groups == 1 and not isinstance(eps, Tensor) and _alike(x, weight, bias):
+        return F.layer_norm(x, x.shape[-axes:], weight, bias, eps)
     wide = x.to(accumulation_dtype(x))
     if groups > 1:
         eps = eps[..., None] if isinstance(eps, Tensor) else eps
@@ -45,11 +57,17 @@ def normalise(
     entries = math.prod(wide.shape[-axes:])
     if kind == "layer":
         wide = wide - wide.mean(over, keepdim=True)
-    if kind == "l2":
+    if kind in ("l2", "unit"):
         length = torch.linalg.vector_norm(wide, dim=over, keepdim=True)
-        wide = wide / length.clamp(min=eps) * entries**0.5
+        wide = wide / length.clamp(min=eps)
+        wide = wide * entries**0.5 if kind == "l2" else wide
     else:
         wide = wide * torch.rsqrt(wide.square().mean(over, keepdim=True) + eps)
     wide = wide.reshape(x.shape) if groups > 1 else wide
     wide = wide if weight is None else wide * weight
     return (wide if bias is None else wide + bias).to(x.dtype)
+
+
+def _alike(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether these have one dtype and there is something to normalise: torch's own norms want it so."""
+    return x.numel() > 0 and all(other is None or other.dtype == x.dtype for other in others)

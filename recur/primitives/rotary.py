@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recur import kernel
 from recur.shapes import accumulation_dtype
 
 
@@ -25,7 +26,9 @@ def rotary_frequencies(
     return (1.0 / base**exponent).double()
 
 
-def rotate(x: Tensor, position: Tensor, frequencies: Tensor, *, layout: str = "interleaved") -> Tensor:
+def rotate(
+    x: Tensor, position: Tensor, frequencies: Tensor, *, layout: str = "interleaved", form: str = "auto"
+) -> Tensor:
     """Turn pair j of every head by the angle position * frequencies[j].
 
     Args:
@@ -33,12 +36,17 @@ def rotate(x: Tensor, position: Tensor, frequencies: Tensor, *, layout: str = "i
         position:    [B T] integer positions.
         frequencies: [K/2] radians a token.
         layout:      "interleaved" pairs (2j, 2j+1), or "half" pairs (j, j + K/2).
+        form:        "auto" takes one kernel on a GPU where torch.compile does not do better (recur.kernel.fused),
+                     "recurrent", "chunked" and "parallel" the formula in torch.
 
     Returns: [B T H K] in x's dtype.   Raises: ValueError for another layout.
     Cost: O(B T H K).   Source: Su et al. 2021, arXiv:2104.09864.
     """
     if layout not in ("interleaved", "half"):
         raise ValueError(f'rotate: layout must be "interleaved" or "half", got {layout!r}')
+    whole = position.shape[0] in (1, x.shape[0]) and position.shape[1] == x.shape[1]
+    if whole and not frequencies.requires_grad and kernel.fused(form, x, compiler=True):
+        return kernel.rotate(x, position, frequencies, layout == "half")
     dtype = accumulation_dtype(x)
     angle = (position[..., None].double() * frequencies).to(dtype)[:, :, None]  # [B T 1 K/2]
     cos, sin = angle.cos(), angle.sin()

@@ -1,0 +1,391 @@
+"""Gates: a pointwise function of what a projection made, and its derivative, in one pass each.
+
+    activate   z, b          -> scale f(z + b)           f: sigmoid, softplus or log sigmoid; b one per channel
+    bounded    z, g          -> log a, 1 - a             a = g + (1 - g) sigmoid(z), the forget gate above a bound
+    weigh      u, w          -> w u                      w one per head, u [H P]
+
+Arithmetic is float32, and so is what is returned but 1 - a and w u, of the dtype of z and u. The backward reads its
+inputs again and keeps nothing else; gradients of b and g are summed per program, in a fixed order, then over programs.
+"""
+
+# Jitted functions take no annotations but constexpr.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+BLOCK_T, BLOCK_D = 4, 512
+
+
+@triton.jit
+def act_and_slope(z, ACT: tl.constexpr):
+    """act(z) and its derivative."""
+    gate, slope = z, tl.full(z.shape, 1.0, tl.float32)
+    if ACT == "silu" or ACT == "sigmoid":
+        s = tl.sigmoid(z)
+        gate, slope = s, s * (1 - s)
+        if ACT == "silu":
+            gate, slope = z * s, s + z * slope
+    if ACT == "gelu":
+        below = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+        gate, slope = z * below, below + z * 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)
+    return gate, slope
+
+
+@triton.jit
+def log_1p(x):
+    """log(1 + x) with all its digits: what 1 + x rounds away from x is put right by a quotient (Kahan)."""
+    u = 1 + x
+    d = u - 1
+    return tl.where(d == 0, x, tl.log(u) * (x / tl.where(d == 0, 1.0, d)))
+
+
+@triton.jit
+def log_sigmoid(z):
+    return tl.minimum(z, 0.0) - log_1p(tl.exp2(-tl.abs(z) * LOG2E))
+
+
+@triton.jit
+def _value_and_slope(z, FN: tl.constexpr):
+    if FN == "sigmoid":
+        value = tl.sigmoid(z)
+        slope = value * (1 - value)
+    elif FN == "softplus":
+        value, slope = -log_sigmoid(-z), tl.sigmoid(z)
+    else:
+        value, slope = log_sigmoid(z), tl.sigmoid(-z)
+    return value, slope
+
+
+@triton.jit
+def _place(pid_t, D, stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of a tile [T D]: its tokens, its channels, and offsets where tokens are `stride` apart and where they touch."""
+    t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = t.to(tl.int64)[:, None]
+    return t, d, row * stride + d[None, :], row * D + d[None, :]
+
+
+@triton.jit(do_not_specialize=["count"])
+def _activate_forward(
+    z_ptr, b_ptr, y_ptr, count, D, z_stride, scale,
+    FN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y = scale f(z + b), [count D]."""
+    t, d, z_at, y_at = _place(tl.program_id(0), D, z_stride, BLOCK_T, BLOCK_D)
+    here = (t < count)[:, None] & (d < D)[None, :]
+    z = tl.load(z_ptr + z_at, mask=here, other=0.0).to(tl.float32)
+    if b_ptr is not None:
+        z += tl.load(b_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    value, _ = _value_and_slope(z, FN)
+    tl.store(y_ptr + y_at, value * scale, mask=here)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _activate_backward(
+    dy_ptr, z_ptr, b_ptr, dz_ptr, db_ptr, count, D, dy_stride, z_stride, scale,
+    FN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dz, and the sums of it that are db [programs D]."""
+    tiles, programs = tl.cdiv(count, BLOCK_T), tl.num_programs(0)
+    db = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for tile in range(tl.program_id(0), tiles, programs):
+        t, d, z_at, dz_at = _place(tile, D, z_stride, BLOCK_T, BLOCK_D)
+        here = (t < count)[:, None] & (d < D)[None, :]
+        z = tl.load(z_ptr + z_at, mask=here, other=0.0).to(tl.float32)
+        if b_ptr is not None:
+            z += tl.load(b_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        dy = tl.load(dy_ptr + t.to(tl.int64)[:, None] * dy_stride + d[None, :], mask=here, other=0.0)
+        _, slope = _value_and_slope(z, FN)
+        dz = dy.to(tl.float32) * slope * scale
+        tl.store(dz_ptr + dz_at, dz, mask=here)
+        if db_ptr is not None:
+            db += dz
+    if db_ptr is not None:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        tl.store(db_ptr + tl.program_id(0) * D + d, tl.sum(db, 0), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _bounded_forward(z_ptr, g_ptr, log_ptr, keep_ptr, count, D, z_stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """log a of a = g + (1 - g) sigmoid(z), and 1 - a = (1 - g) sigmoid(-z)."""
+    t, d, z_at, y_at = _place(tl.program_id(0), D, z_stride, BLOCK_T, BLOCK_D)
+    here = (t < count)[:, None] & (d < D)[None, :]
+    z = tl.load(z_ptr + z_at, mask=here, other=0.0).to(tl.float32)
+    log_a, keep = log_sigmoid(z), tl.sigmoid(-z)
+    if g_ptr is not None:
+        g = tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        keep *= 1 - g
+        a = g + (1 - g) * tl.sigmoid(z)
+        above = tl.where(a < 0.5, tl.log(a), log_1p(-keep))  # neither is formed by a difference
+        log_a = tl.where(g > 0, above, log_a)
+    tl.store(log_ptr + y_at, log_a, mask=here)
+    tl.store(keep_ptr + y_at, keep, mask=here)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _bounded_backward(
+    dlog_ptr, dkeep_ptr, z_ptr, g_ptr, dz_ptr, dg_ptr, count, D, z_stride,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dz, and the sums that are dg [programs D]; at g = 0 log a has no gradient for g, where it would be infinite."""
+    tiles, programs = tl.cdiv(count, BLOCK_T), tl.num_programs(0)
+    dg = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for tile in range(tl.program_id(0), tiles, programs):
+        t, d, z_at, y_at = _place(tile, D, z_stride, BLOCK_T, BLOCK_D)
+        here = (t < count)[:, None] & (d < D)[None, :]
+        z = tl.load(z_ptr + z_at, mask=here, other=0.0).to(tl.float32)
+        dlog = tl.load(dlog_ptr + y_at, mask=here, other=0.0)
+        dkeep = tl.load(dkeep_ptr + y_at, mask=here, other=0.0).to(tl.float32)
+        forget, hold = tl.sigmoid(-z), tl.sigmoid(z)
+        ratio, free = tl.full(z.shape, 1.0, tl.float32), tl.full(z.shape, 1.0, tl.float32)
+        if g_ptr is not None:
+            g = tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            a, free = g + (1 - g) * hold, free - g
+            safe = tl.where(g > 0, a, 1.0)
+            ratio = tl.where(g > 0, free * hold / safe, 1.0)
+            dg += tl.where(g > 0, dlog * forget / safe, 0.0) - dkeep * forget
+        tl.store(dz_ptr + y_at, (dlog * ratio - dkeep * free * hold) * forget, mask=here)
+    if dg_ptr is not None:
+        d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        tl.store(dg_ptr + tl.program_id(0) * D + d, tl.sum(dg, 0), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _column_sums(x_ptr, out_ptr, rows, D, stride, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for first in range(0, rows, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        here = (r < rows)[:, None] & (d < D)[None, :]
+        total += tl.load(x_ptr + r[:, None] * stride + d[None, :], mask=here, other=0.0)
+    tl.store(out_ptr + d, tl.sum(total, 0), mask=d < D)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _weigh_forward(u_ptr, w_ptr, y_ptr, rows, H, P, u_stride, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
+    """y = w u; a row is a head of a token."""
+    i, p = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
+    here = (i < rows)[:, None] & (p < P)[None, :]
+    u_at = (i // H).to(tl.int64)[:, None] * u_stride + (i % H)[:, None] * P + p[None, :]
+    w = tl.load(w_ptr + i, mask=i < rows, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + u_at, mask=here, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i.to(tl.int64)[:, None] * P + p[None, :], w[:, None] * u, mask=here)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _weigh_backward(
+    dy_ptr, u_ptr, w_ptr, du_ptr, dw_ptr, rows, H, P, dy_stride, u_stride,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    i, p = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
+    here = (i < rows)[:, None] & (p < P)[None, :]
+    token, m = (i // H).to(tl.int64)[:, None], (i % H)[:, None] * P + p[None, :]
+    w = tl.load(w_ptr + i, mask=i < rows, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + token * u_stride + m, mask=here, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + token * dy_stride + m, mask=here, other=0.0).to(tl.float32)
+    tl.store(du_ptr + i.to(tl.int64)[:, None] * P + p[None, :], w[:, None] * dy, mask=here)
+    tl.store(dw_ptr + i, tl.sum(dy * u, 1), mask=i < rows)
+
+
+# Launch
+
+
+def tokens(x: Tensor, width: int) -> Tensor:
+    """x as [tokens width], without a copy where channels lie side by side: any distance from token to token will do."""
+    x = x.reshape(-1, width)
+    return x if x.stride(1) == 1 or width == 1 else x.contiguous()
+
+
+def like(x: Tensor | None, other: Tensor) -> Tensor:
+    """Fresh and contiguous, of the shape and dtype of x; empty if there is no x: operators return no None."""
+    return other.new_empty(0) if x is None else x.new_empty(x.shape)
+
+
+def column_sums(x: Tensor, out: Tensor) -> None:
+    """Sums of the rows of x [rows D] into out, whose entries are as many and may be of another dtype."""
+    rows, D = x.shape
+    _column_sums[(cdiv(D, 32),)](x, out, rows, D, x.stride(0), BLOCK_R=64, BLOCK_D=32, num_warps=4)
+
+
+def _width(x: Tensor) -> int:
+    return x.shape[2:].numel() if x.ndim > 2 else x.shape[-1]
+
+
+def _tile(D: int) -> dict[str, int]:
+    return {"BLOCK_T": BLOCK_T, "BLOCK_D": min(BLOCK_D, power_of_2(D)), "num_warps": 4}
+
+
+def _grid(count: int, D: int, device: torch.device, summed: bool, BLOCK_D: int) -> tuple[int, int]:
+    """A program per tile, or so few that their sums are few."""
+    columns, programs = cdiv(D, BLOCK_D), cdiv(count, BLOCK_T)
+    return (min(programs, cdiv(8 * processors(device), columns)) if summed else programs), columns
+
+
+@operator("activate")
+def _activate(z: Tensor, bias: Tensor | None, fn: str, scale: float) -> Tensor:
+    """scale f(z + b) in float32."""
+    D = _width(z)
+    rows, y, tile = tokens(z, D), _fake_activate(z, bias, fn, scale), _tile(D)
+    grid = _grid(len(rows), D, z.device, False, tile["BLOCK_D"])
+    _activate_forward[grid](rows, bias, y, len(rows), D, rows.stride(0), scale, fn, **tile)
+    return y
+
+
+@fake("activate")
+def _fake_activate(z: Tensor, bias: Tensor | None, fn: str, scale: float) -> Tensor:
+    return z.new_empty(z.shape, dtype=torch.float32)
+
+
+@operator("activate_backward")
+def _activate_gradients(dy: Tensor, z: Tensor, bias: Tensor | None, fn: str, scale: float) -> tuple[Tensor, Tensor]:
+    """dz and db."""
+    D = _width(z)
+    rows, dy, tile = tokens(z, D), tokens(dy, D), _tile(D)
+    dz, db = _fake_activate_gradients(dy, z, bias, fn, scale)
+    grid = _grid(len(rows), D, z.device, bias is not None, tile["BLOCK_D"])
+    sums = None if bias is None else dz.new_empty((grid[0], D), dtype=torch.float32)
+    strides = (dy.stride(0), rows.stride(0))
+    _activate_backward[grid](dy, rows, bias, dz, sums, len(rows), D, *strides, scale, fn, **tile)
+    if sums is not None:
+        column_sums(sums, db)
+    return dz, db
+
+
+@fake("activate_backward")
+def _fake_activate_gradients(
+    dy: Tensor, z: Tensor, bias: Tensor | None, fn: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    return like(z, z), like(bias, z)
+
+
+def _save_activate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, bias, *ctx.options = inputs
+    ctx.save_for_backward(z, bias)
+
+
+def _activate_backwards(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    z, bias = ctx.saved_tensors
+    dz, db = _activate_gradients(dy, z, bias, *ctx.options)
+    return dz, None if bias is None else db, None, None
+
+
+differentiable("activate", _activate_backwards, _save_activate)
+differentiable("activate_backward")
+
+
+@operator("bounded")
+def _bounded(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    D = _width(z)
+    rows, (log_a, keep), tile = tokens(z, D), _fake_bounded(z, bound), _tile(D)
+    grid = _grid(len(rows), D, z.device, False, tile["BLOCK_D"])
+    _bounded_forward[grid](rows, bound, log_a, keep, len(rows), D, rows.stride(0), **tile)
+    return log_a, keep
+
+
+@fake("bounded")
+def _fake_bounded(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape, dtype=torch.float32), z.new_empty(z.shape)
+
+
+@operator("bounded_backward")
+def _bounded_gradients(dlog: Tensor, dkeep: Tensor, z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    D = _width(z)
+    rows, (dz, dg), tile = tokens(z, D), _fake_bounded_gradients(dlog, dkeep, z, bound), _tile(D)
+    grid = _grid(len(rows), D, z.device, bound is not None, tile["BLOCK_D"])
+    sums = None if bound is None else dz.new_empty((grid[0], D), dtype=torch.float32)
+    given = (dlog.contiguous(), dkeep.contiguous(), rows, bound)
+    _bounded_backward[grid](*given, dz, sums, len(rows), D, rows.stride(0), **tile)
+    if sums is not None:
+        column_sums(sums, dg)
+    return dz, dg
+
+
+@fake("bounded_backward")
+def _fake_bounded_gradients(dlog: Tensor, dkeep: Tensor, z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    return like(z, z), like(bound, z)
+
+
+def _save_bounded(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _bounded_backwards(ctx: Any, dlog: Tensor, dkeep: Tensor) -> tuple[Tensor | None, ...]:
+    z, bound = ctx.saved_tensors
+    dz, dg = _bounded_gradients(dlog, dkeep, z, bound)
+    return dz, None if bound is None else dg
+
+
+differentiable("bounded", _bounded_backwards, _save_bounded)
+differentiable("bounded_backward")
+
+
+def _heads(u: Tensor, w: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Heads of a token, their channels, and a tile of a few heads."""
+    H = w.shape[2:].numel()
+    P = u.shape[2:].numel() // H
+    BLOCK_P = power_of_2(P)
+    return H, P, {"BLOCK_R": max(1, 1024 // BLOCK_P), "BLOCK_P": BLOCK_P, "num_warps": 4}
+
+
+@operator("weigh")
+def _weigh(u: Tensor, w: Tensor) -> Tensor:
+    H, P, tile = _heads(u, w)
+    rows, y = tokens(u, H * P), like(u, u)
+    grid = (cdiv(w.numel(), tile["BLOCK_R"]),)
+    _weigh_forward[grid](rows, w.contiguous(), y, w.numel(), H, P, rows.stride(0), **tile)
+    return y
+
+
+@fake("weigh")
+def _fake_weigh(u: Tensor, w: Tensor) -> Tensor:
+    return like(u, u)
+
+
+@operator("weigh_backward")
+def _weigh_gradients(dy: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    H, P, tile = _heads(u, w)
+    drows, rows, (du, dw) = tokens(dy, H * P), tokens(u, H * P), _fake_weigh_gradients(dy, u, w)
+    grid, strides = (cdiv(w.numel(), tile["BLOCK_R"]),), (drows.stride(0), rows.stride(0))
+    _weigh_backward[grid](drows, rows, w.contiguous(), du, dw, w.numel(), H, P, *strides, **tile)
+    return du, dw
+
+
+@fake("weigh_backward")
+def _fake_weigh_gradients(dy: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return like(u, u), like(w, w)
+
+
+def _save_weigh(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _weigh_backwards(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return _weigh_gradients(dy, *ctx.saved_tensors)
+
+
+differentiable("weigh", _weigh_backwards, _save_weigh)
+differentiable("weigh_backward")
+
+
+def weigh(u: Tensor, w: Tensor) -> Tensor:
+    """w u in the dtype of u; u [B T H P], w [B T H]."""
+    return _weigh(u, w)
+
+
+def activate(z: Tensor, bias: Tensor | None, fn: str, scale: float = 1.0) -> Tensor:
+    """scale f(z + b) in float32; z [B T *], b [*]; fn is "sigmoid", "softplus" or "log_sigmoid"."""
+    return _activate(z, None if bias is None else bias.contiguous(), fn, scale)
+
+
+def bounded(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log a in float32 and 1 - a in the dtype of z, of the forget gate a = g + (1 - g) sigmoid(z); z [B T *], g [*]."""
+    return _bounded(z, None if bound is None else bound.contiguous())

@@ -1,0 +1,39 @@
+"""How much a layer launches and keeps for its backward, around its scan, does not grow unseen.
+
+`python tests/test_launches.py` prints the table of all models and the operators they are made of.
+"""
+
+from __future__ import annotations
+
+import pytest
+from launches import layer
+
+from recur import Recipe, presets
+
+TOKENS = 8 * 2048
+MODELS: dict[str, tuple[Recipe, str | None, int, int, int]] = {  # at most: forward, backward, bytes a token
+    "gla": (presets.gla(heads=4), "swiglu", 22, 37, 41_000),
+    "hgrn2": (presets.hgrn2(heads=8), "swiglu", 20, 24, 50_000),
+    "gated_delta_net": (presets.gated_delta_net(heads=8), "swiglu", 23, 29, 62_000),
+    "retnet": (presets.retnet(heads=8), "swiglu", 47, 22, 54_000),
+    "mamba2": (presets.mamba2(), None, 14, 20, 31_000),
+    "mamba": (presets.mamba(), None, 14, 21, 42_000),
+    "longhorn": (presets.longhorn(), None, 12, 19, 42_000),
+    "llama": (presets.llama(heads=16), "swiglu", 51, 24, 38_000),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layer_launches_and_keeps_no_more_than_it_did(name: str) -> None:
+    recipe, ffn, forward, backward, kept = MODELS[name]
+    made = layer(recipe, ffn)
+    assert sum(made.forward.values()) <= forward, made.forward
+    assert sum(made.backward.values()) <= backward, made.backward
+    assert made.kept / TOKENS <= kept
+
+
+if __name__ == "__main__":
+    for name, (recipe, ffn, *_) in MODELS.items():
+        made = layer(recipe, ffn)
+        sums = [sum(made.forward.values()), sum(made.backward.values()), round(made.kept / TOKENS)]
+        print(name, *sums, dict(made.forward), dict(made.backward))
