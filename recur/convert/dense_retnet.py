@@ -6,7 +6,7 @@ from typing import Any
 
 from recur.blocks import Block, LanguageModel, LowRank, Mixer, Norm, Project, RetentionScale
 from recur.convert.keys import Keys, merged, rows, under
-from recur.convert.official import OF_A_FILE, Official
+from recur.convert.official import UNQUANTISED, Official, unless_misspelt
 from recur.presets.dense_retnet import dense_retnet
 from recur.recipe import Recipe
 from recur.shapes import pick
@@ -75,14 +75,24 @@ def projection(c: Any) -> Mixer:
     return Mixer(Recipe(Project("x", y=maps, init="normal"), out=str(width)), c.input_dim)
 
 
-INERT = (*OF_A_FILE, "deepnorm", "retnorm", "layernorm_eps", "max_position_embeddings", "initializer_range")
+INERT = ("deepnorm", "retnorm", "layernorm_eps", "max_position_embeddings", "initializer_range")
 OF_MODEL = ("vocab_size", "num_hidden_layers")
-ONLY = {"v_factor": (2,), "hidden_act": ("silu",), "tie_word_embeddings": (False,)}
+ONLY = {**UNQUANTISED, "v_factor": (2,), "hidden_act": ("silu",), "tie_word_embeddings": (False,)}
 BUFFERS = ("retnet_rel_pos.angle", "retnet_rel_pos.decay")
 BLOCK_KEYS: Keys = {**under("mixer.", "self_attn.", MIXER_KEYS), "mixer_norm.weights.*": "input_layernorm.*"}
 MIXER = Official(mixer, MIXER_KEYS, LAYER_NEEDS, CONFIG, inert=(*INERT, *OF_MODEL), only=ONLY)
 LAYER = Official(layer, BLOCK_KEYS, LAYER_NEEDS, CONFIG, inert=(*INERT, *OF_MODEL), only=ONLY)
-MODEL = Official(model, KEYS, (*OF_MODEL, *LAYER_NEEDS), CONFIG, derived=BUFFERS, inert=INERT, only=ONLY)
+MODEL = Official(
+    model,
+    KEYS,
+    (*OF_MODEL, *LAYER_NEEDS),
+    CONFIG,
+    base="model.",
+    derived=BUFFERS,
+    inert=INERT,
+    only=ONLY,
+    ignores=unless_misspelt,
+)
 PROJECTION = Official(
     projection,
     {"parts.project.weight": "fc1.weight", "parts.project.y_up": "fc2.weight"},

@@ -105,7 +105,8 @@ def attention_recipe(c: Any) -> Recipe:
     positions: tuple[Part, ...] = (Rotary("q k", stored=True),) if c.rotary_emb else ()
     if relates:
         placed = relative(law=law, gate="signed" if c.ablate_complex else "polar", gate_gradient=fraction)
-        positions += placed[:1] if c.ablate_state_transition else placed
+        unread = (Project("x", c="H K", name="position"),)
+        positions += unread if c.ablate_state_transition else placed
     reads = {"literal": (LINEAR, Attention(fused=not relates)), "intended": (RELATIVE_LINEAR, GatedAttention())}
     law = "literal" if c.ablate_state_transition else law
     read = reads[law][not relates if c.softmax_normalize is None else c.softmax_normalize]

@@ -23,7 +23,7 @@ from recur.blocks import (
 )
 from recur.blocks.feedforward import gated
 from recur.convert.keys import Keys, merged, rows, stack, taps, tied, under
-from recur.convert.official import OF_A_FILE, Official
+from recur.convert.official import UNQUANTISED, Official, unless_misspelt
 from recur.presets.hgrn import hgrn, hgrn_complex, without_bounds
 from recur.recipe import Part, Recipe
 
@@ -124,14 +124,11 @@ def hub_hgrn(c: Any) -> Recipe:
 
 
 def hub_mixer(recipe_of: RecipeOf, c: Any) -> Mixer:
-    recipe = recipe_of(c)
-    recipe = convolved(recipe, c.conv_size, c.conv_bias) if c.use_short_conv else recipe
-    return Mixer(alone(recipe, c.layer_idx), c.hidden_size)
+    return Mixer(alone(convolved(recipe_of(c), c, c.conv_bias), c.layer_idx), c.hidden_size)
 
 
 def hub_model(recipe_of: RecipeOf, c: Any) -> LanguageModel:
-    recipe = recipe_of(c)
-    recipe = convolved(recipe, c.conv_size, False) if c.use_short_conv else recipe
+    recipe = convolved(recipe_of(c), c, False)
     rule = f"256*ceil(int(D*{c.hidden_ratio}*2/3)/256)"
     return LanguageModel(
         recipe if c.use_lower_bound else without_bounds(recipe),
@@ -146,14 +143,23 @@ def hub_model(recipe_of: RecipeOf, c: Any) -> LanguageModel:
     )
 
 
-def convolved(recipe: Recipe, width: int, bias: bool) -> Recipe:
-    """With short convolutions, without an activation of their own, of all that is projected but the gate of y."""
+def convolved(recipe: Recipe, c: Any, bias: bool) -> Recipe:
+    """If asked for, with short convolutions, without an activation of their own, of all that is projected but the gate
+    of y. Those of the months when a kernel could be shared had one.
+    """
+    if not c.use_short_conv:
+        return recipe
+    if c.share_conv_kernel is not None:
+        raise NotImplementedError(
+            "hgrn: share_conv_kernel must be left out where use_short_conv is true, as the convolutions of its time "
+            f"had an activation, got {c.share_conv_kernel!r}"
+        )
     names = [name for name, _ in recipe.parts[0].outs if name != "g"]  # type: ignore[attr-defined]
-    convs = (ShortConv(name, width=width, bias=bias, act="identity") for name in names)
+    convs = (ShortConv(name, width=c.conv_size, bias=bias, act="identity") for name in names)
     return recipe.insert_before("act", *convs)
 
 
-def hub(recipe_of: RecipeOf, expand: int, *names: str) -> dict[str, Official]:
+def hub(kind: str, recipe_of: RecipeOf, expand: int, *names: str) -> dict[str, Official]:
     """The layer and the model, the layer's keys from the names of what it projects."""
     convs: Keys = {}
     for number, name in enumerate((name for name in names if name != "g"), 1):
@@ -178,11 +184,22 @@ def hub(recipe_of: RecipeOf, expand: int, *names: str) -> dict[str, Official]:
     given = {"expand_ratio": expand}
     return {
         "layer": Official(partial(hub_mixer, recipe_of), layer, (), {**HUB_LAYER, **given}, inert=("mode",)),
-        "lm": Official(partial(hub_model, recipe_of), model, (), {**HUB_LM, **given}, inert=HUB_INERT, only=HUB_ONLY),
+        "lm": Official(
+            partial(hub_model, recipe_of),
+            model,
+            config={**HUB_LM, **given},
+            base="model.",
+            inert=HUB_INERT,
+            only={**HUB_ONLY, "model_type": (kind,)},
+            renamed={"rms_norm_eps": "norm_eps"},
+            ignores=unless_misspelt,
+        ),
     }
 
 
-MIXING = {"num_heads": None, "use_short_conv": False, "conv_size": 4, "elementwise_affine": True}
+MIXING = {
+    "num_heads": None, "use_short_conv": False, "conv_size": 4, "share_conv_kernel": None, "elementwise_affine": True,
+}  # fmt: skip
 HUB_LAYER = {**MIXING, "hidden_size": 1024, "conv_bias": False, "norm_eps": 1e-5, "layer_idx": None}
 HUB_LM = {
     **MIXING, "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "use_lower_bound": True,
@@ -190,8 +207,10 @@ HUB_LM = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 HUB_INERT = (
-    *(*OF_A_FILE, "attn_mode", "max_position_embeddings", "initializer_range", "fuse_norm", "fuse_swiglu"),
+    *("attn_mode", "max_position_embeddings", "initializer_range", "fuse_norm", "fuse_swiglu"),
     *("fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp"),
 )
-HUB_ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("swish", "silu"), "attn": (None,), "attnres_block_size": (None,)}
-HUB = hub(hub_hgrn, 1, "i", "g", "f")
+HUB_ONLY: dict[str, tuple[Any, ...]] = {
+    **UNQUANTISED, "hidden_act": ("swish", "silu"), "attn": (None,), "attnres_block_size": (None,),
+}  # fmt: skip
+HUB = hub("hgrn", hub_hgrn, 1, "i", "g", "f")

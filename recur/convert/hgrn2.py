@@ -10,7 +10,7 @@ from recur.blocks import LanguageModel, Mixer, Norm, both_ways, in_grid, in_seri
 from recur.blocks.feedforward import gated
 from recur.convert.hgrn import activation_of, alone, hub
 from recur.convert.keys import Keys, merged, rows, stack, tied, under
-from recur.convert.official import OF_A_FILE, Official
+from recur.convert.official import UNQUANTISED, Official, unless_misspelt
 from recur.presets.hgrn2 import hgrn2
 from recur.recipe import Recipe
 
@@ -75,6 +75,10 @@ def hub_hgrn2(c: Any) -> Recipe:
     heads = c.num_heads if c.expand_ratio is None else c.hidden_size // c.expand_ratio
     if heads is None:
         raise ValueError("hgrn2: expand_ratio or num_heads must be given, got neither")
+    if c.num_heads not in (None, heads):
+        raise NotImplementedError(
+            f"hgrn2: num_heads must be hidden_size / expand_ratio = {heads} so far, got {c.num_heads}"
+        )
     norm = Norm("y", eps=1e-5, affine="full" if c.elementwise_affine else "none")
     return hgrn2(heads=heads, scale="1/sqrt(K)", norm=(norm,))
 
@@ -100,5 +104,13 @@ UNITS = {
     "hgru2_2d_parallel": _unit(partial(hgrn2, scan=in_grid)),
     "hgru2_2d_series": _unit(series, "parts.body."),
 }
-MODEL = Official(model, KEYS, config=CONFIG, inert=(*OF_A_FILE, "add_bos_token", "causal", "init_std"))
-HUB = hub(hub_hgrn2, 128, "i", "q", "f")
+MODEL = Official(
+    model,
+    KEYS,
+    config=CONFIG,
+    base="model.",
+    inert=("add_bos_token", "causal", "init_std"),
+    only={**UNQUANTISED, "model_type": ("hgrn2",)},
+    ignores=unless_misspelt,
+)
+HUB = hub("hgrn2", hub_hgrn2, 128, "i", "q", "f")

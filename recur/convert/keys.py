@@ -8,7 +8,7 @@ module lacks are idle, and a later parameter takes an official name from an earl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,24 @@ from torch import Tensor, nn
 
 Place = Callable[[Any, Tensor], Mapping[str, Tensor]]  # the part, its weight -> official names and views
 Keys = Mapping[str, "str | Place"]
+
+# What torch's wrappers call the module inside: torch.compile, DDP, FSDP, activation checkpointing.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def unwrapped(name: str) -> str:
+    """A key without the names of wrappers, at any depth: "_orig_mod.layers.0.module.weight" is "layers.0.weight"."""
+    *modules, tensor = name.split(".")
+    return ".".join([*(module for module in modules if module not in WRAPPERS), tensor])
+
+
+def renamed(where: str, names: Iterable[str], rename: Callable[[str], str]) -> dict[str, str]:
+    """New key -> key, of the checkpoint that is called `where`.   Raises: ValueError for two keys with one new key."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (other := found.setdefault(rename(name), name)) != name:
+            raise ValueError(f"{where} must hold {rename(name)} once, got {other} and {name}")
+    return found
 
 
 def tied(*names: str) -> Place:
@@ -92,7 +110,8 @@ def views(module: nn.Module, keys: Keys) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     homeless = []
     for name, weight in module.named_parameters():
-        hits = [(match.groups(), place) for pattern, place in patterns.items() if (match := pattern.fullmatch(name))]
+        plain = unwrapped(name)
+        hits = [(match.groups(), place) for pattern, place in patterns.items() if (match := pattern.fullmatch(plain))]
         if not hits:
             homeless.append(name)
             continue

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from recur.convert.keys import unwrapped
 from recur.convert.official import Official
 from recur.convert.table import OFFICIAL
+
+WRAPPED = ("state_dict", "model_state_dict", "model", "module")  # where training scripts put a state_dict
 
 
 def names() -> list[str]:
@@ -22,9 +25,15 @@ def names() -> list[str]:
 def build(name: str, config: Mapping[str, Any]) -> Any:
     """Our module for the arguments of the original's constructor, with its first values.
 
+    Warns: UserWarning, one, that names all entries of a configuration file which the original ignores.
     Raises: ValueError for an unknown name or argument, NotImplementedError for options not there yet.
     """
     return _official(name).make(name, config)
+
+
+def arguments(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config under the names of today, without what the original ignores.   Raises: ValueError, as `build` does."""
+    return _official(name).settle(name, config)[0]
 
 
 def from_official(name: str, state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
@@ -32,14 +41,19 @@ def from_official(name: str, state_dict: Mapping[str, Tensor], config: Mapping[s
 
     Args:
         name:       one of `names()`.
-        state_dict: as the original saves it. Tied aliases may be there or not, derived buffers are ignored.
-        config:     the arguments of the original's constructor; what is left out has the original's default.
+        state_dict: as the original saves it, or as a wrapper of it does (torch.compile, DDP, FSDP, activation
+            checkpointing), or what a training script saved around it. Tied aliases may be there or not, derived
+            buffers are ignored.
+        config:     the arguments of the original's constructor; what is left out has the original's default. What
+            transformers writes into a config.json besides is ignored.
 
     Returns: a module of the state_dict's device and dtype (the widest, if it has several), sharing no memory with it.
-    Raises: ValueError for an unknown name or argument; or listing all keys that are missing, unexpected, misshapen, or
-        differ from what they are tied to, before anything is loaded. NotImplementedError for options not there yet.
+    Warns: UserWarning, one, that names all entries of a configuration file which the original ignores.
+    Raises: ValueError for an unknown name or argument; for no state_dict or several; for two keys that are one without
+        their wrappers; or listing all keys that are missing, unexpected, misshapen, or differ from what they are tied
+        to, before anything is loaded. NotImplementedError for options not there yet.
     """
-    official = _official(name)
+    official, state_dict = _official(name), state_dict_in("from_official: state_dict", state_dict)
     plain = official.strip(state_dict)
     state = {key: state_dict[full] for key, full in plain.items()}
     with torch.device("meta"):
@@ -51,6 +65,39 @@ def from_official(name: str, state_dict: Mapping[str, Tensor], config: Mapping[s
         if key in state:
             view.copy_(state[key])
     return module
+
+
+def state_dict_in(where: str, held: Any) -> Mapping[str, Tensor]:
+    """The state_dict in what a training script saved: `held` itself, or the one in it. Errors call it `where`.
+
+    Raises: ValueError, naming what is there instead, for none, or for several of which none is surely the model's.
+    """
+    if isinstance(held, Mapping) and all(_is_weight(*entry) for entry in held.items()):
+        return held
+    found = dict(_state_dicts(held)) if isinstance(held, Mapping) else {}
+    if not found:
+        kind = f"entries {', '.join(map(str, held))}" if isinstance(held, Mapping) else type(held).__name__
+        raise ValueError(f"{where} must hold a state_dict, or one under {', '.join(WRAPPED)}, got {kind}")
+    chosen = [place for place in found if place.rpartition(".")[2] in WRAPPED] or list(found)
+    keys = {place: set(map(unwrapped, state)) for place, state in found.items()}
+    same = [place for place in found if keys[place] == keys[chosen[0]]]  # averaged weights, for instance
+    if len({*chosen, *same}) > 1:
+        several = ", ".join(place for place in found if place in {*chosen, *same})
+        raise ValueError(f"{where} must hold one state_dict, got {several}; give the one that is meant by itself")
+    return found[chosen[0]]
+
+
+def _is_weight(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor)
+
+
+def _state_dicts(held: Mapping[Any, Any], outer: str = "") -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """Every state_dict that a mapping has as an entry, or inside one of the known names, by its dotted place."""
+    for key, value in held.items():
+        if isinstance(value, Mapping) and value and all(_is_weight(*entry) for entry in value.items()):
+            yield f"{outer}{key}", value
+        elif isinstance(value, Mapping) and key in WRAPPED:
+            yield from _state_dicts(value, f"{outer}{key}.")
 
 
 def to_official(name: str, module: nn.Module) -> dict[str, Tensor]:

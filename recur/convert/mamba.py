@@ -9,7 +9,7 @@ from typing import Any
 from recur.blocks import LanguageModel, Mixer, Norm, OutputGate, Project
 from recur.blocks.feedforward import gated
 from recur.convert.keys import Keys, merged, stack, taps, tied, under
-from recur.convert.official import OF_A_FILE, Official
+from recur.convert.official import UNQUANTISED, Official, unless_misspelt
 from recur.presets.mamba import mamba
 from recur.presets.mamba2 import mamba2, mamba2_mlp
 from recur.recipe import Recipe
@@ -150,6 +150,11 @@ def _of_transformers(preset: Callable[..., Recipe], c: Any, **options: Any) -> L
 
 
 def transformers_model(c: Any) -> LanguageModel:
+    inner = int(c.expand * c.hidden_size)
+    if c.intermediate_size not in (None, inner):
+        raise NotImplementedError(
+            f"mamba_hf: intermediate_size must be expand * hidden_size = {inner} so far, got {c.intermediate_size}"
+        )
     return _of_transformers(mamba, c, rank=rank_of(c.time_step_rank))
 
 
@@ -182,19 +187,37 @@ MODEL = model_of({"Mamba1": MIXER, "Mamba2": MIXER_2}, {**KEYS, **KEYS_2})
 BOTH = {"layer_norm_epsilon": 1e-5, "expand": 2, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True}
 CONFIG = {
     **BOTH, "vocab_size": 50280, "hidden_size": 768, "state_size": 16, "num_hidden_layers": 32,
-    "time_step_rank": "auto", "tie_word_embeddings": True,
+    "time_step_rank": "auto", "tie_word_embeddings": True, "intermediate_size": None,
 }  # fmt: skip
 CONFIG_2 = {
     **BOTH, "num_heads": 128, "head_dim": 64, "vocab_size": 32768, "hidden_size": 4096, "state_size": 128,
     "num_hidden_layers": 64, "n_groups": 8, "time_step_limit": UNLIMITED, "tie_word_embeddings": False,
 }  # fmt: skip
 INERT = (
-    *(*OF_A_FILE, "pad_token_id", "intermediate_size"),
     *("initializer_range", "residual_in_fp32", "rescale_prenorm_residual", "time_step_min", "time_step_max"),
     *("time_step_floor", "time_step_scale", "time_step_init_scheme", "use_mambapy", "use_associative_scan"),
     *("chunk_size", "d_inner", "d_model", "n_layer", "ssm_cfg", "fused_add_norm", "pad_vocab_size_multiple"),
 )
-INERT_2 = (*INERT, "time_step_rank", "norm_before_gate")
-SILU = {"hidden_act": ("silu", "swish"), "rms_norm": (True,)}
-TRANSFORMERS = Official(transformers_model, frame("embeddings", KEYS), (), CONFIG, inert=INERT, only=SILU)
-TRANSFORMERS_2 = Official(transformers_model_2, frame("embeddings", KEYS_2), (), CONFIG_2, inert=INERT_2, only=SILU)
+INERT_2 = (*INERT, "time_step_rank", "norm_before_gate", "intermediate_size")
+ONLY = {**UNQUANTISED, "hidden_act": ("silu", "swish"), "rms_norm": (True,)}
+REST: dict[str, Any] = {
+    "base": "backbone.",
+    "older": {"backbone.embedding.weight": "backbone.embeddings.weight"},
+    "ignores": unless_misspelt,
+}
+TRANSFORMERS = Official(
+    transformers_model,
+    frame("embeddings", KEYS),
+    config=CONFIG,
+    inert=INERT,
+    only={**ONLY, "model_type": ("mamba",)},  # others of these weights' names compute something else
+    **REST,
+)
+TRANSFORMERS_2 = Official(
+    transformers_model_2,
+    frame("embeddings", KEYS_2),
+    config=CONFIG_2,
+    inert=INERT_2,
+    only={**ONLY, "model_type": ("mamba2",)},
+    **REST,
+)

@@ -66,7 +66,7 @@ def simple_gateloop() -> Recipe:
 def relative(*, law: str = "intended", gate: str = "polar", gate_gradient: float = 0.5) -> tuple[Part, ...]:
     """Positions for gateloop_attention that the data decide: RelPos of this law, from a ComplexGate of that law."""
     return (
-        Project("x", c="H J 2", name="position"),
+        Project("x", c="H K/2 2", name="position"),
         ScaleGrad("c", gate_gradient),
         ComplexGate("c", law=gate),
         RelPos(law=law),
@@ -93,6 +93,6 @@ def gateloop_attention(
         Project("x", g="H K", name="gate"),
         OutputGate("g"),
         Project("y", y="D", bias=True, name="out"),
-        axes={"H": heads, "K": width, "J": "K/2"},
+        axes={"H": heads, "K": width},
         source="after Katsch 2023, arXiv:2311.01927",
     )

@@ -34,14 +34,17 @@ def rotate(
     Args:
         x:           [B T H K].
         position:    [B T] integer positions.
-        frequencies: [K/2] radians a token.
-        layout:      "interleaved" pairs (2j, 2j+1), or "half" pairs (j, j + K/2).
+        frequencies: [P] radians per token, P at most K/2: the channels after the last pair stay as they are.
+        layout:      "interleaved" pairs (2j, 2j+1), or "half" pairs (j, j + P).
         form:        "auto" takes one kernel on a GPU where torch.compile does not do better (recur.kernel.fused),
                      "recurrent", "chunked" and "parallel" the formula in torch.
 
     Returns: [B T H K] in x's dtype.   Raises: ValueError for another layout.
     Cost: O(B T H K).   Source: Su et al. 2021, arXiv:2104.09864.
     """
+    if (paired := 2 * frequencies.shape[-1]) < x.shape[-1]:
+        rotated = rotate(x[..., :paired], position, frequencies, layout=layout, form=form)
+        return torch.cat([rotated, x[..., paired:]], -1)
     if layout not in ("interleaved", "half"):
         raise ValueError(f'rotate: layout must be "interleaved" or "half", got {layout!r}')
     whole = position.shape[0] in (1, x.shape[0]) and position.shape[1] == x.shape[1]

@@ -35,8 +35,7 @@ class Vectors:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        with safe_open(self.path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        return recur.convert.read_checkpoint(self.path)[0]
 
     def section(self, name: str) -> dict[str, Tensor]:
         return {key.removeprefix(f"{name}."): t for key, t in self.tensors.items() if key.startswith(f"{name}.")}
