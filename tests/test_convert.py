@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 from golden import case_of
+from hypothesis import given
+from hypothesis import strategies as st
 from replay import Module, Vectors
 from test_golden import FOLDER
 from torch import Tensor
 
 from recur import LanguageModel, Mixer, convert, presets
+from recur.convert.keys import WRAPPERS
 
 FILES = [Vectors(path) for path in sorted(FOLDER.glob("*.safetensors"))]
 MODULES = {vectors: case for vectors in FILES if isinstance(case := case_of(vectors), Module)}
 RECORDED = {vectors.path.stem: vectors for vectors in MODULES if vectors.section("param")}
+OF_EACH_NAME = {case.name: vectors for vectors, case in MODULES.items() if vectors.section("param")}
 CONFIG = {"d_model": 8, "n_layer": 2, "vocab_size": 10, "ssm_cfg": {"d_state": 2}}
 BUFFERS = ("retnet_rel_pos.angle", "retnet_rel_pos.decay", "rope.inv_freq")  # computed, not learned
 WRITTEN_OUT = {"hgru1_1d_v2", "hgru1_1d_v3", "hgru1_2d", "hgru1_real_2d"}  # compared with loops in test_hgrn.py
@@ -91,6 +96,177 @@ def test_the_prefix_of_a_wrapper_is_dropped() -> None:
     assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
 
 
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", OF_EACH_NAME)
+def test_wrappers_at_every_place_of_a_key_are_dropped(name: str) -> None:
+    vectors = OF_EACH_NAME[name]
+    state, arguments = vectors.section("param"), MODULES[vectors].arguments(vectors)
+    wrapped = {
+        "_orig_mod.module." + key.replace(".", f".{'.'.join(WRAPPERS)}."): tensor for key, tensor in state.items()
+    }
+    modules = [convert.from_official(name, given, arguments) for given in (state, wrapped)]
+    assert same(*(convert.to_official(name, module) for module in modules))
+
+
+@given(st.data())
+def test_any_wrappers_around_any_modules_are_dropped(data: st.DataObject) -> None:
+    state, some = longhorn_lm(), st.lists(st.sampled_from(WRAPPERS), max_size=2)
+
+    def around(segment: str) -> str:
+        return ".".join([*data.draw(some), segment])
+
+    prefix = data.draw(st.sampled_from(["", "transformer."]), label="prefix")
+    wrapped = {".".join(map(around, (prefix + key).split("."))): tensor for key, tensor in state.items()}
+    assert same(convert.to_official("longhorn_lm", convert.from_official("longhorn_lm", wrapped, CONFIG)), state)
+
+
+def test_a_wrapped_module_has_the_keys_of_what_it_wraps() -> None:
+    state = longhorn_lm()
+    model = convert.from_official("longhorn_lm", state, CONFIG)
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    assert any("blocks.1._orig_mod." in key for key in model.state_dict())
+    wrapped = torch.nn.parallel.DataParallel(torch.compile(model, backend="eager"))
+    assert same(convert.to_official("longhorn_lm", wrapped), state)
+
+
+def test_keys_that_depend_on_our_parameters_are_found_in_a_wrapped_module() -> None:
+    config = {"num_tokens": 4, "dim": 4, "depth": 1, "to_logits_layernorm_patch": True}
+    model = convert.build("gated_state_space_lm", config)
+    modules = (torch.compile(model, backend="eager"), model)
+    assert same(*(convert.to_official("gated_state_space_lm", module) for module in modules))
+
+
+def test_two_keys_that_differ_by_a_wrapper_are_refused() -> None:
+    state = longhorn_lm()
+    state["backbone._orig_mod.norm_f.weight"] = state["backbone.norm_f.weight"]
+    words = "must hold backbone.norm_f.weight once, got backbone.norm_f.weight and backbone._orig_mod.norm_f.weight"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        convert.from_official("longhorn_lm", state, CONFIG)
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "dense_gau_retnet": {
+        "hidden_size": 16, "query_key_dim": 8, "num_attention_heads": 2, "num_hidden_layers": 2,
+        "dense_block_layers": 1, "vocab_size": 8,
+    },
+    "hgrn2_hub": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "expand_ratio": 8},
+    "hgrn2_lm": {"decoder_embed_dim": 16, "decoder_layers": 2, "vocab_size": 8, "glu_dim": 8},
+    "hgrn_hub": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8},
+    "mamba2_hf": {
+        "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "num_heads": 4, "head_dim": 8, "n_groups": 1,
+    },
+    "mamba_hf": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "state_size": 4},
+}  # fmt: skip
+OF_TRANSFORMERS = pytest.mark.parametrize("name", SMALL)
+
+
+@OF_TRANSFORMERS
+def test_what_a_class_without_a_head_saved_is_taken(name: str) -> None:
+    """Its keys lack the name under which the class with a head has it. An untied head is missing all the same."""
+    state = convert.to_official(name, convert.build(name, SMALL[name]))
+    base = "backbone." if name.startswith("mamba") else "model."
+    alone = {key.removeprefix(base): tensor for key, tensor in state.items()}
+    assert same(convert.to_official(name, convert.from_official(name, alone, SMALL[name])), state)
+    untied = {**SMALL[name], "tie_word_embeddings": False}
+    bare = {key: tensor for key, tensor in alone.items() if key != HEAD}
+    with pytest.raises(ValueError, match=f"got\n  missing: {HEAD}$"):
+        convert.from_official(name, bare, untied)
+
+
+FORMER = {
+    "_attn_implementation_autoset": True,
+    "torchscript": False,
+    "top_k": 50,
+    "use_bfloat16": False,
+    "num_labels": 2,
+}
+
+
+@OF_TRANSFORMERS
+def test_what_transformers_writes_besides_is_ignored(name: str) -> None:
+    """Without a warning, which the suite would raise."""
+    import transformers
+
+    kept = {key: value for key, value in transformers.PretrainedConfig().to_dict().items() if key != "model_type"}
+    generates = transformers.GenerationConfig().to_dict()
+    former = {key: generates[key] for key in ("temperature", "num_beams", "bad_words_ids") if key in generates}
+    convert.build(name, {**kept, **former, **FORMER, **SMALL[name]})
+
+
+@OF_TRANSFORMERS
+def test_what_the_original_ignores_is_listed_once(name: str) -> None:
+    with pytest.warns(
+        UserWarning, match=f"^{name}: ignored, as the original ignores it: lucky_number, rope_theta$"
+    ) as found:
+        convert.build(name, {**SMALL[name], "lucky_number": 7, "rope_theta": 1e4})
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    with pytest.raises(ValueError, match="unknown: vocab_sise; lacking"):
+        convert.build(name, {**SMALL[name], "vocab_sise": 8})
+    with pytest.raises(NotImplementedError, match=f"{name}: quantization_config must be None so far"):
+        convert.build(name, {**SMALL[name], "quantization_config": {"bits": 4}})
+
+
+@pytest.mark.parametrize("name", ["hgrn_hub", "hgrn2_hub"])
+def test_arguments_of_former_years(name: str) -> None:
+    model = convert.build(
+        name, {**SMALL[name], "rms_norm_eps": 1e-3, "share_conv_kernel": True, "use_short_conv": False}
+    )
+    assert model.final_norm.norm.eps == 1e-3
+    assert convert.build(name, {**SMALL[name], "rms_norm_eps": 1e-3, "norm_eps": 1e-3}).final_norm.norm.eps == 1e-3
+    with pytest.raises(ValueError, match=r"config must hold norm_eps once, got norm_eps=1e-06 and rms_norm_eps=0\.001"):
+        convert.build(name, {**SMALL[name], "rms_norm_eps": 1e-3, "norm_eps": 1e-6})
+    words = "share_conv_kernel must be left out where use_short_conv is true, as .* had an activation, got False"
+    with pytest.raises(NotImplementedError, match=words):
+        convert.build(name, {**SMALL[name], "share_conv_kernel": False, "use_short_conv": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "words"),
+    [
+        ("mamba_hf", {"model_type": "falcon_mamba"}, "model_type must be 'mamba' so far, got 'falcon_mamba'"),
+        ("mamba2_hf", {"model_type": "mamba"}, "model_type must be 'mamba2' so far, got 'mamba'"),
+        ("hgrn_hub", {"model_type": "hgrn2"}, "model_type must be 'hgrn' so far, got 'hgrn2'"),
+        ("mamba_hf", {"intermediate_size": 48}, r"intermediate_size must be expand \* hidden_size = 32 so far, got 48"),
+        ("hgrn2_hub", {"num_heads": 4}, "num_heads must be hidden_size / expand_ratio = 2 so far, got 4"),
+    ],
+)
+def test_values_that_matter_and_are_not_there_are_refused(name: str, more: dict[str, Any], words: str) -> None:
+    with pytest.raises(NotImplementedError, match=words):
+        convert.build(name, {**SMALL[name], **more})
+
+
+@pytest.mark.parametrize("place", ["state_dict", "model_state_dict", "model", "module", "ema", "model.state_dict"])
+def test_the_only_state_dict_of_a_training_checkpoint_is_meant(place: str) -> None:
+    state = longhorn_lm()
+    moments = {0: {"step": torch.ones(()), "exp_avg": torch.ones(2)}}
+    held: Any = {f"_orig_mod.{key}": tensor for key, tensor in state.items()}
+    for name in reversed(place.split(".")):
+        held = {name: held}
+    held |= {"optimizer": {"state": moments, "param_groups": []}, "step": 7, "best": torch.ones(())}
+    if place != "ema":
+        held["rng"] = {"torch": torch.zeros(8)}
+    assert same(convert.to_official("longhorn_lm", convert.from_official("longhorn_lm", held, CONFIG)), state)
+
+
+def test_a_checkpoint_of_no_state_dict_or_several_is_refused() -> None:
+    state, places = longhorn_lm(), "state_dict, model_state_dict, model, module"
+    averaged = {f"module.{key}": tensor for key, tensor in state.items()}
+    for held, words in (
+        ({"model": state, "ema": averaged, "rng": {"cpu": torch.ones(2)}}, "must hold one state_dict, got model, ema"),
+        ({"model": state, "state_dict": {"a": torch.ones(1)}}, "must hold one state_dict, got model, state_dict"),
+        ({"a": state, "b": averaged}, "must hold one state_dict, got a, b"),
+        ({"step": 3, "optimizer": {"state": {}}}, f"a state_dict, or one under {places}, got entries step, optimizer"),
+        ({"model": {}}, f"a state_dict, or one under {places}, got entries model"),
+        ([state], f"from_official: state_dict must hold a state_dict, or one under {places}, got list"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            convert.from_official("longhorn_lm", held, CONFIG)  # type: ignore[arg-type]
+
+
 def test_the_module_shares_neither_memory_nor_random_numbers_with_its_caller() -> None:
     state = longhorn_lm()
     before = {key: tensor.clone() for key, tensor in state.items()}
@@ -104,13 +280,15 @@ def test_the_module_shares_neither_memory_nor_random_numbers_with_its_caller() -
     assert all(weight.requires_grad for weight in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_the_module_has_the_dtype_of_the_checkpoint(dtype: torch.dtype) -> None:
     state = {key: tensor.to(dtype) for key, tensor in longhorn_lm().items()}
     model = convert.from_official("longhorn_lm", state, CONFIG)
     assert model.embedding.weight.dtype == dtype
     skip = model.blocks[0].mixer.parts["skip"].D
-    assert skip.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+    assert skip.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    back = convert.to_official("longhorn_lm", model)
+    assert same({key: tensor.to(dtype) for key, tensor in back.items()}, state)
 
 
 def test_an_unknown_name_is_told_its_nearest() -> None:

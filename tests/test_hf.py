@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 import recur.hf
 from recur import LanguageModel, Part, Recipe, RecipeError, cli, convert, presets, train
@@ -128,6 +129,18 @@ def test_loading_in_half_precision_leaves_time_constants_alone(tmp_path):
     assert half(some_ids(1, 3)).logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    "place", [{}, {"device_map": "cpu"}, {"device_map": "auto"}, {"device_map": {"": "cpu"}}], ids=str
+)
+def test_a_model_in_shards_is_the_same_model(place, tmp_path):
+    lm = model("hybrid")
+    lm.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype="auto", **place)
+    same(again, lm)
+    assert torch.equal(again.generate(some_ids(2, 3), **GREEDY), lm.generate(some_ids(2, 3), **GREEDY))
+
+
 def test_a_lost_weight_is_drawn_anew_and_the_others_are_kept(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -190,13 +203,22 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token():
     by_count = lm(ids, labels=labels, num_items_in_batch=torch.tensor(14)).loss
     torch.testing.assert_close(by_count, out.loss / 2)  # 7 targets of 14
     assert lm(ids, labels=labels, return_dict=False)[0] == out.loss
+    assert lm(ids.int(), labels=labels.int()).loss == out.loss
     assert out.state is None
+
+
+def test_a_configuration_may_ask_for_tuples():
+    lm, ids = model(return_dict=False), some_ids(2, 6)
+    (logits,) = lm(ids)
+    assert torch.equal(lm(ids, return_dict=True).logits, logits)
+    assert torch.equal(lm.generate(ids, **GREEDY), model().generate(ids, **GREEDY))
 
 
 def test_some_columns_of_logits_are_enough():
     lm, ids = model(), some_ids(2, 6)
     whole = lm(ids).logits
     assert torch.equal(lm(ids, logits_to_keep=2).logits, whole[:, -2:])
+    assert torch.equal(lm(ids, num_logits_to_keep=2).logits, whole[:, -2:])
     assert torch.equal(lm(ids, logits_to_keep=torch.tensor([0, 3])).logits, whole[:, [0, 3]])
 
 
@@ -253,16 +275,73 @@ def test_token_by_token_is_the_whole(name):
     assert state.length == 6
 
 
-def test_a_conversation_goes_on_from_its_state():
-    lm, ids = model("hybrid"), some_ids(3, 6)
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    first = lm.generate(ids, attention_mask=PADDED, return_dict_in_generate=True, **options)
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+
+
+def conversation() -> tuple[RecurForCausalLM, StateCache, torch.Tensor, torch.Tensor]:
+    """A model, its state after a first answer, the longer conversation and its mask."""
+    lm = model("hybrid")
+    first = lm.generate(some_ids(3, 6), attention_mask=PADDED, return_dict_in_generate=True, **GREEDY)
     state = next(value for value in first.values() if isinstance(value, StateCache))
     assert state.get_seq_length() == 6 + 4 - 1  # the last token drawn was not read yet
     longer = torch.cat([first.sequences, some_ids(3, 2)], 1)
-    mask = torch.cat([PADDED, torch.ones(3, 6, dtype=torch.long)], 1)
-    again = lm.generate(longer, attention_mask=mask, state=state, **options)
-    assert torch.equal(again, lm.generate(longer, attention_mask=mask, **options))
+    return lm, state, longer, torch.cat([PADDED, torch.ones(3, 6, dtype=torch.long)], 1)
+
+
+@pytest.mark.parametrize("name", ["state", "past_key_values", "cache"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_cache": False}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2, "use_cache": False}],
+    ids=str,
+)
+def test_a_conversation_goes_on_from_its_state_by_any_name(name, options):
+    lm, state, longer, mask = conversation()
+    want, new = lm.generate(longer, attention_mask=mask, **GREEDY, **options), longer[:, state.length :]
+    got = lm.generate(longer, attention_mask=mask, **{name: copy.deepcopy(state)}, **GREEDY, **options)
+    assert torch.equal(got, want)
+    alone = lm.generate(new, attention_mask=mask, **{name: state}, **GREEDY, **options)  # ids that it has not read
+    assert torch.equal(alone[:, new.shape[1] :], want[:, longer.shape[1] :])
+
+
+@pytest.mark.parametrize("new", [1, 2, 9])
+def test_ids_that_a_state_has_not_read_may_come_alone(new):
+    """With a mask that has nothing to hide, which newer versions of transformers take away."""
+    lm, ids, mask = model("hybrid"), some_ids(2, 4 + new), torch.ones(2, 4 + new)
+    want = lm.generate(ids, attention_mask=mask, **GREEDY)
+    for options in ({}, {"use_cache": False}):
+        state = lm(ids[:, :4], use_cache=True).state
+        got = lm.generate(input_ids=ids[:, 4:], attention_mask=mask, state=state, **GREEDY, **options)
+        assert torch.equal(got[:, new:], want[:, 4 + new :])
+
+
+def test_a_single_new_column_is_read_where_the_mask_has_it():
+    lm, state, longer, mask = conversation()
+    longer, mask = longer[:, : state.length + 1], mask[:, : state.length + 1].clone()
+    mask[1, -1] = 0
+    got = lm.generate(longer, attention_mask=mask, state=state, **GREEDY)
+    assert torch.equal(got, lm.generate(longer, attention_mask=mask, **GREEDY))
+    assert not torch.equal(got, lm.generate(longer, **GREEDY))
+
+
+@pytest.mark.parametrize("name", ["state", "past_key_values", "cache"])
+def test_forward_takes_and_gives_the_state_by_any_name(name):
+    lm, ids = model("hybrid"), some_ids(2, 6)
+    first = lm(ids[:, :4], use_cache=True)
+    state = getattr(first, name)
+    assert isinstance(state, StateCache)
+    second = lm(ids[:, 4:], **{name: state})
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), lm(ids).logits)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_rows_of_a_state_follow_the_rows_of_a_prompt(sampled):
+    lm, state, longer, mask = conversation()
+    options = {**GREEDY, "do_sample": sampled} | ({"num_return_sequences": 2} if sampled else {"num_beams": 2})
+    texts = []
+    for given in ({}, {"state": state}):
+        torch.manual_seed(0)
+        texts.append(lm.generate(longer, attention_mask=mask, **given, **options))
+    assert torch.equal(*texts)
 
 
 # ---------------------------------------------------------------------- training and adapting
@@ -478,6 +557,41 @@ def test_the_page_runs_from_top_to_bottom(text, tmp_path, monkeypatch):
             lambda: model()(some_ids(1, 3), output_attentions=True),
             NotImplementedError,
             "output_attentions must be left out",
+        ),
+        (
+            lambda: model().generate(some_ids(1, 3), output_hidden_states=True, return_dict_in_generate=True, **GREEDY),
+            NotImplementedError,
+            "output_hidden_states must be left out",
+        ),
+        (
+            lambda: model(output_hidden_states=True)(some_ids(1, 3)),
+            NotImplementedError,
+            "output_hidden_states must be left out",
+        ),
+        (
+            lambda: model().generate(some_ids(1, 3), past_key_values=DynamicCache(), **GREEDY),
+            TypeError,
+            "past_key_values must be a StateCache, as use_cache=True returns it, got DynamicCache",
+        ),
+        (
+            lambda: model()(some_ids(1, 3), state=StateCache(None, 0), cache=StateCache(None, 0)),
+            TypeError,
+            "the state must come under one name, got two as state and cache",
+        ),
+        (
+            lambda: model().generate(some_ids(1, 3), state=model()(some_ids(1, 3), use_cache=True).state, **GREEDY),
+            ValueError,
+            "must have the 3 columns that state has read, and new ones, got 3 and 3",
+        ),
+        (
+            lambda: model().generate(
+                some_ids(1, 1),
+                attention_mask=torch.ones(1, 6),
+                state=model()(some_ids(1, 3), use_cache=True).state,
+                **GREEDY,
+            ),
+            ValueError,
+            "must have the 3 columns that state has read, and new ones, got 1 and 6",
         ),
         (lambda: model().generate(some_ids(1, 3), prompt_lookup_num_tokens=2), ValueError, "stateful"),
     ],

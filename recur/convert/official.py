@@ -133,7 +133,7 @@ class Official:
             name = name if based or name.startswith("lm_head.") else self.base + name
             return self.older.get(name, name)
 
-        learned = (name for name in names if not name.endswith(self.derived))
+        learned = (name for name in names if not unwrapped(name).endswith(self.derived))
         return renamed("from_official: state_dict", learned, official)
 
     def views(self, module: nn.Module) -> dict[str, Tensor]:

@@ -20,15 +20,18 @@ from recur.recipe import State
 from recur.weights import Weights
 
 CACHE = ALL_CACHE_NAMES[0]  # what this version of generate calls a cache: past_key_values, later cache
+LAYERS = ("output_attentions", "output_hidden_states")  # results of every layer, which are refused
 
 
 class StateCache:
-    """The state of every row after `length` columns of tokens and padding, as `generate` hands it around."""
+    """The state of every row after `length` columns of tokens and padding, as `generate` hands it around; the first
+    `earlier` of them are not among the ids that `generate` was given.
+    """
 
     is_compileable = False
 
-    def __init__(self, state: State, length: int) -> None:
-        self.state, self.length = state, length
+    def __init__(self, state: State, length: int, earlier: int = 0) -> None:
+        self.state, self.length, self.earlier = state, length, earlier
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -37,14 +40,41 @@ class StateCache:
         """Row i goes on from what was row beam_idx[i], as beam search wants it."""
         self.state = tree_map(lambda x: x[beam_idx.to(x.device)] if isinstance(x, Tensor) else x, self.state)
 
+    def repeated(self, times: int) -> StateCache:
+        """A copy with every row `times` times in succession."""
+        state = tree_map(lambda x: x.repeat_interleave(times, 0) if isinstance(x, Tensor) else x, self.state)
+        return StateCache(state, self.length, self.earlier)
+
+
+def _same_state(**named: Any) -> StateCache | None:
+    """The state, which may have come under any of its names.   Raises: TypeError for another cache, or two states."""
+    given = {name: value for name, value in named.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, StateCache):
+            kind = type(value).__name__
+            raise TypeError(f"RecurForCausalLM: {name} must be a StateCache, as use_cache=True returns it, got {kind}")
+    if len({id(value) for value in given.values()}) > 1:
+        raise TypeError(f"RecurForCausalLM: the state must come under one name, got two as {' and '.join(given)}")
+    return next(iter(given.values()), None)
+
 
 @dataclass
 class CausalLMOutput(ModelOutput):
-    """loss (with labels), logits [B T vocab_size], state (with use_cache) to go on from."""
+    """loss (with labels), logits [B T vocab_size], state (with use_cache) to go on from, also as attributes of
+    transformers' names.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     state: StateCache | None = None
+
+    @property
+    def past_key_values(self) -> StateCache | None:
+        return self.state
+
+    @property
+    def cache(self) -> StateCache | None:
+        return self.state
 
 
 class RecurForCausalLM(PreTrainedModel, GenerationMixin):
@@ -81,8 +111,11 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         *,
         state: StateCache | None = None,
-        use_cache: bool = False,
+        past_key_values: StateCache | None = None,
+        cache: StateCache | None = None,
+        use_cache: bool | None = False,
         logits_to_keep: int | Tensor = 0,
+        num_logits_to_keep: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         **others: Any,
@@ -95,12 +128,19 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
                 position and no other token knows of it, wherever in the row it stands.
             labels:         [B T], input_ids themselves or -100 where nothing is to be learnt; shifted here.
             state:          what `use_cache` returned for the columns before; a single token, without gradients and with
-                `use_cache`, overwrites it.
-            logits_to_keep: how many of the last columns get logits, or which; 0 for all.
+                `use_cache`, overwrites it. `past_key_values` and `cache` are other names of it.
+            logits_to_keep: how many of the last columns get logits, or which; 0 for all. `num_logits_to_keep` is its
+                older name.
+            return_dict:    False for a tuple of what there is; None for what the configuration says.
             others:         what callers of transformers hand to every model, None or False (inputs_embeds, ...).
 
-        Raises: NotImplementedError for another argument.
+        Raises: NotImplementedError for another argument, or one that the configuration asks for; TypeError for a cache
+            that is no StateCache.
         """
+        state = _same_state(state=state, past_key_values=past_key_values, cache=cache)
+        logits_to_keep = logits_to_keep if num_logits_to_keep is None else num_logits_to_keep
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        others = {name: getattr(self.config, name) for name in LAYERS} | others
         if asked := [name for name, value in others.items() if value is not None and value is not False]:
             raise NotImplementedError(
                 f"RecurForCausalLM: {', '.join(asked)} must be left out, as recipes have no such thing"
@@ -120,10 +160,11 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
             logits = self.model._logits(x[:, kept])
         loss, sizes = None, {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items_in_batch}
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, **sizes)
-        length = input_ids.shape[1] + (0 if state is None else state.length)
-        output = CausalLMOutput(loss, logits, StateCache(after, length) if use_cache else None)
-        return output.to_tuple() if return_dict is False else output
+            loss = self.loss_function(logits=logits, labels=labels.long(), **sizes)
+        before, earlier = (0, 0) if state is None else (state.length, state.earlier)
+        read = StateCache(after, before + input_ids.shape[1], earlier) if use_cache else None
+        output = CausalLMOutput(loss, logits, read)
+        return output if return_dict else output.to_tuple()
 
     def _read(self, ids: Tensor, there: Tensor | None, state: State, use_cache: bool) -> tuple[Tensor, State]:
         """Hidden [B T D] and state. With padding the rows are packed: what is not there is not read."""
@@ -140,6 +181,32 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------ generate
 
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `GenerationMixin.generate`. It goes on from `state`, which may also be called past_key_values or cache.
+
+        With a state, the ids are those of all columns; or, if attention_mask has all columns, the last ones.
+        Raises: ValueError if the ids do not go on from the state; NotImplementedError for what `forward` refuses;
+            TypeError for a cache that is no StateCache.
+        """
+        # every version wants a cache of its own kind under its own name, and leaves `state` alone
+        state = _same_state(**{name: kwargs.pop(name, None) for name in ("state", "past_key_values", "cache")})
+        ids, mask = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("attention_mask")
+        if state is not None and ids is not None:
+            columns = (ids if mask is None else mask).shape[1]
+            if not 0 < columns - state.length <= ids.shape[1]:
+                raise ValueError(
+                    f"generate: input_ids or attention_mask must have the {state.length} columns that state has read, "
+                    f"and new ones, got {ids.shape[1]} and {columns}"
+                )
+            kwargs["state"] = StateCache(state.state, state.length, columns - ids.shape[1])
+        return super().generate(inputs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(self, *args: Any, expand_size: int = 1, **kwargs: Any) -> Any:
+        """Rows for beams and for several sequences of a prompt: the state's too."""
+        ids, kwargs = super()._expand_inputs_for_generation(*args, expand_size=expand_size, **kwargs)
+        state = kwargs.get("state")
+        return ids, kwargs if state is None or expand_size == 1 else kwargs | {"state": state.repeated(expand_size)}
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -149,12 +216,15 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 1,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The columns that no state knows yet."""
-        state = kwargs.get(CACHE) or state
-        new = input_ids if state is None else input_ids[:, state.length :]
-        mask = None if state is not None and new.shape[1] == 1 else attention_mask  # a token just drawn is there
-        inputs = {"input_ids": new, "attention_mask": mask, "state": state}
-        return inputs | {"use_cache": bool(use_cache), "logits_to_keep": logits_to_keep}
+        """The columns that the state has not read."""
+        returned = kwargs.get(CACHE) is not None  # by the pass before
+        state = _same_state(state=state, past_key_values=kwargs.get("past_key_values"), cache=kwargs.get("cache"))
+        new = input_ids if state is None else input_ids[:, state.length - state.earlier :]
+        if returned and new.shape[1] == 1:
+            attention_mask = None  # a token just drawn is there
+        inputs = {"input_ids": new, "attention_mask": attention_mask, "state": state}
+        asked = {name: kwargs[name] for name in LAYERS if name in kwargs}
+        return inputs | asked | {"use_cache": bool(use_cache), "logits_to_keep": logits_to_keep}
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
@@ -168,8 +238,10 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if outputs.state is None:  # without use_cache every pass goes on from the state that was given
+            return updated
         updated.pop("state", None)
-        return updated if outputs.state is None else updated | {CACHE: outputs.state}
+        return updated | {CACHE: outputs.state}
 
     # ------------------------------------------------------------------ what transformers asks of a model
 
