@@ -24,6 +24,7 @@ with warnings.catch_warnings():  # they script and checkpoint in ways that torch
     from gated_state_spaces_pytorch.mhesa import MHESA
     from gateloop_transformer.gateloop_transformer import CausalFullAttention, GateLoopedAttention
     from gateloop_transformer.simplified_gate_loop import SimpleGateLoopLayer
+    from rotary_embedding_torch import RotaryEmbedding
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 EXAMPLES = max(1, settings().max_examples // 2)
@@ -38,7 +39,7 @@ OF_GATE_LOOP = {
     "checkpoint_gate_looped_attn": st.just(False),
 }
 OF_ATTENTION = {
-    "dim_head": st.sampled_from([4, 6]),
+    "dim_head": st.integers(3, 7),
     "heads": st.integers(1, 3),
     "rotary_emb": flag,
     "add_swish_gating": flag,
@@ -62,7 +63,7 @@ LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "gated_ds_conv": (gss.GatedDsConv, {**DIM, **HEADS, **OF_GATED, "dim_dsconv": st.just(8), "reverse_seq": flag}),
     "gated_exponential_smoothing": (gss.GatedMHESA, {**DIM, **HEADS, **OF_GATED, "dim_mhesa": st.just(4)}),
     "gateloop_attention": (GateLoopedAttention, {**DIM, **OF_GATE_LOOP}),
-    "gateloop_full_attention": (CausalFullAttention, {**DIM, **OF_ATTENTION}),
+    "gateloop_full_attention": (CausalFullAttention, {"dim": st.sampled_from([4, 8, 9]), **OF_ATTENTION}),
     "gss_block": (gss.GSS, {**DIM, **OF_GSS, "reverse_seq": flag}),
     "simple_gate_loop": (
         SimpleGateLoopLayer,
@@ -95,13 +96,24 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 }
 
 
+def built(official: type[nn.Module], config: dict[str, Any]) -> nn.Module:
+    """An official module in float64. The cache of its angles has the width of an even head alone: without it."""
+    module = official(**config).double().eval()
+    for part in module.modules():
+        if isinstance(part, RotaryEmbedding):
+            part.cache_if_possible = False
+    return module
+
+
 def drawn(data: st.DataObject, official: type[nn.Module], options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """An official module whose options are drawn, and they; constants moved away from their first values."""
     config = data.draw(st.fixed_dictionaries(options), label="options")
     if config.get("dim_inner", config.get("dim_gate_looped_attn")) and config.get("gate_loop_heads", 1) is None:
         config["gate_loop_heads"] = 4
+    if config.get("data_dependent_rel_pos", False):
+        config["dim_head"] *= 2  # its gates are one for a pair of channels
     torch.manual_seed(data.draw(seeds, label="seed"))
-    module = official(**config).double().eval()
+    module = built(official, config)
     for weight in module.parameters():
         if weight.requires_grad and weight.ndim == 1:
             weight.data += 0.1 * torch.randn_like(weight)
@@ -119,7 +131,7 @@ def read_back(name: str, official: type[nn.Module], module: Any, config: dict[st
     """The official module with the weights of ours, which have been changed."""
     for weight in module.parameters():
         weight.data = weight.data * 0.9 if weight.requires_grad else weight.data
-    again = official(**config).double().eval()
+    again = built(official, config)
     again.load_state_dict(convert.to_official(name, module))
     return again
 
@@ -142,6 +154,27 @@ def test_layers_give_what_the_originals_give(name: str, data: st.DataObject) -> 
         agree(*(torch.autograd.grad(out, leaf, cotangent)[0] for out, leaf in ((got, x), (wanted, y))), config)
     again = read_back(name, official, ours, config)
     agree(ours(x).y, again(x, **call), config)
+
+
+@pytest.mark.parametrize("softmax_normalize", [False, True])
+@pytest.mark.parametrize("read", ["rotary_emb", "data_dependent_rel_pos", "nothing"])
+def test_an_odd_head_rotates_the_pairs_that_fit(read: str, softmax_normalize: bool) -> None:
+    """And a gate of a pair, which it cannot have, may be there where it is not read."""
+    config = {"dim": 9, "dim_head": 5, "heads": 2, "softmax_normalize": softmax_normalize, "add_swish_gating": True}
+    config |= {} if read == "nothing" else {read: True}
+    call = {"ablate_state_transition": read == "data_dependent_rel_pos"}
+    torch.manual_seed(0)
+    theirs, x = built(CausalFullAttention, config), torch.randn(2, 11, 9).double()
+    ours = convert.from_official("gateloop_full_attention", theirs.state_dict(), {**config, **call})
+    with torch.no_grad():
+        wanted = theirs(x, **call)
+        agree(ours(x).y, wanted, config)
+        state = ours.init_state(2)
+        agree(torch.stack([ours.step(x[:, t], state) for t in range(11)], 1), wanted, config)
+    again = convert.to_official("gateloop_full_attention", ours)
+    assert {key: tensor.tolist() for key, tensor in again.items()} == {
+        key: tensor.tolist() for key, tensor in theirs.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)

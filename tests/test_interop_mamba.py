@@ -65,6 +65,23 @@ def test_logits_and_gradients_are_theirs(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_keys_that_they_load_are_loaded(case: str) -> None:
+    """An older name of the embedding, and what their class without a head has saved."""
+    name, kind, arguments = CASES[case]
+    model, ids = theirs(kind, arguments), torch.randint(40, (2, 5))
+    state = model.state_dict()
+    older = {key.replace("embeddings.", "embedding."): tensor for key, tensor in state.items()}
+    model.load_state_dict(dict(older))
+    bare = {**model.backbone.state_dict(), "lm_head.weight": state["lm_head.weight"]}
+    bare_older = {key.replace("embeddings.", "embedding."): tensor for key, tensor in bare.items()}
+    for given in (older, bare, bare_older):
+        with torch.no_grad():
+            near(convert.from_official(name, given, arguments)(ids), model(input_ids=ids, use_cache=False).logits)
+    with pytest.raises(ValueError, match=r"must hold backbone\.embeddings\.weight once, got backbone\.embedding"):
+        convert.from_official(name, {**older, **state}, arguments)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_token_by_token_gives_their_logits(case: str) -> None:
     name, kind, arguments = CASES[case]
     model = theirs(kind, arguments)
