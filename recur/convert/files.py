@@ -88,11 +88,11 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     there = sorted(path.name for path in folder.iterdir())
     usual = [name for whole in WHOLE for name in (whole, whole + INDEX) if name in there]
     indices = [name for name in there if name.endswith(INDEX)]
-    found = {_shards(name) for name in usual[:1] or indices or there if name.endswith((*ENDINGS, INDEX))}
+    found = {_shards(name): name for name in usual[:1] or indices or there if name.endswith((*ENDINGS, INDEX))}
     if len(found) != 1:
-        raise CheckpointError(f"{folder} must hold one checkpoint, got {_some([names[0] for names in found] or there)}")
-    (names,) = found
-    return read_checkpoint(folder / names[0]) if len(names) == 1 else (_read_shards(folder, names, {}), {})
+        raise CheckpointError(f"{folder} must hold one checkpoint, got {_some([*found.values()] or there)}")
+    ((shards, name),) = found.items()
+    return read_checkpoint(folder / name) if len(shards) == 1 else (_read_shards(folder, shards, {}), {})
 
 
 def _shards(name: str) -> tuple[str, ...]:

@@ -155,7 +155,7 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
         ):
             logits, after = self.model.step(input_ids[:, 0], state.state)[:, None], state.state
         else:
-            x, after = self._read(input_ids, there, None if state is None else state.state, use_cache)
+            x, after = self._read(input_ids, there, None if state is None else state.state, bool(use_cache))
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.model._logits(x[:, kept])
         loss, sizes = None, {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items_in_batch}
