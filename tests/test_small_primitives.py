@@ -176,12 +176,12 @@ def test_rotation_keeps_lengths_and_sees_only_differences(layout):
 @pytest.mark.parametrize(("layout", "pairs"), [("interleaved", ((0, 1), (2, 3))), ("half", ((0, 2), (1, 3)))])
 def test_channels_without_a_frequency_stay(layout, pairs):
     x, frequencies, position = draw(2, 3, 2, 5), rotary_frequencies(4), torch.arange(3)[None]
-    turned = rotate(x, position, frequencies, layout=layout)
-    assert torch.equal(turned[..., 4], x[..., 4])
+    rotated = rotate(x, position, frequencies, layout=layout)
+    assert torch.equal(rotated[..., 4], x[..., 4])
     for j, (a, b) in enumerate(pairs):
         angle = position[..., None] * frequencies[j]
-        close(turned[..., a], x[..., a] * angle.cos() - x[..., b] * angle.sin())
-        close(turned[..., b], x[..., b] * angle.cos() + x[..., a] * angle.sin())
+        close(rotated[..., a], x[..., a] * angle.cos() - x[..., b] * angle.sin())
+        close(rotated[..., b], x[..., b] * angle.cos() + x[..., a] * angle.sin())
 
 
 def test_rotary_frequencies():
