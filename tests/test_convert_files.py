@@ -68,7 +68,7 @@ def test_a_training_script_may_have_wrapped_it(key: str, tmp_path: Path, officia
     assert same(convert.read_checkpoint(tmp_path / "last.pt")[0], official)
 
 
-def test_what_lies_between_the_tensors_bytes_is_moved_to_where_complex_numbers_may_lie(tmp_path: Path) -> None:
+def test_tensors_are_read_to_where_complex_numbers_may_lie(tmp_path: Path) -> None:
     """A tensor at 8 bytes, the first or the second of two headers' lengths; at 9 after one byte more."""
     numbers = torch.randn(5, 2, dtype=torch.float64)
     for more in range(0, 16, 3):
