@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import types
 import typing
@@ -49,6 +50,30 @@ def read_part(entry: Any, known: Mapping[str, Callable[..., Any]], place: str) -
     return _read(entry, known, place, 0)
 
 
+def check_types(parts: Iterable[Any]) -> None:
+    """Raise RecipeError unless every field of every part is of its annotation, in parts inside parts too."""
+    for part in parts:
+        kind: Any = type(part)
+        hints = _hints(kind)
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.name in hints and not _fits(value, hints[field.name]):
+                raise RecipeError(f"{kind.__name__}: {field.name!r} must be {_name(field)}, got {shown(value)}")
+            check_types(inner for inner in _flat(value) if dataclasses.is_dataclass(inner))
+
+
+def _flat(value: Any) -> Iterable[Any]:
+    """The entries of nested tuples."""
+    if not isinstance(value, tuple):
+        return [value]
+    return [leaf for item in value for leaf in _flat(item)]
+
+
+def _name(field: dataclasses.Field[Any]) -> Any:
+    """The annotation of a field, as it is written."""
+    return getattr(field.type, "__name__", field.type)
+
+
 def _read(entry: Any, known: Mapping[str, Callable[..., Any]], place: str, depth: int) -> Any:
     if depth > DEEPEST:
         raise RecipeError(f"from_dict: {place.partition('.')[0]} must nest at most {DEEPEST} deep")
@@ -71,8 +96,8 @@ def _read(entry: Any, known: Mapping[str, Callable[..., Any]], place: str, depth
     hints = _hints(made)
     for name, value in values.items():
         if name in hints and not _fits(value, hints[name]):
-            wanted = getattr(own[name].type, "__name__", own[name].type)
-            raise RecipeError(f"from_dict: {place} {kind}: {name!r} must be {wanted}, got {shown(given[name])}")
+            wanted = f"{name!r} must be {_name(own[name])}"
+            raise RecipeError(f"from_dict: {place} {kind}: {wanted}, got {shown(given[name])}")
     return made(**values)
 
 
@@ -87,7 +112,8 @@ def _check_names(what: str, given: Iterable[Any], known: Iterable[str], needed: 
         raise RecipeError(f"from_dict: {what} needs {', '.join(map(repr, missing))}, which is missing")
 
 
-def _hints(kind: type) -> Mapping[str, Any]:
+@functools.cache
+def _hints(kind: Any) -> Mapping[str, Any]:
     """The annotations of a class; none where a class of one's own has some that cannot be resolved here."""
     try:
         return typing.get_type_hints(kind)

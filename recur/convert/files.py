@@ -11,11 +11,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from recur.convert.load import build, from_official, names, to_official
+from recur.reading import one_line, read_json
 
 PICKLED = (".pt", ".pth", ".bin")
 WRAPPED = ("state_dict", "model_state_dict", "model")  # where training scripts put a state_dict
@@ -42,9 +43,11 @@ def read_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         held = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        raise CheckpointError(f"{path} must hold tensors and nothing that runs: {error}") from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} must hold tensors and nothing that runs: {one_line(error)}") from error
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle have the unpickler stumble anywhere
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {one_line(error)}") from error
     wrapped = (held[key] for key in WRAPPED if isinstance(held, Mapping) and isinstance(held.get(key), Mapping))
     inside = next(wrapped, held)
     if not (isinstance(inside, Mapping) and inside and all(isinstance(value, Tensor) for value in inside.values())):
@@ -136,12 +139,9 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no file {path}; name the constructor's arguments with --config") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not path.exists():
+        raise CheckpointError(f"there is no file {path}; name the constructor's arguments with --config")
+    config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold an object, got {type(config).__name__}")
     return config

@@ -51,7 +51,8 @@ class Official:
     def make(self, name: str, config: Mapping[str, Any]) -> Any:
         """Our module for a config.
 
-        Raises: ValueError naming all arguments that are unknown or lacking, NotImplementedError for values not there.
+        Raises: ValueError naming all arguments that are unknown or lacking, or for values of another kind;
+            NotImplementedError for values not there.
         """
         known = (*self.needs, *self.config, *self.only, *self.inert)
         unknown = [key for key in config if key not in known]
@@ -65,7 +66,10 @@ class Official:
             if key in config and config[key] not in values:
                 so_far = " or ".join(map(repr, values))
                 raise NotImplementedError(f"{name}: {key} must be {so_far} so far, got {config[key]!r}")
-        return self.build(SimpleNamespace(**{**self.config, **config}))
+        try:
+            return self.build(SimpleNamespace(**{**self.config, **config}))
+        except (TypeError, AttributeError, ArithmeticError) as error:  # a list where a number must be, heads of 0
+            raise ValueError(f"{name}: config must hold values of the constructor's kinds: {error}") from error
 
     def strip(self, names: Collection[str]) -> dict[str, str]:
         """Plain name -> name, without prefix and derived buffers."""
