@@ -31,4 +31,4 @@ def load_model(place: str | Path, *, imports: str | Path | None = None) -> Loade
         return Loaded(load_module(place)[2].eval(), None)
     from recur.train import run
 
-    return Loaded(*run.load_model(place, imports))
+    return Loaded(*run.load_model(place, imports=imports))
