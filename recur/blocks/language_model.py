@@ -135,6 +135,13 @@ def embedding_init(std: float, padding: int | None) -> Init:
     return fill
 
 
+def _recipes(recipes: str | Sequence[Recipe | str]) -> list[Recipe]:
+    """Recipes, those that are words read."""
+    from recur.presets.words import named  # presets are built from blocks
+
+    return named(recipes)
+
+
 class LanguageModel(nn.Module):
     """Token ids [B T] to logits [B T vocab_size].
 
@@ -186,10 +193,7 @@ class LanguageModel(nn.Module):
         head_bias: bool = False,
         frozen: bool = False,
     ) -> None:
-        if not isinstance(recipe, Recipe):
-            from recur.presets.words import named
-
-            recipe = named(recipe)
+        recipe = recipe if isinstance(recipe, Recipe) else _recipes(recipe)
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.arguments = arguments  # all of them, to build its like

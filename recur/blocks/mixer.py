@@ -46,7 +46,7 @@ class Mixer(nn.Module):
 
             recipe = read_one(recipe)
         if not isinstance(recipe, Recipe):
-            raise TypeError(f"Mixer: recipe must be a Recipe or a preset's name, got {type(recipe).__name__}")
+            raise TypeError(f"Mixer: recipe must be a Recipe, got {type(recipe).__name__}")
         self.recipe, self.dim, self.depth, self.layer = recipe, dim, depth, layer
         site = recipe.site(dim, depth=depth, layer=layer)
         for name in recipe.axes:
