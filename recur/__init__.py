@@ -3,6 +3,7 @@
 from recur import convert, presets, testing
 from recur.axes import RecipeError
 from recur.blocks import LanguageModel, Mixer, detach
+from recur.loading import load_model
 from recur.primitives.diagonal import gated_scan, gated_step
 from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
 from recur.primitives.fixed import fixed_scan, fixed_step
@@ -12,6 +13,8 @@ from recur.primitives.summary import Summary, advance, combine, summary
 from recur.recipe import Axes, Flow, Part, Recipe, Site
 from recur.shapes import ShapeError
 from recur.weights import Param
+
+__version__ = "0.2.0"
 
 __all__ = [
     "Axes",
@@ -34,6 +37,7 @@ __all__ = [
     "fixed_step",
     "gated_scan",
     "gated_step",
+    "load_model",
     "online_scan",
     "online_step",
     "presets",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
@@ -12,9 +13,12 @@ from typing import NoReturn
 import torch
 
 import recur
+from recur import own
 from recur.convert import files
+from recur.presets import words
+from recur.reading import InputError, one_line, read_json, reason
 from recur.train import commands as commands_of_training
-from recur.train.config import InputError, count, positive, several, unknown
+from recur.train.config import count, file_or_folder, positive, several
 
 # what brings each optional package
 TRAIN = ("accelerate", "datasets", "matplotlib", "sklearn", "tensorboard", "tqdm", "transformers", "yaml")
@@ -23,19 +27,40 @@ EXTRA = {**dict.fromkeys(TRAIN, "train"), "hypothesis": "test"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 1 if a law was broken, 130 if interrupted; input that is no use exits with 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal of few characters shows others by their numbers
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        return int(arguments.command(arguments))
-    except (InputError, OSError) as error:
+        status = int(arguments.command(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads the output wants no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (InputError, recur.RecipeError, files.CheckpointError) as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.filename}: {reason(error)}" if error.filename else str(error))
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _out_of_memory(error):
+            raise
+        parser.error(f"there is not enough memory for these sizes: {one_line(error)}")
     except ModuleNotFoundError as error:
         if error.name not in EXTRA:
             raise
-        parser.error(f"{error.name} is not installed: pip install 'recur-primitives[{EXTRA[error.name]}]'")
+        remedy = f"pip install -e '.[{EXTRA[error.name]}]' in a clone of recur"
+        parser.error(f"{error.name} is not installed: {remedy}")
     except KeyboardInterrupt:
         print("recur: interrupted", file=sys.stderr)
         return 130
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not allocate; on a CPU it says so in words alone."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said or "calculation overflowed" in said
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -47,26 +72,34 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    recipe = getattr(recur.presets, arguments.preset)()
-    if arguments.dim is None:
-        print(recipe)
-        return 0
-    try:
-        print(recur.Mixer(recipe, arguments.dim))
-    except ValueError as error:
-        raise InputError(f"{arguments.preset} cannot be built with --dim {arguments.dim}: {error}") from error
+    for recipe in words.read(arguments.recipe, own.load(arguments.imports)):
+        if arguments.dim is None:
+            print(recipe)
+            continue
+        try:
+            with torch.device("meta"):  # shapes alone: no width is too large to look at
+                print(recur.Mixer(recipe, arguments.dim))
+        except ValueError as error:
+            raise InputError(f"{arguments.recipe} cannot be built with --dim {arguments.dim}: {error}") from error
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> int:
     import recur.testing
 
-    try:
-        recur.testing.check(getattr(recur.presets, arguments.preset)(), report=print)
-    except AssertionError as error:
-        print(f"{arguments.preset} breaks a law:\n{error}", file=sys.stderr)
-        return 1
-    print(f"{arguments.preset}: every law that applies holds")
+    name = arguments.recipe
+    for recipe in words.read(name, own.load(arguments.imports)):
+        try:
+            with torch.device("meta"):
+                recur.Mixer(recipe, 32)
+        except ValueError as error:
+            raise InputError(f"{name} cannot be built at width 32, where laws are tried: {error}") from error
+        try:
+            recur.testing.check(recipe, report=print)
+        except AssertionError as error:
+            print(f"{name} breaks a law:\n{error}", file=sys.stderr)
+            return 1
+    print(f"{name}: every law that applies holds")
     return 0
 
 
@@ -81,6 +114,13 @@ def _bench(arguments: argparse.Namespace) -> int:
     found.loader.exec_module(benchmark)
     if others := set(arguments.families) - set(benchmark.FAMILIES):
         raise InputError(f"--families must be of {', '.join(benchmark.FAMILIES)}, got {', '.join(sorted(others))}")
+    ranks = {len(family.shapes[0]) for family in benchmark.FAMILIES.values()}
+    if odd := [shape for shape in arguments.shapes if len(shape) not in ranks]:
+        wanted = " or ".join(map(str, sorted(ranks)))
+        raise InputError(f"--shapes must be of {wanted} numbers, got {','.join(map(str, odd[0]))}")
+    for results in arguments.have:
+        if not isinstance(found := read_json(results), dict) or not {"records", "growth"} <= found.keys():
+            raise InputError(f"--have {results} holds no results of recur bench")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda is not available here; --device cpu --form chunked tries the script")
     benchmark.run(arguments)
@@ -88,10 +128,11 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line and exits with 2."""
+    """Says what is wrong in one line of moderate length and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"recur: error: {' '.join(message.split())}\n")
+        line = " ".join(message.split())
+        self.exit(2, f"recur: error: {line if len(line) < 2000 else line[:2000] + ' ...'}\n")
 
 
 def _maker(parser: argparse.ArgumentParser, metavar: str) -> commands_of_training.Command:
@@ -114,17 +155,18 @@ def _maker(parser: argparse.ArgumentParser, metavar: str) -> commands_of_trainin
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="recur", description="Linear-recurrence sequence models, from recipes.")
+    parser.add_argument("--version", action="version", version=f"recur {recur.__version__}")
     command = _maker(parser, "COMMAND")
     command("list", _list, "Name every preset.", "recur list")
 
-    show = command(
-        "show", _show, "Print a preset's stages and equation.", "recur show hgrn2; recur show hgrn2 --dim 256"
-    )
-    show.add_argument("preset", metavar="NAME", type=_preset)
+    sizes = "recur show hgrn2 --dim 256; recur show @recipe.json --import my_parts.py"
+    show = command("show", _show, "Print a recipe's stages and equation.", f"recur show gla:heads=2; {sizes}")
+    commands_of_training.add_recipe(show)
     show.add_argument("--dim", type=count, help="width; adds the number of parameters and the bytes of state")
 
-    check = command("check", _check, "Run every law that applies to a preset.", "recur check longhorn")
-    check.add_argument("preset", metavar="NAME", type=_preset)
+    mine = "recur check my_recipe --import my_parts.py"
+    check = command("check", _check, "Run every law that applies to a recipe.", f"recur check longhorn; {mine}")
+    commands_of_training.add_recipe(check)
 
     files.add(command)
     commands_of_training.add(command, lambda parser: _maker(parser, "TASK"))
@@ -136,17 +178,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--families", metavar="NAME", nargs="+", default=[], help="recurrences (all)")
     bench.add_argument("--shapes", metavar="B,T,...", type=several(count), nargs="+", default=[], help="not its own")
     bench.add_argument("--seconds", type=positive, default=3600.0, help="start no case after this long (3600)")
-    bench.add_argument("--out", metavar="FOLDER", type=Path, default=Path("benchmarks/results"), help="for the results")
-    bench.add_argument("--have", metavar="JSON", type=Path, nargs="+", default=[], help="results to go on from")
+    bench.add_argument("--out", metavar="FOLDER", type=file_or_folder, default="benchmarks/results", help="for results")
+    bench.add_argument(
+        "--have", metavar="JSON", type=file_or_folder, nargs="+", default=[], help="results to go on from"
+    )
     bench.add_argument("--candidates", type=count, default=8, help="a peer's autotuner tries this many a kernel (8)")
     bench.add_argument("--growth", action="store_true", help="also time and memory from 1024 tokens up")
     bench.add_argument("--longest", type=count, default=2**20, help="of --growth (1048576)")
     bench.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the script (cuda)")
-    bench.add_argument("--form", default="triton", help="of our scans (triton)")
+    forms = ("triton", "chunked", "recurrent", "parallel")
+    bench.add_argument("--form", choices=forms, default="triton", help="of our scans (triton)")
     return parser
-
-
-def _preset(name: str) -> str:
-    if name not in recur.presets.names():
-        raise argparse.ArgumentTypeError(unknown("preset", name, recur.presets.names()))
-    return name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from recur.axes import RecipeError, Spec, evaluate, letters, size, spec
+from recur.axes import LETTERS, RecipeError, Spec, evaluate, letters, size, spec
+from recur.fields import read_keys, read_part
 from recur.weights import Param, Weights
 
 State = Any  # None, a tensor, or a dict of states
@@ -70,8 +71,18 @@ class Axes:
             raise RecipeError(f"{self.reader} reads {name!r}, which nobody wrote; available: {', '.join(self.written)}")
         return self.written[name]
 
+    def named(self, source: str) -> list[str]:
+        """The names in "u B C".   Raises: RecipeError if there are none, or one was never written."""
+        names = source.split()
+        if not names:
+            raise RecipeError(f"{self.reader} must name the tensors that it reads, got {source!r}")
+        for name in names:
+            self[name]
+        return names
+
     def same(self, *names: str) -> Spec:
         """The axes these tensors share. Raises: RecipeError naming two that differ."""
+        self.named(" ".join(names))
         first = self[names[0]]
         for name in names[1:]:
             if self[name] != first:
@@ -114,6 +125,12 @@ class Site:
     def size(self, axes: str | Spec) -> tuple[int, ...]:
         """The sizes of "H K"."""
         return tuple(size(axis, self.sizes) for axis in (spec(axes) if isinstance(axes, str) else axes))
+
+    def only(self, axis: str) -> int:
+        """The size of the one axis that a part's field must name.   Raises: RecipeError if it names more or none."""
+        if len(spec(axis)) != 1:
+            raise RecipeError(f"{self.axes.reader} must name one axis, got {axis!r}")
+        return size(axis, self.sizes)
 
     def of(self, name: str) -> tuple[int, ...]:
         """The sizes of a tensor's axes after B T."""
@@ -313,6 +330,8 @@ class Recipe:
         values = {"body": Chain(tuple(parts)), "_axes": tuple((axes or {}).items()), "source": source, "out": out}
         for name, value in {**values, "_inputs": tuple((inputs or {}).items())}.items():
             object.__setattr__(self, name, value)
+        if len(self.axes) > LETTERS:
+            raise RecipeError(f"Recipe: axes must name at most {LETTERS} letters, got {len(self.axes)}")
         known = {"D", *self.axes}
         for name, expression in self.axes.items():
             if unknown := letters(expression) - known:
@@ -434,12 +453,17 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], parts: Iterable[type] = ()) -> Recipe:
-        """The recipe that `to_dict` described. Classes of one's own are passed in; names are never imported."""
+        """The recipe that `to_dict` described. Classes of one's own are passed in; names are never imported.
+
+        Raises: RecipeError naming the key that is missing, unknown or of another type than its part declares.
+        """
         from recur.blocks import PARTS
 
         known = {kind.__name__: kind for kind in (*PARTS, *parts)}
-        built = [_build(entry, known) for entry in data["parts"]]
-        return cls(*built, axes=data["axes"], inputs=data["inputs"], source=data["source"], out=data.get("out", "D"))
+        keys = {"axes": Mapping, "inputs": Mapping, "source": str, "out": str, "parts": list}
+        read = read_keys(data, keys, optional=("out",))
+        built = [read_part(entry, known, f"parts[{i}]") for i, entry in enumerate(read.pop("parts"))]
+        return cls(*built, **read)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self._values() == other._values()
@@ -485,15 +509,3 @@ def _plain(value: Any) -> Any:
     raise RecipeError(
         f"to_dict: a part's fields must be numbers, strings or parts, got {value!r}, which JSON cannot hold"
     )
-
-
-def _build(entry: Any, known: Mapping[str, Callable[..., Any]]) -> Any:
-    """The value a JSON field described."""
-    if isinstance(entry, list):
-        return tuple(_build(item, known) for item in entry)
-    if not isinstance(entry, Mapping):
-        return entry
-    kind = entry["part"]
-    if kind not in known:
-        raise RecipeError(f"from_dict: {kind!r} is no part of recur; pass its class: from_dict(data, parts=({kind},))")
-    return known[kind](**{key: _build(value, known) for key, value in entry.items() if key != "part"})

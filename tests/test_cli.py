@@ -297,7 +297,9 @@ def test_a_prompt_the_vocabulary_lacks(capsys: pytest.CaptureFixture[str], run_f
 
 def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert "tqdm is not installed: pip install 'recur-primitives[train]'" in refused(capsys, "train", "longhorn")
+    assert "tqdm is not installed: pip install -e '.[train]' in a clone of recur" in refused(
+        capsys, "train", "longhorn"
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tomllib") is None, reason="tomllib came with Python 3.11")

@@ -463,18 +463,21 @@ def test_a_mixer_without_feed_forward_has_twice_the_layers() -> None:
 def test_comparisons(tmp_path: Path) -> None:
     layers = [{**TINY, "length": 16, "pairs": 2, "vocabulary": 16}]
     said: list[str] = []
-    recipes = [
-        "longhorn",
-        "gla:heads=2",
-        "hgrn2:heads=3",
-    ]  # heads of 3 divide no width that is a multiple of 8 below 24
+    recipes = ["longhorn", "gla:heads=2", "hgrn2:heads=3"]
     options: dict[str, Any] = {"seeds": 2, "widths": (16,)}
+    with pytest.raises(InputError, match="hgrn2:heads=3 cannot be built with --dim 16: axes: K = D/H must be"):
+        compare("mqar", recipes, layers, tmp_path / "a", **options, report=said.append)
+    assert said == []  # every size is tried before the first run
+    assert not (tmp_path / "a").exists()
+    recipes.pop()
     report = compare("mqar", recipes, layers, tmp_path / "a", **options, report=said.append)
     assert re.search(r"^\| longhorn \| [\d,]+ \| 16 \| 2 \| 128 \| \d\.\d{4} \(\d\.\d{4} to \d\.\d{4}\) ", report, re.M)
-    assert re.search(r"Order by accuracy at width 16, best first: .*longhorn 0\.", report)
-    assert re.search(r"- longhorn ahead of gla at width 16 \(Liu et al.*\): (seen|not seen|equal here)", report)
-    assert len(re.findall(r"- hgrn2:heads=3, seed \d: InputError: hgrn2:heads=3 cannot be built", report)) == 2
-    assert len(said) == 6
+    assert re.search(
+        r"No better than chance \(0\.125\) at width 16: (longhorn, gla:heads=2|gla:heads=2, longhorn)\.", report
+    )
+    assert "best first" not in report
+    assert re.search(r"- longhorn ahead of gla at width 16 \(Liu et al.*\): both at chance\.", report)
+    assert len(said) == 4
     assert (tmp_path / "a" / "report.md").read_text() == report
     for name in ("curves.png", "widths.png"):
         assert (tmp_path / "a" / name).read_bytes().startswith(b"\x89PNG")
@@ -513,3 +516,95 @@ def test_what_is_said_of_a_claim(first: list[float], second: list[float], words:
 
     assert _seen(first, second, max) == words
     assert _seen([-x for x in first], [-x for x in second], min) == words
+
+
+# ---------------------------------------------------------------------- chance, colours, samples
+
+
+def test_chance_of_every_task_by_counting() -> None:
+    assert opened("mqar", vocabulary=16, pairs=2).chance() == 1 / 8
+    assert opened("copying").chance() == 1 / 14
+    assert opened("tracking").chance() == 1 / 2
+    assert opened("tracking", group="s4").chance() == 1 / 24
+    assert opened("regression", density=1.0, noise=0.0).chance() == pytest.approx(1.0, rel=0.15)
+    digits = opened("images")
+    labels = digits._parts["valid"].labels
+    assert digits.chance() == max(np.bincount(labels)) / len(labels)
+    lm = opened("lm")
+    assert lm.chance() == lm.levels()["single-token entropy"]
+
+
+def result(recipe: str, value: float, chance: float | None, shown: str = "accuracy") -> dict[str, Any]:
+    return {"recipe": recipe, "width": None, "chance": chance, "answers": 900, "final": {"valid": {shown: value}}}
+
+
+def test_guesses_are_not_ordered() -> None:
+    from recur.train.compare import _order
+
+    done = [result("longhorn", 0.53, 0.5), result("gla", 0.54, 0.5), result("retnet", 0.56, 0.5)]  # 0.5 + 3 x 0.0167
+    said = "\n".join(_order("mqar", done, "accuracy", max))
+    assert "Order by accuracy, best first: retnet 0.5600." in said
+    assert "No better than chance (0.5): gla, longhorn." in said
+    assert re.search(r"longhorn ahead of gla \(.*\): both at chance\.", said)
+    assert re.search(r"longhorn ahead of retnet \(.*\): not seen\.", said)
+    losses = [result("longhorn", 2.99, 3.0, "loss"), result("gla", 2.5, 3.0, "loss")]
+    said = "\n".join(_order("lm", losses, "loss", min))
+    assert "best first: gla 2.5000." in said
+    assert "No better than chance (3): longhorn." in said
+    said = "\n".join(_order("lm", [result("gla", 0.1, None)], "accuracy", max))  # of an older comparison
+    assert said.startswith("Order by accuracy, best first: gla 0.1000.")
+
+
+def test_a_preset_has_one_color_in_all_pictures() -> None:
+    from recur import presets
+    from recur.train.plot import looks
+
+    alone = dict(zip(presets.names(), (looks([name])[0] for name in presets.names()), strict=True))
+    assert len(set(alone.values())) == len(alone)  # color and line
+    for names in (["gla", "longhorn", "mamba"], ["mamba", "hgrn2", "gla"]):
+        assert looks(names) == [alone[name] for name in names]
+    together = looks(["gla:heads=2", "gla:heads=4,rank=8", "gla, 64", "gla, 128"])
+    assert {color for color, _ in together} == {alone["gla"][0]}
+    assert len(set(together)) == 4
+    assert looks(["my_own"]) == looks(["my_own"])
+
+
+def test_the_drawn_and_the_printed_loss_are_one(
+    tmp_path: Path, text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recur import train
+    from recur.train import plot
+
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(plot, "draw_curve", lambda path, curve, **look: drawn.update(look, curve=curve))
+    run = train.start("lm", tmp_path, {**TINY, "text": text_file, "length": 16, "steps": 2, "every": 1, "evaluate": 2})
+    train.fit(run)
+    finals = train.finish(run)
+    assert drawn["final"] == finals["valid"]
+    assert drawn["final"]["loss"] != drawn["curve"][-1]["valid_loss"]  # of two rows
+
+
+def test_a_prompt_is_of_whole_lines() -> None:
+    from recur.train.tasks.lm import whole_lines
+    from recur.train.tokenize import Characters
+
+    letters = Characters("\nab")
+    read = lambda text: letters.decode(whole_lines(letters, letters.encode(text).tolist()))  # noqa: E731
+    assert read("ab\nba\nab\na") == "ba\nab\n"
+    assert read("abab\nab") == "abab\nab"
+    assert read("abab") == "abab"
+
+
+def test_tables_of_no_use(tmp_path: Path) -> None:
+    from recur.train.tasks.lra import _pair_of, _tree_of, parsed
+
+    for content, row, read in (("( [MIN 1 ] )\tx", 0, _tree_of), ("[MIN\t12", 0, _tree_of), ("foo\t1", 0, _tree_of),
+                               ("[MIN 1 X\t1\n\n", 1, _tree_of), ("nan\ta\tb\tc\td", 0, _pair_of),
+                               ("1.0\ta\tb\tc", 0, _pair_of)):  # fmt: skip
+        (tmp_path / "t.tsv").write_text(content)
+        with pytest.raises(InputError, match=f"t.tsv: row {row} must hold a row, got another"):
+            parsed(tmp_path / "t.tsv", 0, "a row", read)
+    with pytest.raises(InputError, match="--longest must be at least 2 above --shortest, got 5 and 5"):
+        opened("listops", shortest=5, longest=5)
+    with pytest.raises(InputError, match=r"listops: only [0-9]+ of 100000 trees fit between the lengths asked for"):
+        opened("listops", shortest=3, longest=5, nesting=2, arguments=2)

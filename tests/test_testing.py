@@ -374,7 +374,7 @@ def test_without_hypothesis_recur_imports_and_says_what_to_install(use: str) -> 
     script = f"import sys; sys.modules['hypothesis'] = None; import recur; {use}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "ModuleNotFoundError: recur.testing" in done.stderr
-    assert "needs hypothesis: pip install 'recur-primitives[test]'" in done.stderr
+    assert "needs hypothesis: pip install -e '.[test]' in a clone" in done.stderr
 
 
 # ---------------------------------------------------------------------- values

@@ -249,7 +249,7 @@ class Smoothing(Part):
         return {"alpha": share, "damp": share}
 
     def facts(self, site: Site) -> Mapping[str, Any]:
-        (H,), (V,) = site.size(self.heads), site.of(self.source)
+        H, (V,) = site.only(self.heads), site.of(self.source)
         if V % H:
             raise RecipeError(f"Smoothing: heads must divide the channels of {self.source}, got H={H} and V={V}")
         return {"width": V // H}

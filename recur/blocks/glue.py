@@ -63,7 +63,7 @@ class Project(Part):
     """
 
     source: str
-    outs: tuple[tuple[str, Any], ...]
+    outs: tuple[tuple[str, str | LowRank], ...]
     bias: bool
     init: str
 
@@ -86,8 +86,7 @@ class Project(Part):
         return [out.rank if isinstance(out, LowRank) else out for _, out in self.outs]
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        for name in self.source.split():
-            axes[name]
+        axes.named(self.source)
         return {name: spec(out.axes if isinstance(out, LowRank) else out) for name, out in self.outs}
 
     def params(self, site: Site) -> Mapping[str, Param]:
@@ -148,8 +147,12 @@ class ShortConv(Part):
     bias: bool = True
     act: str = "silu"
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.width < 2**31:
+            raise RecipeError(f"ShortConv: width must be at least 1 and below 2^31, got {self.width}")
+
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return {name: axes[name] for name in self.source.split()}
+        return {name: axes[name] for name in axes.named(self.source)}
 
     def _widths(self, site: Site) -> list[int]:
         return [math.prod(site.of(name)) for name in self.source.split()]
@@ -444,6 +447,10 @@ class Skip(Part):
     mean: float = 1.0
     std: float = 0.0
     over: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.std < math.inf:
+            raise RecipeError(f"Skip: std must be a number of at least 0, got {self.std}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         if self.over is not None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recur.axes import RecipeError, Spec
-from recur.blocks.scans import SelectiveScan, scan_options
+from recur.axes import RecipeError, Spec, shown
+from recur.blocks.scans import SelectiveScan, StateScan, scan_options
 from recur.primitives.diagonal import gated_scan
 from recur.primitives.gates import activation
 from recur.primitives.hidden import dense_fusion
@@ -74,6 +74,8 @@ class _OfStates(Part):
 
     def __post_init__(self) -> None:
         at_least_one(type(self).__name__, self.layers)
+        if not isinstance(self.scan, StateScan):
+            raise RecipeError(f"{type(self).__name__}: scan must be a part such as OuterScan, got {shown(self.scan)}")
 
     def build(self, site: Site) -> nn.Module:
         return self.scan.build(site)

@@ -135,11 +135,19 @@ def embedding_init(std: float, padding: int | None) -> Init:
     return fill
 
 
+def _recipes(recipes: str | Sequence[Recipe | str]) -> list[Recipe]:
+    """Recipes, those that are words read."""
+    from recur.presets.words import named  # presets are built from blocks
+
+    return named(recipes)
+
+
 class LanguageModel(nn.Module):
     """Token ids [B T] to logits [B T vocab_size].
 
     Args:
-        recipe:     the mixer of every layer, or a list cycled over the depth (a hybrid).
+        recipe:     the mixer of every layer, or a list cycled over the depth (a hybrid); a string names presets, such
+                    as "mamba" or "gla:heads=2+llama".
         vocab_size: number of tokens.
         dim:        D, width of the residual stream.
         depth:      number of layers.
@@ -163,7 +171,7 @@ class LanguageModel(nn.Module):
 
     def __init__(
         self,
-        recipe: Recipe | Sequence[Recipe],
+        recipe: Recipe | str | Sequence[Recipe | str],
         *,
         vocab_size: int,
         dim: int,
@@ -185,6 +193,7 @@ class LanguageModel(nn.Module):
         head_bias: bool = False,
         frozen: bool = False,
     ) -> None:
+        recipe = recipe if isinstance(recipe, Recipe) else _recipes(recipe)
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self.arguments = arguments  # all of them, to build its like
@@ -192,6 +201,8 @@ class LanguageModel(nn.Module):
         for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("recipes", len(recipes))):
             if number < 1:
                 raise ValueError(f"LanguageModel: {name} must be at least 1, got {number}")
+        if depth > 10_000:
+            raise ValueError(f"LanguageModel: depth must be at most 10,000, got {depth}")
         if padding is not None and not 0 <= padding < vocab_size:
             raise ValueError(f"LanguageModel: padding must be an id in 0 .. {vocab_size - 1}, got {padding}")
         self.vocab_size, self.dim, self.depth, self.checkpoint = vocab_size, dim, depth, checkpoint

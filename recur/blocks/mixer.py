@@ -26,7 +26,7 @@ class Mixer(nn.Module):
     """The layer a recipe describes, at width `dim`.
 
     Args:
-        recipe: what to build.
+        recipe: what to build, or the name of a preset such as "mamba" or "gla:heads=2".
         dim:    D.
         depth:  layers of the model it stands in, for what depends on that (residual initialisation, lower bounds).
         layer:  which of them it is, from 0.
@@ -38,9 +38,13 @@ class Mixer(nn.Module):
     """
 
     def __init__(
-        self, recipe: Recipe, dim: int, *, depth: int = 1, layer: int = 0, shared: nn.ModuleDict | None = None
+        self, recipe: Recipe | str, dim: int, *, depth: int = 1, layer: int = 0, shared: nn.ModuleDict | None = None
     ) -> None:
         super().__init__()
+        if isinstance(recipe, str):
+            from recur.presets.words import read_one
+
+            recipe = read_one(recipe)
         if not isinstance(recipe, Recipe):
             raise TypeError(f"Mixer: recipe must be a Recipe, got {type(recipe).__name__}")
         self.recipe, self.dim, self.depth, self.layer = recipe, dim, depth, layer

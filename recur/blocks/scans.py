@@ -317,7 +317,7 @@ class FixedScan(_PolesScan):
             raise RecipeError(f'FixedScan: frequency must be "exp" or "linear", got {self.frequency!r}')
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        (N,), (V,) = site.size(self.N), site.of(self.source)
+        N, (V,) = site.only(self.N), site.of(self.source)
         pole = Param((N,), normal(), decay=False, float32=True)
         read = Param((V, N), normal(), decay=False, float32=True)
         return {"rho": pole, "eta": pole, "C_real": read, "C_imag": read}
@@ -348,7 +348,7 @@ class PoleScan(_PolesScan):
     out: str = "y"
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        (N,), (V,) = site.size(self.N), site.of(self.source)
+        N, (V,) = site.only(self.N), site.of(self.source)
         laws = {
             "r": constant(math.log(0.5)),
             "w": by_index("3.141592653589793*i", site),

@@ -14,12 +14,13 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from recur.convert.keys import renamed, unwrapped
 from recur.convert.load import arguments, build, from_official, names, state_dict_in, to_official
+from recur.reading import InputError, one_line, read_json
 
 PICKLED = (".pt", ".pth", ".bin")
 ENDINGS = (".safetensors", *PICKLED)
@@ -63,9 +64,11 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return tensors, file.metadata() or {}
         held = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        raise CheckpointError(f"{path} must hold tensors and nothing that runs: {error}") from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} must hold tensors and nothing that runs: {one_line(error)}") from error
+    except OSError:
+        raise
+    except Exception as error:  # bytes that are no pickle have the unpickler stumble anywhere
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {one_line(error)}") from error
     try:
         return dict(state_dict_in(str(path), held)), {}
     except ValueError as error:
@@ -236,18 +239,18 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"there is no file {path}; name the constructor's arguments with --config")
     return _read_object(path)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"there is no file {path}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
+        found = read_json(path)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold an object, got {type(found).__name__}")
     return found

@@ -84,7 +84,7 @@ class Official:
         """Our module for a config.
 
         Warns: UserWarning, one, that names all arguments which the original ignores.
-        Raises: what `settle` does; NotImplementedError for values not there.
+        Raises: what `settle` does; ValueError for values of another kind; NotImplementedError for values not there.
         """
         config, ignored = self.settle(name, config)
         for key, values in self.only.items():
@@ -93,7 +93,10 @@ class Official:
                 raise NotImplementedError(f"{name}: {key} must be {so_far} so far, got {config[key]!r}")
         if ignored:
             warnings.warn(f"{name}: ignored, as the original ignores it: {', '.join(ignored)}", stacklevel=3)
-        return self.build(SimpleNamespace(**{**self.config, **config}))
+        try:
+            return self.build(SimpleNamespace(**{**self.config, **config}))
+        except (TypeError, AttributeError, ArithmeticError) as error:  # a list where a number must be, heads of 0
+            raise ValueError(f"{name}: config must hold values of the constructor's kinds: {error}") from error
 
     def settle(self, name: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """The arguments of a config under today's names, and what the original ignores.

@@ -5,7 +5,7 @@
     check(my_recipe, laws=["splits"], report=print)     one law, told when it is found to hold
 
 `recur.testing.laws` states the laws. Inputs of a scan unlike recur's are drawn by a strategy that yields `Inputs`.
-Needs hypothesis: pip install 'recur-primitives[test]'.
+Needs hypothesis: pip install -e '.[test]' in a clone.
 """
 
 from __future__ import annotations
@@ -30,5 +30,5 @@ def __getattr__(name: str) -> Any:
         if (error.name or "").partition(".")[0] != "hypothesis":
             raise
         raise ModuleNotFoundError(
-            f"recur.testing.{name} needs hypothesis: pip install 'recur-primitives[test]'", name="hypothesis"
+            f"recur.testing.{name} needs hypothesis: pip install -e '.[test]' in a clone", name="hypothesis"
         ) from None

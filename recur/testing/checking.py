@@ -45,7 +45,7 @@ def check(
 
     Returns: the names of the laws that were tried and hold.
     Raises: LawBroken with the smallest counter-example found; ValueError for a law that does not exist or apply;
-        ModuleNotFoundError if hypothesis is missing: pip install 'recur-primitives[test]'.
+        ModuleNotFoundError if hypothesis is missing: pip install -e '.[test]' in a clone.
     """
     from recur.testing import laws as book  # draws with hypothesis, which `import recur` must not need
     from recur.testing.subjects import subject_of

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
+from recur import own
 from recur.train import checkpoint, config
 from recur.train.config import InputError, Settings, known
 from recur.train.lock import hold
+from recur.train.machine import use_threads, with_threads
 from recur.train.models import parameters, read_recipes
 from recur.train.run import TASKS, chosen, configured, finish, load_model, setup, told
 from recur.train.trainer import Training, fit, mfu, prepare
@@ -47,12 +49,14 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     compare = command(
         "compare", _compare, "Train recipes alike and compare them.", f"{pair}; {pair} --widths 32,64,128"
     )
-    compare.add_argument("recipes", metavar="RECIPE", nargs="+", type=_recipe)
+    compare.add_argument("recipes", metavar="RECIPE", nargs="+", help=known(Settings)["recipe"].metadata["about"])
     compare.add_argument("--task", choices=TASKS, default="lm", help="what they are trained on (lm)")
     compare.add_argument("--seeds", type=config.count, default=1, help="runs of each, seeds 0, 1, ... (1)")
     compare.add_argument("--parameters", type=config.count, help="of each: the width is solved for")
     compare.add_argument("--widths", type=config.several(config.count), help="instead of a size: a run of each at each")
-    compare.add_argument("--out", metavar="FOLDER", type=Path, help="where tables and pictures go (runs/compare-TASK)")
+    compare.add_argument(
+        "--out", metavar="FOLDER", type=config.file_or_folder, help="where tables and pictures go (runs/compare-TASK)"
+    )
     _config_flags(compare)
     made = {name: option for task in TASKS.values() for name, option in known(task).items()}
     config.add_flags(compare, {**made, **_settings()}, {})
@@ -60,12 +64,14 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     data = command("data", _data, "Tokenise a text or a hub corpus once.", "recur data hub:openwebtext --out owt")
     data.add_argument("source", metavar="SOURCE", type=config.path, help="a text file or hub:NAME")
     data.add_argument("--tokenizer", default="gpt2", help="char, byte, or a Hugging Face tokenizer (gpt2)")
-    data.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="for train.bin, valid.bin, meta.json")
+    data.add_argument(
+        "--out", metavar="FOLDER", type=config.file_or_folder, required=True, help="for train.bin, valid.bin, meta.json"
+    )
 
     about = "Continue a prompt with a trained model."
     prompt = "recur generate runs/longhorn --prompt 'The '"
     writer = command("generate", _generate, about, f"{prompt}; {prompt} --temperature 0.5 --top-k 20 --seed 3")
-    writer.add_argument("folder", metavar="FOLDER", type=Path, help="the --out of recur train")
+    writer.add_argument("folder", metavar="FOLDER", type=config.file_or_folder, help="the --out of recur train")
     writer.add_argument("--prompt", metavar="TEXT", required=True)
     writer.add_argument("--max-new-tokens", type=config.count, default=300, help="tokens to write (300)")
     writer.add_argument("--temperature", type=config.at_least_0, default=0.7, help="0 takes the likeliest token (0.7)")
@@ -73,6 +79,9 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     writer.add_argument("--top-p", type=config.share, help="draw among the likeliest tokens that hold this probability")
     writer.add_argument(
         "--checkpoint", metavar="WHICH", type=_which, default="newest", help="best, newest or a step (newest)"
+    )
+    writer.add_argument(
+        "--import", metavar="FILE", dest="imports", type=config.path, help="where the run's is not there"
     )
     writer.add_argument("--seed", type=config.seed, default=0, help="the same seed writes the same text (0)")
 
@@ -83,8 +92,10 @@ def _settings() -> dict[str, Any]:
 
 def _run_flags(parser: argparse.ArgumentParser, task: str) -> None:
     parser.set_defaults(task=task)
-    parser.add_argument("recipe", metavar="RECIPE", type=_recipe, help=known(Settings)["recipe"].metadata["about"])
-    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where the run is kept (runs/RECIPE)")
+    parser.add_argument("recipe", metavar="RECIPE", help=known(Settings)["recipe"].metadata["about"])
+    parser.add_argument(
+        "--out", metavar="FOLDER", type=config.file_or_folder, help="where the run is kept (runs/RECIPE)"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the run in --out with its own choices")
     _config_flags(parser)
     config.add_flags(parser, {**known(TASKS[task]), **_settings()}, TASKS[task].defaults)
@@ -92,15 +103,24 @@ def _run_flags(parser: argparse.ArgumentParser, task: str) -> None:
 
 def _config_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--setup", metavar="NAME", help="a set of choices from a paper, below those given here")
-    parser.add_argument("--config", metavar="FILE", type=Path, help="choices in YAML or JSON, below those given here")
+    parser.add_argument(
+        "--config", metavar="FILE", type=config.file_or_folder, help="choices in YAML or JSON, below those given here"
+    )
 
 
-def _recipe(text: str) -> str:
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that reads recipes by words and trains nothing."""
+    options = known(Settings)
+    parser.add_argument("recipe", metavar="RECIPE", help=options["recipe"].metadata["about"])
+    imports = options["imports"].metadata
+    parser.add_argument("--import", metavar="FILE", dest="imports", type=imports["read"], help=imports["about"])
+
+
+def _check_recipe(text: str, settings: Settings) -> None:
     try:
-        read_recipes(text)
+        read_recipes(text, own.load(settings.imports))
     except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+        raise InputError(f"argument RECIPE: {error}") from error
 
 
 def _which(text: str) -> str:
@@ -128,15 +148,19 @@ def _task(arguments: argparse.Namespace) -> int:
 
     layers = [*_below(arguments), _choices(arguments)]
     settings, task = configured(arguments.task, *layers)
+    if not arguments.resume:
+        _check_recipe(arguments.recipe, settings)
+        settings = with_threads(settings)
     name = arguments.recipe.replace(":", "-").replace("/", "-")
     out = arguments.out or Path("runs") / (name if arguments.task == "lm" else f"{arguments.task}-{name}")
     run = prepare(task, settings, out, resume=chosen(arguments.task, *layers) if arguments.resume else None, say=_say)
     settings, task = run.settings, run.task
+    threads = use_threads(settings)
     show: Callable[..., None] = print if run.is_main else lambda *words: None
     again = f"go on with: {_resuming(arguments, out)}"
     for recipe in task.recipes(settings):
         show(recipe)
-    show(f"\ndepth {settings.depth}, width {settings.dim}: {parameters(run.plain_model):,} parameters\n")
+    show(f"\ndepth {settings.depth}, width {settings.dim}: {parameters(run.plain_model):,} parameters{threads}\n")
     with tqdm(
         total=settings.steps, desc=settings.recipe, initial=run.step, unit="step", disable=not run.is_main
     ) as bar:
@@ -162,7 +186,11 @@ def _task(arguments: argparse.Namespace) -> int:
     show("\n" + told(run, finals))
     if run.is_main:
         sharded = getattr(run.accelerator, "is_fsdp2", False)  # one process cannot write with its shard alone
-        if sample := task.epilogue(load_model(out)[0] if sharded and "tokenizer" in task.record() else run.plain_model):
+        if sample := task.epilogue(
+            load_model(out, imports=settings.imports)[0]
+            if sharded and "tokenizer" in task.record()
+            else run.plain_model
+        ):
             show(f"\n{'-' * 80}\n{sample}\n{'-' * 80}")
     show(f"\nloss curve: {out / 'curve.png'}\ncheckpoint: {out}")
     best = checkpoint.lowest_loss(checkpoint.checkpoints(out), run.curve)
@@ -217,6 +245,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / f"compare-{arguments.task}"
     sizes = {"parameters": arguments.parameters, "widths": arguments.widths, "seeds": arguments.seeds}
     layers = [*_below(arguments), _choices(arguments)]
+    threads = use_threads(with_threads(configured(arguments.task, *layers)[0]))
+    print(f"{arguments.task}: {', '.join(arguments.recipes)}{threads}", flush=True)
     with hold(out, _say):
         report = compare(
             arguments.task, arguments.recipes, layers, out, **sizes, report=lambda line: print(line, flush=True)
@@ -230,14 +260,14 @@ def _data(arguments: argparse.Namespace) -> int:
 
     from recur.train.data import write_bins
 
-    with hold(arguments.out, _say), tqdm(unit="token", unit_scale=True) as bar:
+    with hold(arguments.out, _say), tqdm(unit="token", unit_scale=True, delay=1) as bar:
         write_bins(arguments.out, arguments.source, arguments.tokenizer, report=bar.update)
     print(f"tokens: {arguments.out} (recur train RECIPE --text {arguments.out})")
     return 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    model, tokenizer = load_model(arguments.folder, arguments.checkpoint, _say)
+    model, tokenizer = load_model(arguments.folder, arguments.checkpoint, _say, imports=arguments.imports)
     if not arguments.prompt:
         raise InputError("the prompt must have at least one character, got an empty one")
     ids = torch.from_numpy(tokenizer.encode(arguments.prompt))[None]

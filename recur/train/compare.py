@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shutil
 import statistics
 import time
@@ -12,10 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recur.train.config import InputError, Settings, checked, known, resolved
+import torch
+
+from recur.reading import InputError, read_json
+from recur.train.config import Settings
 from recur.train.models import parameters, solve_width, with_paper_depth
-from recur.train.run import TASKS, finish
-from recur.train.trainer import fit, prepare
+from recur.train.run import TASKS, configured, finish
+from recur.train.task import Task
+from recur.train.trainer import Training, fit, prepare
 
 # What papers say of two recipes on a task: the first one does better. Read off the abstracts; sizes there are larger.
 CLAIMS = (
@@ -50,37 +55,43 @@ def compare(
     """Train every recipe with every seed (and width), and return the report that `out/report.md` holds as well.
 
     With `parameters` the width of each recipe is solved for, to within a tenth. `depth` counts layers of a mixer and a
-    feed-forward; a recipe without one gets twice as many. A run that fails is recorded and the rest go on. All numbers
-    lie in results.json, which grows run by run; called again with the same choices, it makes what is not there yet.
+    feed-forward; a recipe without one gets twice as many. Every recipe is built at every size before the first is
+    trained. A run that fails later is recorded and the rest go on. All numbers lie in results.json, which grows run by
+    run; called again with the same choices, it makes what is not there yet.
 
-    Raises: InputError if `out` holds a comparison of other choices.
+    Raises: InputError naming the recipe and the size that cannot be built, or if `out` holds a comparison of other
+        choices.
     """
+    settings, made = configured(task, *layers)
+    made.open(settings)
+    sized = {
+        (recipe, width): _sized(made, settings, recipe, parameters, width)
+        for recipe in dict.fromkeys(recipes)
+        for width in widths or (None,)
+    }
+    guess = {"chance": made.chance(), "answers": _answers(made, settings)}
     out.mkdir(parents=True, exist_ok=True)
     choices = {"task": task, "parameters": parameters, "choices": {k: v for layer in layers for k, v in layer.items()}}
     results = [result for result in _before(out, choices) if "error" not in result]
     there = {(result["recipe"], result["width"], result["seed"]) for result in results}
-    for recipe in recipes:
-        for width in widths or (None,):
-            for seed in range(seeds):
-                if (recipe, width, seed) in there:
-                    continue
-                label = f"{recipe}{'' if width is None else f', width {width}'}, seed {seed}"
-                began = time.perf_counter()
-                try:
-                    result = _one(task, recipe, layers, out, seed, parameters, width)
-                except Exception as error:  # recorded, and told in the report: one failure must not cost the rest
-                    result = {
-                        "recipe": recipe,
-                        "seed": seed,
-                        "width": width,
-                        "error": f"{type(error).__name__}: {error}",
-                    }
-                gc.collect()
-                result["seconds"] = round(time.perf_counter() - began, 1)
-                results.append(result)
-                content = json.dumps({**choices, "runs": results})
-                (out / "results.json").write_text(content, encoding="utf-8")
-                report(f"{label}: {_short(result)}")
+    for (recipe, width), chosen in sized.items():
+        for seed in range(seeds):
+            if (recipe, width, seed) in there:
+                continue
+            label = f"{recipe}{'' if width is None else f', width {width}'}, seed {seed}"
+            began = time.perf_counter()
+            result: dict[str, Any] = {"recipe": recipe, "seed": seed, "width": width, **guess}
+            run = _started(task, replace(chosen, seed=seed), layers, out)
+            try:
+                result |= _trained(run)
+            except Exception as error:  # recorded, and told in the report: one failure must not cost the rest
+                result["error"] = f"{type(error).__name__}: {error}"
+            gc.collect()
+            result["seconds"] = round(time.perf_counter() - began, 1)
+            results.append(result)
+            content = json.dumps({**choices, "runs": results})
+            (out / "results.json").write_text(content, encoding="utf-8")
+            report(f"{label}: {_short(result)}")
     order = {recipe: place for place, recipe in enumerate(recipes)}
     results.sort(key=lambda result: order.get(result["recipe"], len(order)))
     return _report(task, results, out)
@@ -88,49 +99,52 @@ def compare(
 
 def _before(out: Path, choices: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs that are in the folder already."""
-    if not (out / "results.json").exists():
+    place = out / "results.json"
+    if not place.exists():
         return []
-    known = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    runs = known.pop("runs")
+    known = read_json(place)
+    if not (isinstance(known, dict) and isinstance(runs := known.pop("runs", None), list)):
+        raise InputError(f"{place} is not what recur compare writes: choose another --out")
     if known != json.loads(json.dumps(choices)):
         raise InputError(f"{out} holds a comparison of other choices: choose another --out")
     return list(runs)
 
 
-def _one(
-    task: str,
-    recipe: str,
-    layers: Sequence[Mapping[str, Any]],
-    out: Path,
-    seed: int,
-    target: int | None,
-    width: int | None,
-) -> dict[str, Any]:
-    cls = TASKS[task]
-    given = [checked(layer, known(Settings, cls), f"task {task}") for layer in (cls.defaults, *layers)]
-    settings = replace(resolved(Settings, *given), recipe=recipe, seed=seed)
-    settings, made = with_paper_depth(settings), resolved(cls, *given)
-    if width is not None:
-        settings = replace(settings, dim=width)
+def _sized(task: Task, settings: Settings, recipe: str, target: int | None, width: int | None) -> Settings:
+    """The settings of a recipe's runs.   Raises: InputError if its model cannot be built so."""
+    dim = settings.dim if width is None else width
+    settings = with_paper_depth(replace(settings, recipe=recipe, dim=dim))
     if target is not None:
-        made.open(settings)
-        settings = solve_width(made, settings, target)
-    name = f"{recipe}-{settings.dim}-{seed}".replace(":", "-").replace("/", "-")
+        return solve_width(task, settings, target)
+    with torch.device("meta"):
+        task.build(settings)
+    return settings
+
+
+def _answers(task: Task, settings: Settings) -> int:
+    """How many answers the shown final evaluation asks for, about."""
+    split = task.finals[0]
+    return task.weight(task.batch(split, 0, 1)) * (task.rows(split) or settings.evaluate)
+
+
+def _started(task: str, settings: Settings, layers: Sequence[Mapping[str, Any]], out: Path) -> Training:
+    name = f"{settings.recipe}-{settings.dim}-{settings.seed}".replace(":", "-").replace("/", "-")
     shutil.rmtree(out / "runs" / name, ignore_errors=True)  # what a run that failed has left
-    run = prepare(made, settings, out / "runs" / name)
+    return prepare(configured(task, *layers)[1], settings, out / "runs" / name)
+
+
+def _trained(run: Training) -> dict[str, Any]:
+    """Train one, and what is recorded of it."""
     fit(run)
-    finals = finish(run)
+    finals, settings = finish(run), run.settings
     measured = [point for point in run.curve if any(name.startswith("valid_") for name in point)]
     return {
-        "recipe": recipe,
-        "seed": seed,
-        "width": width,
         "dim": settings.dim,
         "depth": settings.depth,
         "parameters": parameters(run.plain_model),
         "steps": run.step,
         "stopped": run.stopped,
-        "valid": [[point["step"], {n: point[f"valid_{n}"] for n in ("loss", *made.metrics)}] for point in measured],
+        "valid": [[point["step"], {n: point[f"valid_{n}"] for n in ("loss", *run.task.metrics)}] for point in measured],
         "train": [[point["step"], point["loss"]] for point in run.curve[:: max(1, len(run.curve) // 200)]],
         "final": finals,
         "length": settings.length,
@@ -191,7 +205,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _order(task: str, done: Sequence[Mapping[str, Any]], shown: str, better: Callable[..., Any]) -> list[str]:
-    """The order the recipes came in, for each width, and whether each paper's claim was seen."""
+    """The order the recipes came in, for each width, and whether each paper's claim was seen; none among guesses."""
     lines = []
     for width in dict.fromkeys(result["width"] for result in done):
         values: dict[str, list[float]] = {}
@@ -200,16 +214,32 @@ def _order(task: str, done: Sequence[Mapping[str, Any]], shown: str, better: Cal
                 split = next(iter(result["final"]))
                 values.setdefault(result["recipe"], []).append(result["final"][split][shown])
         ranked = sorted(values, key=lambda name: statistics.fmean(values[name]), reverse=better is max)
+        bound = _best_guess(done[0], shown, better)
+        guesses = [name for name in ranked if better(statistics.fmean(values[name]), bound) == bound]
         where = "" if width is None else f" at width {width}"
-        listed = ", ".join(f"{name} {statistics.fmean(values[name]):.4f}" for name in ranked)
-        lines += [f"Order by {shown}{where}, best first: {listed}.", ""]
+        learned = [f"{name} {statistics.fmean(values[name]):.4f}" for name in ranked if name not in guesses]
+        if learned:
+            lines += [f"Order by {shown}{where}, best first: {', '.join(learned)}.", ""]
+        if guesses:
+            lines += [f"No better than chance ({done[0]['chance']:.4g}){where}: {', '.join(guesses)}.", ""]
         plain = {name.partition(":")[0]: name for name in ranked}
         for first, second, tasks, source in CLAIMS:
             if task in tasks.split() and first in plain and second in plain:
-                seen = _seen(values[plain[first]], values[plain[second]], better)
+                both = {plain[first], plain[second]} <= set(guesses)
+                seen = "both at chance" if both else _seen(values[plain[first]], values[plain[second]], better)
                 lines.append(f"- {first} ahead of {second}{where} ({source}): {seen}.")
         lines.append("")
     return lines[:-1]
+
+
+def _best_guess(result: Mapping[str, Any], shown: str, better: Callable[..., Any]) -> float:
+    """What guesses reach at best: chance and three standard errors of an accuracy; a loss, a fiftieth less."""
+    chance = result.get("chance")
+    if chance is None:
+        return -math.inf if better is max else math.inf
+    if better is min:
+        return 0.98 * float(chance)
+    return float(chance + 3 * math.sqrt(chance * (1 - chance) / result["answers"]))
 
 
 def _seen(first: Sequence[float], second: Sequence[float], better: Callable[..., Any]) -> str:
@@ -233,7 +263,8 @@ def _pictures(task: str, done: Sequence[Mapping[str, Any]], shown: str, out: Pat
     for (recipe, width), runs in _cells(done).items():
         name = recipe if width is None else f"{recipe}, {width}"
         curves[name] = [[(step, values[shown]) for step, values in run["valid"]] for run in runs]
-    look: dict[str, Any] = {"title": f"{task}: validation", "x": "step", "y": label, "log": False}
+    chance = done[0].get("chance")
+    look: dict[str, Any] = {"title": f"{task}: validation", "x": "step", "y": label, "log": False, "chance": chance}
     draw_comparison(out / "curves.png", curves, **look)
     splits = [split for split in done[0]["final"] if split.endswith("x")]
     if splits:
@@ -241,13 +272,13 @@ def _pictures(task: str, done: Sequence[Mapping[str, Any]], shown: str, out: Pat
             name: [[(run["length"] * int(s[:-1]), run["final"][s][shown]) for s in splits] for run in runs]
             for (name, _), runs in _cells(done).items()
         }
-        look = {"title": f"{task}: trained at {done[0]['length']}", "x": "tokens read at once", "y": label, "log": True}
-        draw_comparison(out / "lengths.png", lengths, **look)
+        look = {"title": f"{task}: trained at {done[0]['length']}", "x": "tokens read at once", "y": label}
+        draw_comparison(out / "lengths.png", lengths, **look, log=True, chance=chance)
     if done[0]["width"] is not None:
         by_width: dict[str, dict[int, list[tuple[float, float]]]] = {}
         for result in done:
             split = next(iter(result["final"]))
             at = by_width.setdefault(result["recipe"], {}).setdefault(result["seed"], [])
             at.append((result["width"], result["final"][split][shown]))
-        look = {"title": f"{task}: {shown} after training", "x": "width", "y": label, "log": True}
+        look = {"title": f"{task}: {shown} after training", "x": "width", "y": label, "log": True, "chance": chance}
         draw_comparison(out / "widths.png", {name: list(seeds.values()) for name, seeds in by_width.items()}, **look)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-
-class InputError(ValueError):
-    """What the caller handed in cannot be used; the message is one line and names the remedy where there is one."""
+from recur.axes import shown
+from recur.reading import InputError, one_line, read_json, read_text, unknown
 
 
 def number(kind: type, rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
@@ -25,14 +22,21 @@ def number(kind: type, rule: str, holds: Callable[[Any], bool]) -> Callable[[str
         except ValueError:
             value = None
         if value is None or not holds(value):
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {rule}, got {shown(text)}")
         return value
 
     return read
 
 
-count = number(int, "a whole number of at least 1", lambda n: n >= 1)
-natural = number(int, "a whole number of at least 0", lambda n: n >= 0)
+def whole(low: int, high: int = 2**31) -> Callable[[str], Any]:
+    """A reader of a whole number from `low` up to but not including `high`, which a row or a loop can have."""
+    at_least = number(int, f"a whole number of at least {low}", lambda n: n >= low)
+    below = number(int, f"a whole number below {high}", lambda n: n < high)
+    return lambda text: below(str(at_least(text)))
+
+
+count = whole(1)
+natural = whole(0)
 seed = number(int, "a whole number from 0 to 2^63 - 1", lambda n: 0 <= n < 2**63)
 positive = number(float, "a positive number", lambda x: 0 < x < math.inf)
 at_least_0 = number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
@@ -42,13 +46,26 @@ share = number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 
 def path(text: str) -> str:
     """A place on this machine as a full path (a run may be resumed from another folder); hub:NAME as it is."""
-    return text if text.startswith("hub:") else str(Path(text).expanduser().resolve())
+    return text if text.startswith("hub:") else str(file_or_folder(text).resolve())
+
+
+def file_or_folder(text: str) -> Path:
+    """A file or folder by name, which need not be there."""
+    try:
+        if text.strip():
+            found = Path(text).expanduser()
+            found.resolve()
+            return found
+        why = "an empty one"
+    except (RuntimeError, ValueError, OSError) as error:  # ~nobody, links in a circle, a zero byte, too many letters
+        why = f"{shown(text)}: {one_line(error)}"
+    raise argparse.ArgumentTypeError(f"must be the name of a file or a folder, got {why}")
 
 
 def one_of(*names: str) -> Callable[[str], str]:
     def read(text: str) -> str:
         if text not in names:
-            raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, got {shown(text)}")
         return text
 
     return read
@@ -60,15 +77,15 @@ def several(read: Callable[[str], Any], size: int | None = None) -> Callable[[st
     def read_all(text: str) -> tuple[Any, ...]:
         values = tuple(read(piece.strip()) for piece in text.split(","))
         if size is not None and len(values) != size:
-            raise argparse.ArgumentTypeError(f"must be {size} values separated by commas, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be {size} values separated by commas, got {shown(text)}")
         return values
 
     return read_all
 
 
-def option(default: Any, read: Callable[[str], Any], about: str) -> Any:
-    """A dataclass field: its default, how its value is read from text, and what it means."""
-    return field(default=default, metadata={"read": read, "about": about})
+def option(default: Any, read: Callable[[str], Any], about: str, *, flag: str = "") -> Any:
+    """A dataclass field: its default, how its value is read from text, what it means, and its flag if not --NAME."""
+    return field(default=default, metadata={"read": read, "about": about, "flag": flag})
 
 
 FFN = ("paper", "none", "gelu", "swiglu", "gated", "channel_mix")
@@ -79,8 +96,9 @@ class Settings:
     """Everything about model, optimiser and run that is the same for every task."""
 
     recipe: str = option("longhorn", str, "preset[:option=value,...], joined by + for a hybrid, or @FILE.json")
+    imports: str | None = option(None, path, "Python file with parts and recipes of one's own", flag="--import")
     dim: int = option(256, count, "width")
-    depth: int = option(2, count, "layers")
+    depth: int = option(2, whole(1, 10_000), "layers")
     ffn: str = option("paper", one_of(*FFN), "feed-forward of every layer")
     norm: str = option("paper", one_of("paper", "none", "rms", "layer", "l2"), "norm of the residual stream")
     block: str = option("pre", one_of("pre", "post"), "side of the residual sum that is normalised")
@@ -109,16 +127,10 @@ class Settings:
     seed: int = option(0, seed, "of weights, batches and samples")
     seconds: float | None = option(None, positive, "stop training after this long, as if steps had been reached")
     device: str = option("cpu", str, "cpu, cuda, mps")
+    threads: int = option(0, natural, "of a CPU; 0 leaves out the processors that other work keeps busy")
     precision: str = option("float32", one_of("float32", "bfloat16"), "bfloat16 runs matmuls in it (autocast)")
     recompute: str = option("none", one_of("none", "layers"), "layers: recompute activations in the backward pass")
     compile: str = option("none", str, "backend of torch.compile, such as inductor")
-
-
-def unknown(kind: str, name: str, names: Iterable[str]) -> str:
-    """That no such thing has this name, and which ones are near."""
-    near = difflib.get_close_matches(name, list(names))
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known {kind}s: {', '.join(names)}"
-    return f"no {kind} is called {name!r}; {hint}"
 
 
 def known(*classes: type) -> dict[str, Field[Any]]:
@@ -131,8 +143,8 @@ def add_flags(parser: argparse.ArgumentParser, options: Mapping[str, Field[Any]]
     for name, made in options.items():
         default = defaults.get(name, made.default)
         about = made.metadata["about"] + ("" if default is None else f" ({_text(default)})")
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=made.metadata["read"], default=argparse.SUPPRESS, help=about.replace("%", "%%"))
+        flag, read = made.metadata["flag"] or f"--{name.replace('_', '-')}", made.metadata["read"]
+        parser.add_argument(flag, dest=name, type=read, default=argparse.SUPPRESS, help=about.replace("%", "%%"))
 
 
 def read_file(place: Path, options: Mapping[str, Field[Any]], task: str) -> dict[str, Any]:
@@ -140,26 +152,35 @@ def read_file(place: Path, options: Mapping[str, Field[Any]], task: str) -> dict
 
     Raises: InputError naming the key that is unknown or the rule that its value breaks.
     """
-    try:
-        text = place.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {place}: {(error.strerror or str(error)).lower()}") from error
-    if place.suffix in (".yaml", ".yml"):
-        import yaml
-
-        read: Callable[[str], Any] = yaml.safe_load
-        mistakes: type[Exception] = yaml.YAMLError
-    else:
-        read, mistakes = json.loads, json.JSONDecodeError
-    try:
-        values = read(text)
-    except mistakes as error:
-        raise InputError(f"{place} is no {'YAML' if read is not json.loads else 'JSON'}: {error}") from error
+    values = _yaml(place) if place.suffix in (".yaml", ".yml") else read_json(place)
     if not isinstance(values, dict):
         raise InputError(f"{place} must hold keys and values, got {type(values).__name__}")
-    if values.pop("task", task) != task:
-        raise InputError(f"{place} is of another task than {task}")
-    return checked({key.replace("-", "_"): value for key, value in values.items()}, options, str(place))
+    for key in values:
+        if not isinstance(key, str):
+            raise InputError(f"{place}: keys must be names of options, got {shown(key)}")
+    if (of := values.pop("task", task)) != task:
+        raise InputError(f"{place} is of another task than {task}, got {shown(of)}")
+    flags = {made.metadata["flag"].removeprefix("--"): name for name, made in options.items()}
+    return checked({flags.get(key, key.replace("-", "_")): value for key, value in values.items()}, options, str(place))
+
+
+def _yaml(place: Path) -> Any:
+    """The value of a YAML file whose plain words are text, as options read text: off is the word off, 1e-3 a number."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    null = "tag:yaml.org,2002:null"
+    kept = {
+        first: [rule for rule in rules if rule[0] == null] for first, rules in Loader.yaml_implicit_resolvers.items()
+    }
+    Loader.yaml_implicit_resolvers = kept
+    text = read_text(place)
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # !!int of thousands of digits; thousands of brackets
+        raise InputError(f"{place} is no YAML: {one_line(error)}") from error
 
 
 def checked(values: Mapping[str, Any], options: Mapping[str, Field[Any]], place: str) -> dict[str, Any]:
@@ -196,5 +217,9 @@ def plain(*records: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    listed = isinstance(value, Iterable) and not isinstance(value, str)
-    return ",".join(map(str, value)) if listed else str(value)
+    """A value of a file as the text of a flag: one word, or a flat list separated by commas."""
+    items = list(value) if isinstance(value, (list, tuple)) else [value]
+    for item in items:
+        if item is not None and not isinstance(item, (str, int, float)):
+            raise argparse.ArgumentTypeError(f"must be a word, a number or a flat list of them, got {shown(value)}")
+    return ",".join(item if isinstance(item, str) else shown(item) for item in items)

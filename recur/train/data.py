@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recur.train.config import InputError
+from recur.axes import shown
+from recur.reading import InputError, decoded, one_line, read_bytes, read_json, reason
 from recur.train.tokenize import Tokenizer, tokenizer_of
 
 Batch = dict[str, Tensor]
@@ -33,21 +37,6 @@ HUB: dict[str, tuple[str, str | None, str | None, str]] = {
 def generator(*seeds: int) -> np.random.Generator:
     """Random numbers that these whole numbers alone decide."""
     return np.random.default_rng(seeds)
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.   Raises: InputError if the file is missing, unreadable, binary or empty."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} must be UTF-8 text, got other bytes at offset {error.start}") from error
-    if "\0" in text:
-        raise InputError(f"{path} must be UTF-8 text, got a zero byte at offset {text.index(chr(0))}")
-    if not text.strip():
-        raise InputError(f"{path} must hold text, got an empty file")
-    return text
 
 
 def python_documentation() -> str:
@@ -115,15 +104,23 @@ def open_corpus(
     Args:
         source:    a path, hub:NAME (read whole; `write_bins` and `Stream` are for large ones), or None for the
                    documentation inside CPython.
-        tokenizer: "char", "byte", or the name or folder of a Hugging Face tokenizer.
+        tokenizer: "char", "byte", or the name or folder of a Hugging Face tokenizer. "byte" reads the bytes of a file
+                   as they are; the others UTF-8 without a byte-order mark, \\n in the place of \\r\\n and \\r.
         length:    of a window; every part must hold one and the token after it.
         valid, test: shares of the text kept apart, test last; hub corpora have their own.
-        separator: what stands between documents in a text file; "" makes it one document.
+        separator: what stands between documents in a text file, \\n and other escapes of Python meaning what they do
+                   there; "" makes it one document.
+
+    Raises: InputError in one line for what cannot be read or holds too little.
     """
     place = Path(source or "")
+    if not 0 < valid < 1 - test:
+        raise InputError(f"--valid must be above 0, and --valid plus --test below 1, got {valid:g} and {test:g}")
     if source is None or not (source.startswith("hub:") or place.is_dir() or place.suffix == ".bin"):
-        text = python_documentation() if source is None else read_text(place)
-        corpus = _from_text(text, tokenizer, valid, test, separator.encode().decode("unicode_escape"), length)
+        content = python_documentation().encode() if source is None else read_bytes(place)
+        corpus = _from_text(content, place, tokenizer, valid, test, unescaped(separator), length)
+    elif separator:
+        raise InputError("--separator is for a text file: documents of the hub and of bins have their own starts")
     elif source.startswith("hub:"):
         corpus = _from_documents(hub_documents(source[4:], "train"), hub_documents(source[4:], "valid"), tokenizer)
     else:
@@ -132,24 +129,60 @@ def open_corpus(
         if part is not None and len(part) <= length:
             need = f"at least {length + 1} tokens for --length {length}, got {len(part)}"
             raise InputError(f"the {name} part of the text must have {need}")
+    if test and corpus.test is None:
+        raise InputError("--test is for a text file: the hub and bins have no test part here")
     return corpus
 
 
-def _from_text(text: str, kind: str, valid: float, test: float, separator: str, length: int) -> Corpus:
-    tokenizer = tokenizer_of(kind, "".join(sorted(set(text))))
-    pieces = text.split(separator) if separator else [text]
-    texts = [piece + separator for piece in pieces[:-1]] + [piece for piece in pieces[-1:] if piece]
+ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[abfnrtv0\\'\"])")
+
+
+def unescaped(words: str) -> str:
+    """Text with Python's escapes in the place of what stands for them; all other characters as they are.
+
+    Raises: InputError for a backslash that begins no escape.
+    """
+    rest = ESCAPE.sub("", words)
+    try:
+        if "\\" not in rest:
+            return ESCAPE.sub(lambda match: ast.literal_eval(f"'{match[0]}'"), words)
+    except SyntaxError:  # \U beyond the last character
+        pass
+    known = r"\n \r \t \0 \a \b \f \v \\ \xHH \uHHHH \UHHHHHHHH"
+    raise InputError(f"--separator {shown(words)} has a backslash that begins none of {known}; write it twice")
+
+
+def _from_text(
+    content: bytes, place: Path, kind: str, valid: float, test: float, separator: str, length: int
+) -> Corpus:
+    """The parts of a file; bytes are split as bytes, and never decoded."""
+    if not content.strip():
+        raise InputError(f"{place} must hold text, got an empty file")
+    whole: Any = content
+    if kind != "byte":
+        whole = decoded(content, place)
+        if "\0" in whole:
+            raise InputError(f"{place} must be UTF-8 text, got a zero byte at offset {content.index(0)}")
+    try:
+        between: Any = separator.encode(errors="surrogateescape") if kind == "byte" else separator
+    except UnicodeEncodeError as error:
+        raise InputError(f"--separator must be text that UTF-8 can hold, got {separator!r}") from error
+    if separator and between not in whole:
+        raise InputError(f"--separator {separator!r} stands nowhere in {place}; without it the text is one document")
+    tokenizer = tokenizer_of(kind, "".join(sorted(set(whole))) if kind == "char" else "")
+    pieces = whole.split(between) if separator else [whole]
+    texts = [piece + between for piece in pieces[:-1]] + [piece for piece in pieces[-1:] if piece]
     encoded = [tokenizer.encode(piece) for piece in texts]
     ids = np.concatenate(encoded)
     borders = np.cumsum([0, *map(len, encoded)])[:-1]
     kept_valid, kept_test = int(len(ids) * valid), int(len(ids) * test)
-    if min(kept_valid, kept_test or kept_valid) <= length:
+    if min(kept_valid, kept_test if test else kept_valid) <= length:
         need = math.ceil((length + 1) / min(valid, test or valid))
         raise InputError(f"the text must have at least {need} tokens for --length {length}, got {len(ids)}")
     cuts = [0, len(ids) - kept_valid - kept_test, len(ids) - kept_test, len(ids)]
     parts = [_cut(ids, borders, low, high) for low, high in pairwise(cuts)]
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return Corpus(tokenizer, parts[0], parts[1], parts[2] if kept_test else None, digest)
+    digest = hashlib.sha256(content if kind == "byte" else whole.encode()).hexdigest()
+    return Corpus(tokenizer, parts[0], parts[1], parts[2] if test else None, digest)
 
 
 def _cut(ids: np.ndarray, borders: np.ndarray, low: int, high: int) -> Tokens:
@@ -184,34 +217,44 @@ def write_bins(out: Path, source: str, tokenizer: str, *, valid: float = 0.1, re
     """Tokenise once: train.bin, valid.bin, their document starts, and meta.json in the folder `out`.
 
     Hub corpora are streamed, a document at a time, so that they need not fit in memory; `report` hears its length.
+    Files take their names when all of them are whole, so that tokens made before are not lost to a source that fails.
     """
-    out.mkdir(parents=True, exist_ok=True)
     if not source.startswith("hub:"):
+        if not Path(source).is_file() or source.endswith(".bin"):
+            raise InputError(f"recur data reads a text file or hub:NAME, got {source}")
         corpus = open_corpus(source, tokenizer, length=1, valid=valid)
-        kind, size = corpus.tokenizer, corpus.tokenizer.size
-        for name, part in (("train", corpus.train), ("valid", corpus.valid)):
-            np.asarray(part.ids, dtype=_width(size)).tofile(out / f"{name}.bin")
-            np.save(out / f"{name}.starts.npy", part.starts)
-            report(len(part))
+        kind = corpus.tokenizer
+    elif tokenizer == "char":
+        raise InputError("a hub corpus needs --tokenizer byte or a Hugging Face tokenizer: characters must be known")
     else:
-        if tokenizer == "char":
-            raise InputError(
-                "a hub corpus needs --tokenizer byte or a Hugging Face tokenizer: characters must be known"
-            )
         kind = tokenizer_of(tokenizer)
-        size = kind.size
+    width = _width(kind.size)
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out, prefix=".partial-") as folder:
         for name in ("train", "valid"):
-            starts, total = [], 0
-            with (out / f"{name}.bin").open("wb") as file:
-                for text in hub_documents(source[4:], name):
-                    ids = encode_document(kind, text)
-                    starts.append(total)
-                    total += len(ids)
-                    ids.astype(_width(size)).tofile(file)
-                    report(len(ids))
-            np.save(out / f"{name}.starts.npy", np.asarray(starts, dtype=np.int64))
-    meta = {"tokenizer": kind.to_dict(), "dtype": np.dtype(_width(size)).name}
-    (out / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+            bins = Path(folder) / f"{name}.bin"
+            if not source.startswith("hub:"):
+                part = getattr(corpus, name)
+                np.asarray(part.ids, dtype=width).tofile(bins)
+                starts, total = part.starts, len(part)
+                report(total)
+            else:
+                listed, total = [], 0
+                with bins.open("wb") as file:
+                    for text in hub_documents(source[4:], name):
+                        ids = encode_document(kind, text)
+                        listed.append(total)
+                        total += len(ids)
+                        ids.astype(width).tofile(file)
+                        report(len(ids))
+                starts = np.asarray(listed, dtype=np.int64)
+            if total == 0:
+                raise InputError(no_tokens(source, name))
+            np.save(bins.with_suffix(".starts.npy"), starts)
+        meta = {"tokenizer": kind.to_dict(), "dtype": np.dtype(width).name}
+        (Path(folder) / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        for made in Path(folder).iterdir():
+            made.replace(out / made.name)
 
 
 def _width(size: int) -> type:
@@ -219,24 +262,66 @@ def _width(size: int) -> type:
 
 
 def _from_bins(place: Path, kind: str, valid: float) -> Corpus:
-    if place.suffix == ".bin":
-        tokenizer, ids = tokenizer_of(kind), np.memmap(place, dtype=np.uint16, mode="r")
+    if place.suffix == ".bin" and not place.is_dir():
+        if kind == "char":
+            raise InputError(f"{place} holds numbers: say who made them, --tokenizer byte or a Hugging Face tokenizer")
+        tokenizer, ids = tokenizer_of(kind), _mapped(place, np.uint16)
+        check_ids(ids, tokenizer.size, place)
         cut = len(ids) - int(len(ids) * valid)
         none = np.zeros(0, np.int64)
         digest = hashlib.sha256(f"{place.name} {len(ids)}".encode()).hexdigest()
         return Corpus(tokenizer, Tokens(ids[:cut], none), Tokens(ids[cut:], none), None, digest)
     try:
-        meta = json.loads((place / "meta.json").read_text(encoding="utf-8"))
-        parts = {}
+        meta, parts = read_json(place / "meta.json"), {}
+        dtype = {"uint8": np.uint8, "uint16": np.uint16, "uint32": np.uint32}[meta["dtype"]]
+        tokenizer = tokenizer_of(**meta["tokenizer"])
         for name in ("train", "valid"):
-            ids = np.memmap(place / f"{name}.bin", dtype=meta["dtype"], mode="r")
-            parts[name] = Tokens(ids, np.load(place / f"{name}.starts.npy", mmap_mode="r"))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{place} holds no tokens: make them with recur data SOURCE --out {place} ({error})"
-        ) from error
+            ids, starts = _mapped(place / f"{name}.bin", dtype), np.load(place / f"{name}.starts.npy", mmap_mode="r")
+            check_ids(ids, tokenizer.size, place / f"{name}.bin")
+            _check_starts(starts, len(ids), place / f"{name}.starts.npy")
+            parts[name] = Tokens(ids, starts)
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        remedy = f"make them with recur data SOURCE --out {place}"
+        raise InputError(f"{place} holds no tokens: {remedy} ({one_line(error)})") from error
     digest = hashlib.sha256(json.dumps([meta, *(len(part) for part in parts.values())]).encode()).hexdigest()
-    return Corpus(tokenizer_of(**meta["tokenizer"]), parts["train"], parts["valid"], None, digest)
+    return Corpus(tokenizer, parts["train"], parts["valid"], None, digest)
+
+
+def _mapped(place: Path, dtype: type) -> np.ndarray:
+    """A file of numbers, mapped.   Raises: InputError if it is missing, empty, or holds half a number."""
+    if not place.is_file():
+        raise InputError(f"cannot read {place}: no such file")
+    size, width = place.stat().st_size, np.dtype(dtype).itemsize
+    if size == 0 or size % width:
+        raise InputError(f"{place} must hold numbers of {8 * width} bits, got {size} bytes")
+    try:
+        return np.memmap(place, dtype=dtype, mode="r")
+    except OSError as error:
+        raise InputError(f"cannot read {place}: {reason(error)}") from error
+
+
+def check_ids(ids: np.ndarray, size: int, place: Path, at_once: int = 2**22) -> None:
+    """Raise InputError for an id that a vocabulary of `size` lacks.
+
+    Cost: one reading of the file, unless its numbers cannot be too large.
+    """
+    if np.iinfo(ids.dtype).max < size:
+        return
+    for first in range(0, len(ids), at_once):
+        piece = ids[first : first + at_once]
+        if int(piece.max()) >= size:
+            at = int(np.argmax(piece >= size))
+            raise InputError(
+                f"{place} must hold ids below {size}, as its tokenizer has, got {piece[at]} at {first + at}"
+            )
+
+
+def _check_starts(starts: np.ndarray, length: int, place: Path) -> None:
+    fits = starts.ndim == 1 and starts.dtype.kind in "iu"
+    if fits and len(starts):
+        fits = bool(starts[0] >= 0 and starts[-1] < length and np.all(starts[1:] >= starts[:-1]))
+    if not fits:
+        raise InputError(f"{place} must hold places of documents in {length} tokens, ascending")
 
 
 # ---------------------------------------------------------------------- hub
@@ -261,10 +346,23 @@ def hub_documents(name: str, part: str) -> Iterator[str]:
         apart = splits["valid"] == "train"  # no part of its own: every two hundredth document is kept for validation
         for i, row in enumerate(stream):
             if not apart or (i % 200 == 199) == (part == "valid"):
+                if not isinstance(row[column], str):
+                    raise InputError(
+                        f"document {i} of {repository} must have text in {column!r}, got {shown(row[column])}"
+                    )
                 yield row[column]
+    except InputError:
+        raise
     except Exception as error:  # requests, httpx, fsspec and datasets each have their own way to say it
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"cannot read {repository} from the hub, give a local file instead: {first}") from error
+        raise InputError(
+            f"cannot read {repository} from the hub, give a local file instead: {one_line(error)}"
+        ) from error
+
+
+def no_tokens(source: str, part: str) -> str:
+    """That a part of a corpus is empty, and where the hub's validation part comes from."""
+    apart = "; without a part of its own, every 200th document is kept for validation" * (part == "valid")
+    return f"the {'validation' if part == 'valid' else 'training'} part of {source} must have tokens, got none{apart}"
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -282,25 +380,41 @@ class Stream:
         self.name, self.tokenizer, self.part = name, tokenizer, part
         self.next = -1
 
+    def check(self) -> None:
+        """Look for the first tokens.   Raises: InputError in one line if the hub cannot be reached, or has none."""
+        self._restart()
+        self._take(1)
+        self.next = -1
+
     def batch(self, index: int, rows: int, length: int) -> Batch:
         if index < self.next or self.next < 0:
-            self._documents, self.next = hub_documents(self.name, self.part), 0
-            self._ids: np.ndarray = np.zeros(0, np.int64)
-            self._starts: np.ndarray = np.zeros(0, np.int64)
+            self._restart()
         while True:
             tokens = self._take(rows * (length + 1))
             self.next += 1
             if self.next > index:
                 return tokens.rows(np.arange(rows) * (length + 1), length)
 
+    def _restart(self) -> None:
+        self._pieces, self.next = self._epochs(), 0
+        self._ids: np.ndarray = np.zeros(0, np.int64)
+        self._starts: np.ndarray = np.zeros(0, np.int64)
+
+    def _epochs(self) -> Iterator[np.ndarray]:
+        """Encoded documents, one epoch after another.   Raises: InputError if an epoch has no tokens."""
+        while True:
+            found = 0
+            for text in hub_documents(self.name, self.part):
+                piece = encode_document(self.tokenizer, text)
+                found += len(piece)
+                yield piece
+            if not found:
+                raise InputError(no_tokens(f"hub:{self.name}", self.part))
+
     def _take(self, count: int) -> Tokens:
         pieces, starts, have = [self._ids], [self._starts], len(self._ids)
         while have < count:
-            try:
-                piece = encode_document(self.tokenizer, next(self._documents))
-            except StopIteration:
-                self._documents = hub_documents(self.name, self.part)  # the next epoch
-                continue
+            piece = next(self._pieces)
             starts.append(np.asarray([have]))
             pieces.append(piece)
             have += len(piece)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recur import LanguageModel, Recipe, blocks, presets
-from recur.train.config import InputError, Settings, unknown
+from recur import LanguageModel, Recipe, RecipeError
+from recur.own import Own
+from recur.presets import words
+from recur.train.config import InputError, Settings
+from recur.train.machine import check_memory
 from recur.weights import Param, Weights, normal, zeros
 
 # What stands around the mixer in each paper, where it is not an RMS norm and no feed-forward.
@@ -30,36 +31,12 @@ PAPER: dict[str, dict[str, str]] = {
 }
 
 
-def read_recipes(text: str) -> list[Recipe]:
-    """The recipes that "hgrn2:heads=4+llama" or "@recipe.json" names.
-
-    Raises: InputError naming the preset or the option that is not known.
-    """
-    if text.startswith("@"):
-        try:
-            return [Recipe.from_dict(json.loads(Path(text[1:]).read_text(encoding="utf-8")))]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"cannot read a recipe from {text[1:]}: {error}") from error
-    return [_preset(piece) for piece in text.split("+")]
-
-
-def _preset(text: str) -> Recipe:
-    name, _, listed = text.partition(":")
-    if name not in presets.names():
-        raise InputError(unknown("preset", name, presets.names()))
-    options = dict(pair.partition("=")[::2] for pair in listed.split(",") if pair)
+def read_recipes(text: str, own: Own | None = None) -> list[Recipe]:
+    """The recipes that "hgrn2:heads=4+llama" or "@recipe.json" names (recur.presets.words).   Raises: InputError."""
     try:
-        return getattr(presets, name)(**{key: _value(value) for key, value in options.items()})
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name} cannot be built with {listed}: {error}") from error
-
-
-def _value(text: str) -> Any:
-    """A JSON value, a name of recur.blocks (scan=in_grid), or the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return getattr(blocks, text, text)
+        return words.read(text, own)
+    except RecipeError as error:
+        raise InputError(str(error)) from error
 
 
 def around(settings: Settings) -> dict[str, Any]:
@@ -80,12 +57,15 @@ def around(settings: Settings) -> dict[str, Any]:
 
 
 def language_model(recipes: Sequence[Recipe], settings: Settings, vocab_size: int, **more: Any) -> LanguageModel:
-    """A LanguageModel by settings.   Raises: InputError if the recipe does not fit the width."""
+    """A LanguageModel by settings.   Raises: InputError if the recipe does not fit the width, or the memory."""
     arguments = {**around(settings), "tie": settings.head == "tied", **more}
     try:
-        return LanguageModel(recipes, vocab_size=vocab_size, **arguments)
+        with torch.device("meta"):
+            size = parameters(LanguageModel(recipes, vocab_size=vocab_size, **arguments))
     except ValueError as error:  # a width that does not divide, told in the recipe's letters
         raise InputError(f"{settings.recipe} cannot be built with --dim {settings.dim}: {error}") from error
+    check_memory(size, f"{settings.recipe} with --dim {settings.dim} and --depth {settings.depth}")
+    return LanguageModel(recipes, vocab_size=vocab_size, **arguments)
 
 
 class SequenceModel(nn.Module):

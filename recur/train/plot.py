@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from matplotlib.figure import Figure  # used alone it opens no window and keeps 
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#d1571f", "#6b6b6b"
 COLORS = (BLUE, ORANGE, "#2f8f4e", "#8c4bb0", "#b3892d", "#c23b6b", "#3a9fa8", "#555555", "#7a5a3a", "#9aa83a")
+# These have a colour each; other recipes have one of them too, with another line.
+FIRST = ("longhorn", "mamba", "hgrn2", "gla", "gateloop", "retnet", "llama", "gss", "rwkv", "dense_retnet")
 STYLES = ("-", "--", "-.", ":")
 Point = Mapping[str, Any]
 
@@ -30,9 +33,22 @@ def write_history(out: Path, curve: Sequence[Point], finals: Mapping[str, Mappin
 
 
 def draw_curve(
-    path: Path, curve: Sequence[Point], *, title: str, unit: str, metrics: Sequence[str], levels: Mapping[str, float]
+    path: Path,
+    curve: Sequence[Point],
+    *,
+    title: str,
+    unit: str,
+    metrics: Sequence[str],
+    levels: Mapping[str, float],
+    chance: float | None = None,
+    final: Mapping[str, float] | None = None,
 ) -> None:
-    """Loss over steps (every batch, their running mean, validation, levels to compare with), below it each metric."""
+    """Loss over steps (every batch, their running mean, validation, levels to compare with), below it each metric.
+
+    Args:
+        chance: drawn where the first metric is, or the loss if there is none.
+        final:  the last evaluation, of the whole validation part; it stands in the place of the curve's last one.
+    """
     steps = [point["step"] for point in curve]
     panels = 1 + len(metrics)
     figure = Figure(figsize=(8, 4.8 + 2.2 * len(metrics)), dpi=150, layout="constrained")
@@ -41,39 +57,84 @@ def draw_curve(
     axes[0].plot(steps, losses, color=BLUE, alpha=0.2, linewidth=0.8)
     axes[0].plot(steps, running_mean(losses), color=BLUE, linewidth=1.8, label="training, running mean")
     for name, ax in zip(("loss", *metrics), axes, strict=True):
-        measured = [(p["step"], p[f"valid_{name}"]) for p in curve if f"valid_{name}" in p]
+        measured = {p["step"]: p[f"valid_{name}"] for p in curve if f"valid_{name}" in p}
+        if final is not None:
+            measured[steps[-1]] = final[name]
         if measured:
-            label = f"validation, at last {measured[-1][1]:.3g}"
-            ax.plot(*zip(*measured, strict=True), "o-", color=ORANGE, markersize=4, label=label)
+            label = f"validation, at last {list(measured.values())[-1]:.3f}"
+            ax.plot(list(measured), list(measured.values()), "o-", color=ORANGE, markersize=4, label=label)
         ax.set(ylabel=unit if name == "loss" else name, xlim=(0, steps[-1]), ylim=(0, None if name == "loss" else 1.02))
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, loc="best")
     for name, level in levels.items():
-        axes[0].axhline(level, color=GREY, linestyle="--", linewidth=1)
-        place = {"xytext": (-4, 3), "textcoords": "offset points", "ha": "right", "color": GREY, "fontsize": 9}
-        axes[0].annotate(f"{name} {level:.2f}", (1, level), xycoords=("axes fraction", "data"), **place)
+        _level(axes[0], name, level)
+    if chance is not None and chance not in levels.values():
+        _level(axes[min(1, len(metrics))], "chance", chance)
     axes[0].set_title(title)
     axes[-1].set_xlabel("step")
     figure.savefig(path)
 
 
 def draw_comparison(
-    path: Path, runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]], *, title: str, x: str, y: str, log: bool
+    path: Path,
+    runs: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    log: bool,
+    chance: float | None = None,
 ) -> None:
-    """One line a name: the mean of its runs (one a seed), the band from the least to the largest of them."""
+    """One line a name: the mean of its runs (one a seed), the band from the least to the largest of them.
+
+    A name is a recipe, or a recipe and a width, "gla, 64"; a recipe has the same colour in every picture.
+    """
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     ax = figure.add_subplot()
-    for i, (name, curves) in enumerate(runs.items()):
-        color, style = COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]
+    for (name, curves), (color, style) in zip(runs.items(), looks(list(runs)), strict=True):
         at, low, middle, high = spread(curves)
         ax.plot(at, middle, style, color=color, linewidth=1.6, marker="o", markersize=3, label=name)
         ax.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
     if log:
         _powers(ax, sorted({point[0] for curves in runs.values() for curve in curves for point in curve}))
+    if chance is not None:
+        _level(ax, "chance", chance)
     ax.set(xlabel=x, ylabel=y, title=title)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=9, ncols=1 + (len(runs) > 6))
     figure.savefig(path)
+
+
+def looks(names: Sequence[str]) -> list[tuple[str, str]]:
+    """A colour and a line for each name. The colour is decided by the recipe's preset alone, whatever else is drawn.
+
+    The line tells apart what has the same colour: widths and options of a preset, and presets beyond `FIRST`.
+    """
+    from recur import presets
+
+    order = [*FIRST, *(name for name in presets.names() if name not in FIRST)]
+    made: list[tuple[str, str]] = []
+    for name in names:
+        recipe, _, width = name.rpartition(", ")
+        preset = (recipe if width.isdigit() else name).partition(":")[0]
+        number = order.index(preset) if preset in order else zlib.crc32(preset.encode())
+        color, first = COLORS[number % len(COLORS)], number // len(COLORS) if preset in order else 0
+        free = [STYLES[(first + i) % len(STYLES)] for i in range(len(STYLES))]
+        made.append((color, next((style for style in free if (color, style) not in made), free[0])))
+    return made
+
+
+def _level(ax: Axes, name: str, level: float) -> None:
+    """A dashed line, and what it stands for."""
+    ax.axhline(level, color=GREY, linestyle="--", linewidth=1)
+    place: dict[str, Any] = {
+        "xytext": (-4, 3),
+        "textcoords": "offset points",
+        "ha": "right",
+        "color": GREY,
+        "fontsize": 9,
+    }
+    ax.annotate(f"{name} {level:.3g}", (1, level), xycoords=("axes fraction", "data"), **place)
 
 
 def _powers(ax: Axes, ticks: Sequence[float]) -> None:

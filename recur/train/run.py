@@ -69,13 +69,15 @@ def _write_report(run: Training, finals: Mapping[str, Mapping[str, float]]) -> N
     size = sum(weight.numel() for weight in run.plain_model.parameters())
     title = f"{task.name}: {run.settings.recipe}, {size / 1e6:.2f}M parameters"
     look: dict[str, Any] = {"title": title, "unit": task.unit, "metrics": task.metrics, "levels": task.levels()}
+    look |= {"chance": task.chance(), "final": finals.get("valid")}
     draw_curve(run.out / "curve.png", run.curve, **look)
     lengths = [(run.settings.length * int(split[:-1]), split) for split in finals if split.endswith("x")]
     if lengths:
         shown = task.metrics[0] if task.metrics else "loss"
         points = [(length, finals[split][shown]) for length, split in lengths]
         labels = {"title": title, "x": "tokens read at once", "y": task.unit if shown == "loss" else shown}
-        draw_comparison(run.out / "lengths.png", {run.settings.recipe: [points]}, **labels, log=True)
+        look = {**labels, "log": True, "chance": task.chance()}
+        draw_comparison(run.out / "lengths.png", {run.settings.recipe: [points]}, **look)
 
 
 def told(run: Training, finals: Mapping[str, Mapping[str, float]]) -> str:
@@ -90,22 +92,23 @@ def told(run: Training, finals: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def load_model(
-    out: Path, which: str = "newest", say: checkpoint.Say = warnings.warn
+    out: Path, which: str = "newest", say: checkpoint.Say = warnings.warn, *, imports: str | Path | None = None
 ) -> tuple[LanguageModel, Tokenizer]:
     """The language model of a checkpoint in `out`, on the CPU, and its tokenizer.
 
     Args:
-        out:   the folder of a run, or of one checkpoint.
-        which: "newest", "best" (of the lowest validation loss), or a step.
-        say:   called with a line that names the damaged checkpoints that were passed over.
+        out:     the folder of a run, or of one checkpoint.
+        which:   "newest", "best" (of the lowest validation loss), or a step.
+        say:     called with a line that names the damaged checkpoints that were passed over.
+        imports: a file with the parts of one's own in its recipe, where it is not the one that the run names.
 
-    Raises: InputError if there is none, none is whole, or its task has no text.
+    Raises: InputError if there is none, none is whole, its task has no text, or that file is not there.
     """
     folder, record = checkpoint.read_record(out, which, say)
     if "tokenizer" not in record.task:
         raise InputError(f"{out} holds a run of task {record.config['task']}, which writes no text")
     settings = resolved(Settings, {**record.config, "recompute": "none"})
     tokenizer = tokenizer_of(**record.task["tokenizer"])
-    model = language_model(recorded_recipes(record, folder), settings, tokenizer.size)
+    model = language_model(recorded_recipes(record, folder, imports), settings, tokenizer.size)
     checkpoint.load_weights(folder, model)
     return model.eval(), tokenizer

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recur import Recipe
+from recur.own import load
 from recur.train.config import Settings
 from recur.train.data import Batch
 from recur.train.models import read_recipes
@@ -41,7 +43,7 @@ class Task:
         self.settings = settings
 
     def recipes(self, settings: Settings) -> list[Recipe]:
-        return read_recipes(settings.recipe)
+        return read_recipes(settings.recipe, load(settings.imports))
 
     def build(self, settings: Settings) -> nn.Module:
         """The model, freshly initialised."""
@@ -84,9 +86,18 @@ class Task:
         """Losses to compare with, drawn as lines."""
         return {}
 
+    def chance(self) -> float | None:
+        """What a guess without the input reaches, of the first metric or else of the loss; None if unknown."""
+        return None
+
     def epilogue(self, model: nn.Module) -> str:
         """What is printed when training is over."""
         return ""
+
+
+def commonest(labels: Sequence[int] | np.ndarray) -> float:
+    """The share of the commonest label: the accuracy of who always says it."""
+    return float(np.bincount(np.asarray(labels)).max() / len(labels))
 
 
 def cross_entropy_and_hits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:

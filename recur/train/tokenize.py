@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from recur.train.config import InputError
+from recur.axes import shown
+from recur.reading import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,20 @@ class Characters:
 
 @dataclass(frozen=True)
 class Bytes:
-    """UTF-8, 256 symbols."""
+    """The bytes of a file as they are, or UTF-8: 256 symbols."""
 
     size = 256
 
-    def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """[T] ids; of a text from a command line, the very bytes that were typed.
+
+        Raises: InputError for characters that UTF-8 cannot hold.
+        """
+        try:
+            content = text.encode(errors="surrogateescape") if isinstance(text, str) else text
+        except UnicodeEncodeError as error:
+            raise InputError(f"text must be what UTF-8 can hold, got {shown(text[error.start])}") from error
+        return np.frombuffer(content, dtype=np.uint8).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(ids).decode(errors="replace")
@@ -60,14 +69,18 @@ class HubTokenizer:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
+        except Exception as error:  # of transformers, tokenizers, json or requests, each in its own way
             raise InputError(
-                f"the tokenizer {name} is neither a folder here nor reachable on the hub: {first}"
+                f"the tokenizer {name} is neither a folder here nor reachable on the hub: {one_line(error)}"
             ) from error
         self.name, self.size = name, len(self._tokenizer)
 
     def encode(self, text: str) -> np.ndarray:
+        """[T] ids.   Raises: InputError for characters that UTF-8 cannot hold."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"text must be what UTF-8 can hold, got {shown(text[error.start])}") from error
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -86,7 +99,12 @@ Tokenizer = Characters | Bytes | HubTokenizer
 
 
 def tokenizer_of(kind: str, vocabulary: str = "") -> Tokenizer:
-    """ "char" with a vocabulary, "byte", or the hub name or folder of a tokenizer ("gpt2")."""
+    """ "char" with a vocabulary, "byte", or the hub name or folder of a tokenizer ("gpt2").
+
+    Raises: InputError if it is none of them.
+    """
+    if not (isinstance(kind, str) and kind.strip() and isinstance(vocabulary, str)):
+        raise InputError(f"a tokenizer must be char, byte, or a name or folder of one, got {shown(kind)}")
     if kind == "char":
         return Characters(vocabulary)
     return Bytes() if kind == "byte" else HubTokenizer(kind)

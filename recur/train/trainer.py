@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recur import Recipe
+from recur import Recipe, own
 from recur.blocks.language_model import evaluating
 from recur.train import checkpoint
 from recur.train.config import InputError, Settings, known, path, plain, read_file, resolved
 from recur.train.digest import changes, differences, digests
 from recur.train.events import Events
 from recur.train.lock import Held, hold
+from recur.train.machine import check_backend
 from recur.train.models import describe, parameters
 from recur.train.task import Task, part
 from recur.weights import declared
@@ -30,7 +31,7 @@ from recur.weights import declared
 Report = Callable[[float, float], None]
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # bf16 FLOP/s
 # What may change when a run is resumed: what alters no update, and with conditions the learning rate and the steps.
-FREE = ("device", "keep", "seconds", "accumulate", "recompute", "compile", "every", "lr", "steps")
+FREE = ("device", "threads", "keep", "seconds", "accumulate", "recompute", "compile", "every", "lr", "steps", "imports")
 
 
 @dataclass
@@ -107,6 +108,7 @@ def prepare(
         if settings.batch % (accelerator.num_processes * settings.accumulate):
             spread = f"{accelerator.num_processes} processes times --accumulate {settings.accumulate}"
             raise InputError(f"--batch must be a multiple of {spread}, got {settings.batch}")
+        check_backend(settings.compile)
         torch.manual_seed(settings.seed)
         model = task.build(settings)
         if settings.init is not None and record is None:
@@ -121,7 +123,7 @@ def prepare(
         groups = decay_groups(model, settings.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
         model, optimizer = accelerator.prepare(model, optimizer)
-        torch.manual_seed((settings.seed + 1) * 1000 + accelerator.process_index)  # of dropout
+        torch.manual_seed(((settings.seed + 1) * 1000 + accelerator.process_index) % 2**63)  # of dropout
         run = Training(task, settings, out, accelerator, model, optimizer, [], data, held, folder)
         if folder is not None and record is not None:
             checkpoint.load_weights(folder, run.plain_model)
@@ -507,10 +509,14 @@ def _recipe_changes(record: checkpoint.Record, task: Task, settings: Settings, p
     return list(differences(json.loads(json.dumps(before)), json.loads(json.dumps(now)), "recipe"))
 
 
-def recorded_recipes(record: checkpoint.Record, place: Path) -> list[Recipe]:
-    """The recipes of a run.   Raises: InputError if another version of recur wrote them so that this one cannot."""
+def recorded_recipes(record: checkpoint.Record, place: Path, imports: str | Path | None = None) -> list[Recipe]:
+    """The recipes of a run, with the parts in the file `imports` or in the one that the run names.
+
+    Raises: InputError if that file is not there, or if another version of recur wrote what this one cannot read.
+    """
+    parts = own.of_run(place, record.config.get("imports") if imports is None else imports)
     try:
-        return [Recipe.from_dict(recipe) for recipe in record.recipes]
+        return [Recipe.from_dict(recipe, parts) for recipe in record.recipes]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"this version of recur cannot read the recipe of the run in {place}: {error}") from error
 

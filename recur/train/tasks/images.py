@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from recur.train.config import InputError, Settings, natural, one_of, option, path
+from recur.reading import InputError, one_line
+from recur.train.config import Settings, one_of, option, path, whole
 from recur.train.data import Batch, generator
 from recur.train.models import SequenceModel
-from recur.train.task import SPLITS, Task
+from recur.train.task import SPLITS, Task, commonest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
@@ -39,6 +41,8 @@ class PictureTask(Task):
     def open(self, settings: Settings) -> None:
         super().open(settings)
         self._parts = self.read(settings)
+        if empty := [name for name, part in self._parts.items() if not len(part.labels)]:
+            raise InputError(f"{self.name}: the {' and '.join(empty)} part must have pictures, got none")
         self._classes = int(max(part.labels.max() for part in self._parts.values())) + 1
         pixels = self._parts["train"].pixels.reshape(-1, self._parts["train"].pixels.shape[-1]) / 255
         self._mean, self._std = pixels.mean(0), pixels.std(0) + 1e-6
@@ -61,6 +65,9 @@ class PictureTask(Task):
     def rows(self, split: str) -> int | None:
         return None if split == "train" else len(self._parts[split].labels)
 
+    def chance(self) -> float:
+        return commonest(self._parts["valid"].labels)
+
     def inputs(self, batch: Batch) -> dict[str, Any]:
         return {"x": batch["x"], "grid": tuple(self._parts["train"].pixels.shape[1:3])}
 
@@ -74,7 +81,7 @@ class Images(PictureTask):
     """Sequential image classification: one pixel a token, one class a picture."""
 
     data: str | None = option(None, path, "a folder with one folder of pictures a class (scikit-learn's 8 x 8 digits)")
-    side: int = option(0, natural, "pictures are scaled to squares of this side; 0 keeps their size")
+    side: int = option(0, whole(0, 4097), "pictures are scaled to squares of this side; 0 keeps their size")
     color: str = option("grey", one_of("grey", "rgb"), "channels of a pixel")
 
     name: ClassVar[str] = "images"
@@ -96,13 +103,11 @@ def digits() -> Pictures:
 
 def folder(place: Path, side: int, color: str) -> Pictures:
     """All pictures of a folder whose subfolders are the classes, in the order of their names."""
-    from PIL import Image
-
     classes = sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
     pixels, labels = [], []
     for label, name in enumerate(classes):
         for file in sorted(file for file in (place / name).iterdir() if file.suffix.lower() in SUFFIXES):
-            with Image.open(file) as image:
+            with opened(file) as image:
                 converted = image.convert("L" if color == "grey" else "RGB")
                 scaled = converted.resize((side, side)) if side else converted
                 pixels.append(np.atleast_3d(np.asarray(scaled)))
@@ -113,6 +118,19 @@ def folder(place: Path, side: int, color: str) -> Pictures:
     if len(shapes) > 1:
         raise InputError(f"{place} holds pictures of {len(shapes)} sizes: scale them with --side")
     return Pictures(np.stack(pixels), np.asarray(labels))
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A picture.   Raises: InputError if the file holds none that can be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            image.load()
+            yield image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file} must hold a picture: {one_line(error)}") from error
 
 
 def split_three(pictures: Pictures) -> dict[str, Pictures]:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recur import LanguageModel
-from recur.train.config import InputError, Settings, count, fraction, one_of, option, path, positive
+from recur.reading import InputError, one_line
+from recur.train.config import Settings, count, fraction, one_of, option, path, positive
 from recur.train.data import Batch, Stream, counting_losses, open_corpus, pack
 from recur.train.models import language_model
 from recur.train.task import Task, cross_entropy_and_hits
@@ -70,8 +71,12 @@ class LM(Task):
             if self.text is None or not self.text.startswith("hub:") or self.tokenizer == "char":
                 raise InputError("--stream on needs --text hub:NAME and a tokenizer other than char")
             self._stream = Stream(self.text[4:], tokenizer_of(self.tokenizer))
+            if self.test or self.separator:
+                raise InputError("--stream on reads a hub corpus, which has no --test part and no --separator here")
             self.corpus_tokenizer: Tokenizer = self._stream.tokenizer
             self._held_out = Stream(self.text[4:], self._stream.tokenizer, "valid")
+            for stream in (self._stream, self._held_out):
+                stream.check()
             return
         shares: dict[str, Any] = {"valid": self.valid, "test": self.test, "separator": self.separator}
         self.corpus = open_corpus(self.text, self.tokenizer, length=settings.length, **shares)
@@ -129,12 +134,29 @@ class LM(Task):
             return {}
         return dict(zip(("single-token entropy", "pair entropy"), counting_losses(self.corpus), strict=True))
 
+    def chance(self) -> float | None:
+        """The loss of single-token frequencies."""
+        return self.levels().get("single-token entropy")
+
     def epilogue(self, model: nn.Module) -> str:
-        """300 tokens that the model writes after 64 of the validation text."""
+        """A prompt from the validation text that ends with a whole line, and 400 tokens that the model writes after it.
+
+        A low temperature: what the model is surest of reads best.
+        """
         assert isinstance(model, LanguageModel)
-        ids = self.batch("valid", 0, 1)["ids"][:, :64].to(next(model.parameters()).device)
-        options: dict[str, Any] = {"max_new_tokens": 300, "temperature": 0.7, "seed": self.settings.seed}
-        return self.corpus_tokenizer.decode(model.generate(ids, **options)[0].tolist())
+        ids = self.batch("valid", 0, 1)["ids"][0]
+        prompt = whole_lines(self.corpus_tokenizer, ids.tolist())
+        given = torch.tensor([prompt], device=next(model.parameters()).device)
+        options: dict[str, Any] = {"max_new_tokens": 400, "temperature": 0.5, "seed": self.settings.seed}
+        written = model.generate(given, **options)[0].tolist()[len(prompt) :]
+        decode = self.corpus_tokenizer.decode
+        return f"prompt, of the validation text:\n{decode(prompt)}\n\nwritten by the model:\n{decode(written)}"
+
+
+def whole_lines(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The tokens from the first whole line on to the end of the last one; all of them if no line is whole."""
+    ends = [i + 1 for i, token in enumerate(ids) if tokenizer.decode([token]).endswith("\n")]
+    return list(ids[ends[0] : ends[-1]] if len(ends) > 1 else ids)
 
 
 @dataclass
@@ -148,9 +170,11 @@ class Extrapolation(LM):
     source: ClassVar[str] = "Liu et al. 2024, arXiv:2407.14207 (trained at 2048, evaluated to 32768)"
 
     def open(self, settings: Settings) -> None:
+        if self.stream == "on":
+            raise InputError("extrapolation reads its validation text at several lengths: leave --stream off")
         super().open(settings)
         longest = settings.length * self.factor
-        if self._stream is None and len(self.corpus.valid) <= longest:
+        if len(self.corpus.valid) <= longest:
             raise InputError(
                 f"the validation text must have more than {longest} tokens for --factor {self.factor}, "
                 f"got {len(self.corpus.valid)}"
@@ -193,6 +217,8 @@ class Distillation(LM):
     }
 
     def open(self, settings: Settings) -> None:
+        if self.packing == "documents":
+            raise InputError("distillation reads whole rows: leave --packing none")
         super().open(settings)
         from transformers import AutoModelForCausalLM
 
@@ -200,9 +226,10 @@ class Distillation(LM):
 
         try:
             teacher = AutoModelForCausalLM.from_pretrained(self.teacher)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise InputError(f"the teacher {self.teacher} is no folder here and not on the hub: {first}") from error
+        except Exception as error:  # of transformers, safetensors, json or requests, each in its own way
+            raise InputError(
+                f"the teacher {self.teacher} is no folder here and not on the hub: {one_line(error)}"
+            ) from error
         self._teacher = teacher.eval().requires_grad_(False)
         size, wanted = teacher.config.vocab_size, self.corpus_tokenizer.size
         if size < wanted:
@@ -216,8 +243,6 @@ class Distillation(LM):
     def score(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         if not bool(batch["taught"].any()):
             return super().score(outputs, batch)
-        if self.packing == "documents":
-            raise InputError("distillation reads whole rows: leave --packing none")
         self._teacher.to(outputs.device)
         with torch.no_grad():
             taught = self._teacher(batch["ids"]).logits[..., : outputs.shape[-1]].float() / self.temperature

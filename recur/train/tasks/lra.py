@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import csv
+import io
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from recur.train.config import InputError, Settings, count, natural, one_of, option, path
+from recur.axes import shown
+from recur.reading import InputError, one_line, read_bytes, read_text
+from recur.train.config import Settings, count, natural, one_of, option, path, whole
 from recur.train.data import Batch, generator
 from recur.train.models import SequenceModel
-from recur.train.task import SPLITS, Task
-from recur.train.tasks.images import Pictures, PictureTask, split_three
+from recur.train.task import SPLITS, Task, commonest
+from recur.train.tasks.images import Pictures, PictureTask, opened, split_three
 
+T = TypeVar("T")
 ARENA = "Tay et al. 2020, arXiv:2011.04006"
 OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
     "[MIN": min,
@@ -85,6 +89,9 @@ class ReadTask(Task):
     def rows(self, split: str) -> int | None:
         return None if split == "train" else len(self._parts[split][0])
 
+    def chance(self) -> float:
+        return commonest(self._parts["valid"][1])
+
     @property
     def finals(self) -> Sequence[str]:
         return ("valid", "test")
@@ -99,7 +106,7 @@ class ListOps(ReadTask):
     shortest: int = option(500, natural, "trees have more symbols than this")
     longest: int = option(2000, count, "and fewer than this")
     arguments: int = option(10, count, "most arguments of an operator; at least 2")
-    nesting: int = option(10, count, "greatest depth")
+    nesting: int = option(10, whole(1, 101), "greatest depth")
 
     name: ClassVar[str] = "listops"
     about: ClassVar[str] = "Long Range Arena: the value of nested list operations."
@@ -120,19 +127,29 @@ class ListOps(ReadTask):
         else:
             place = Path(self.data)
             files = {"train": "basic_train.tsv", "valid": "basic_val.tsv", "test": "basic_test.tsv"}
+            if place.exists() and not place.is_dir():
+                raise InputError(f"--data must be a folder for its tables, got the file {place}")
             if not any((place / name).exists() for name in files.values()):
+                made = divided(self.trees())
                 place.mkdir(parents=True, exist_ok=True)
-                for name, rows in divided(self.trees()).items():
+                for name, rows in made.items():
                     write_table(place / files[name], [("Source", "Target"), *rows])
-            found = [(row[0], int(row[1])) for row in read_table(place / files[part])[1:]]
+            found = parsed(place / files[part], 1, "a tree and its value", _tree_of)
         return [symbols(text) for text, _ in found], [value for _, value in found]
 
     def trees(self) -> list[tuple[str, int]]:
-        """Distinct trees in the benchmark's text form with their values, which seed 0 alone decides."""
+        """Distinct trees in the benchmark's text form with their values, which seed 0 alone decides.
+
+        Raises: InputError once fewer than one draw in a thousand is a new tree of the lengths asked for.
+        """
+        if self.longest - self.shortest < 2:
+            raise InputError(
+                f"listops: --longest must be at least 2 above --shortest, got {self.longest} and {self.shortest}"
+            )
         draw, made, tried = random.Random(0), dict[str, int](), 0
         while len(made) < self.examples:
             tried += 1
-            if tried > 1000 * self.examples + 100_000:
+            if tried > 1000 * len(made) + 100_000:
                 raise InputError(
                     f"listops: only {len(made)} of {self.examples} trees fit between the lengths asked for"
                 )
@@ -177,14 +194,40 @@ def divided(rows: Sequence[Any]) -> dict[str, Sequence[Any]]:
     return {"train": rows[: -2 * few], "valid": rows[-2 * few : -few], "test": rows[-few:]}
 
 
-def read_table(place: Path) -> list[list[str]]:
-    """The rows of a file of tab-separated values."""
+def parsed(place: Path, first: int, what: str, read: Callable[[list[str]], T]) -> list[T]:
+    """The rows of a file of tab-separated values from number `first` on.
+
+    Raises: InputError naming a row of no use.
+    """
     csv.field_size_limit(2**30)
+    content = read_bytes(place).decode(errors="surrogateescape")
+    rows = csv.reader(io.StringIO(content, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    made = []
     try:
-        with place.open(newline="", encoding="utf-8") as file:
-            return list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except OSError as error:
-        raise InputError(f"cannot read {place}: {(error.strerror or str(error)).lower()}") from error
+        for number, row in enumerate(rows):
+            if number >= first:
+                made.append(read(row))
+    except (ValueError, IndexError, csv.Error) as error:
+        raise InputError(
+            f"{place}: row {first + len(made)} must hold {what}, got another ({one_line(error)})"
+        ) from error
+    return made
+
+
+def _tree_of(row: list[str]) -> tuple[str, int]:
+    symbols(row[0])  # ValueError for a word that is none
+    return row[0], _one_of(range(10), row[1])
+
+
+def _pair_of(row: list[str]) -> tuple[list[np.ndarray], int]:
+    one, other = (bytes_of(text.encode(errors="surrogateescape")) for text in row[3:5])
+    return [one, other], _one_of(range(2), row[0])
+
+
+def _one_of(values: range, word: str) -> int:
+    if float(word) not in values:
+        raise ValueError(f"{word} is not among {values.start} .. {values.stop - 1}")
+    return int(float(word))
 
 
 def write_table(place: Path, rows: Sequence[Sequence[Any]]) -> None:
@@ -238,9 +281,8 @@ class Retrieval(ReadTask):
 
     def read(self, settings: Settings, part: str) -> tuple[list[Any], list[int]]:
         name = {"train": "train", "valid": "eval", "test": "test"}[part]
-        table = read_table(Path(self.data) / f"new_aan_pairs.{name}.tsv")
-        rows = [[bytes_of(text.encode()) for text in row[3:5]] for row in table]
-        return rows, [int(float(row[0])) for row in table]
+        found = parsed(Path(self.data) / f"new_aan_pairs.{name}.tsv", 0, "a label 0 or 1, two ids, two texts", _pair_of)
+        return [pair for pair, _ in found], [label for _, label in found]
 
     def encode(self, row: Any) -> tuple[np.ndarray, Any]:
         (first, one), (second, other) = (super(Retrieval, self).encode(text) for text in row)
@@ -300,13 +342,13 @@ class Pathfinder(PictureTask):
     }
 
     def read(self, settings: Settings) -> dict[str, Pictures]:
-        from PIL import Image
-
         pixels, labels = [], []
         for name, label in self._listed():
             file = Path(self.data) / name
+            if not file.is_file():
+                raise InputError(f"{self.data} lacks {name}, a picture that its metadata name")
             if file.stat().st_size:  # one picture of the benchmark is an empty file
-                with Image.open(file) as image:
+                with opened(file) as image:
                     pixels.append(np.asarray(image.convert("L"))[..., None])
                 labels.append(label)
         if not pixels:
@@ -316,6 +358,10 @@ class Pathfinder(PictureTask):
     def _listed(self) -> Iterator[tuple[str, int]]:
         """Names and labels: words 0, 1 and 3 of each line of the metadata files, which are text despite their name."""
         for file in sorted((Path(self.data) / "metadata").glob("*.npy"), key=lambda file: (len(file.name), file.name)):
-            for line in file.read_text(encoding="utf-8").splitlines():
+            for line in read_text(file).splitlines():
                 words = line.split()
+                if len(words) < 4 or words[3] not in ("0", "1"):
+                    raise InputError(
+                        f"{file} must hold lines of a folder, a name, a number and 0 or 1, got {shown(line)}"
+                    )
                 yield f"{words[0]}/{words[1]}", int(words[3])

@@ -57,6 +57,9 @@ class MQAR(Task):
     def build(self, settings: Settings) -> nn.Module:
         return language_model(self.recipes(settings), settings, self.vocabulary)
 
+    def chance(self) -> float:
+        return 2 / self.vocabulary
+
     def batch(self, split: str, index: int, rows: int) -> Batch:
         seed = self.settings.seed if split == "train" else 0
         return tensors(**recall(self, self.settings.length, rows, generator(seed, SPLITS[split], index)))
@@ -119,6 +122,9 @@ class SelectiveCopying(Task):
     def build(self, settings: Settings) -> nn.Module:
         return language_model(self.recipes(settings), settings, self.vocabulary)
 
+    def chance(self) -> float:
+        return 1 / (self.vocabulary - 2)
+
     def batch(self, split: str, index: int, rows: int) -> Batch:
         draw = generator(self.settings.seed if split == "train" else 0, SPLITS[split], index)
         length, n = self.settings.length, self.copies
@@ -152,6 +158,9 @@ class StateTracking(Task):
 
     def build(self, settings: Settings) -> nn.Module:
         return language_model(self.recipes(settings), settings, len(self._table))
+
+    def chance(self) -> float:
+        return 1 / len(self._table)
 
     def batch(self, split: str, index: int, rows: int) -> Batch:
         times = int(split[:-1]) if split.endswith("x") else 1
@@ -222,6 +231,10 @@ class Regression(Task):
     def score(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         gap = outputs[:, 0::2, 0].float() - batch["labels"]
         return {"loss": gap.square().sum() / self.features}
+
+    def chance(self) -> float:
+        """The squared error of 0, the mean of every answer."""
+        return float(self.batch("valid", 0, 64)["labels"].double().square().mean()) / self.features
 
     def levels(self) -> dict[str, float]:
         """What least squares reaches on the examples before each (the least norm while they are too few)."""
