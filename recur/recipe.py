@@ -25,6 +25,7 @@ class Flow:
     tensors:    "x" is the input and stays; "y" is the result at the end.
     position:   [B] tokens each sequence has seen before these ([n] if packed).
     in_place:   whether this is the one token of a step, which overwrites the states it is given.
+    evaluate:   whether there is no dropout, even in a module in training mode.
     past:       what each shallower layer published, oldest first; `publish` collects what this layer hands down.
     """
 
@@ -36,6 +37,7 @@ class Flow:
     grid: tuple[int, ...] | None = None
     past: tuple[Mapping[str, Tensor], ...] = ()
     in_place: bool = False
+    evaluate: bool = False
     published: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -165,7 +167,10 @@ class Part:
         return {}
 
     def build(self, site: Site) -> nn.Module:
-        """The module that holds its weights and facts."""
+        """The module that holds its weights and facts.
+
+        This one is called with the part. A part that builds another module calls that by itself, or does not.
+        """
         return Weights(self.params(site), self.facts(site))
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
@@ -258,8 +263,13 @@ class Chain(Part):
     def __call__(self, flow: Flow, weights: Mapping[str, nn.Module], state: State) -> tuple[Flow, State]:
         before, after = state or {}, {}
         for (key, *more), part in self.stages:
-            own = (weights[key], *(weights[other] for other in more)) if more else weights[key]
-            flow, new = part(flow, own, before.get(key))
+            module, old = weights[key], before.get(key)
+            if more:
+                flow, new = part(flow, (module, *(weights[other] for other in more)), old)
+            elif type(part).build is Part.build:  # its module is called, so that its hooks run
+                flow, new = module(part, flow, old)
+            else:  # which calls its module by itself
+                flow, new = part(flow, module, old)
             if new is not None:
                 after[key] = new
         return flow, after
@@ -272,7 +282,7 @@ class Around(Part):
     def causal(self) -> bool:
         return False
 
-    @property
+    @cached_property
     def body(self) -> Chain:
         return Chain(tuple(self.parts))  # type: ignore[attr-defined]
 

@@ -49,11 +49,10 @@ class Rotary(Part):
         if not self.stored:
             return {}
         K = site.of(self.names.split()[0])[-1]
+        return {"frequencies": Param((K // 2,), self._fill, decay=False, float32=True, trainable=False)}
 
-        def fill(weight: Tensor) -> None:
-            weight.copy_(self._frequencies(K, weight.device))
-
-        return {"frequencies": Param((K // 2,), fill, decay=False, float32=True, trainable=False)}
+    def _fill(self, weight: Tensor) -> None:
+        weight.copy_(self._frequencies(2 * len(weight), weight.device))
 
     def _frequencies(self, K: int, device: torch.device) -> Tensor:
         return rotary_frequencies(K, base=self.base, inclusive=self.inclusive, device=device)
