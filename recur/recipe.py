@@ -44,7 +44,13 @@ class Flow:
         return self.tensors[name]
 
     def set(self, **tensors: Tensor) -> Flow:
-        return dataclasses.replace(self, tensors={**self.tensors, **tensors})
+        # the constructor by position, a third of the time of dataclasses.replace, in every part of every step
+        return Flow({**self.tensors, **tensors}, *self._around())
+
+    def _around(self) -> tuple[Any, ...]:
+        """All fields after `tensors`."""
+        place = (self.position, self.form, self.cu_seqlens, self.layer, self.grid, self.past)
+        return (*place, self.in_place, self.evaluate, self.published)
 
     def publish(self, **tensors: Tensor) -> Flow:
         return dataclasses.replace(self, published={**self.published, **tensors})
@@ -169,7 +175,7 @@ class Part:
     def build(self, site: Site) -> nn.Module:
         """The module that holds its weights and facts.
 
-        This one is called with the part. A part that builds another module calls that by itself, or does not.
+        This one is called with the part's `__call__`. A part that builds another module calls that by itself.
         """
         return Weights(self.params(site), self.facts(site))
 
@@ -267,7 +273,7 @@ class Chain(Part):
             if more:
                 flow, new = part(flow, (module, *(weights[other] for other in more)), old)
             elif type(part).build is Part.build:  # its module is called, so that its hooks run
-                flow, new = module(part, flow, old)
+                flow, new = module(part.__call__, flow, old)
             else:  # which calls its module by itself
                 flow, new = part(flow, module, old)
             if new is not None:

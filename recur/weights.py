@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,7 @@ class Param:
 class Weights(nn.Module):
     """The parameters of one part, each remembering its declaration, and `facts`: numbers that its sizes fix.
 
-    Called with the part, it runs the part, so that hooks, pruning, wrappers and `compile()` of this module take effect.
+    Called with what the part does, it does so, and hooks, pruning, wrappers and `compile()` of this module take effect.
     """
 
     def __init__(self, params: Mapping[str, Param], facts: Mapping[str, Any] | None = None) -> None:
@@ -54,8 +54,9 @@ class Weights(nn.Module):
             self.register_parameter(name, nn.Parameter(weight, requires_grad=param.trainable))
         self.reset_parameters()
 
-    def __getattr__(self, name: str) -> Any:  # parameters are looked up by name: let a type checker know
-        return super().__getattr__(name)
+    if TYPE_CHECKING:  # parameters are looked up by name
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def reset_parameters(self) -> None:
         """Draw every weight anew from its declared law."""
@@ -63,8 +64,8 @@ class Weights(nn.Module):
             for name, param in self.declared.items():
                 param.init(getattr(self, name))
 
-    def forward(self, part: Callable[..., Any], flow: Any, state: Any) -> Any:
-        return part(flow, self, state)
+    def forward(self, act: Callable[..., Any], flow: Any, state: Any) -> Any:
+        return act(flow, self, state)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weights:
         pinned = [weight for weight, param in _own(self) if param.float32]

@@ -130,7 +130,7 @@ class StreamNorm(nn.Module):
             return x
         nowhere = x.new_empty(0, dtype=torch.long)  # norms read no positions
         assert self.weights is not None
-        flow, _ = self.weights(self.norm, Flow({"x": x}, nowhere, form), None)
+        flow, _ = self.weights(self.norm.__call__, Flow({"x": x}, nowhere, form), None)
         return flow[self.norm.to or "x"]
 
 
@@ -300,10 +300,11 @@ class LanguageModel(nn.Module):
         x = F.dropout(x, self._dropped, self.training and not evaluate)
         past: tuple[Mapping[str, Tensor], ...] = ()
         layers = []
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form}
+        options |= {"in_place": in_place, "evaluate": evaluate}
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
-            options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form, "past": past}
-            options |= {"in_place": in_place, "evaluate": evaluate}
+            options["past"] = past
             if self.checkpoint and torch.is_grad_enabled():
                 x, after, published = checkpoint(block, x, before, use_reentrant=False, **options)
             else:
@@ -359,7 +360,8 @@ class LanguageModel(nn.Module):
 
         Raises: TypeError, ValueError or ShapeError for a state that is not of this model, before anything is written.
         """
-        bind("LanguageModel.step", ids=(ids, "B"))
+        if not (isinstance(ids, Tensor) and ids.ndim == 1):
+            bind("LanguageModel.step", ids=(ids, "B"))
         x, new = self._hidden(ids[:, None], state, in_place=True, evaluate=True)
         overwrite(state, new)
         return self._logits(x[:, 0])

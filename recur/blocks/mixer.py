@@ -117,7 +117,7 @@ class Mixer(nn.Module):
 
     def _weights(self) -> dict[str, nn.Module]:
         """The module of every part, own and shared."""
-        return {key: module for home in (self.parts, self._lent[0]) for key, module in home.items()}
+        return {**self.parts._modules, **self._lent[0]._modules}  # type: ignore[dict-item]
 
     def _check_inputs(self, inputs: Mapping[str, Tensor], B: int, T: int) -> None:
         if set(inputs) != set(self.recipe.inputs):

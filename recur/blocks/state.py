@@ -17,20 +17,30 @@ Layout = Any  # a dict or list of layouts, a Leaf, or the type of a leaf that is
 REMEDY = "init_state(batch) makes one that fits"
 
 
+REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
+INTEGER = (torch.int64, torch.int32)
+# what a step cannot keep a memory in, beside tokens that it computes in this; it does round to bfloat16, if asked
+NARROW = {
+    torch.float32: (torch.float16, torch.complex32),
+    torch.float64: (torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex32),
+}
+
+
 @dataclass(frozen=True)
 class Leaf:
     """What a tensor of a state must be: one row per sequence, then these sizes; None is any, for caches that grow.
 
-    kind:   "integer", "real" or "complex"; any width will do, so that a state goes on after a cast.
+    dtypes: what it may be; any width will do, so that a state goes on after a cast.
     memory: whether it is a recurrent memory, which scans want in float32 or wider.
     """
 
     sizes: tuple[int | None, ...]
-    kind: str = "integer"
+    dtypes: tuple[torch.dtype, ...]
     memory: bool = False
 
 
-POSITION = Leaf(())
+POSITION = Leaf((), INTEGER)
 
 
 def layout(body: Any, site: Site) -> Layout:
@@ -43,12 +53,9 @@ def layout(body: Any, site: Site) -> Layout:
 def _leaf(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return type(value)
+    dtypes = next((kind for kind in (REAL, COMPLEX, INTEGER) if value.dtype in kind), (value.dtype,))
     memory = value.dtype in (torch.float32, torch.complex64)
-    return Leaf(tuple(size or None for size in value.shape[1:]), _kind(value.dtype), memory)
-
-
-def _kind(dtype: torch.dtype) -> str:
-    return "real" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
+    return Leaf(tuple(size or None for size in value.shape[1:]), dtypes, memory)
 
 
 def fitting(
@@ -62,8 +69,8 @@ def fitting(
     Raises: TypeError, ValueError or ShapeError naming the first entry that does not fit.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    inference = torch.is_inference_mode_enabled()
-    device, unready = x.device, False
+    narrow = NARROW[wide] if step else ()
+    inference, device, unready = torch.is_inference_mode_enabled(), x.device, False
 
     def fail(error: type[Exception], path: tuple[Any, ...], rule: str, got: str) -> Exception:
         name = "state" + "".join(f"[{key!r}]" for key in path)
@@ -74,18 +81,16 @@ def fitting(
         if isinstance(wanted, Leaf):
             if not isinstance(value, Tensor):
                 raise fail(TypeError, path, "be a tensor", type(value).__name__)
-            shape, sizes = tuple(value.shape), (rows, *wanted.sizes)
-            if shape != sizes and not _fits(shape, sizes):
+            sizes = (rows, *wanted.sizes)
+            if value.shape != sizes and not _fits(value.shape, sizes):
                 axes = ", ".join("*" if size is None else str(size) for size in sizes)
                 rule = f"be [{letter}{' ...' * (len(sizes) > 1)}] = ({axes}{',' * (len(sizes) == 1)})"
-                raise fail(ShapeError, path, rule, f"shape {shape}")
-            if _kind(value.dtype) != wanted.kind:
-                raise fail(TypeError, path, f"be {wanted.kind}", str(value.dtype))
+                raise fail(ShapeError, path, rule, f"shape {tuple(value.shape)}")
+            if value.dtype not in wanted.dtypes:
+                raise fail(TypeError, path, f"be {' or '.join(map(str, wanted.dtypes))}", str(value.dtype))
             if value.device != device:
                 raise fail(ValueError, path, f"be on {device}", f"one on {value.device}")
-            unready |= (step and wanted.memory and _narrow(value.dtype, wide)) or (
-                value.is_inference() and not inference
-            )
+            unready = unready or (wanted.memory and value.dtype in narrow) or (not inference and value.is_inference())
         elif isinstance(wanted, dict):
             if not isinstance(value, dict):
                 raise fail(TypeError, path, f"be a dict with the keys {_listed(wanted)}", type(value).__name__)
@@ -103,7 +108,7 @@ def fitting(
             raise fail(TypeError, path, f"be of type {wanted.__name__}", type(value).__name__)
 
     check(wanted, state, ())
-    return _made_ready(wanted, state, wide if step else None) if unready else state
+    return _made_ready(wanted, state, wide, narrow) if unready else state
 
 
 def _listed(keys: Any) -> str:
@@ -115,20 +120,14 @@ def _fits(shape: tuple[int, ...], sizes: tuple[int | None, ...]) -> bool:
     return len(shape) == len(sizes) and all(want in (None, size) for size, want in zip(shape, sizes, strict=True))
 
 
-def _narrow(dtype: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether a step cannot keep its memory in this dtype; beside a float32 one it takes bfloat16."""
-    real = dtype.to_real()
-    return real != wide and (real == torch.float16 or wide == torch.float64)
-
-
-def _made_ready(wanted: Layout, value: Any, wide: torch.dtype | None) -> Any:
+def _made_ready(wanted: Layout, value: Any, wide: torch.dtype, narrow: tuple[torch.dtype, ...]) -> Any:
     if isinstance(wanted, dict):
-        return {key: _made_ready(inner, value[key], wide) for key, inner in wanted.items()}
+        return {key: _made_ready(inner, value[key], wide, narrow) for key, inner in wanted.items()}
     if isinstance(wanted, list):
-        return [_made_ready(inner, old, wide) for inner, old in zip(wanted, value, strict=True)]
+        return [_made_ready(inner, old, wide, narrow) for inner, old in zip(wanted, value, strict=True)]
     if not isinstance(value, Tensor):
         return value
-    if wide is not None and wanted.memory and _narrow(value.dtype, wide):
+    if wanted.memory and value.dtype in narrow:
         return value.to(wide.to_complex() if value.is_complex() else wide)
     return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
 
