@@ -60,16 +60,21 @@ class Block(nn.Module):
         self.ffn = None if ffn is None else Mixer(ffn, dim, depth=depth, layer=layer, shared=shared)
         self.ffn_norm = None if ffn is None else StreamNorm(norm, dim)
 
-    def forward(self, x: Tensor, state: State = None, **options: Any) -> tuple[Tensor, State, Mapping[str, Tensor]]:
+    def forward(
+        self, x: Tensor, state: State = None, *, evaluate: bool = False, **options: Any
+    ) -> tuple[Tensor, State, Mapping[str, Tensor]]:
         """The stream after this layer, its state, and what it publishes for deeper layers."""
-        before, after = state or {}, {}
+        after: dict[str, State] = {}
         published: dict[str, Tensor] = {}
+        options["evaluate"] = evaluate
         p, q = self.dropout
         lane = {**options, "published": published}
-        x, after["mixer"] = self._branch(self.mixer, self.mixer_norm, p, x, before.get("mixer"), lane)
+        before = None if state is None else state["mixer"]
+        x, after["mixer"] = self._branch(self.mixer, self.mixer_norm, p, x, before, lane)
         if self.ffn is not None:
             options = {**options, "past": ()}
-            x, after["ffn"] = self._branch(self.ffn, self.ffn_norm, q, x, before.get("ffn"), options)
+            before = None if state is None else state["ffn"]
+            x, after["ffn"] = self._branch(self.ffn, self.ffn_norm, q, x, before, options)
         return x, after, published
 
     def _branch(
@@ -292,7 +297,7 @@ class LanguageModel(nn.Module):
         B, T, _ = x.shape
         check_packing("LanguageModel", cu_seqlens, B, T)
         rows = state_count(B, cu_seqlens)
-        if state is not None and not torch.compiler.is_compiling():
+        if (state is not None or in_place) and not torch.compiler.is_compiling():
             letter = "B" if cu_seqlens is None else "n"
             state = fitting("LanguageModel", self.layout(), state, rows, x, step=in_place, letter=letter)
         position = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state["position"]
