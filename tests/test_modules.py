@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import attach_execution_device_hook
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, parametrize, prune
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from recur import LanguageModel, Mixer, Part, Recipe, RecipeError, ShapeError, presets
 from recur.blocks import Along, Dropout, Project
@@ -147,6 +149,18 @@ def test_compile_in_place_takes_effect(name: str) -> None:
     assert len(graphs) == 1
     assert torch.equal(generate(lm), text)
     assert len(graphs) > 1  # one for prompts without gradient, or for a step
+
+
+@pytest.mark.parametrize("name", ["dense_retnet", "dense_mamba", "mamba", "rwkv"])
+def test_hooks_that_move_arguments_change_nothing(name: str) -> None:
+    """As accelerate places models: at every module, arguments in lists and dicts are copied to its device."""
+    lm = LanguageModel(preset(name), vocab_size=11, dim=32, depth=3, tie=False)
+    want, stepped = lm(IDS), step(lm)
+    attach_execution_device_hook(lm, torch.device("cpu"))
+    torch.testing.assert_close(lm(IDS), want)
+    torch.testing.assert_close(step(lm), stepped)
+    cpu_offload(lm, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(lm(IDS), want)
 
 
 @ignore_dynamo
@@ -648,6 +662,11 @@ MISFITS: list[tuple[Callable[[LanguageModel], Any], type[Exception], str]] = [
         lambda lm: changed(lm.init_state(2), SCAN, lambda scan: scan.to("meta")),
         ValueError,
         r"\['outer_scan'\] must be on cpu, got one on meta",
+    ),
+    (
+        lambda lm: tree_map(lambda leaf: leaf.to("meta"), lm.init_state(2)),
+        ValueError,
+        r"state\['position'\] must be on cpu, got one on meta",
     ),
 ]
 

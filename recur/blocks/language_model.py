@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from recur.axes import RecipeError
 from recur.blocks.feedforward import feedforward
 from recur.blocks.glue import Norm
-from recur.blocks.mixer import Mixer
+from recur.blocks.mixer import Mixer, Published
 from recur.blocks.sampling import sample_token
 from recur.blocks.state import POSITION, Layout, detach, fitting, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
@@ -65,7 +65,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, State, Mapping[str, Tensor]]:
         """The stream after this layer, its state, and what it publishes for deeper layers."""
         after: dict[str, State] = {}
-        published: dict[str, Tensor] = {}
+        published = Published()
         options["evaluate"] = evaluate
         p, q = self.dropout
         lane = {**options, "published": published}
@@ -75,7 +75,7 @@ class Block(nn.Module):
             options = {**options, "past": ()}
             before = None if state is None else state["ffn"]
             x, after["ffn"] = self._branch(self.ffn, self.ffn_norm, q, x, before, options)
-        return x, after, published
+        return x, after, published.tensors
 
     def _branch(
         self, branch: Mixer, norm: nn.Module | None, p: float, x: Tensor, state: State, options: dict[str, Any]

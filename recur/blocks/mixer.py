@@ -24,6 +24,16 @@ class MixerOut(NamedTuple):
     state: State
 
 
+class Published:
+    """Filled by a layer's call with the tensors that it hands down to deeper layers.
+
+    No dict, which hooks that move arguments between devices would copy.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: Mapping[str, Tensor] = {}
+
+
 class Mixer(nn.Module):
     """The layer a recipe describes, at width `dim`.
 
@@ -70,7 +80,7 @@ class Mixer(nn.Module):
         grid: tuple[int, ...] | None = None,
         form: str = "auto",
         past: tuple[Mapping[str, Tensor], ...] = (),
-        published: dict[str, Tensor] | None = None,
+        published: Published | None = None,
         in_place: bool = False,
         evaluate: bool = False,
         **inputs: Tensor,
@@ -79,7 +89,7 @@ class Mixer(nn.Module):
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form, "past": past}
         flow, state = self.run(x, state, inputs, **options, in_place=in_place, evaluate=evaluate)
         if published is not None:
-            published.update(flow.published)
+            published.tensors = flow.published
         return MixerOut(flow["y"], state)
 
     def run(

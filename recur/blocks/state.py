@@ -77,7 +77,7 @@ def fitting(
         return error(f"{function}: {name} must {rule}, got {got}; {REMEDY}")
 
     def check(wanted: Layout, value: Any, path: tuple[Any, ...]) -> None:
-        nonlocal unready
+        nonlocal device, unready
         if isinstance(wanted, Leaf):
             if not isinstance(value, Tensor):
                 raise fail(TypeError, path, "be a tensor", type(value).__name__)
@@ -88,6 +88,8 @@ def fitting(
                 raise fail(ShapeError, path, rule, f"shape {tuple(value.shape)}")
             if value.dtype not in wanted.dtypes:
                 raise fail(TypeError, path, f"be {' or '.join(map(str, wanted.dtypes))}", str(value.dtype))
+            if len(path) > 1 and path[-1] == "position":
+                device = value.device  # each layer of a model may be on a device of its own
             if value.device != device:
                 raise fail(ValueError, path, f"be on {device}", f"one on {value.device}")
             unready = unready or (wanted.memory and value.dtype in narrow) or (not inference and value.is_inference())
