@@ -127,7 +127,7 @@ class Mixer(nn.Module):
 
     def _weights(self) -> dict[str, nn.Module]:
         """The module of every part, own and shared."""
-        return {**self.parts._modules, **self._lent[0]._modules}  # type: ignore[dict-item]
+        return {**self.parts._modules, **self._lent[0]._modules}
 
     def _check_inputs(self, inputs: Mapping[str, Tensor], B: int, T: int) -> None:
         if set(inputs) != set(self.recipe.inputs):
