@@ -104,6 +104,16 @@ class Embedding(Weights):
         return F.embedding(ids, self.weight, self.padding)
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether something wants this module to be called: a hook, compile(), a wrapper, a forward that replaces its own.
+
+    Who computes with its weights in another way must then call it instead.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return not isinstance(module, Weights) or replaced or any(len(hook) > 0 for hook in hooks)
+
+
 def declared(module: nn.Module) -> Iterator[tuple[nn.Parameter, Param]]:
     """Every declared parameter of a module with its declaration, each once.
 

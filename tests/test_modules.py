@@ -105,6 +105,45 @@ def test_backward_hooks_fire_at_every_layer(checkpoint: bool) -> None:
     assert min(fired.values()) > 0
 
 
+def test_a_loss_is_of_the_logits_that_a_hook_at_the_head_returns() -> None:
+    lm, targets = model(tie=False, head_bias=True), IDS.clone()
+    targets[0, :3] = -100
+    plain = lm(IDS, targets=targets)
+    handle = lm.head.register_forward_hook(lambda module, args, out: 0.5 * out)
+    want = nn.functional.cross_entropy(lm(IDS).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(lm(IDS, targets=targets), want)
+    assert not torch.allclose(want, plain)
+    handle.remove()
+    torch.testing.assert_close(lm(IDS, targets=targets), plain)
+
+
+def test_a_pruned_head_acts_pruned_in_the_loss() -> None:
+    lm = model(tie=False)
+    prune.random_unstructured(lm.head, "weight", amount=0.5)
+    with torch.no_grad():
+        lm.head.weight_orig.mul_(3)
+    want = nn.functional.cross_entropy(lm(IDS[:, :-1]).flatten(0, 1), IDS[:, 1:].flatten())
+    lm.head.weight_orig.data.div_(3)
+    lm(IDS)  # the mask applied to other numbers
+    lm.head.weight_orig.data.mul_(3)
+    torch.testing.assert_close(lm.loss(IDS), want)
+
+
+def test_parts_that_one_kernel_may_compute_are_called_where_a_hook_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is taken for a mixer that nothing watches, and not for one with a hook at its gate."""
+    mixer, x = Mixer(presets.gla(heads=2), 16), torch.randn(1, 3, 16)
+    ((keys, fused),) = [stage for stage in mixer.recipe.body.stages if len(stage[0]) > 1]
+    asked: list[bool] = []
+    monkeypatch.setattr(type(fused), "_options", lambda *given: asked.append(True))
+    mixer(x)
+    assert asked == [True]
+    for key in keys:
+        handle = mixer.parts[key].register_forward_hook(lambda module, args, out: None)
+        mixer(x)
+        handle.remove()
+    assert asked == [True]
+
+
 @pytest.mark.parametrize("name", ["embedding", "blocks.0.mixer", "blocks.0.ffn", "final_norm", "head"])
 def test_what_a_hook_returns_takes_the_place_of_the_output(name: str) -> None:
     lm = model()
@@ -478,6 +517,7 @@ def test_ids_of_32_bits_are_ids() -> None:
     [
         (lambda lm: lm([[1, 2]]), r"LanguageModel: ids must be a tensor \[B T\], got list"),
         (lambda lm: lm.loss([[1, 2]]), r"LanguageModel: ids must be a tensor \[B T\], got list"),
+        (lambda lm: lm(IDS, targets=[[1]]), r"LanguageModel: targets must be a tensor \[B T\], got list"),
         (lambda lm: lm.generate([[1, 2]], 1), r"generate: ids must be a tensor \[B T\], got list"),
         (lambda lm: lm.step([1], lm.init_state(1)), r"LanguageModel.step: ids must be a tensor \[B\], got list"),
         (lambda lm: lm.prefill(IDS, [6, 6]), r"prefill: lengths must be an int32 or int64 tensor \[B\], got \[6, 6\]"),

@@ -21,8 +21,8 @@ from recur.blocks.state import POSITION, Layout, detach, fitting, overwrite, pas
 from recur.primitives.forms import check_packing, state_count
 from recur.primitives.loss import linear_cross_entropy
 from recur.recipe import Flow, Recipe, State
-from recur.shapes import bind, expect, readable
-from recur.weights import Embedding, Init, Linear, Param, bias_init, declared, matrix_init, normal
+from recur.shapes import accumulation_dtype, bind, expect, readable
+from recur.weights import Embedding, Init, Linear, Param, bias_init, declared, matrix_init, normal, watched
 
 
 class Block(nn.Module):
@@ -259,18 +259,16 @@ class LanguageModel(nn.Module):
         """Logits [B T vocab_size]; with return_state also the state to go on from. cu_seqlens [n+1] packs n documents.
 
         With targets [B T], the classes to predict, their mean cross-entropy in float32 or wider takes the place of the
-        logits, of which there is only a chunk of tokens at a time (recur.primitives.loss). Targets of -100 do not
-        count.
+        logits, of which there is only a chunk of tokens at a time (recur.primitives.loss), or all if a hook wants a
+        head of its own to be called. Targets of -100 do not count.
 
         Raises: ShapeError, TypeError if ids are no [B T] integers, ValueError for an id out of vocabulary (on a CPU).
         """
-        x, state = self._hidden(ids, state, cu_seqlens=cu_seqlens, form=form)
-        if targets is None:
-            y = self._logits(x)
-        else:
+        if targets is not None:
+            bind("LanguageModel", targets=(targets, "B T"))
             expect("LanguageModel", "targets", targets, "B T", tuple(ids.shape))
-            weight, bias = self._head()
-            y = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), bias)
+        x, state = self._hidden(ids, state, cu_seqlens=cu_seqlens, form=form)
+        y = self._logits(x) if targets is None else self._loss(x.flatten(0, 1), targets.flatten())
         return (y, state) if return_state else y
 
     def _hidden(self, ids: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
@@ -317,6 +315,14 @@ class LanguageModel(nn.Module):
             past += (published,)
             layers.append(after)
         return self.final_norm(x, form), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
+
+    def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy at the targets [N] of what the head makes of x [N D]."""
+        if self.head is not None and watched(self.head):  # whose logits are there at once
+            logits = self.head(x)
+            return F.cross_entropy(logits.to(accumulation_dtype(logits)), targets.long())
+        head = self.embedding if self.head is None else self.head
+        return linear_cross_entropy(x, head.weight, targets, getattr(self.head, "bias", None))
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
