@@ -266,6 +266,13 @@ class Chain(Part):
             at = stop
         return tuple(stages)
 
+    def prepare(self) -> None:
+        """Find the stages of this chain and of those inside it: Dynamo cannot trace the lock of a cached_property."""
+        _ = self.stages
+        for part in self.parts:
+            if isinstance(part, Around):
+                part.body.prepare()
+
     def __call__(self, flow: Flow, weights: Mapping[str, nn.Module], state: State) -> tuple[Flow, State]:
         before, after = state or {}, {}
         for (key, *more), part in self.stages:

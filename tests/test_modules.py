@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recur import LanguageModel, Mixer, Part, Recipe, RecipeError, ShapeError, presets
-from recur.blocks import Along, Dropout, Project
+from recur.blocks import Along, Dropout, Project, in_series
 from recur.blocks.language_model import Block, StreamNorm
 from recur.shapes import readable
 from recur.train.trainer import decay_groups
@@ -188,6 +188,16 @@ def test_compile_in_place_takes_effect(name: str) -> None:
     assert len(graphs) == 1
     assert torch.equal(generate(lm), text)
     assert len(graphs) > 1  # one for prompts without gradient, or for a step
+
+
+@ignore_dynamo
+@pytest.mark.parametrize("recipe", [preset("gated_rnn"), in_series(presets.hgrn2(heads=2))])
+def test_a_layer_that_was_never_called_compiles_to_one_graph(recipe: Recipe) -> None:
+    """Parts inside other parts as well: nothing is left to be found out in the first call."""
+    mixer, x = Mixer(recipe, 16), torch.randn(1, 6, 16)
+    torch.compiler.reset()
+    y = torch.compile(mixer, backend="eager", fullgraph=True)(x, **grid_of(recipe)).y
+    torch.testing.assert_close(y, mixer(x, **grid_of(recipe)).y)
 
 
 @pytest.mark.parametrize("name", ["dense_retnet", "dense_mamba", "mamba", "rwkv"])

@@ -67,6 +67,7 @@ class Mixer(nn.Module):
             site.size(name)
         own = nn.ModuleDict() if shared is None else shared
         self.parts = recipe.body.build(site, own)
+        recipe.body.prepare()
         if shared is None:
             self.shared = own
         self._lent = (own,)  # in a tuple: the model owns and registers what its layers share
