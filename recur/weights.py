@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from recur.axes import evaluate
 from recur.shapes import pick
@@ -21,7 +24,8 @@ class Param:
     """One weight.
 
     shape:     its sizes.
-    init:      a function that fills it in place.
+    init:      a function that fills it in place. It travels with the module: pickle wants a function of a module, or a
+               functools.partial of one, not a lambda.
     decay:     whether weight decay applies: matrices yes; gates, time constants, norms and biases no.
     float32:   kept at least float32 when the module is cast to half precision.
     trainable: False for what is loaded and frozen.
@@ -35,7 +39,10 @@ class Param:
 
 
 class Weights(nn.Module):
-    """The parameters of one part, each remembering its declaration, and `facts`: numbers that its sizes fix."""
+    """The parameters of one part, each remembering its declaration, and `facts`: numbers that its sizes fix.
+
+    Called with what the part does, it does so, and hooks, pruning, wrappers and `compile()` of this module take effect.
+    """
 
     def __init__(self, params: Mapping[str, Param], facts: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -47,8 +54,9 @@ class Weights(nn.Module):
             self.register_parameter(name, nn.Parameter(weight, requires_grad=param.trainable))
         self.reset_parameters()
 
-    def __getattr__(self, name: str) -> Any:  # parameters are looked up by name: let a type checker know
-        return super().__getattr__(name)
+    if TYPE_CHECKING:  # parameters are looked up by name
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def reset_parameters(self) -> None:
         """Draw every weight anew from its declared law."""
@@ -56,65 +64,139 @@ class Weights(nn.Module):
             for name, param in self.declared.items():
                 param.init(getattr(self, name))
 
+    def forward(self, act: Callable[..., Any], flow: Any, state: Any) -> Any:
+        return act(flow, self, state)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weights:
-        kept = {name: getattr(self, name) for name, param in self.declared.items() if param.float32}
-        wide = {name: weight.detach() for name, weight in kept.items()}
-        super()._apply(fn, recurse)
-        for name, weight in wide.items():
-            new = getattr(self, name)
-            if new.dtype in (torch.float16, torch.bfloat16):  # a cast to half: move, but keep the numbers
-                new.data = weight.to(device=new.device, dtype=torch.float32)
+        pinned = [weight for weight, param in _own(self) if param.float32]
+        for name, param in self.declared.items():
+            if param.float32 and parametrize.is_parametrized(self, name):
+                pinned += self.parametrizations[name].buffers()
+        kept = {id(tensor): tensor for weight in pinned for tensor in (weight, weight.grad) if tensor is not None}
+
+        def cast(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            if id(tensor) in kept and made.dtype in (torch.float16, torch.bfloat16):  # move, but keep the numbers
+                return tensor.to(device=made.device, dtype=torch.float32)
+            return made
+
+        super()._apply(cast, recurse)
         return self
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {list(param.shape)}" for name, param in self.declared.items())
 
 
+class Linear(Weights):
+    """y = W x (+ b), of a `weight` and maybe a `bias` that are declared."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return F.linear(x, self.weight, getattr(self, "bias", None))
+
+
+class Embedding(Weights):
+    """Rows of a declared `weight` [rows D] by their ids; the row `padding`, if any, learns nothing by being read."""
+
+    def __init__(self, weight: Param, padding: int | None = None) -> None:
+        super().__init__({"weight": weight}, {"padding": padding})
+
+    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return F.embedding(ids, self.weight, self.padding)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether something wants this module to be called: a hook, compile(), a wrapper, a forward that replaces its own.
+
+    Who computes with its weights in another way must then call it instead.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return not isinstance(module, Weights) or replaced or any(len(hook) > 0 for hook in hooks)
+
+
 def declared(module: nn.Module) -> Iterator[tuple[nn.Parameter, Param]]:
-    """Every declared parameter of a module with its declaration, each once."""
+    """Every declared parameter of a module with its declaration, each once.
+
+    Of a weight that torch.nn.utils.parametrize or prune has replaced, the parameters that it is computed from.
+    """
     seen = set()
     for owner in module.modules():
         if isinstance(owner, Weights):
-            for name, param in owner.declared.items():
-                weight = getattr(owner, name)
+            for weight, param in _own(owner):
                 if id(weight) not in seen:
                     seen.add(id(weight))
                     yield weight, param
 
 
+def _own(owner: Weights) -> Iterator[tuple[nn.Parameter, Param]]:
+    """The parameters behind each declared weight of one module."""
+    for name, param in owner.declared.items():
+        for suffix in ("", "_orig", "_g", "_v"):  # torch.nn.utils: prune and spectral_norm; weight_norm
+            weight = owner._parameters.get(name + suffix)
+            if weight is not None and (not suffix or name + suffix not in owner.declared):
+                yield weight, param
+        if parametrize.is_parametrized(owner, name):
+            for weight in owner.parametrizations[name].parameters():
+                yield weight, param
+
+
 # ---------------------------------------------------------------------- laws of initialisation
 
 
+# Functions of this module and partials of them, which pickle with the module that they have filled.
+
+
+def _fill(weight: Tensor, value: float) -> None:
+    weight.fill_(value)
+
+
+def _normal(weight: Tensor, mean: float, std: float) -> None:
+    weight.normal_(mean, std)
+
+
+def _uniform(weight: Tensor, low: float, high: float) -> None:
+    weight.uniform_(low, high)
+
+
+def _cut_normal(weight: Tensor, std: float) -> None:
+    # by the inverse of its distribution; nn.init.trunc_normal_ draws again until all fit, which fake tensors cannot
+    within = math.erf(2**0.5)  # the share of N(0, 1) between -2 and 2
+    weight.uniform_(-within, within).erfinv_().mul_(std * 2**0.5).clamp_(-2 * std, 2 * std)
+
+
+def _by_index(weight: Tensor, expression: str, place: Mapping[str, Any]) -> None:
+    values = [evaluate(expression, {**place, "i": i}) for i in range(weight.shape[-1])]
+    weight.copy_(torch.tensor(values, dtype=torch.float64, device=weight.device))
+
+
 def constant(value: float) -> Init:
-    return lambda weight: weight.fill_(value)
+    return partial(_fill, value=value)
 
 
 zeros, ones = constant(0.0), constant(1.0)
 
 
 def normal(std: float = 1.0, mean: float = 0.0) -> Init:
-    return lambda weight: weight.normal_(mean, std)
+    return partial(_normal, mean=mean, std=std)
 
 
 def uniform(bound: float) -> Init:
-    return lambda weight: weight.uniform_(-bound, bound)
+    return between(-bound, bound)
+
+
+def between(low: float, high: float) -> Init:
+    """Uniform from `low` to `high`."""
+    return partial(_uniform, low=low, high=high)
 
 
 def cut_normal(std: float) -> Init:
     """A normal law without what lies beyond two of its deviations, of standard deviation `std` after the cut."""
-    whole = std / 0.87962566103423978  # the deviation of N(0, 1) between -2 and 2
-    return lambda weight: nn.init.trunc_normal_(weight, 0.0, whole, -2 * whole, 2 * whole)
+    return partial(_cut_normal, std=std / 0.87962566103423978)  # the deviation of N(0, 1) between -2 and 2
 
 
 def by_index(expression: str, site: Any) -> Init:
     """The value of an expression over the index i along the last axis, the axes, `layer` and `depth` of a Site."""
-
-    def fill(weight: Tensor) -> None:
-        place = {**site.sizes, "layer": site.layer, "depth": site.depth}
-        values = [evaluate(expression, {**place, "i": i}) for i in range(weight.shape[-1])]
-        weight.copy_(torch.tensor(values, dtype=torch.float64))
-
-    return fill
+    return partial(_by_index, expression=expression, place={**site.sizes, "layer": site.layer, "depth": site.depth})
 
 
 def spread_time_constants(bias: Tensor, low: float = 1e-3, high: float = 1e-1, floor: float = 1e-4) -> None:

@@ -317,7 +317,7 @@ def test_mixers_check_their_input():
     mixer = Mixer(presets.gla(), 16)
     with pytest.raises(recur.ShapeError, match=r"Mixer: x must be \[B T D\] = \(2, 3, 16\), got shape \(2, 3, 8\)"):
         mixer(torch.ones(2, 3, 8))
-    with pytest.raises(recur.ShapeError, match=r"Mixer: state must be \[B\] = \(3,\), got shape \(2,\)"):
+    with pytest.raises(recur.ShapeError, match=r"Mixer: state\['position'\] must be \[B\] = \(3,\), got shape \(2,\)"):
         mixer(torch.ones(3, 3, 16), mixer.init_state(2))
     with pytest.raises(TypeError, match="recipe must be a Recipe, got function"):
         Mixer(presets.gla, 16)

@@ -46,9 +46,10 @@ from recur.blocks.glue import (
 from recur.blocks.hidden import DenseCarry, DenseFusion, DenseRead
 from recur.blocks.language_model import Block, LanguageModel
 from recur.blocks.loop import Loop
-from recur.blocks.mixer import Mixer, MixerOut, detach, nbytes
+from recur.blocks.mixer import Mixer, MixerOut
 from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, PoleScan, SelectiveScan
 from recur.blocks.stabilise import Count, Normalise, Stabilise
+from recur.blocks.state import detach, nbytes
 from recur.recipe import Chain
 
 PARTS = (

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from recur.axes import RecipeError, Spec, spec
 from recur.primitives.gates import (
@@ -278,9 +280,7 @@ class Phase(Part):
         return {self.out: axes.rank(self.source, 1)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        (n,) = site.of(self.source)
-        angles = self.base ** (-2 / n * torch.arange(n, dtype=torch.float64))
-        return {"theta": Param((n,), lambda weight: weight.copy_(angles), decay=False, float32=True)}
+        return {"theta": Param(site.of(self.source), partial(_angles, base=self.base), decay=False, float32=True)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         log_f = flow[self.source]
@@ -288,6 +288,11 @@ class Phase(Part):
 
     def formula(self) -> str:
         return f"{self.out} = {self.source} + i theta"
+
+
+def _angles(weight: Tensor, base: float) -> None:
+    n = len(weight)
+    weight.copy_(base ** (-2 / n * torch.arange(n, dtype=torch.float64, device=weight.device)))
 
 
 @dataclass(frozen=True)
@@ -347,9 +352,7 @@ class PowerDecay(Part):
         return {self.out: axes[self.source], self.keep: axes[self.source]}
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        def spread(weight: torch.Tensor) -> None:
-            weight.copy_(torch.expm1(-weight.uniform_(self.low, self.high).log() / self.power).log())
-
+        spread = partial(_spread_powers, low=self.low, high=self.high, power=self.power)
         return {"Lambda": Param(site.of(self.source), spread, decay=False, float32=True)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
@@ -359,6 +362,10 @@ class PowerDecay(Part):
 
     def formula(self) -> str:
         return f"{self.out} = -{self.power:g} softplus(Lambda) sigmoid({self.source}), {self.keep} = sqrt(1 - a^2)"
+
+
+def _spread_powers(weight: Tensor, low: float, high: float, power: float) -> None:
+    weight.copy_(torch.expm1(-weight.uniform_(low, high).log() / power).log())
 
 
 @dataclass(frozen=True)
@@ -407,7 +414,7 @@ class StepDecay(Part):
     def params(self, site: Site) -> Mapping[str, Param]:
         shape = site.of(self.source)
         return {
-            "A_log": Param(shape[:1], lambda weight: weight.uniform_(*self.rates).log_(), decay=False, float32=True),
+            "A_log": Param(shape[:1], partial(_log_uniform, rates=self.rates), decay=False, float32=True),
             "dt_bias": Param(shape, spread_time_constants, decay=False, float32=True),
         }
 
@@ -421,6 +428,10 @@ class StepDecay(Part):
         step = f"softplus({self.source} + b)"
         step = step if self.limit is None else f"clamp({step}, {self.limit[0]:g}, {self.limit[1]:g})"
         return f"{self.step} = {step}, {self.out} = -exp(A) {self.step}"
+
+
+def _log_uniform(weight: Tensor, rates: tuple[float, float]) -> None:
+    weight.uniform_(*rates).log_()
 
 
 @dataclass(frozen=True)

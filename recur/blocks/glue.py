@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,17 +37,22 @@ class LowRank:
 
 
 class Projection(Weights):
-    """The matrices of a Project: x [B T F] to all its outputs. It is called, as adapters of weights (LoRA) want it."""
+    """The matrices of a Project: x [B T F] to all its outputs, in their order."""
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         pieces = F.linear(x, self.weight, getattr(self, "bias", None)).split(self.splits, dim=-1)
-        made = {}
+        made = []
         for (name, out), piece, shape in zip(self.outs, pieces, self.shapes, strict=True):
             if isinstance(out, LowRank):
                 bias = getattr(self, f"{name}_bias", None)
                 piece = F.linear(activation(out.act)(piece), getattr(self, f"{name}_up"), bias)
-            made[name] = piece.unflatten(-1, shape)
-        return made
+            made.append(piece.unflatten(-1, shape))
+        return tuple(made)
+
+
+def _fill_rows(weight: Tensor, rows: list[int], laws: list[Init]) -> None:
+    for law, piece in zip(laws, weight.split(rows), strict=True):
+        law(piece)
 
 
 @dataclass(frozen=True, init=False)
@@ -105,13 +111,7 @@ class Project(Part):
 
     def _fill(self, rows: list[int], fan_in: int, depth: int) -> Init:
         """Every output's rows drawn as the matrix of its own that they are."""
-        laws = [matrix_init(self.init, fan_in, fan_out, depth) for fan_out in rows]
-
-        def fill(weight: Tensor) -> None:
-            for law, piece in zip(laws, weight.split(rows), strict=True):
-                law(piece)
-
-        return fill
+        return partial(_fill_rows, rows=rows, laws=[matrix_init(self.init, fan_in, fan_out, depth) for fan_out in rows])
 
     def build(self, site: Site) -> Projection:
         sizes = {
@@ -122,7 +122,8 @@ class Project(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         read = [flow[name].flatten(2) for name in self.source.split()]
-        return flow.set(**weights(read[0] if len(read) == 1 else torch.cat(read, -1))), None
+        made = weights(read[0] if len(read) == 1 else torch.cat(read, -1))
+        return flow.set(**{name: y for (name, _), y in zip(self.outs, made, strict=True)}), None
 
     def formula(self) -> str:
         bias, names = " + b" if self.bias else "", self.source.split()
@@ -481,7 +482,8 @@ class Dropout(Part):
         return {self.source: axes[self.source]}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.source: F.dropout(flow[self.source], self.p, weights.training)}), None
+        on = weights.training and not flow.evaluate
+        return flow.set(**{self.source: F.dropout(flow[self.source], self.p, on)}), None
 
     def formula(self) -> str:
         return f"{self.source} <- dropout({self.source}, {self.p})"

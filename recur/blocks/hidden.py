@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recur.axes import RecipeError, Spec, shown
 from recur.blocks.scans import SelectiveScan, StateScan, scan_options
@@ -77,8 +77,11 @@ class _OfStates(Part):
         if not isinstance(self.scan, StateScan):
             raise RecipeError(f"{type(self).__name__}: scan must be a part such as OuterScan, got {shown(self.scan)}")
 
-    def build(self, site: Site) -> nn.Module:
-        return self.scan.build(site)
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return self.scan.params(site)
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return self.scan.facts(site)
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
         return self.scan.init_state(site, batch, max_len)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from recur.axes import RecipeError
 from recur.blocks.feedforward import feedforward
 from recur.blocks.glue import Norm
-from recur.blocks.mixer import Mixer, detach, overwrite, passed
+from recur.blocks.mixer import Mixer, Published
 from recur.blocks.sampling import sample_token
+from recur.blocks.state import POSITION, Layout, detach, fitting, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
 from recur.primitives.loss import linear_cross_entropy
 from recur.recipe import Flow, Recipe, State
-from recur.shapes import bind, expect, readable
-from recur.weights import Init, Param, Weights, bias_init, declared, matrix_init, normal
+from recur.shapes import accumulation_dtype, bind, expect, readable
+from recur.weights import Embedding, Init, Linear, Param, bias_init, declared, matrix_init, normal, watched
 
 
 class Block(nn.Module):
@@ -58,26 +60,38 @@ class Block(nn.Module):
         self.ffn = None if ffn is None else Mixer(ffn, dim, depth=depth, layer=layer, shared=shared)
         self.ffn_norm = None if ffn is None else StreamNorm(norm, dim)
 
-    def forward(self, x: Tensor, state: State = None, **options: Any) -> tuple[Tensor, State, Mapping[str, Tensor]]:
+    def forward(
+        self, x: Tensor, state: State = None, *, evaluate: bool = False, **options: Any
+    ) -> tuple[Tensor, State, Mapping[str, Tensor]]:
         """The stream after this layer, its state, and what it publishes for deeper layers."""
-        before, after = state or {}, {}
+        after: dict[str, State] = {}
+        published = Published()
+        options["evaluate"] = evaluate
         p, q = self.dropout
-        x, after["mixer"], published = self._branch(self.mixer, self.mixer_norm, p, x, before.get("mixer"), options)
+        lane = {**options, "published": published}
+        before = None if state is None else state["mixer"]
+        x, after["mixer"] = self._branch(self.mixer, self.mixer_norm, p, x, before, lane)
         if self.ffn is not None:
             options = {**options, "past": ()}
-            x, after["ffn"], _ = self._branch(self.ffn, self.ffn_norm, q, x, before.get("ffn"), options)
-        return x, after, published
+            before = None if state is None else state["ffn"]
+            x, after["ffn"] = self._branch(self.ffn, self.ffn_norm, q, x, before, options)
+        return x, after, published.tensors
 
     def _branch(
         self, branch: Mixer, norm: nn.Module | None, p: float, x: Tensor, state: State, options: dict[str, Any]
-    ) -> tuple[Tensor, State, Mapping[str, Tensor]]:
+    ) -> tuple[Tensor, State]:
         assert norm is not None
-        form = options.get("form", "auto")
-        flow, state = branch.run(norm(x, form) if self.order == "pre" else x, state, **options)
-        y = flow["y"] if self.drop == "sum" else F.dropout(flow["y"], p, self.training)
+        drops, form = self.training and not options["evaluate"], options.get("form", "auto")
+        y, state = branch(norm(x, form) if self.order == "pre" else x, state, **options)
+        y = y if self.drop == "sum" else F.dropout(y, p, drops)
         x = x + y.to(x.dtype)
-        x = x if self.drop == "branch" else F.dropout(x, p, self.training)
-        return (x if self.order == "pre" else norm(x, form)), state, flow.published
+        x = x if self.drop == "branch" else F.dropout(x, p, drops)
+        return (x if self.order == "pre" else norm(x, form)), state
+
+    def layout(self) -> Layout:
+        """What a state of this layer must look like."""
+        mixer = {"mixer": self.mixer.layout()}
+        return mixer if self.ffn is None else mixer | {"ffn": self.ffn.layout()}
 
     def init_state(self, batch: int, max_len: int | None = None) -> State:
         state = {"mixer": self.mixer.init_state(batch, max_len)}
@@ -94,6 +108,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def _check_lengths(function: str, lengths: Tensor) -> None:
+    if not (isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64)):
+        raise TypeError(f"{function}: lengths must be an int32 or int64 tensor [B], got {lengths!r}")
 
 
 def _last(text: Tensor, length: Tensor, window: int, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +134,8 @@ class StreamNorm(nn.Module):
         if self.norm is None:
             return x
         nowhere = x.new_empty(0, dtype=torch.long)  # norms read no positions
-        flow, _ = self.norm(Flow({"x": x}, nowhere, form), self.weights, None)
+        assert self.weights is not None
+        flow, _ = self.weights(self.norm.__call__, Flow({"x": x}, nowhere, form), None)
         return flow[self.norm.to or "x"]
 
 
@@ -126,13 +146,13 @@ def stream_norm(norm: Norm | str | None) -> Norm | None:
 
 def embedding_init(std: float, padding: int | None) -> Init:
     """N(0, std^2), and 0 for the token that pads, if there is one."""
+    return partial(_fill_embedding, std=std, padding=padding)
 
-    def fill(weight: Tensor) -> None:
-        weight.normal_(0, std)
-        if padding is not None:
-            weight[padding] = 0
 
-    return fill
+def _fill_embedding(weight: Tensor, std: float, padding: int | None) -> None:
+    weight.normal_(0, std)
+    if padding is not None:
+        weight[padding] = 0
 
 
 def _recipes(recipes: str | Sequence[Recipe | str]) -> list[Recipe]:
@@ -209,13 +229,11 @@ class LanguageModel(nn.Module):
         self.embed_scale, self.padding = embed_scale, padding
         self._dropped, *inside = dropout if isinstance(dropout, (tuple, list)) else (dropout,) * 3
         table = Param((vocab_size, dim), embedding_init(embed_std, padding), trainable=not frozen)
-        self.embedding = Weights({"weight": table})
+        self.embedding = Embedding(table, padding)
         if not (positions is None or positions == "sinusoidal" or isinstance(positions, int)):
             raise ValueError(f'LanguageModel: positions must be None, "sinusoidal" or a number, got {positions!r}')
         self.sinusoidal = positions == "sinusoidal"
-        self.positions = (
-            Weights({"weight": Param((positions, dim), normal(embed_std))}) if isinstance(positions, int) else None
-        )
+        self.positions = Embedding(Param((positions, dim), normal(embed_std))) if isinstance(positions, int) else None
         between = stream_norm(norm)
         self.shared = nn.ModuleDict()
         layers = range(depth)
@@ -230,7 +248,7 @@ class LanguageModel(nn.Module):
         head = {"weight": Param((logits, dim), matrix_init(head_init, dim, logits, 1), trainable=not frozen)}
         if head_bias:
             head["bias"] = Param((logits,), bias_init(head_init, dim), decay=False, trainable=not frozen)
-        self.head = None if tie else Weights(head)
+        self.head = None if tie else Linear(head)
 
     @property
     def causal(self) -> bool:
@@ -252,24 +270,22 @@ class LanguageModel(nn.Module):
         """Logits [B T vocab_size]; with return_state also the state to go on from. cu_seqlens [n+1] packs n documents.
 
         With targets [B T], the classes to predict, their mean cross-entropy in float32 or wider takes the place of the
-        logits, of which there is only a chunk of tokens at a time (recur.primitives.loss). Targets of -100 do not
-        count.
+        logits, of which there is only a chunk of tokens at a time (recur.primitives.loss), or all if a hook wants a
+        head of its own to be called. Targets of -100 do not count.
 
         Raises: ShapeError, TypeError if ids are no [B T] integers, ValueError for an id out of vocabulary (on a CPU).
         """
-        x, state = self._hidden(ids, state, cu_seqlens=cu_seqlens, form=form)
-        if targets is None:
-            y = self._logits(x)
-        else:
+        if targets is not None:
+            bind("LanguageModel", targets=(targets, "B T"))
             expect("LanguageModel", "targets", targets, "B T", tuple(ids.shape))
-            weight, bias = self._head()
-            y = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), bias)
+        x, state = self._hidden(ids, state, cu_seqlens=cu_seqlens, form=form)
+        y = self._logits(x) if targets is None else self._loss(x.flatten(0, 1), targets.flatten())
         return (y, state) if return_state else y
 
     def _hidden(self, ids: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
         self._check_ids(ids)
-        x = F.embedding(ids, self.embedding.weight, self.padding) * self.embed_scale
+        x = self.embedding(ids) * self.embed_scale
         return self.hidden(x, state, **options)
 
     def hidden(
@@ -281,23 +297,28 @@ class LanguageModel(nn.Module):
         grid: tuple[int, ...] | None = None,
         form: str = "auto",
         in_place: bool = False,
+        evaluate: bool = False,
     ) -> tuple[Tensor, State]:
         """The stack without its doors: embedded tokens [B T D] to the normalised stream [B T D], and the state.
 
-        in_place: T is 1, and the state may be overwritten.
+        in_place: T is 1, and the state may be overwritten; evaluate: no dropout, even in training mode.
         """
         B, T, _ = x.shape
         check_packing("LanguageModel", cu_seqlens, B, T)
         rows = state_count(B, cu_seqlens)
+        if (state is not None or in_place) and not torch.compiler.is_compiling():
+            letter = "B" if cu_seqlens is None else "n"
+            state = fitting("LanguageModel", self.layout(), state, rows, x, step=in_place, letter=letter)
         position = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state["position"]
         x = self._add_positions(x, position, cu_seqlens)
-        x = F.dropout(x, self._dropped, self.training)
+        x = F.dropout(x, self._dropped, self.training and not evaluate)
         past: tuple[Mapping[str, Tensor], ...] = ()
         layers = []
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form}
+        options |= {"in_place": in_place, "evaluate": evaluate}
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
-            options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form, "past": past}
-            options["in_place"] = in_place
+            options["past"] = past
             if self.checkpoint and torch.is_grad_enabled():
                 x, after, published = checkpoint(block, x, before, use_reentrant=False, **options)
             else:
@@ -306,12 +327,16 @@ class LanguageModel(nn.Module):
             layers.append(after)
         return self.final_norm(x, form), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self._head())
+    def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy at the targets [N] of what the head makes of x [N D]."""
+        if self.head is not None and watched(self.head):  # whose logits are there at once
+            logits = self.head(x)
+            return F.cross_entropy(logits.to(accumulation_dtype(logits)), targets.long())
+        head = self.embedding if self.head is None else self.head
+        return linear_cross_entropy(x, head.weight, targets, getattr(self.head, "bias", None))
 
-    def _head(self) -> tuple[Tensor, Tensor | None]:
-        """Its weight, and its bias if it has one."""
-        return (self.embedding if self.head is None else self.head).weight, getattr(self.head, "bias", None)
+    def _logits(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
 
     def _add_positions(self, x: Tensor, position: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if self.positions is None and not self.sinusoidal:
@@ -323,7 +348,7 @@ class LanguageModel(nn.Module):
                 raise ValueError(
                     f"LanguageModel: it has {room} learned positions, got a text of {int(at.max()) + 1} tokens"
                 )
-            return x + F.embedding(at, self.positions.weight)
+            return x + self.positions(at)
         rate = 10000.0 ** -(torch.arange(0, self.dim, 2, dtype=torch.float64, device=x.device) / self.dim)
         angle = at[..., None] * rate
         wave = torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)[..., : self.dim]
@@ -347,23 +372,36 @@ class LanguageModel(nn.Module):
         position = torch.zeros(batch, dtype=torch.long, device=weight.device)
         return {"position": position, "layers": [block.init_state(batch, max_len) for block in self._layers()]}
 
+    def layout(self) -> Layout:
+        """What a state of this model must look like."""
+        return {"position": POSITION, "layers": [block.layout() for block in self._layers()]}
+
     @torch.no_grad()
     def step(self, ids: Tensor, state: State) -> Tensor:
-        """One token a sequence: ids [B] to logits [B vocab_size]; `state` is overwritten, no gradient."""
-        x, new = self._hidden(ids[:, None], state, in_place=True)
-        for old, after in zip(state["layers"], new["layers"], strict=True):
-            overwrite(old, after)
+        """One token a sequence: ids [B] to logits [B vocab_size]; `state` is overwritten, no gradient and no dropout.
+
+        Raises: TypeError, ValueError or ShapeError for a state that is not of this model, before anything is written.
+        """
+        if not (isinstance(ids, Tensor) and ids.ndim == 1):
+            bind("LanguageModel.step", ids=(ids, "B"))
+        x, new = self._hidden(ids[:, None], state, in_place=True, evaluate=True)
+        overwrite(state, new)
         return self._logits(x[:, 0])
 
     @torch.no_grad()
     def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """Read prompts [B T] in one pass, right-padded if `lengths` [B] are given: last logits and state."""
+        """Read prompts [B T] in one pass, right-padded if `lengths` [B] are given: last logits and state.
+
+        No gradient and no dropout.
+        """
         if lengths is None:
-            x, state = self._hidden(ids, None)
+            x, state = self._hidden(ids, None, evaluate=True)
             return self._logits(x[:, -1]), detach(state)
+        bind("prefill", ids=(ids, "B T"))
+        _check_lengths("prefill", lengths)
         inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         borders = F.pad(lengths.cumsum(0), (1, 0))
-        x, state = self._hidden(ids[inside][None], None, cu_seqlens=borders)
+        x, state = self._hidden(ids[inside][None], None, cu_seqlens=borders, evaluate=True)
         return self._logits(x[0, borders[1:] - 1]), detach(state)
 
     @torch.no_grad()
@@ -381,7 +419,10 @@ class LanguageModel(nn.Module):
         lengths: Tensor | None = None,
         window: int | None = None,
     ) -> Tensor:
-        """Continue prompts: the prompt is read in one pass, then every token costs one step.
+        """Continue prompts: the prompt is read in one pass, then every token costs one step. Nothing is dropped.
+
+        The mode of the model is neither asked nor changed, so threads may generate side by side; a module or hook of
+        one's own that asks whether it is in training mode wants model.eval() first.
 
         Args:
             ids:            [B T] prompts, right-padded (with anything) if `lengths` [B] gives their own lengths.
@@ -405,8 +446,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"generate: eos must be one id in 0 .. {self.vocab_size - 1}, got {eos!r}")
         if window is not None and window < 1:
             raise ValueError(f"generate: window must be at least 1, got {window}")
-        if lengths is not None and not (isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64)):
-            raise TypeError(f"generate: lengths must be an int32 or int64 tensor [B], got {lengths!r}")
+        if lengths is not None:
+            _check_lengths("generate", lengths)
         own = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths.to(ids.device)
         if len(ids) == 0:
             return ids.new_zeros(0, ids.shape[1] + max_new_tokens)
@@ -415,37 +456,44 @@ class LanguageModel(nn.Module):
         rows, length = torch.arange(len(ids), device=ids.device), ids.shape[1]
         inside = torch.arange(length, device=ids.device) < own[:, None]
         self._check_ids(ids.where(inside, 0))  # whatever pads is not read
-        first = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        draws = [torch.Generator().manual_seed((first + (row << 32)) % 2**63) for row in range(len(ids))]
+        first = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
+        draws = [torch.Generator("cpu").manual_seed((first + (row << 32)) % 2**63) for row in range(len(ids))]
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         text = torch.full((len(ids), length + max_new_tokens), eos or 0, device=ids.device, dtype=ids.dtype)
         text[:, :length] = torch.where(inside, ids, text[:, :length])
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        with evaluating(self):
-            logits, state = self.prefill(*_last(text, own, window or length, lengths))
-            for new in range(max_new_tokens):
-                token = sample_token(logits, draws, **options).to(ids.dtype)
-                if eos is not None:
-                    token = torch.where(done, eos, token)
-                    done |= token == eos
-                text[rows, own + new] = token
-                if bool(done.all()) or new + 1 == max_new_tokens:
-                    break
-                if window is None or int(own.max()) + new + 1 <= window:
-                    logits = self.step(token, state)
-                else:
-                    logits, state = self.prefill(*_last(text, own + new + 1, window, lengths))
+        logits, state = self.prefill(*_last(text, own, window or length, lengths))
+        for new in range(max_new_tokens):
+            token = sample_token(logits, draws, **options).to(ids.dtype)
+            if eos is not None:
+                token = torch.where(done, eos, token)
+                done |= token == eos
+            text[rows, own + new] = token
+            if bool(done.all()) or new + 1 == max_new_tokens:
+                break
+            if window is None or int(own.max()) + new + 1 <= window:
+                logits = self.step(token, state)
+            else:
+                logits, state = self.prefill(*_last(text, own + new + 1, window, lengths))
         return text
 
     # ------------------------------------------------------------------ training
 
     def loss(self, ids: Tensor, **options: Any) -> Tensor:
         """Mean cross-entropy, in nats, of every token of ids [B T] but the first, given those before it."""
+        self._check_ids(ids)
         loss: Tensor = self(ids[:, :-1], targets=ids[:, 1:], **options)
         return loss
 
     def decay_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups for an optimiser: weight decay on what is declared so, none on gates, norms and biases."""
+        """Parameter groups for an optimiser: weight decay on what is declared so, none on gates, norms and biases.
+
+        Raises: TypeError if a weight that wants a gradient is not declared.
+        """
+        known = {id(weight) for weight, _ in declared(self)}
+        undeclared = [n for n, weight in self.named_parameters() if weight.requires_grad and id(weight) not in known]
+        if undeclared:
+            raise TypeError(f"decay_groups: every weight must be declared by a Param, got {', '.join(undeclared)}")
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for weight, param in declared(self):
             if param.trainable:

@@ -12,6 +12,7 @@ from recur import kernel
 from recur.blocks.gates import OutputGate
 from recur.blocks.glue import Norm, Skip
 from recur.recipe import Flow, Part, State
+from recur.weights import watched
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,18 @@ class Leave(Part):
     """Parts that follow each other and all change the same tensor: a Skip, then a Norm and an OutputGate in any order.
 
     Not written in recipes: `fuse` finds the parts in a chain, whose weights and names stay as they are. Where the
-    kernel does not compute a call they run one by one.
+    kernel does not compute a call, or a hook wants one of their modules to be called, they run one by one.
     """
 
     parts: tuple[Part, ...] = ()
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         name = _written(self.parts[0]) or ""
-        options = self._options(flow, weights, flow[name])
+        options = None if any(map(watched, weights)) else self._options(flow, weights, flow[name])
         if options is not None:
             return flow.set(**{name: kernel.norm(**options)}), None
         for part, own in zip(self.parts, weights, strict=True):
-            flow, _ = part(flow, own, None)
+            flow, _ = own(part.__call__, flow, None)
         return flow, None
 
     def _options(self, flow: Flow, weights: Any, y: Tensor) -> dict[str, Any] | None:

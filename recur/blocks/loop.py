@@ -62,13 +62,14 @@ class Loop(Around):
         if flow.cu_seqlens is not None:
             return self._documents(flow, weights, state)
         x = flow["x"]
-        last = x.new_zeros(x.shape[0], *weights.sizes) if state is None else state[self.last]
+        # in the dtype of x, whatever autocast or a cast of the model made of it where the state comes from
+        last = x.new_zeros(x.shape[0], *weights.sizes) if state is None else state[self.last].to(x.dtype)
         parts = None if state is None else state["parts"]
         pieces: dict[str, list[Tensor]] = {name: [] for name in weights.writes}
         for t in range(max(x.shape[1], 1)):  # without tokens, the body still says which tensors it writes
             token = dataclasses.replace(_between(flow, t, t + 1), position=flow.position + t)
             inner, parts = self.body(token.set(**{self.last: last[:, None][:, : token["x"].shape[1]]}), weights, parts)
-            last = inner[self.feed][:, -1] if x.shape[1] else last
+            last = inner[self.feed][:, -1].to(x.dtype) if x.shape[1] else last
             for name, row in pieces.items():
                 row.append(inner[name])
         made = {name: torch.cat(row, 1) if row[0].shape[1] == 1 else row[0] for name, row in pieces.items()}

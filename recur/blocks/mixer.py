@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from recur.axes import RecipeError
+from recur.blocks.state import POSITION, Layout, fitting, layout, nbytes, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
 from recur.recipe import Flow, Recipe, State
 from recur.shapes import bind, expect
+from recur.weights import declared
 
 
 class MixerOut(NamedTuple):
@@ -20,6 +22,16 @@ class MixerOut(NamedTuple):
 
     y: Tensor
     state: State
+
+
+class Published:
+    """Filled by a layer's call with the tensors that it hands down to deeper layers.
+
+    No dict, which hooks that move arguments between devices would copy.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: Mapping[str, Tensor] = {}
 
 
 class Mixer(nn.Module):
@@ -35,6 +47,7 @@ class Mixer(nn.Module):
     Call: y, state = mixer(x, state, cu_seqlens=...); x [B T D]. `state` None starts afresh, and
     mixer(x[:, :5]) followed by mixer(x[:, 5:], state) equals mixer(x). With cu_seqlens [n+1], B is 1 and the row holds
     n documents, each with its own state. Further inputs the recipe names are given by keyword, [B T ...] or [B 1 ...].
+    A state may have been made in another precision; one that does not fit is refused by the name of its entry.
     """
 
     def __init__(
@@ -47,12 +60,18 @@ class Mixer(nn.Module):
             recipe = read_one(recipe)
         if not isinstance(recipe, Recipe):
             raise TypeError(f"Mixer: recipe must be a Recipe, got {type(recipe).__name__}")
+        if taken := sorted(set(recipe.inputs) & set(inspect.signature(self.forward).parameters)):
+            raise RecipeError(
+                f"Mixer: inputs of a recipe must not be called as its own arguments, got {', '.join(taken)}"
+            )
         self.recipe, self.dim, self.depth, self.layer = recipe, dim, depth, layer
+        self._layout: Layout = None
         site = recipe.site(dim, depth=depth, layer=layer)
         for name in recipe.axes:
             site.size(name)
         own = nn.ModuleDict() if shared is None else shared
         self.parts = recipe.body.build(site, own)
+        recipe.body.prepare()
         if shared is None:
             self.shared = own
         self._lent = (own,)  # in a tuple: the model owns and registers what its layers share
@@ -65,9 +84,17 @@ class Mixer(nn.Module):
         cu_seqlens: Tensor | None = None,
         grid: tuple[int, ...] | None = None,
         form: str = "auto",
+        past: tuple[Mapping[str, Tensor], ...] = (),
+        published: Published | None = None,
+        in_place: bool = False,
+        evaluate: bool = False,
         **inputs: Tensor,
     ) -> MixerOut:
-        flow, state = self.run(x, state, inputs, cu_seqlens=cu_seqlens, grid=grid, form=form)
+        """For models: `past`, `in_place` and `evaluate` as in Flow; `published` is filled with what is handed down."""
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form, "past": past}
+        flow, state = self.run(x, state, inputs, **options, in_place=in_place, evaluate=evaluate)
+        if published is not None:
+            published.tensors = flow.published
         return MixerOut(flow["y"], state)
 
     def run(
@@ -81,10 +108,12 @@ class Mixer(nn.Module):
         form: str = "auto",
         past: tuple[Mapping[str, Tensor], ...] = (),
         in_place: bool = False,
+        evaluate: bool = False,
     ) -> tuple[Flow, State]:
-        """The whole flow after the last part, for what wants more than "y" (layers that publish, tests).
+        """The whole flow after the last part, for what wants more than "y" (tests).
 
-        in_place: x is one token [B 1 D], and parts may overwrite the state they are given.
+        in_place: x is one token [B 1 D], and parts may overwrite the state they are given, which has been checked.
+        evaluate: no dropout, even in training mode.
         """
         bind("Mixer", x=(x, "B T D"))
         B, T, _ = x.shape
@@ -92,26 +121,25 @@ class Mixer(nn.Module):
         check_packing("Mixer", cu_seqlens, B, T)
         inputs = inputs or {}
         self._check_inputs(inputs, B, T)
-        if state is not None and not self.recipe.causal:
-            raise RecipeError("Mixer: this recipe is not causal, so it cannot go on from a state")
         rows = state_count(B, cu_seqlens)
+        if state is not None and not in_place and not torch.compiler.is_compiling():
+            letter = "B" if cu_seqlens is None else "n"
+            state = fitting("Mixer", self.layout(), state, rows, x, step=False, letter=letter)
         position = x.new_zeros(rows, dtype=torch.long) if state is None else state["position"]
-        expect("Mixer", "state", position, "B" if cu_seqlens is None else "n", (rows,))
-        flow = Flow({"x": x, **inputs}, position, form, cu_seqlens, self.layer, grid, past, in_place)
+        flow = Flow({"x": x, **inputs}, position, form, cu_seqlens, self.layer, grid, past, in_place, evaluate)
         flow, parts = self.recipe.body(flow, self._weights(), (state or {}).get("parts"))
         return flow, {"position": passed(position, T, cu_seqlens, in_place), "parts": parts}
 
     def _weights(self) -> dict[str, nn.Module]:
         """The module of every part, own and shared."""
-        return {key: module for home in (self.parts, self._lent[0]) for key, module in home.items()}
+        return {**self.parts._modules, **self._lent[0]._modules}
 
     def _check_inputs(self, inputs: Mapping[str, Tensor], B: int, T: int) -> None:
         if set(inputs) != set(self.recipe.inputs):
             wanted, got = ", ".join(self.recipe.inputs) or "none", ", ".join(inputs) or "none"
             raise TypeError(f"Mixer: further inputs must be {wanted}, got {got}")
-        site = self.recipe.site(self.dim)
         for name, tensor in inputs.items():
-            sizes = site.of(name)
+            sizes = self.recipe.site(self.dim).of(name)
             if tensor.ndim != 2 + len(sizes) or tuple(tensor.shape[2:]) != sizes or tensor.shape[1] not in (1, T):
                 letters = f"B T {self.recipe.inputs[name]}"
                 expect("Mixer", name, tensor, letters, (B, T, *sizes))
@@ -123,17 +151,33 @@ class Mixer(nn.Module):
         """
         if not self.recipe.causal:
             raise RecipeError("init_state: this recipe is not causal, so it has no state to stream from")
-        weight = next(iter(self.parameters()), torch.zeros(()))
+        pinned = {id(weight) for weight, param in declared(self) if param.float32}
+        weights = sorted(self.parameters(), key=lambda weight: id(weight) in pinned)  # those of the model's dtype first
+        weight = weights[0] if weights else torch.zeros(())
         site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer, dtype=weight.dtype, device=weight.device)
         position = torch.zeros(batch, dtype=torch.long, device=weight.device)
         return {"position": position, "parts": self.recipe.body.init_state(site, batch, max_len)}
 
     @torch.no_grad()
     def step(self, x: Tensor, state: State, **inputs: Tensor) -> Tensor:
-        """One token [B D] -> [B D]; `state` is overwritten, no gradient."""
-        flow, new = self.run(x[:, None], state, {name: t[:, None] for name, t in inputs.items()}, in_place=True)
+        """One token [B D] -> [B D]; `state` is overwritten, no gradient and no dropout."""
+        bind("Mixer.step", x=(x, "B D"))
+        ready = state
+        if not torch.compiler.is_compiling():
+            ready = fitting("Mixer.step", self.layout(), state, len(x), x, step=True)
+        given = {name: tensor[:, None] for name, tensor in inputs.items()}
+        y, new = self(x[:, None], ready, in_place=True, evaluate=True, **given)
         overwrite(state, new)
-        return flow["y"][:, 0]
+        return y[:, 0]
+
+    def layout(self) -> Layout:
+        """What a state of this layer must look like.   Raises: RecipeError if the recipe is not causal."""
+        if self._layout is None:
+            if not self.recipe.causal:
+                raise RecipeError("Mixer: this recipe is not causal, so it cannot go on from a state")
+            site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer)
+            self._layout = {"position": POSITION, "parts": layout(self.recipe.body, site)}
+        return self._layout
 
     def __repr__(self) -> str:
         """Every stage with its sizes, parameters and bytes of state a sequence (a growing attention cache counts 0)."""
@@ -153,35 +197,5 @@ class Mixer(nn.Module):
         return f"Mixer at D={self.dim}\n" + "\n".join(lines)
 
 
-def passed(position: Tensor, length: int, cu_seqlens: Tensor | None, in_place: bool) -> Tensor:
-    """The positions after these tokens."""
-    if in_place:
-        return position.add_(length)
-    return position + (length if cu_seqlens is None else cu_seqlens.diff())
-
-
-def nbytes(state: State) -> int:
-    """Bytes of all tensors of a state."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
-
-
 def _count(module: nn.Module) -> int:
     return sum(weight.numel() for weight in module.parameters())
-
-
-def overwrite(state: dict[str, Any], new: dict[str, Any]) -> None:
-    """Put a new state into an old one: in place where the shape is the same, by reference where a cache grew."""
-    for key, value in new.items():
-        old = state.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            overwrite(old, value)
-        elif isinstance(value, Tensor) and isinstance(old, Tensor) and old.shape == value.shape:
-            if value is not old:
-                old.copy_(value)
-        else:
-            state[key] = value
-
-
-def detach(state: State) -> State:
-    """The same numbers without their history, as truncated backpropagation wants them."""
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, state)

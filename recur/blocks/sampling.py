@@ -49,7 +49,9 @@ def sample_token(
     if min_p is not None:
         chance = chance * (chance >= min_p * chance[:, :1])
     reached = chance.cumsum(-1)
-    draw = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators]).to(logits.device)
+    draw = torch.cat([torch.rand(1, generator=g, dtype=torch.float64, device=g.device) for g in generators]).to(
+        logits.device
+    )
     place = torch.searchsorted(reached, draw[:, None] * reached[:, -1:], right=True)
     last = (chance > 0).sum(-1, keepdim=True) - 1
     return token.gather(-1, torch.minimum(place, last))[:, 0]

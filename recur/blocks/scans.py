@@ -19,7 +19,7 @@ from recur.primitives.gates import biased
 from recur.primitives.poles import poles, zero_order_hold
 from recur.primitives.scan import scan, step
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, by_index, constant, normal, spread_time_constants
+from recur.weights import Param, between, by_index, constant, normal, spread_time_constants
 
 
 def scan_options(flow: Flow, state: State) -> dict[str, Any]:
@@ -253,9 +253,7 @@ class SelectiveScan(StateScan):
     def params(self, site: Site) -> Mapping[str, Param]:
         (E,), (N,) = site.of(self.source), site.of(self.B)
         return {
-            "A_log": Param(
-                (E, N), lambda weight: weight.copy_(torch.arange(1.0, N + 1).log()), decay=False, float32=True
-            ),
+            "A_log": Param((E, N), _log_index, decay=False, float32=True),
             "dt_bias": Param((E,), spread_time_constants, decay=False, float32=True),
         }
 
@@ -276,6 +274,11 @@ class SelectiveScan(StateScan):
             f"delta = softplus({self.dt} + b), S_t = exp(-delta exp(A_log)) * S_{{t-1}} "
             f"+ (delta {self.source}) {self.B}, {self.out} = S_t {self.C}"
         )
+
+
+def _log_index(weight: Tensor) -> None:
+    """log n for the n-th of the last axis, from 1."""
+    weight.copy_(torch.arange(1.0, weight.shape[-1] + 1, device=weight.device).log())
 
 
 @dataclass(frozen=True)
@@ -356,7 +359,7 @@ class PoleScan(_PolesScan):
             "C_imag": normal(),
         }
         made = {name: Param((V, N), law, decay=False, float32=True) for name, law in laws.items()}
-        step = Param((V,), lambda weight: weight.uniform_(math.log(1e-3), math.log(1e-1)), decay=False, float32=True)
+        step = Param((V,), between(math.log(1e-3), math.log(1e-1)), decay=False, float32=True)
         return {**made, "log_dt": step}
 
     def constants(self, weights: Any) -> dict[str, Tensor]:

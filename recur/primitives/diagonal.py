@@ -15,7 +15,7 @@ from torch import Tensor
 from recur import kernel
 from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, first_state, right_to_left, unroll
 from recur.primitives.operators import batched_at, operator, remember
-from recur.shapes import accumulation_dtype, bind, check_given, check_number, readable
+from recur.shapes import accumulation_dtype, bind, check_given, check_number, readable, without_autocast
 
 SIDE_BY_SIDE = 65_536  # numbers that one call should update: fewer waste the call and a second thread
 LOG2_E = math.log2(math.e)
@@ -285,7 +285,7 @@ def gated_scan(
     if x.shape[1] == 0 and initial is not None:
         return ScanOut(tokens["x"] if number.is_complex else x, initial.clone())
     scan: Callable[..., ScanOut] = partial(unroll, _step) if form == "recurrent" else _chunked
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y, state = (right_to_left(scan) if reverse else scan)(initial, cu_seqlens, **tokens)
     return ScanOut(y if y.is_complex() else y.to(x.dtype), state)
 
@@ -304,7 +304,7 @@ def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     check_state("gated_step", state, number)
     if kernel.takes_step(1, state):
         return _launch(x, log_decay[None] if gates == "*" else log_decay, state)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         wide = log_decay.to(number_of(accumulation_dtype(x, log_decay, state), log_decay))
         y, new = _step(state.to(number), x=x.to(number), log_decay=wide)
         state.copy_(new)

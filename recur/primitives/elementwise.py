@@ -17,7 +17,7 @@ from recur.primitives.diagonal import check_state
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.operators import batched_at, operator, remember
 from recur.primitives.segments import segments, update
-from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given, readable
+from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given, readable, without_autocast
 
 
 def selective_scan(
@@ -78,7 +78,7 @@ def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     B, C = (w if letters == "V N" else w[:, None] for w, letters in ((B, k), (C, q)))
     if kernel.takes_step(sizes["N"], state):
         return _launch("selective", sizes, state, x, delta, B, C, A)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         return _step("selective", sizes, (x[:, None], delta[:, None], A, B, C), state)
 
 
@@ -121,7 +121,7 @@ def online_scan(
         return _scan("online", form, sizes, (x, rate, k, q), initial_state, cu_seqlens, reverse)
     from recur.primitives.scan import scan  # here, because only this case needs it
 
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         query, key, value, beta = _delta(sizes, x, rate, k, q, initial_state)
         initial = None if initial_state is None else initial_state[..., None]
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "reverse": reverse, "form": form}
@@ -145,7 +145,7 @@ def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *,
     x_t, rate_t, k_t, q_t = (token[:, None] for token in (x, rate, k, q))
     if kernel.takes_step(sizes["N"], state):
         return _launch("online" if diagonal else "exact", sizes, state, x, rate, k_t, q_t)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         if diagonal:
             return _step("online", sizes, (x_t, rate_t, k_t, q_t), state)
         from recur.primitives.scan import step  # here, because only this case needs it
@@ -323,7 +323,7 @@ def _scan(
     form = choose_form(f"{family}_scan", form, ("recurrent", "chunked", "triton"), x.device, refusal)
     if form == "triton":
         return kernel.elementwise(family, *inputs, initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         tokens = _tokens(family, sizes, inputs, initial_state)
         initial = None
         if initial_state is not None or form == "recurrent" or sizes["T"] == 0:

@@ -16,7 +16,7 @@ from recur.primitives.chunks import Documents, Rows, cut
 from recur.primitives.diagonal import LOG2_E, check_state, gate, linear_recurrence, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.operators import operator, remember
-from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number, readable
+from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number, readable, without_autocast
 
 CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
 TRANSFORM = 2**18  # numbers transformed at a time: what a cache holds
@@ -84,7 +84,7 @@ def fixed_scan(
     if T == 0 and initial is not None:
         return ScanOut(x.clone(), initial.clone())
     run: Callable[..., ScanOut] = partial(_FORMS[form], log_decay, readout, write)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y, state = (right_to_left(run) if reverse else run)(initial, cu_seqlens, x=x_)
     return ScanOut(y.to(x.dtype), state)
 
@@ -107,7 +107,7 @@ def fixed_step(x: Tensor, log_decay: Tensor, readout: Tensor, state: Tensor, *, 
     if kernel.takes_step(state.shape[2], state):
         q, k, a = (tensor.mT[None, None] for tensor in (readout, write, log_decay))
         return kernel.step("outer", state.mT[:, None], x[:, None, None], q=q, k=k, log_decay=a)[:, 0]
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         y, new = _update(gate(log_decay), readout, write, state.to(number), x=x_)
         state.copy_(new)
         return y.to(x.dtype)

@@ -14,7 +14,7 @@ from recur.primitives.delta import delta_scan, delta_step
 from recur.primitives.diagonal import check_state, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.outer import narrow_scan, outer_scan, outer_step
-from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given, check_number
+from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given, check_number, without_autocast
 
 CHUNK = 64  # tokens a chunk, and twice what the delta rule takes: measured on a CPU
 
@@ -90,7 +90,7 @@ def scan(
         given = given._replace(log_decay=log_decay[None, None])
     if form == "triton":
         return kernel.scan(initial_state, cu_seqlens, **given._asdict(), scale=scale, reverse=reverse)
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         tokens = _tokens(real, given, scale)
         weight = None if bonus is None else bonus.to(real).reshape(H, -1)
         run = _choose(form, "beta" in tokens, tokens["k"].shape, weight)
@@ -133,7 +133,7 @@ def step(
         given = given._replace(log_decay=log_decay[None])
     if kernel.takes_step(q.shape[-1], state):
         return _launch(given, state, scale)
-    with torch.no_grad(), torch.autocast(state.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(state):
         present = {name: x for name, x in given._asdict().items() if x is not None and name != "bonus"}
         tokens = _tokens(real, given._replace(**{name: x[:, None] for name, x in present.items()}), scale)
         weight = None if bonus is None else bonus.to(real).reshape(state.shape[1], -1)

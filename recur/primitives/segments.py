@@ -24,6 +24,7 @@ from recur.primitives.diagonal import (
 )
 from recur.primitives.forms import ScanOut, document_of, state_count
 from recur.primitives.operators import batch_axis, batched_at, operator, pullback, pushforward, remember
+from recur.shapes import without_autocast
 
 SEGMENT = 2**19  # numbers of A_t that are held at a time: what a cache holds
 
@@ -384,7 +385,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     cu_seqlens, between, initial, *tokens = ctx.saved_tensors
-    with torch.autocast(grad_y.device.type, enabled=False):
+    with without_autocast(grad_y):
         found = _segments_backward(ctx.family, initial, cu_seqlens, *tokens, between, grad_y, grad_state)
     grad_initial, *gradients = [
         grad if x is not None else None for grad, x in zip(found, (initial, *tokens), strict=True)

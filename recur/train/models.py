@@ -15,7 +15,7 @@ from recur.own import Own
 from recur.presets import words
 from recur.train.config import InputError, Settings
 from recur.train.machine import check_memory
-from recur.weights import Param, Weights, normal, zeros
+from recur.weights import Linear, Param, normal, zeros
 
 # What stands around the mixer in each paper, where it is not an RMS norm and no feed-forward.
 PAPER: dict[str, dict[str, str]] = {
@@ -96,9 +96,9 @@ class SequenceModel(nn.Module):
         self.pool, self.tokens, dim = pool, tokens, settings.dim
         wide = 4 * dim if pool == "pair" else dim
         between = {"weight": Param((dim, wide), normal(wide**-0.5)), "bias": Param((dim,), zeros, decay=False)}
-        self.between = Weights(between) if pool == "pair" else None
+        self.between = Linear(between) if pool == "pair" else None
         out = {"weight": Param((outputs, dim), normal(dim**-0.5)), "bias": Param((outputs,), zeros, decay=False)}
-        self.out = Weights(out)
+        self.out = Linear(out)
 
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, grid: tuple[int, ...] | None = None, **options: Any
@@ -110,14 +110,14 @@ class SequenceModel(nn.Module):
                 .unbind(1)
             )
             assert self.between is not None
-            h = F.gelu(F.linear(torch.cat([u, v, u - v, u * v], -1), self.between.weight, self.between.bias))
+            h = F.gelu(self.between(torch.cat([u, v, u - v, u * v], -1)))
         else:
             h = self._hidden(x, grid, **options) if self.pool == "token" else self._pooled(x, lengths, grid)
-        return F.linear(h, self.out.weight, self.out.bias)
+        return self.out(h)
 
     def _hidden(self, x: Tensor, grid: tuple[int, ...] | None = None, **options: Any) -> Tensor:
-        table = self.body.embedding.weight
-        embedded = F.embedding(x, table) if self.tokens else F.pad(x, (0, 1), value=1.0) @ table
+        embedding = self.body.embedding
+        embedded = embedding(x) if self.tokens else F.pad(x, (0, 1), value=1.0) @ embedding.weight
         return self.body.hidden(embedded, grid=grid, **options)[0]
 
     def _pooled(self, x: Tensor, lengths: Tensor | None, grid: tuple[int, ...] | None) -> Tensor:
