@@ -58,7 +58,6 @@ _WALKS = {
         64: (((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3))),
         128: (((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2))),
         256: (((64, 8, 2), (64, 8, 2)), ((64, 8, 1), (64, 8, 1))),
-        512: (((32, 8, 1), (32, 8, 1)), ((32, 8, 1), (32, 8, 1))),
     },
     torch.float32: {
         64: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1))),
@@ -73,6 +72,15 @@ _GRADIENT = {
     torch.bfloat16: {64: (64, 4, 1), 128: (64, 4, 1), 256: (64, 4, 1)},
     torch.float32: {64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 8, 1)},
 }
+
+
+def computed_as(dtype: torch.dtype, rows: int) -> torch.dtype:
+    """The dtype whose arithmetic and plan a scan takes: its own, or float16's for bfloat16 with more than 256 rows.
+
+    Those would need tiles of 32 columns over eight warps, for which Triton 3.6 reads bfloat16 operands past the end of
+    shared memory; tf32 has tiles of 16.
+    """
+    return torch.float16 if dtype == torch.bfloat16 and rows > 256 else dtype
 
 
 def chunk_of(dtype: torch.dtype) -> int:
@@ -94,6 +102,7 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
     more columns for what they do to a state, then all. To join a segment takes as long as four chunks, by estimate.
     """
     block_k, block_v = (max(64, power_of_2(size)) for size in (K, min(V, _BLOCK)))
+    dtype = computed_as(dtype, K)
     chunk, kept = chunk_of(dtype), _kept(dtype)
     few = (kept, block_k, delta) == (torch.bfloat16, 256, False) and not _fills(heads * cdiv(V, 64), processors)
     walks = _FEW if few else _WALKS[kept][block_k][delta]
@@ -165,8 +174,9 @@ def prepared(x: Inputs, before: bool) -> dict[str, tuple[tuple[int, ...], torch.
     """Shapes and dtypes of what is found of gates, keys and queries alone, and kept for the backward; for the names see
     `chunk_scan` and `turn`: rates and whole are of one gate a head, rates of a bonus too; overlap and solved: M, T."""
     (B, T, H, _), cols, K = x.v.shape, x.q.shape[3], rows_of(x)
-    decay, turned, chunk, kept = decay_of(x), cols < K, chunk_of(x.v.dtype), _kept(x.v.dtype)
-    squares = (chunks_of(B, T, x.v.dtype, x.cu_seqlens), H)
+    dtype = computed_as(x.v.dtype, K)
+    decay, turned, chunk, kept = decay_of(x), cols < K, chunk_of(dtype), _kept(dtype)
+    squares = (chunks_of(B, T, dtype, x.cu_seqlens), H)
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if decay == "key" or turned:
         found |= dict.fromkeys(("told", "write"), ((B, T, H, K), kept))
@@ -192,16 +202,17 @@ class _Scan:
     def __init__(self, x: Inputs, scale: float, flip: bool, before: bool, made: list[Tensor] | None = None) -> None:
         (B, T, H, V), self.cols, K = x.v.shape, x.q.shape[3], rows_of(x)
         delta, packed = x.beta is not None, x.cu_seqlens is not None
-        self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=x.v.dtype, delta=delta, processors=processors(x.v.device))
+        self.dtype = computed_as(x.v.dtype, K)
+        self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=self.dtype, delta=delta, processors=processors(x.v.device))
         if packed:
             self.plan = self.plan._replace(segments=1, span=T)
         self.x, self.flip, self.before, self.sizes = x, flip, before, (B, T, H, K, V)
         self.documents = state_count(B, x.cu_seqlens)
-        self.chunks = chunks_of(B, T, x.v.dtype, x.cu_seqlens)
+        self.chunks = chunks_of(B, T, self.dtype, x.cu_seqlens)
         self.decay, strides = decay_of(x), [0, 0, 0, 0]
         if x.log_decay is not None:
             strides = list(x.log_decay.expand(B, T, H, *x.log_decay.shape[3:]).stride())
-        dot, precision, self.limit = _numbers(x.v.dtype)
+        dot, precision, self.limit = _numbers(self.dtype)
         self.gates = {"gate_sb": strides[0], "gate_sh": strides[2], "gate_st": strides[1], "gate_sd": strides[3]}
         self.laid = {
             **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "H": H, "FLIP": flip, "BLOCK_C": self.plan.chunk,
@@ -217,7 +228,7 @@ class _Scan:
         self.told, self.write = self.made.get("told", x.q), self.made.get("write", x.k)
         self.reach = self.made.get("reach", self.write)
         self.groups = H if "told" in self.made else x.q.shape[2]
-        self.scores = self.squares(_kept(x.v.dtype)) if self.decay == "key" else None
+        self.scores = self.squares(_kept(self.dtype)) if self.decay == "key" else None
         self._prepare(first)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -235,7 +246,7 @@ class _Scan:
     def states(self) -> Tensor:
         """[chunks H K V]"""
         _, _, H, K, V = self.sizes
-        return self.new(self.chunks, H, K, V, dtype=_kept(self.x.v.dtype))
+        return self.new(self.chunks, H, K, V, dtype=_kept(self.dtype))
 
     def found(self, *names: str) -> list[Tensor | None]:
         """Of what was prepared, what there is."""
@@ -470,7 +481,7 @@ def scan_backward(
     if run.decay == "one":
         dgate = run.new(blocks * run.plan.gradient.parts, B, T, H)
     if run.decay == "key" and log_decay is not None:
-        wide = _kept(q.dtype) if turned else torch.float32  # `turn_backward` adds the two rows of a complex gate
+        wide = _kept(run.dtype) if turned else torch.float32  # `turn_backward` adds the two rows of a complex gate
         dgate = run.summands(B, T, H, K, dtype=log_decay.dtype if log_decay.shape == (B, T, H, K) else wide)
     if bonus is not None:
         dbonus = run.new(blocks * run.chunks, H, K).zero_()  # documents leave some chunks unused
