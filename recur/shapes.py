@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 T = TypeVar("T")
 
@@ -100,11 +101,19 @@ def check_given(function: str, **tensors: Tensor | None) -> None:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether there are values that may be looked at, where that is cheap: on a CPU, in no graph and no transform."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or tensor.numel() == 0:
-        return False
-    traced = torch._C._len_torch_dispatch_stack() > 0
-    return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    """Whether there are values that may be looked at cheaply: those of a plain tensor on a CPU, outside compilation.
+
+    False on the meta device, for fake tensors and other subclasses, under a dispatch mode, and inside torch.func's
+    transforms.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.numel() > 0
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def pick(function: str, argument: str, value: Any, choices: Mapping[Any, T]) -> T:

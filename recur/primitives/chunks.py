@@ -10,6 +10,12 @@ from recur.primitives.diagonal import like_batch, linear_recurrence
 from recur.primitives.forms import document_of
 
 
+def pieces(length: int, size: int) -> int:
+    """How many pieces of this size hold so many tokens; in a graph one more, so that there are two at least and always
+    some filling: a compiler makes further graphs for a single piece, and for pieces that fit."""
+    return -(-length // size) + torch.compiler.is_compiling()
+
+
 class Rows:
     """Whole rows [B T ...] in n chunks of C tokens, the last one filled up with zeros.
 
@@ -17,7 +23,7 @@ class Rows:
     """
 
     def __init__(self, length: int, size: int) -> None:
-        self.length, self.size, self.n = length, size, -(-length // size)
+        self.length, self.size, self.n = length, size, pieces(length, size)
 
     def split(self, tokens: Tensor) -> Tensor:
         """[B T ...] -> [B n C ...]. Tokens all alike, [B 1 ...], give [B 1 C ...] where nothing is filled up."""
@@ -37,7 +43,7 @@ class Rows:
     def delay(self, chunks: Tensor, initial: Tensor | None = None) -> Tensor:
         """[n B ...]: what the chunk before holds; before the first `initial` [B ...], or zeros."""
         initial = torch.zeros_like(chunks[0]) if initial is None else initial
-        return torch.cat([initial[None], chunks[:-1]])
+        return torch.cat([initial[None], chunks])[:-1]  # not chunks[:-1], which may be a single one to a compiler
 
     def openings(self, initial: Tensor) -> tuple[Tensor, Tensor | None]:
         """The state [B ...] that enters the first chunk, and what is added to those that leave chunks: nothing."""
@@ -48,8 +54,8 @@ class Rows:
         return chunks
 
     def last(self, chunks: Tensor) -> Tensor:
-        """[n B ...] -> [B ...]: the last chunk."""
-        return chunks[-1]
+        """[n B ...] -> [B ...]: the chunk of the last token."""
+        return chunks[(self.length - 1) // self.size]
 
     def settle(self, final: Tensor, initial: Tensor) -> Tensor:
         """The final state: `initial` where there was no token, and here there is one."""
@@ -94,7 +100,7 @@ class Documents:
 
     def delay(self, chunks: Tensor, initial: Tensor | None = None) -> Tensor:
         """[n 1 ...]: what the chunk before holds; before a document's first `initial` [documents ...], or zeros."""
-        before = torch.cat([torch.zeros_like(chunks[:1]), chunks[:-1]])
+        before = torch.cat([torch.zeros_like(chunks[:1]), chunks])[:-1]
         opening = 0 if initial is None else initial.index_select(0, self.document)[:, None]
         return torch.where(like_batch(self.first, chunks), opening, before)
 

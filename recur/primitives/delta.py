@@ -88,8 +88,8 @@ def _run_inverse(lower: Tensor) -> Tensor:
     return inverse.squeeze(-3)
 
 
-def _save_inverse(ctx: Any, inputs: tuple[Tensor], inverse: Tensor) -> None:
-    remember(ctx, inverse)
+def _save_inverse(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    remember(ctx, output)
 
 
 def _gradients_inverse(ctx: Any, grad: Tensor) -> Tensor:

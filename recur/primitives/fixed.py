@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
-from recur.primitives.chunks import cut
+from recur.primitives.chunks import cut, pieces
 from recur.primitives.diagonal import LOG2_E, check_state, gate, linear_recurrence, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.operators import operator, remember
 from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number
 
 CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
+TYPICAL = 1024  # tokens for which the powers of poles are cut best; what depends on T would be compiled for one T
 TRANSFORM = 2**18  # numbers transformed at a time: what a cache holds
 
 
@@ -148,10 +149,9 @@ def _parallel(
 ) -> ScanOut:
     """The powers exp(z l) are products of coarse and fine ones, l = i C + j, so few exponentials and one matmul."""
     T, V = x.shape[1:]
-    R = max(1, round(math.sqrt(T * log_decay.shape[0] / max(1, V))))
-    C = -(-T // R)
-    lags = torch.arange(max(R, C), device=x.device)
-    coarse, fine = _powers(log_decay, lags[:R] * C), _powers(log_decay, lags[:C])  # [P R N], [P C N]
+    R = max(1, round(math.sqrt(TYPICAL * log_decay.shape[0] / max(1, V))))
+    C = pieces(T, R)
+    coarse, fine = (_powers(log_decay, lags) for lags in (_lags(x, R) * C, _lags(x, C)))  # [P R N], [P C N]
 
     def over_time(weights: Tensor) -> Tensor:
         """Re sum_n weights[n] exp(z_n l): [... V N] -> [... V T]."""
@@ -163,7 +163,7 @@ def _parallel(
     state = write * (coarse * _mix(recent, fine)).sum(-2)
     if initial is not None:
         y = y + over_time(readout * gate(log_decay) * initial)
-        state = state + _powers(log_decay, lags.new_full((1,), T))[:, 0] * initial
+        state = state + _powers(log_decay, _lags(x, T + 1)[-1:])[:, 0] * initial
     return ScanOut(y.mT, state)
 
 
@@ -173,7 +173,8 @@ def _chunked(
 ) -> ScanOut:  # fmt: skip
     """Convolutions inside chunks, the states entering chunks by a recurrence over their ends."""
     T = x.shape[1]
-    C = min(T, max(CHUNK, readout.shape[1] // 2))
+    C = max(CHUNK, readout.shape[1] // 2)
+    C = C if torch.compiler.is_compiling() else min(T, C)  # a compiled graph is for all lengths
     chunks = cut(T, C, cu_seqlens)
     powers = _powers(log_decay, torch.arange(C + 1, device=x.device))  # [P C+1 N]
     fine, decay = powers[:, :-1], powers[:, -1].to(initial.dtype)
@@ -220,6 +221,11 @@ def _last_tokens(x: Tensor, C: int, cu_seqlens: Tensor | None) -> tuple[Tensor, 
     lag = torch.arange(C, device=x.device)
     tail = x[0].index_select(0, (ends[:, None] - 1 - lag).clamp(min=0).flatten()).unflatten(0, (-1, C))
     return tail * (lag < count[:, None])[..., None], count
+
+
+def _lags(x: Tensor, length: int) -> Tensor:
+    """0, 1, ..., length - 1."""
+    return torch.arange(length, device=x.device)
 
 
 def _powers(log_decay: Tensor, exponents: Tensor) -> Tensor:

@@ -202,8 +202,10 @@ def _choose(form: str, delta: bool, keys: torch.Size, bonus: Tensor | None) -> C
     _, T, _, K = keys
     if form == "recurrent":
         return partial(unroll, _step_of(delta, bonus))
-    whole = 1 << (T - 1).bit_length()
-    size = whole if form == "parallel" else min(max(1, CHUNK // 2) if delta else CHUNK, whole)
+    size = max(1, CHUNK // 2) if delta else CHUNK
+    if form == "parallel" or not torch.compiler.is_compiling():  # a compiled graph is for all lengths
+        whole = 1 << (T - 1).bit_length()
+        size = whole if form == "parallel" else min(size, whole)
     if delta:
         return partial(delta_scan, chunk_size=size)
     if K == 1 and bonus is None and form == "chunked":

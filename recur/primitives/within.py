@@ -135,8 +135,8 @@ def _fake_products(log_decay: Tensor) -> Tensor:
     return log_decay.new_empty(*log_decay.shape[:-1], log_decay.shape[-2])
 
 
-def _save_products(ctx: Any, inputs: tuple[Tensor], pairs: Tensor) -> None:
-    remember(ctx, pairs)
+def _save_products(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    remember(ctx, output)
 
 
 def _gradients_products(ctx: Any, grad: Tensor) -> Tensor:
