@@ -32,7 +32,9 @@ def refusal(number: torch.dtype, device: torch.device, **sizes: int) -> str | No
     """Why form="triton" cannot compute a scan whose states are of these numbers and sizes, in words that name a form
     which can; None if it can."""
     wide = [f"{axis}={size}, more than {WIDEST}" for axis, size in sizes.items() if size > WIDEST]
-    lacks = ["forward-mode derivatives and torch.func transforms"] * transformed() + ["float64"] * (number in WIDE) + wide
+    lacks = (
+        ["forward-mode derivatives and torch.func transforms"] * transformed() + ["float64"] * (number in WIDE) + wide
+    )
     if TRITON is None:
         lacks.append("a machine without Triton")
     elif TRITON < OLDEST:

@@ -67,7 +67,7 @@ from recur.testing import check
 EXAMPLES = max(1, settings().max_examples * 2 // 5)
 SEED = 0 if settings().derandomize else None
 HEADS = {"H": 2, "K": 4, "V": 3, "G": 1, "N": 3}
-ANY = {"promises", "forms", "packing", "finiteness", "low_precision", "rows"}
+ANY = {"promises", "forms", "packing", "containment", "finiteness", "low_precision", "rows"}
 CAUSAL = ANY | {"splits", "steps", "causality"}
 SMOOTH = {"gradients", "second_gradients"}
 USUAL = CAUSAL | SMOOTH | {"serialisation"}

@@ -32,7 +32,7 @@ from recur.testing import check
 
 EXAMPLES = max(1, settings().max_examples // 2)
 SEED = 0 if settings().derandomize else None
-COMMON = {"promises", "forms", "finiteness", "low_precision", "rows", "serialisation"}
+COMMON = {"promises", "forms", "containment", "finiteness", "low_precision", "rows", "serialisation"}
 CAUSAL = COMMON | {"splits", "packing", "causality"}
 SMOOTH = {"gradients", "second_gradients"}
 ANY_WAY = COMMON | {"one_way"}  # of a recipe that is not causal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -364,6 +365,43 @@ def test_large_keys_cost_no_digits() -> None:
     wide = call(online_scan, x, rate, k, q, S)
     low = call(online_scan, *(tensor.float() for tensor in (x, rate, k, q, S)))
     assert_close(low.state.double(), wide.state, 2e-5)
+
+
+@pytest.mark.parametrize("form", ["recurrent", "chunked"])
+@pytest.mark.parametrize("diagonal", [True, False])
+@given(numbers=seeds, size=st.sampled_from([1.0, 1e2, 1e4, 1e6]))
+def test_gradients_of_long_keys_keep_their_digits(form: str, diagonal: bool, numbers: Numbers, size: float) -> None:
+    """Four digits of float32's seven are left; a difference of steps of the closed form would leave none."""
+    keys = size * numbers.normal(2, 5, 3) * torch.tensor([1.0, 1e-2, 1.0])
+    given = [numbers.normal(2, 5, 4), numbers.uniform(2, 5, 4), keys, numbers.normal(2, 5, 3), numbers.normal(2, 4, 3)]
+
+    def slopes(dtype: torch.dtype, form: str) -> list[Tensor]:
+        x, rate, k, q, h = (tensor.float().to(dtype).requires_grad_() for tensor in given)
+        y, state = online_scan(x, rate, k, q, initial_state=h, diagonal=diagonal, form=form)
+        return list(torch.autograd.grad((y.sum() + state.sum()), (x, rate, k, q, h)))
+
+    for exact, got in zip(slopes(torch.float64, "recurrent"), slopes(torch.float32, form), strict=True):
+        error = (got.double() - exact).abs().max() / exact.abs().max()
+        assert error < 1000 * torch.finfo(torch.float32).eps
+
+
+@given(numbers=seeds, T=st.sampled_from([2, 17, 64, 200, 1000]), scale=st.sampled_from([1.0, 1e2, 1e4, 1e8]))
+def test_the_future_moves_the_past_of_a_transform_by_rounding_alone(numbers: Numbers, T: int, scale: float) -> None:
+    """Within eps log2(2T) |x|₂ |h|₁, as the docstring promises; the forms without a transform of the row not at all."""
+    x, cut = numbers.normal(1, T, V).float(), 1 + T // 3
+    louder = torch.cat([x[:, :cut], scale * x[:, cut:]], 1)
+    poles = torch.complex(-0.01 * numbers.uniform(N), 3 * numbers.normal(N)).to(torch.complex64)
+    readout = torch.complex(numbers.normal(V, N), numbers.normal(V, N)).to(torch.complex64)
+    impulse = torch.zeros(1, T, V, dtype=torch.float64)
+    impulse[:, 0] = 1
+    response = fixed_scan(impulse, poles, readout, form="recurrent").y
+    moved = {}
+    for form in ("parallel", "recurrent"):
+        y, other = (fixed_scan(x, poles, readout, form=form).y[:, :cut] for x in (x, louder))
+        moved[form] = (y - other).abs().amax((0, 1))
+    eps = torch.finfo(torch.float32).eps
+    assert bool((moved["parallel"] <= eps * math.log2(2 * T) * louder[0].norm(dim=0) * response[0].abs().sum(0)).all())
+    assert bool((moved["recurrent"] == 0).all())
 
 
 @pytest.mark.parametrize("form", ["parallel", "chunked"])

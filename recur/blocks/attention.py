@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recur.axes import RecipeError, Spec
@@ -19,6 +20,7 @@ from recur.primitives.forms import document_of
 from recur.primitives.operators import transformed
 from recur.primitives.rotary import rotary_frequencies, rotate
 from recur.recipe import Axes, Flow, Part, Site, State
+from recur.shapes import accumulation_dtype, all_finite
 from recur.weights import Param
 
 
@@ -145,13 +147,13 @@ class Attention(Part):
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         q, k, v = flow[self.q], flow[self.k], flow[self.v]
         new = extend("Attention", flow, state, k=k, v=v)
-        if state is None and flow.cu_seqlens is None:
-            return flow.set(**{self.out: self._attend(q, k, v, None)}), new
+        mask = None
         if flow.cu_seqlens is not None:
             (k, v), mask = _packed(flow, state or empty(len(flow.position), k=k, v=v), k=k, v=v)
-        else:
+        elif state is not None:
             k, v, mask = new["k"], new["v"], _visible(flow, new["k"].shape[1])
-        return flow.set(**{self.out: self._attend(q, k, v, mask)}), new
+        (q, k, v), lost = _finite(flow, q, k, v, mask)
+        return flow.set(**{self.out: self._attend(q, k, v, mask).masked_fill(lost, math.nan)}), new
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q [B T H K] over k, v [B L G *], through the mask [B T L] or causally if there is none."""
@@ -189,6 +191,8 @@ class GatedAttention(Attention):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         q, k, v, log_a = (flow[name] for name in (self.q, self.k, self.v, self.decay))
+        good = log_a.isfinite() & log_a.real.exp().isfinite()  # running sums would hand on what is not
+        log_a, k = torch.where(good, log_a, 0), k.masked_fill(~good, math.nan)
         before = log_a.new_zeros(len(flow.position), *log_a.shape[2:]) if state is None else state["total"]
         reached = log_a.cumsum(1)
         if flow.cu_seqlens is None:
@@ -206,15 +210,41 @@ class GatedAttention(Attention):
         else:
             k, v, reach, mask = new["k"], new["v"], new["since"], _visible(flow, new["k"].shape[1])
         gap = since[:, :, None] - reach[:, None]  # [B T L H K]
-        kept = torch.where(mask[..., None, None], gap.real, -math.inf).exp() * gap.imag.cos()
+        (q, k, v), lost = _finite(flow, q, k, v, mask)
+        turn = torch.where(mask[..., None, None], gap.imag, 0).cos()
+        kept = torch.where(mask[..., None, None], gap.real, -math.inf).exp() * turn
         scores = torch.einsum("bthk,blhk,btlhk->bthl", q.to(kept.dtype), k.to(kept.dtype), kept)
         share = (scores / math.sqrt(q.shape[-1])).masked_fill(~mask[:, :, None], -math.inf).softmax(-1)
         y = torch.einsum("bthl,blhv->bthv", share, v.to(kept.dtype)).to(v.dtype)
-        return flow.set(**{self.out: y}), new | {"total": total}
+        return flow.set(**{self.out: y.masked_fill(lost, math.nan)}), new | {"total": total}
 
     def formula(self) -> str:
         seen = f"Re({self.k}_s prod_{{s<r<=t}} exp({self.decay}_r))"
         return f"{self.out}_t = sum_{{s<=t}} softmax({self.q}_t . {seen} / sqrt(K)) {self.v}_s"
+
+
+def _finite(
+    flow: Flow, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Queries [B T H K], keys and values [B L G *] with zeros for what is not finite, and where y is lost [B T H 1].
+
+    A softmax gives tokens that are masked a weight of 0, and 0 times NaN is NaN: a later token would change an earlier
+    one, or another document. y is lost instead where a query is not finite or sees a key or value that is not; the
+    square of a query or key has to be, for then no score overflows.
+    A single token of each row sees all there is, so nothing need be done for it.
+    """
+    if q.shape[1] == 1 and flow.cu_seqlens is None:
+        return (q, k, v), q.new_zeros((), dtype=torch.bool)
+    heads, given = q.shape[2], (q, k, v)
+    norms = [vector_norm(x.detach(), dim=-1, dtype=accumulation_dtype(x)) for x in given]
+    if all(map(all_finite, norms)):
+        return given, q.new_zeros((), dtype=torch.bool)
+    bad_q, bad_k, bad_v = (~norm.isfinite() for norm in norms)
+    bad = bad_k | bad_v
+    seen = bad.cumsum(1) if mask is None else mask.float() @ bad.float()  # [B T G]
+    lost = bad_q | (seen > 0).repeat_interleave(heads // bad.shape[2], 2)
+    q, k, v = (x.masked_fill(rows[..., None], 0) for x, rows in zip(given, (bad_q, bad_k, bad_v), strict=True))
+    return (q, k, v), lost[..., None]
 
 
 def _visible(flow: Flow, room: int) -> Tensor:

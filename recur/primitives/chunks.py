@@ -10,12 +10,6 @@ from recur.primitives.diagonal import like_batch, linear_recurrence
 from recur.primitives.forms import document_of
 
 
-def pieces(length: int, size: int) -> int:
-    """How many pieces of this size hold so many tokens; in a graph one more, so that there are two at least and always
-    some filling: a compiler makes further graphs for a single piece, and for pieces that fit."""
-    return -(-length // size) + torch.compiler.is_compiling()
-
-
 class Rows:
     """Whole rows [B T ...] in n chunks of C tokens, the last one filled up with zeros.
 
@@ -23,7 +17,10 @@ class Rows:
     """
 
     def __init__(self, length: int, size: int) -> None:
-        self.length, self.size, self.n = length, size, pieces(length, size)
+        self.length, self.size, self.n = length, size, -(-length // size)
+        self.first: Tensor | None = None  # [n] bool, the chunks that open a document: there are no further documents
+        self.sealed: Tensor | None = None  # [n] bool, the chunks after which a further document follows
+        self.borders: Tensor | None = None  # [documents+1] cu_seqlens of the row of chunks
 
     def split(self, tokens: Tensor) -> Tensor:
         """[B T ...] -> [B n C ...]. Tokens all alike, [B 1 ...], give [B 1 C ...] where nothing is filled up."""
@@ -43,19 +40,15 @@ class Rows:
     def delay(self, chunks: Tensor, initial: Tensor | None = None) -> Tensor:
         """[n B ...]: what the chunk before holds; before the first `initial` [B ...], or zeros."""
         initial = torch.zeros_like(chunks[0]) if initial is None else initial
-        return torch.cat([initial[None], chunks])[:-1]  # not chunks[:-1], which may be a single one to a compiler
+        return torch.cat([initial[None], chunks[:-1]])
 
     def openings(self, initial: Tensor) -> tuple[Tensor, Tensor | None]:
         """The state [B ...] that enters the first chunk, and what is added to those that leave chunks: nothing."""
         return initial, None
 
-    def seal(self, chunks: Tensor) -> Tensor:
-        """[n B ...] with zeros where a further document follows, and here there is only one."""
-        return chunks
-
     def last(self, chunks: Tensor) -> Tensor:
-        """[n B ...] -> [B ...]: the chunk of the last token."""
-        return chunks[(self.length - 1) // self.size]
+        """[n B ...] -> [B ...]: the last chunk."""
+        return chunks[-1]
 
     def settle(self, final: Tensor, initial: Tensor) -> Tensor:
         """The final state: `initial` where there was no token, and here there is one."""
@@ -80,7 +73,10 @@ class Documents:
 
         chunk = torch.arange(self.n, device=device)
         self.document = torch.searchsorted(through, chunk, right=True).clamp(max=documents - 1)
-        self.first = chunk == start[self.document]
+        self.first: Tensor | None = chunk == start[self.document]
+        self.sealed: Tensor | None = self.first.roll(-1)  # what leaves these chunks belongs to no later one
+        self.borders: Tensor | None = F.pad(through[:-1], (1, 1))
+        self.borders[-1] = self.n  # those not needed end the last document
         place = ((chunk - start[self.document]) * size)[:, None] + torch.arange(size, device=device)
         source = torch.where(place < lengths[self.document, None], borders[self.document, None] + place, length)
         self.source = source.flatten()  # where to read each slot; the zeros stand behind the last token
@@ -100,7 +96,7 @@ class Documents:
 
     def delay(self, chunks: Tensor, initial: Tensor | None = None) -> Tensor:
         """[n 1 ...]: what the chunk before holds; before a document's first `initial` [documents ...], or zeros."""
-        before = torch.cat([torch.zeros_like(chunks[:1]), chunks])[:-1]
+        before = torch.cat([torch.zeros_like(chunks[:1]), chunks[:-1]])
         opening = 0 if initial is None else initial.index_select(0, self.document)[:, None]
         return torch.where(like_batch(self.first, chunks), opening, before)
 
@@ -110,11 +106,7 @@ class Documents:
         That is the state [documents ...] of the document that follows, if one does.
         """
         own = initial.index_select(0, self.document)
-        return own[:1], (own * like_batch(self.first, own)).roll(-1, 0)[:, None]
-
-    def seal(self, chunks: Tensor) -> Tensor:
-        """[n 1 ...] with zeros where a further document follows: nothing passes its end."""
-        return chunks.masked_fill(like_batch(self.first.roll(-1), chunks), 0)
+        return own[:1], torch.where(like_batch(self.first, own), own, 0).roll(-1, 0)[:, None]
 
     def last(self, chunks: Tensor) -> Tensor:
         """[n 1 ...] -> [documents ...]: every document's last chunk."""
@@ -135,6 +127,7 @@ def carry(chunks: Rows | Documents, decay: Tensor, write: Tensor, initial: Tenso
 
     Where a document starts, its own initial state is written and nothing kept.
     """
-    entering = linear_recurrence(chunks.delay(decay)[None], chunks.delay(write, initial)[None]).squeeze(0)
+    kept, written = chunks.delay(decay)[None], chunks.delay(write, initial)[None]
+    entering = linear_recurrence(kept, written, starts=chunks.first).squeeze(0)
     final = chunks.last(decay) * chunks.last(entering) + chunks.last(write)
     return entering, chunks.settle(final, initial)

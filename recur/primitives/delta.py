@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from einops import rearrange
 from torch import Tensor
 
 from recur.primitives.chunks import cut
-from recur.primitives.diagonal import gate
+from recur.primitives.diagonal import gate, like_batch
 from recur.primitives.forms import ScanOut
 from recur.primitives.operators import add_to, batched_at, operator, remember
 from recur.primitives.outer import read, to_heads
-from recur.primitives.within import crossings, joined, lay_out, stacked, turned, within
+from recur.primitives.within import crossings, joined, lay_out, lower_product, stacked, turned, within
+from recur.shapes import all_finite, readable
 
 
 def delta_step(
@@ -61,14 +62,15 @@ def delta_scan(
     q, k, log_decay, turn = turned(q, k, log_decay)
     (scores, overlap), (q, reach), k, total = within((q, k), k, log_decay)
     solve = _unit_inverse(beta * overlap) * beta.mT
+    solve = solve if all_finite(beta) else solve.tril()  # 0 times a beta that is not finite is NaN
     decay, initial = total[..., :K, None], rearrange(initial, "B (G r) K V -> B G r K V", G=G)
     if turn is not None:
         decay, initial = decay * turn[..., None], stacked(initial)
         k = stacked(joined(k.mT) * turn[..., None]).mT
     decay, reach, k = (x.expand(chunks.n, *v.shape[1:4], *x.shape[-2:]) for x in (decay, reach, k))
     start, opening = chunks.openings(initial)
-    entering, _, u, _ = _walk(chunks.seal(decay), reach, chunks.seal(k), solve, v, None, opening, start, 1)
-    y = add_to(scores @ u, q @ entering)
+    entering, _, u, _ = _walk(decay, reach, k, solve, v, None, opening, start, chunks.sealed, 1)
+    y = add_to(lower_product(scores, u), q @ entering)
     state = _kept(chunks.last(decay), chunks.last(entering)) + chunks.last(k).mT @ chunks.last(u)
     state = chunks.settle(state, initial)
     y = chunks.merge(rearrange(y, "n B G r C V -> B n C (G r) V"))
@@ -83,7 +85,7 @@ def _run_inverse(lower: Tensor) -> Tensor:
     inverse = torch.ones_like(lower[..., :1, None])  # [... C 1 1]
     while (m := inverse.shape[-1]) < lower.shape[-1]:
         top, bottom = inverse.unflatten(-3, (-1, 2)).unbind(-3)
-        cross = -(bottom @ (crossings(lower, m) @ top))
+        cross = -lower_product(bottom, crossings(lower, m) @ top)
         inverse = torch.cat([F.pad(top, (0, m)), torch.cat([cross, bottom], -1)], -2)
     return inverse.squeeze(-3)
 
@@ -120,8 +122,9 @@ _unit_inverse = operator(
 #     S_{j+1} = decay_j S_j + order right_jᵀ u_j + opening_j
 #
 # decay [n ... K | 1 1], left and right [n ... C K], solve [n ... C C], write and more [n ... C V], opening [n ... K V],
-# start [... K V] is S_0. With order −1 the walk goes from the last chunk to the first. That, with left and right
-# exchanged and solve transposed, is the backward pass.
+# start [... K V] is S_0, sealed [n] bool the chunks that hand on the opening alone. With order −1 the walk goes from
+# the last chunk to the first. That, with left and right exchanged and solve transposed, is the backward pass. Rows of
+# e_j that are not finite make NaN of later rows of u_j, never of earlier ones.
 
 
 def _run_walk(
@@ -133,9 +136,39 @@ def _run_walk(
     more: Tensor | None,
     opening: Tensor | None,
     start: Tensor,
+    sealed: Tensor | None,
     order: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    entering, error, u, final = _fake_walk(decay, left, right, solve, write, more, opening, start, order)
+    given = (decay, left, right, solve, write, more, opening, start, sealed, order)
+    if order < 0:  # solve is upper triangular: gradients may mix the tokens of a chunk
+        return _chunk_by_chunk(torch.bmm, *given)
+    if readable(write):
+        found = _chunk_by_chunk(torch.bmm, *given)
+        if all_finite(found[2]):
+            return found
+    return _chunk_by_chunk(_lower_bmm, *given)
+
+
+def _lower_bmm(t: Tensor, e: Tensor, *, out: Tensor) -> Tensor:
+    """`lower_product` of one chunk, into `out`."""
+    return torch.baddbmm((e * 0).cumsum(-2), t, e.nan_to_num(0, 0, 0), out=out)
+
+
+def _chunk_by_chunk(
+    product: Callable[..., Tensor],
+    decay: Tensor,
+    left: Tensor,
+    right: Tensor,
+    solve: Tensor,
+    write: Tensor,
+    more: Tensor | None,
+    opening: Tensor | None,
+    start: Tensor,
+    sealed: Tensor | None,
+    order: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The walk, with `product` for solve_j e_j."""
+    entering, error, u, final = _fake_walk(decay, left, right, solve, write, more, opening, start, sealed, order)
     final.copy_(start)
 
     def columns(x: Tensor | None) -> Sequence[Tensor | None]:
@@ -143,13 +176,17 @@ def _run_walk(
 
     state = final.flatten(0, -3)
     names = (entering, error, u, decay, left, right, solve, write, more, opening)
-    for old, e, new, keep, a, b, t, w, extra, push in zip(*map(columns, names), strict=True):
+    ends = [None] * len(write) if sealed is None else sealed.unbind(0)[::order]
+    for old, e, new, keep, a, b, t, w, extra, push, end in zip(*map(columns, names), ends, strict=True):
         old.copy_(state)
-        torch.baddbmm(w, a, old, alpha=-order, out=e)
-        torch.bmm(t, e, out=new)
+        before = old if end is None or order > 0 else old.masked_fill(end, 0)
+        torch.baddbmm(w, a, before, alpha=-order, out=e)
+        product(t, e, out=new)
         if extra is not None:
             new.add_(extra)
-        state.copy_(_kept(keep, old)).baddbmm_(b.mT, new, alpha=order)
+        state.copy_(_kept(keep, before)).baddbmm_(b.mT, new, alpha=order)
+        if end is not None and order > 0:
+            state.masked_fill_(end, 0)
         if push is not None:
             state.add_(push)
     return entering, error, u, final
@@ -164,6 +201,7 @@ def _fake_walk(
     more: Tensor | None,
     opening: Tensor | None,
     start: Tensor,
+    sealed: Tensor | None,
     order: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     entering = start.new_empty(write.shape[0], *start.shape)
@@ -171,8 +209,8 @@ def _fake_walk(
 
 
 def _save_walk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    decay, left, right, solve, *_, ctx.order = inputs
-    remember(ctx, decay, left, right, solve, *output[:3])
+    decay, left, right, solve, *_, sealed, ctx.order = inputs
+    remember(ctx, decay, left, right, solve, *output[:3], sealed)
     ctx.set_materialize_grads(False)
 
 
@@ -183,7 +221,7 @@ def _gradients_walk(
     grad_u: Tensor | None,
     grad_final: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    decay, left, right, solve, entering, error, u = ctx.saved_tensors
+    decay, left, right, solve, entering, error, u, sealed = ctx.saved_tensors
     order = ctx.order
     after, push_u, push_error, grad_start = _walk(
         decay.conj(),
@@ -194,8 +232,14 @@ def _gradients_walk(
         grad_error,
         grad_entering,
         torch.zeros_like(entering[0]) if grad_final is None else grad_final,
+        sealed,
         -order,
     )
+    grad_opening = after if ctx.needs_input_grad[6] else None
+    if order > 0:
+        after = _unless(sealed, after)
+    else:
+        entering = _unless(sealed, entering)
     grad_left, grad_right = (push_error @ entering.mT).mul_(-order), (u @ after.mT).mul_(order)
     if decay.is_complex():
         grad_decay = joined(entering).conj() * joined(after)
@@ -204,25 +248,33 @@ def _gradients_walk(
     grad_decay = grad_decay.sum(-1, keepdim=True).sum_to_size(decay.shape)
     grad_solve = push_u @ error.mT
     grad_more = push_u if ctx.needs_input_grad[5] else None
-    grad_opening = after if ctx.needs_input_grad[6] else None
-    return grad_decay, grad_left, grad_right, grad_solve, push_error, grad_more, grad_opening, grad_start, None
+    return grad_decay, grad_left, grad_right, grad_solve, push_error, grad_more, grad_opening, grad_start, None, None
 
 
 def _tangent_walk(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
     """The same walk: what the tangents of decay, left, right and solve add to it is written and pushed."""
-    ddecay, dleft, dright, dsolve, dwrite, dmore, dopening, dstart, _ = tangents
-    decay, left, right, solve, entering, error, u = ctx.saved_tensors
+    ddecay, dleft, dright, dsolve, dwrite, dmore, dopening, dstart, *_ = tangents
+    decay, left, right, solve, entering, error, u, sealed = ctx.saved_tensors
+    order = ctx.order
+    before = entering if order > 0 else _unless(sealed, entering)
     dwrite = torch.zeros_like(error) if dwrite is None else dwrite
     dstart = torch.zeros_like(entering[0]) if dstart is None else dstart
     if dleft is not None:
-        dwrite = dwrite - ctx.order * (dleft @ entering)
+        dwrite = dwrite - order * (dleft @ before)
     if dsolve is not None:
         dmore = _sum(dmore, dsolve @ error)
     if ddecay is not None:
-        dopening = _sum(dopening, _kept(ddecay, entering))
+        kept = _kept(ddecay, before)
+        dopening = _sum(dopening, _unless(sealed, kept) if order > 0 else kept)
     if dright is not None:
-        dopening = _sum(dopening, ctx.order * (dright.mT @ u))
-    return _walk(decay, left, right, solve, dwrite, dmore, dopening, dstart, ctx.order)
+        written = order * (dright.mT @ u)
+        dopening = _sum(dopening, _unless(sealed, written) if order > 0 else written)
+    return _walk(decay, left, right, solve, dwrite, dmore, dopening, dstart, sealed, order)
+
+
+def _unless(sealed: Tensor | None, states: Tensor) -> Tensor:
+    """States [n ...], 0 where nothing passes between this chunk and the next."""
+    return states if sealed is None else states.masked_fill(like_batch(sealed, states), 0)
 
 
 def _sum(x: Tensor | None, y: Tensor) -> Tensor:
@@ -236,7 +288,7 @@ _walk = operator(
     save=_save_walk,
     backward=_gradients_walk,
     jvp=_tangent_walk,
-    vmap=batched_at(*[1] * 7, 0, None, out=(1, 1, 1, 0)),
+    vmap=batched_at(*[1] * 7, 0, None, None, out=(1, 1, 1, 0)),
 )
 
 

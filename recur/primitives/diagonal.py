@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -14,64 +15,70 @@ from torch import Tensor
 from recur import kernel
 from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, first_state, right_to_left, unroll
 from recur.primitives.operators import batched_at, operator, remember
-from recur.shapes import accumulation_dtype, bind, check_given, check_number
+from recur.shapes import accumulation_dtype, bind, check_given, check_number, readable
 
 SIDE_BY_SIDE = 65_536  # numbers that one call should update: fewer waste the call and a second thread
 LOG2_E = math.log2(math.e)
 
 
-def linear_recurrence(a: Tensor, x: Tensor, initial: Tensor | None = None) -> Tensor:
+def linear_recurrence(a: Tensor, x: Tensor, initial: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
     """First-order recurrence along axis 1: h_t = a_t h_{t-1} + x_t, every h_t returned.
 
     Args:
         a: decay, [B T *] of x's dtype; any axis may have size 1 and is then shared.
         x: [B T *] what each token writes, real or complex.
         initial: [B *] the state before the first token; zeros when omitted.
+        starts: [T] bool, tokens at which h_t = x_t whatever h_{t-1} is, NaN and infinity included.
 
     Returns: h [B T *].
     Cost: T multiply-adds a channel, three times that where few channels are cut into chunks walked side by side.
     Gates are multiplied, never divided or subtracted in logs, so an exact 0 forgets exactly. Twice differentiable.
     """
-    return _recurrence(a, x, initial, False)
+    return _recurrence(a, x, initial, starts, False)
 
 
-def _run(a: Tensor, x: Tensor, initial: Tensor | None, adjoint: bool) -> Tensor:
+def _run(a: Tensor, x: Tensor, initial: Tensor | None, starts: Tensor | None, adjoint: bool) -> Tensor:
     """The recurrence h, or its adjoint g_t = x_t + conj(a_{t+1}) g_{t+1}: each is the backward of the other.
 
     One operator, so that a compiler sees one node and not T of them.
     """
-    return walk_left(a, x) if adjoint else walk_right(a, x, initial)
+    return walk_left(a, x, starts=starts) if adjoint else walk_right(a, x, initial, starts=starts)
 
 
-def _fake(a: Tensor, x: Tensor, initial: Tensor | None, adjoint: bool) -> Tensor:
+def _fake(a: Tensor, x: Tensor, initial: Tensor | None, starts: Tensor | None, adjoint: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
-    a, _, initial, ctx.adjoint = inputs
-    remember(ctx, a, initial, output)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, bool], output: Tensor) -> None:
+    a, _, initial, starts, ctx.adjoint = inputs
+    remember(ctx, a, initial, starts, output)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None]:
-    a, initial, out = ctx.saved_tensors
-    other = _recurrence(a, grad, None, not ctx.adjoint)
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
+    a, initial, starts, out = ctx.saved_tensors
+    other = _recurrence(a, grad, None, starts, not ctx.adjoint)
     h, g = (other, out) if ctx.adjoint else (out, other)
     grad_a = grad_initial = None
     if ctx.needs_input_grad[0]:
-        grad_a = (_before(h, initial).conj() * g).sum_to_size(a.shape)
+        grad_a = _within(starts, _before(h, initial).conj() * g).sum_to_size(a.shape)
     if ctx.needs_input_grad[2]:
-        grad_initial = (a[:, :1].conj() * g[:, :1]).sum(1)
-    return grad_a, other, grad_initial, None
+        grad_initial = _within(None if starts is None else starts[:1], a[:, :1].conj() * g[:, :1]).sum(1)
+    return grad_a, other, grad_initial, None, None
 
 
-def _tangent(ctx: Any, da: Tensor, dx: Tensor, dinitial: Tensor | None, _: None) -> Tensor:
+def _tangent(ctx: Any, da: Tensor, dx: Tensor, dinitial: Tensor | None, *_: None) -> Tensor:
     """dh_t = a_t dh_{t-1} + (da_t h_{t-1} + dx_t): the same recurrence."""
-    a, initial, out = ctx.saved_tensors
+    a, initial, starts, out = ctx.saved_tensors
     if ctx.adjoint:
-        moved = F.pad((da.conj() * out)[:, 1:], (0, 0) * (out.ndim - 2) + (0, 1))
+        moved = F.pad(_within(starts, da.conj() * out)[:, 1:], (0, 0) * (out.ndim - 2) + (0, 1))
     else:
-        moved = da * _before(out, initial)
-    return _recurrence(a, dx + moved, dinitial, ctx.adjoint)
+        moved = _within(starts, da * _before(out, initial))
+    return _recurrence(a, dx + moved, dinitial, starts, ctx.adjoint)
+
+
+def _within(starts: Tensor | None, links: Tensor) -> Tensor:
+    """What has to do with the gates of tokens [B T *]: nothing at `starts` [T]."""
+    return links if starts is None else links.masked_fill(like_batch(starts, links[0]), 0)
 
 
 def _before(h: Tensor, initial: Tensor | None) -> Tensor:
@@ -87,57 +94,65 @@ _recurrence = operator(
     save=_save,
     backward=_gradients,
     jvp=_tangent,
-    vmap=batched_at(2, 2, 1, None, out=2),
+    vmap=batched_at(2, 2, 1, None, None, out=2),
 )
 
 
-def walk_right(a: Tensor, x: Tensor, initial: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """h_t = x_t + a_t h_{t-1}, without gradient; `out` may be x."""
+def walk_right(
+    a: Tensor, x: Tensor, initial: Tensor | None, out: Tensor | None = None, starts: Tensor | None = None
+) -> Tensor:
+    """h_t = x_t + a_t h_{t-1}, or x_t where `starts` [T] says so, without gradient; `out` may be x."""
     h = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if x.shape[1] > 0:
         state = h[:, 0].copy_(x[:, 0])
         if initial is not None:
-            state.addcmul_(a[:, 0], initial)
-        _walk(_links(a, x), x[:, 1:], h[:, 1:], state, 1)
+            state.add_(_past(a[:, 0] * initial, None if starts is None else starts[0]))
+        _walk(_links(a, x, starts), x[:, 1:], h[:, 1:], state, 1, starts)
     return h
 
 
-def walk_left(a: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """g_t = x_t + conj(a_{t+1}) g_{t+1}, without gradient; `out` may be x."""
+def walk_left(a: Tensor, x: Tensor, out: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+    """g_t = x_t + conj(a_{t+1}) g_{t+1}, or x_t before a token of `starts` [T], without gradient; `out` may be x."""
     g = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if x.shape[1] > 0:
         if x.is_complex():  # conj(g_t) = conj(x_t) + a_{t+1} conj(g_{t+1}) needs no conjugate of a
             x = torch.conj_physical(x, out=g)
-        _walk(_links(a, x), x[:, :-1], g[:, :-1], g[:, -1].copy_(x[:, -1]), -1)
+        _walk(_links(a, x, starts), x[:, :-1], g[:, :-1], g[:, -1].copy_(x[:, -1]), -1, starts)
         if x.is_complex():
             g.conj_physical_()
     return g
 
 
-def _links(a: Tensor, x: Tensor) -> Tensor:
-    """The gates a_1 ... a_{T-1} that join neighbouring tokens."""
-    return a.expand(-1, x.shape[1], *a.shape[2:])[:, 1:]
+def _links(a: Tensor, x: Tensor, starts: Tensor | None) -> Tensor:
+    """The gates a_1 ... a_{T-1} that join neighbouring tokens, 0 at `starts`."""
+    links = a.expand(-1, x.shape[1], *a.shape[2:])[:, 1:]
+    return links if starts is None else links.masked_fill(like_batch(starts[1:], x[0]), 0)
 
 
-def _walk(a: Tensor, x: Tensor, out: Tensor, state: Tensor, order: int) -> None:
+def _walk(a: Tensor, x: Tensor, out: Tensor, state: Tensor, order: int, starts: Tensor | None) -> None:
     """out <- x + a * (the out before it), from the left (order 1) or the right (order -1), after `state`.
 
     Where a token is too small to be worth a call, n chunks are walked side by side, each from the state that a first
-    walk over all of them has found. n depends on shapes alone.
+    walk over all of them has found. n depends on shapes alone. What meets the gate of one of the tokens `starts` is
+    replaced by 0, because 0 times NaN is NaN.
     """
     length = x.shape[1]
     n = max(1, min(math.isqrt(length), SIDE_BY_SIDE // max(1, state.numel())))
     C, rest = divmod(length, n)
     chunks, single = (slice(rest, None), slice(0, rest)) if order > 0 else (slice(0, n * C), slice(n * C, None))
+    cut = None if starts is None else like_batch(starts[1:], x[0])[None]  # [1 T-1 1 ...]
+    cuts = _side_by_side(cut, single, order, 1)
     for decay, write, target in _columns(order, 1, a[:, single], x[:, single], out[:, single]):
-        state = torch.addcmul(write, decay, state, out=target)
+        state = torch.addcmul(write, decay, _past(state, next(cuts)), out=target)
     a, x, out = (t[:, chunks].unflatten(1, (n, C)) for t in (a, x, out))  # [B n C *]
-    state = state[:, None] if n == 1 else _enter_chunks(a, x, state, order)
+    cut = None if cut is None else cut[:, chunks].unflatten(1, (n, C))
+    state = state[:, None] if n == 1 else _enter_chunks(a, x, state, order, cut)
+    cuts = _side_by_side(cut, slice(None), order, 2)
     for decay, write, target in _columns(order, 2, a, x, out):
-        state = torch.addcmul(write, decay, state, out=target)
+        state = torch.addcmul(write, decay, _past(state, next(cuts)), out=target)
 
 
-def _enter_chunks(a: Tensor, x: Tensor, state: Tensor, order: int) -> Tensor:
+def _enter_chunks(a: Tensor, x: Tensor, state: Tensor, order: int, cut: Tensor | None) -> Tensor:
     """[B n *]: the state with which the walk enters each of the n chunks of a and x [B n C *]."""
     n = x.shape[1]
     entering = x.new_empty(x.shape[:2] + x.shape[3:])
@@ -146,14 +161,34 @@ def _enter_chunks(a: Tensor, x: Tensor, state: Tensor, order: int) -> Tensor:
     else:
         done, entered, first = slice(1, None), slice(0, -1), n - 1
     kept, written = torch.ones_like(a[:, done, 0]), entering[:, entered].zero_()
+    cuts = _side_by_side(cut, done, order, 2)
     for decay, write in _columns(order, 2, a[:, done], x[:, done]):
-        torch.addcmul(write, decay, written, out=written)
+        link = next(cuts)
+        torch.addcmul(write, decay, _past(written, link), out=written)
         kept.mul_(decay)
+    whole = None if cut is None else cut[:, done].any(2)  # [1 n-1 1 ...]
+    kept = _past(kept, whole)
     entering[:, first] = state
-    states = entering.unbind(1)[::order]
+    states, passes = entering.unbind(1)[::order], _side_by_side(whole, slice(None), order, 1)
     for before, after, factor in zip(states, states[1:], kept.unbind(1)[::order], strict=False):
-        after.addcmul_(factor, before)
+        after.addcmul_(factor, _past(before, next(passes)))
     return entering
+
+
+def _past(state: Tensor, cut: Tensor | None) -> Tensor:
+    """The state, or 0 where nothing of it may pass."""
+    return state if cut is None else state.masked_fill(cut, 0)
+
+
+def _side_by_side(cut: Tensor | None, which: slice, order: int, axis: int) -> Iterator[Tensor | None]:
+    """`cut` column by column, as `_columns` goes; None where there is none, as far as that can be seen."""
+    if cut is None:
+        return repeat(None)
+    columns = cut[:, which].movedim(axis, 0)
+    if not readable(columns):
+        return iter(columns.unbind(0)[::order])
+    some = columns.flatten(1).any(1).tolist()
+    return iter([column if there else None for there, column in zip(some, columns.unbind(0), strict=True)][::order])
 
 
 def _columns(order: int, axis: int, *tensors: Tensor) -> zip[tuple[Tensor, ...]]:
@@ -179,18 +214,17 @@ def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
     return torch.cat([document.new_full((1,), -1), document])[:length] != document
 
 
-def enter_documents(a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Gates and writes of one packed row in which each document starts from its own state.
+def enter_documents(a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor) -> Tensor:
+    """What the tokens x of one packed row write if each document starts from its own state.
 
-    A document's first gate becomes 0 and what it would have kept of initial [n *] is written instead.
+    What a document's first token keeps of initial [n *] is written by it.
     """
-    starts = document_starts(cu_seqlens, x.shape[1])
     if initial is not None and x.shape[1] > 0:
         first = cu_seqlens[:-1].long().clamp(max=x.shape[1] - 1)
         filled = like_batch(cu_seqlens[1:] > cu_seqlens[:-1], initial)
         kept = a.expand(-1, x.shape[1], *a.shape[2:])[0, first] * torch.where(filled, initial, 0)
         x = x.index_add(1, first, kept[None])
-    return a.masked_fill(like_batch(starts, x[0])[None], 0), x
+    return x
 
 
 def leave_documents(h: Tensor, initial: Tensor | None, cu_seqlens: Tensor) -> Tensor:
@@ -302,7 +336,8 @@ def recurrence(a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor 
     if cu_seqlens is None:
         h = linear_recurrence(a, x, initial)
         return ScanOut(h, h[:, -1])
-    h = linear_recurrence(*enter_documents(a, x, initial, cu_seqlens))
+    written, starts = enter_documents(a, x, initial, cu_seqlens), document_starts(cu_seqlens, x.shape[1])
+    h = linear_recurrence(a, written, starts=starts)
     return ScanOut(h, leave_documents(h, initial, cu_seqlens))
 
 

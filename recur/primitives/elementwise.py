@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
 from recur.primitives.diagonal import check_state
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
+from recur.primitives.operators import batched_at, operator, remember
 from recur.primitives.segments import segments, update
 from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given, readable
 
@@ -212,14 +212,12 @@ def _selective(sizes: dict[str, Any], x: Tensor, delta: Tensor, A: Tensor, B: Te
 
 
 def _online(sizes: dict[str, Any], x: Tensor, rate: Tensor, k: Tensor, q: Tensor) -> dict[str, Tensor]:
-    """u, k, q and what the gate 1 − eps k_n² is made of: 1 − eps |k|², eps, and |k|² − k_n², none by subtraction."""
+    """u, k, q and what the gate 1 − eps k_n² is made of: the rate and k_n²."""
     x, rate = _channels(x, sizes), _channels(rate, sizes)
     k, q = _slots(k, sizes), _slots(q, sizes)
     square = k.square()
-    kept = 1 / (1 + rate * square.sum(-2, keepdim=True))
-    before = F.pad(square[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
-    after = F.pad(square[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
-    return {"u": rate * kept * x, "k": k, "q": q, "kept": kept, "eps": rate * kept, "others": before + after}
+    eps = _step_size(rate, square.sum(-2, keepdim=True))
+    return {"u": eps * x, "k": k, "q": q, "rate": rate, "square": square}
 
 
 _TOKENS: dict[str, Callable[..., dict[str, Tensor]]] = {"selective": _selective, "online": _online}
@@ -231,6 +229,44 @@ def _tokens(family: str, sizes: dict[str, Any], inputs: tuple[Tensor, ...], stat
     return _TOKENS[family](sizes, *(tensor.to(real) for tensor in inputs))
 
 
+# rate and norm |k|² -> eps = rate / (1 + rate norm). Its derivative by the rate, 1 / (1 + rate norm)², is not the
+# difference of two numbers that long keys make equal.
+
+
+def _run_size(rate: Tensor, norm: Tensor) -> Tensor:
+    return rate / (1 + rate * norm)
+
+
+def _fake_size(rate: Tensor, norm: Tensor) -> Tensor:
+    return rate.new_empty(torch.broadcast_shapes(rate.shape, norm.shape))
+
+
+def _save_size(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    remember(ctx, *inputs)
+
+
+def _gradients_size(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    rate, norm = ctx.saved_tensors
+    slope = grad / (1 + rate * norm).square()
+    return slope.sum_to_size(rate.shape), -(slope * rate.square()).sum_to_size(norm.shape)
+
+
+def _tangent_size(ctx: Any, drate: Tensor, dnorm: Tensor) -> Tensor:
+    rate, norm = ctx.saved_tensors
+    return (drate - rate.square() * dnorm) / (1 + rate * norm).square()
+
+
+_step_size = operator(
+    "recur::step_size",
+    _run_size,
+    fake=_fake_size,
+    save=_save_size,
+    backward=_gradients_size,
+    jvp=_tangent_size,
+    vmap=batched_at(0, 0, out=0),
+)
+
+
 def _delta(
     sizes: dict[str, Any], x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -240,7 +276,7 @@ def _delta(
     k, q = (_slots(tensor.to(real), sizes)[..., 0] for tensor in (k, q))
     norm = k.square().sum(-1).repeat_interleave(sizes["V"] // k.shape[2], dim=2)
     k, q = (tensor.expand(-1, -1, sizes["G"], -1) for tensor in (k, q))
-    return q, k, x[..., None], rate / (1 + rate * norm)
+    return q, k, x[..., None], _step_size(rate, norm)
 
 
 # Forms

@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
-from recur.primitives.chunks import cut, pieces
+from recur.primitives.chunks import Documents, Rows, cut
 from recur.primitives.diagonal import LOG2_E, check_state, gate, linear_recurrence, number_of, state_number
-from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
-from recur.primitives.operators import operator, remember
-from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number
+from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, state_count, unroll
+from recur.primitives.operators import one_node, operator, remember
+from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number, readable
 
 CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
-TYPICAL = 1024  # tokens for which the powers of poles are cut best; what depends on T would be compiled for one T
 TRANSFORM = 2**18  # numbers transformed at a time: what a cache holds
 
 
@@ -56,6 +55,10 @@ def fixed_scan(
     Cost: "parallel" O(T V N + B T V log T) for y, O(B T V N) for the state and for initial_state, all in matmuls, and
         O(T (B V + N)) memory; "chunked" O(B T V (N + log C)) with C = max(64, N/2), and B T V N / C memory. Phases of
         the poles' powers are reduced in float64, so that they hold for any length. Defined by `fixed_step`.
+    Rounding: a transform rounds relative to its whole row, so "parallel" errs by up to eps log2(2T) |x|₂ |h|₁, h being
+        the response, also where most of x comes later: in float32 a future 10,000 times louder leaves an output two
+        or three digits. "chunked" confines that to the chunk, "recurrent" has none of it. NaN, infinity and numbers
+        from 7e28 on (float32) make NaN of their own channel from their own token on, in every form.
         On a GPU too: walking N = 512 complex states is 8 N = 4096 operations a token and channel, which no kernel that
         keeps states in registers avoids; three transforms are 15 log2(2T), about 180, and move few bytes more than x.
     Source: Gupta et al. 2022, arXiv:2203.14343; Mehta et al. 2022, arXiv:2206.13947.
@@ -149,9 +152,10 @@ def _parallel(
 ) -> ScanOut:
     """The powers exp(z l) are products of coarse and fine ones, l = i C + j, so few exponentials and one matmul."""
     T, V = x.shape[1:]
-    R = max(1, round(math.sqrt(TYPICAL * log_decay.shape[0] / max(1, V))))
-    C = pieces(T, R)
-    coarse, fine = (_powers(log_decay, lags) for lags in (_lags(x, R) * C, _lags(x, C)))  # [P R N], [P C N]
+    R = max(1, round(math.sqrt(T * log_decay.shape[0] / max(1, V))))
+    C = -(-T // R)
+    lags = torch.arange(max(R, C), device=x.device)
+    coarse, fine = _powers(log_decay, lags[:R] * C), _powers(log_decay, lags[:C])  # [P R N], [P C N]
 
     def over_time(weights: Tensor) -> Tensor:
         """Re sum_n weights[n] exp(z_n l): [... V N] -> [... V T]."""
@@ -163,18 +167,23 @@ def _parallel(
     state = write * (coarse * _mix(recent, fine)).sum(-2)
     if initial is not None:
         y = y + over_time(readout * gate(log_decay) * initial)
-        state = state + _powers(log_decay, _lags(x, T + 1)[-1:])[:, 0] * initial
+        state = state + _powers(log_decay, lags.new_full((1,), T))[:, 0] * initial
     return ScanOut(y.mT, state)
 
 
 def _chunked(
-    recurrence: Callable[[Tensor, Tensor], Tensor], log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor,
-    cu_seqlens: Tensor | None, *, x: Tensor,
-) -> ScanOut:  # fmt: skip
+    recurrence: Callable[[Tensor, Tensor, Rows | Documents], Tensor],
+    log_decay: Tensor,
+    readout: Tensor,
+    write: Tensor,
+    initial: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    x: Tensor,
+) -> ScanOut:
     """Convolutions inside chunks, the states entering chunks by a recurrence over their ends."""
     T = x.shape[1]
-    C = max(CHUNK, readout.shape[1] // 2)
-    C = C if torch.compiler.is_compiling() else min(T, C)  # a compiled graph is for all lengths
+    C = min(T, max(CHUNK, readout.shape[1] // 2))
     chunks = cut(T, C, cu_seqlens)
     powers = _powers(log_decay, torch.arange(C + 1, device=x.device))  # [P C+1 N]
     fine, decay = powers[:, :-1], powers[:, -1].to(initial.dtype)
@@ -182,7 +191,8 @@ def _chunked(
     x_ = chunks.split(x).permute(1, 0, 3, 2)  # [n B V C]
     written = write * _mix(x_.flip(-1)[..., None, :], fine)[..., 0, :]
     kept = decay[None, None].expand(chunks.n, -1, -1, -1)
-    entering = recurrence(chunks.delay(kept)[None], chunks.delay(written, initial)[None])[0]  # [n B V N]
+    delayed = chunks.delay(kept)[None], chunks.delay(written, initial)[None]
+    entering = recurrence(*delayed, chunks)[0]  # [n B V N]
 
     weights = _real_product((readout * write)[:, None], fine)[:, 0]  # [V C]
     y = _convolve(x_, weights[None, None], x_.shape)
@@ -195,17 +205,59 @@ def _chunked(
     return ScanOut(y, chunks.settle(final, initial))
 
 
-def _by_kernel(a: Tensor, x: Tensor) -> Tensor:
-    """`linear_recurrence` by the diagonal kernel, which takes logs; a gate of 0 has none and owes no gradient."""
+def _by_loop(a: Tensor, x: Tensor, chunks: Rows | Documents) -> Tensor:
+    """`linear_recurrence` along chunks, which starts anew where a document does."""
+    return linear_recurrence(a, x, starts=chunks.first)
+
+
+def _by_kernel(a: Tensor, x: Tensor, chunks: Rows | Documents) -> Tensor:
+    """The same by the diagonal kernel, which takes logs; a gate of 0 has none, and its gradient is 0."""
     alive = a != 0
     log = torch.where(alive, torch.where(alive, a, 1).log(), -math.inf)
-    return kernel.elementwise("diagonal", x, log, None, cu_seqlens=None, reverse=False).y
+    return kernel.elementwise("diagonal", x, log, None, cu_seqlens=chunks.borders, reverse=False).y
+
+
+def _run_by_form(
+    form: str,
+    log_decay: Tensor,
+    readout: Tensor,
+    write: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The scan "parallel" or "chunked": y [B T V] and the state."""
+    run = _parallel if form == "parallel" else partial(_chunked, _by_loop)
+    return run(log_decay, readout, write, initial, cu_seqlens, x=x)
+
+
+def _fake_by_form(
+    form: str,
+    log_decay: Tensor,
+    readout: Tensor,
+    write: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    states = (state_count(x.shape[0], cu_seqlens), *readout.shape)
+    return x.new_empty(x.shape), x.new_empty(states, dtype=number_of(x.dtype, log_decay, write))
+
+
+_by_form = one_node("recur::fixed_scan", _run_by_form, _fake_by_form)
+
+
+def _in_one_node(
+    form: str, log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, *,
+    x: Tensor,
+) -> ScanOut:  # fmt: skip
+    return ScanOut(*_by_form(form, log_decay, readout, write, initial, cu_seqlens, x))
 
 
 _FORMS: dict[str, Callable[..., ScanOut]] = {
     "recurrent": _recurrent,
-    "parallel": _parallel,
-    "chunked": partial(_chunked, linear_recurrence),
+    "parallel": partial(_in_one_node, "parallel"),
+    "chunked": partial(_in_one_node, "chunked"),
     "triton": partial(_chunked, _by_kernel),
 }
 
@@ -220,12 +272,7 @@ def _last_tokens(x: Tensor, C: int, cu_seqlens: Tensor | None) -> tuple[Tensor, 
     count = (ends - cu_seqlens[:-1] - 1) % C + 1
     lag = torch.arange(C, device=x.device)
     tail = x[0].index_select(0, (ends[:, None] - 1 - lag).clamp(min=0).flatten()).unflatten(0, (-1, C))
-    return tail * (lag < count[:, None])[..., None], count
-
-
-def _lags(x: Tensor, length: int) -> Tensor:
-    """0, 1, ..., length - 1."""
-    return torch.arange(length, device=x.device)
+    return torch.where((lag < count[:, None])[..., None], tail, 0), count
 
 
 def _powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
@@ -283,6 +330,8 @@ def _run(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
     """Causal convolution along the last axis, summed to `shape`: c_t = sum_s a_{t-s} b_s.
 
     With its own gradient, because autograd would take complex transforms of twice the work for those of real signals.
+    A transform spreads what is not finite over the whole row, so it is left out and makes NaN from its own lag on;
+    so are numbers whose spectrum could overflow, which is from 7e28 on in float32.
     """
     V, T = shape[-2:]
     n = _fast_length(2 * T)
@@ -290,10 +339,23 @@ def _run(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:
     out = a.new_empty(shape)
     for start in range(0, V, some):
         channels = slice(start, start + some)
-        product = torch.fft.rfft(a[..., channels, :], n) * torch.fft.rfft(b[..., channels, :], n)
+        (left, beyond), (right, past) = _in_range(a[..., channels, :]), _in_range(b[..., channels, :])
+        product = torch.fft.rfft(left, n) * torch.fft.rfft(right, n)
         part = out[..., channels, :]
         part.copy_(torch.fft.irfft(product.sum_to_size(*part.shape[:-1], product.shape[-1]), n)[..., :T])
+        for lost in (beyond, past):
+            if lost is not None:
+                part.add_(lost.expand(*product.shape[:-1], T).sum_to_size(part.shape))
     return out
+
+
+def _in_range(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x [... T] with 0 for what a transform cannot take, and 0 or, from the first such number on, NaN; None if x is."""
+    limit = torch.finfo(x.dtype).max ** 0.75
+    if readable(x) and bool(x.abs().amax() < limit):
+        return x, None
+    good = x.abs() < limit
+    return torch.where(good, x, 0), torch.where(good, 0, math.nan).to(x.dtype).cumsum(-1)
 
 
 def _fake(a: Tensor, b: Tensor, shape: list[int]) -> Tensor:

@@ -11,7 +11,7 @@ from recur.primitives.chunks import carry, cut
 from recur.primitives.diagonal import gate, gated_scan
 from recur.primitives.forms import ScanOut
 from recur.primitives.operators import add_to
-from recur.primitives.within import joined, lay_out, stacked, turned, within
+from recur.primitives.within import joined, lay_out, lower_product, stacked, turned, within
 
 
 def outer_step(
@@ -65,7 +65,7 @@ def outer_scan(
         decay, write = decay * turn[..., None], joined(write) * turn[..., None]
     decay = decay.expand(chunks.n, *decay.shape[1:])
     entering, state = carry(chunks, decay, write, rearrange(initial, "B (G r) K V -> B G r K V", G=G))
-    y = add_to(scores @ v, q @ (entering if turn is None else stacked(entering)))
+    y = add_to(lower_product(scores, v), q @ (entering if turn is None else stacked(entering)))
     if bonus is not None:
         y = y + (plain_q * rearrange(bonus, "(G r) K -> G r 1 K", G=G) * plain_k).sum(-1, keepdim=True) * v
     y = chunks.merge(rearrange(y, "n B G r C V -> B n C (G r) V"))

@@ -43,7 +43,8 @@ def parallel_scale(
     distance = torch.where(sees, token[:, None] - token, torch.inf)
     weight = (log_a[:, None, None] * distance).exp()  # [H T T], 0 where nothing is seen
     grown = weight.sum(-1).sqrt()
-    scores = torch.einsum("bthk,bshk->bhts", q, k).abs().mul(weight).sum(-1) / grown
+    scores = torch.einsum("bthk,bshk->bhts", q, k).abs().mul(weight)
+    scores = scores.masked_fill(weight == 0, 0).sum(-1) / grown  # 0 times NaN is NaN
     return (scores.clamp(1, most) * grown).transpose(1, 2)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recur.primitives.diagonal import (
@@ -22,7 +23,7 @@ from recur.primitives.diagonal import (
     walk_right,
 )
 from recur.primitives.forms import ScanOut, document_of, state_count
-from recur.primitives.operators import batch_axis, operator, pullback, pushforward, remember
+from recur.primitives.operators import batch_axis, batched_at, operator, pullback, pushforward, remember
 
 SEGMENT = 2**19  # numbers of A_t that are held at a time: what a cache holds
 
@@ -66,17 +67,73 @@ def _exponential_gradients(a: Tensor, grad: Tensor, spare: Tensor, delta: Tensor
     return [grad_delta, grad.mul_(delta).sum_to_size(A.shape)]
 
 
-def _affine(kept: Tensor, step: Tensor, others: Tensor, out: Tensor | None = None) -> Tensor:
-    return torch.addcmul(kept, step, others, out=out)
+def closed_form(rate: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """kept = 1 - eps |k|², eps, and |k|² - k_n², none by subtraction: the gate 1 - eps k_n² is kept + eps others."""
+    kept = 1 / (1 + rate * square.sum(-2, keepdim=True))
+    before = F.pad(square[..., :-1, :].cumsum(-2), (0, 0, 1, 0))
+    after = F.pad(square[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+    return kept, rate * kept, before + after
 
 
-def _affine_gradients(
-    a: Tensor, grad: Tensor, spare: Tensor, kept: Tensor, step: Tensor, others: Tensor
-) -> list[Tensor]:
-    return [grad.sum_to_size(kept.shape), _over_slots(others, grad, step), _over_channels(grad, step, others)]
+# rate [... 1 W] and k_n² [... N 1] -> 1 - eps k_n². With its own derivatives, because those of the steps on the way
+# cancel for long keys and leave rounding alone: -k_n² / (1 + rate |k|²)² by the rate, -eps (1 - eps k_n²) by k_n² and
+# eps² k_n² by the other squares.
 
 
-GATES = {"selective": _Gate(_exponential, _exponential_gradients), "online": _Gate(_affine, _affine_gradients)}
+def _run_gate(rate: Tensor, square: Tensor) -> Tensor:
+    return torch.addcmul(*closed_form(rate, square))
+
+
+def _fake_gate(rate: Tensor, square: Tensor) -> Tensor:
+    return rate.new_empty(torch.broadcast_shapes(rate.shape, square.shape))
+
+
+def _save_gate(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    remember(ctx, *inputs)
+
+
+def _gradients_gate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    rate, square = ctx.saved_tensors
+    kept, eps, others = closed_form(rate, square)
+    moved = square * grad
+    total = moved.sum(-2, keepdim=True)
+    grad_square = eps * (eps * (total - moved) - (kept + eps * others) * grad)
+    return (-kept.square() * total).sum_to_size(rate.shape), grad_square.sum_to_size(square.shape)
+
+
+def _tangent_gate(ctx: Any, drate: Tensor, dsquare: Tensor) -> Tensor:
+    rate, square = ctx.saved_tensors
+    kept, eps, others = closed_form(rate, square)
+    elsewhere = dsquare.sum(-2, keepdim=True) - dsquare
+    moved = eps.square() * square * elsewhere - eps * (kept + eps * others) * dsquare
+    return moved - kept.square() * square * drate
+
+
+_online_gate = operator(
+    "recur::online_gate",
+    _run_gate,
+    fake=_fake_gate,
+    save=_save_gate,
+    backward=_gradients_gate,
+    jvp=_tangent_gate,
+    vmap=batched_at(0, 0, out=0),
+)
+
+
+def _online(rate: Tensor, square: Tensor, out: Tensor | None = None) -> Tensor:
+    return _online_gate(rate, square) if out is None else torch.addcmul(*closed_form(rate, square), out=out)
+
+
+def _online_gradients(a: Tensor, grad: Tensor, spare: Tensor, rate: Tensor, square: Tensor) -> list[Tensor]:
+    """Those of `_online_gate`, in place."""
+    kept = 1 / (1 + rate * square.sum(-2, keepdim=True))
+    eps, moved = rate * kept, torch.mul(square, grad, out=spare)
+    total = moved.sum(-2, keepdim=True)
+    elsewhere = torch.sub(total, moved, out=spare).mul_(eps).addcmul_(a, grad, value=-1)
+    return [(-kept.square() * total).sum_to_size(rate.shape), _over_channels(elsewhere, eps, square)]
+
+
+GATES = {"selective": _Gate(_exponential, _exponential_gradients), "online": _Gate(_online, _online_gradients)}
 
 
 def _over_slots(weights: Tensor, S: Tensor, like: Tensor) -> Tensor:
@@ -97,7 +154,7 @@ def _over_channels(S: Tensor, weights: Tensor, like: Tensor) -> Tensor:
 class _Borders(NamedTuple):
     """Where documents start and end, by token [T]; a token that is no border points at row n, one after the last."""
 
-    starts: Tensor
+    starts: Tensor  # bool
     opens: Tensor
     closes: Tensor
 
@@ -106,7 +163,7 @@ class _Borders(NamedTuple):
         document, starts = document_of(cu_seqlens, length), document_starts(cu_seqlens, length)
         none = cu_seqlens.numel() - 1
         ends = torch.cat([starts[1:], starts[:1]])
-        return cls(starts[:, None, None, None], document.where(starts, none), document.where(ends, none))
+        return cls(starts, document.where(starts, none), document.where(ends, none))
 
 
 def _segment_length(u: Tensor, k: Tensor) -> int:
@@ -156,8 +213,8 @@ def _run(
     y, between = torch.empty_like(u), u.new_zeros(len(pieces) + 1, B, G, N, W)
     if cu_seqlens is None and initial is not None:
         between[0] = initial
+    borders = None if cu_seqlens is None else _Borders.of(cu_seqlens, T)
     if cu_seqlens is not None:
-        borders = _Borders.of(cu_seqlens, T)
         own = None if initial is None else _padded(initial)
         final = u.new_zeros(cu_seqlens.numel(), G, N, W) if own is None else own.clone()
     room = _room(u, k, 2)
@@ -166,14 +223,13 @@ def _run(
         a, x = room[:, :, : piece.stop - piece.start]
         GATES[family].value(*rates, out=a)
         torch.mul(k_, u_, out=x)
-        if cu_seqlens is not None:
-            if own is not None:
-                x.addcmul_(a, own.index_select(0, borders.opens[piece])[None])
-            a.masked_fill_(borders.starts[piece], 0)
-        h = walk_right(a, x, between[i], out=x)
+        if borders is not None and own is not None:
+            x.addcmul_(a, own.index_select(0, borders.opens[piece])[None])
+        starts = None if borders is None else borders.starts[piece]
+        h = walk_right(a, x, between[i], out=x, starts=starts)
         y[:, piece] = _over_slots(q_, h, u_)
         between[i + 1] = h[:, -1]
-        if cu_seqlens is not None:
+        if borders is not None:
             final.index_copy_(0, borders.closes[piece], h[0])
     return y, between[-1].clone() if cu_seqlens is None else final[:-1].clone(), between
 
@@ -215,6 +271,7 @@ def _run_backward(
     tokens = _given(u, k, q, first, second, third)
     T, pieces = u.shape[1], _pieces(u, k)
     gradients = [torch.zeros_like(tensor) for tensor in tokens]
+    borders = starts = None
     if cu_seqlens is None:
         carried = grad_state
     else:
@@ -227,24 +284,26 @@ def _run_backward(
         u_, k_, q_, *rates = _cut(tokens, T, piece)
         dy, state = grad_y[:, piece], between[i]
         gate, x, G, grad_gate = room[:, :, : piece.stop - piece.start]
-        a = GATES[family].value(*rates, out=gate)
+        GATES[family].value(*rates, out=gate)
         torch.mul(k_, u_, out=x)
         torch.mul(q_, dy, out=G)
-        if cu_seqlens is not None:
+        if borders is not None:
+            starts = borders.starts[piece]
             if own is not None:
                 before = own.index_select(0, borders.opens[piece])[None]
                 x.addcmul_(gate, before)
-            a = gate.masked_fill(borders.starts[piece], 0)
             G += grad_final.index_select(0, borders.closes[piece])
-        h = walk_right(a, x, state, out=x)
+        h = walk_right(gate, x, state, out=x, starts=starts)
         G[:, -1] += carried
-        walk_left(a, G, out=G)
-        carried = a[:, 0] * G[:, 0]
+        walk_left(gate, G, out=G, starts=starts)
+        carried = gate[:, 0] * G[:, 0]
+        if starts is not None:
+            carried.masked_fill_(starts[0], 0)
         parts = [_over_slots(k_, G, u_), _over_channels(G, u_, k_), _over_channels(h, dy, q_)]
         torch.mul(G[:, 0], state, out=grad_gate[:, 0])
         torch.mul(G[:, 1:], h[:, :-1], out=grad_gate[:, 1:])
-        if cu_seqlens is not None:
-            grad_gate.masked_fill_(borders.starts[piece], 0)
+        if starts is not None:
+            grad_gate.masked_fill_(like_batch(starts, grad_gate[0]), 0)
             if own is not None:
                 grad_gate.addcmul_(G, before)
                 grad_own.index_add_(0, borders.opens[piece], (gate * G)[0])
@@ -272,7 +331,9 @@ def _fake_backward(
     grad_y: Tensor,
     grad_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    carried, grad_u, grad_k, grad_q, grad_first, grad_second = map(torch.empty_like, (grad_state, u, k, q, first, second))
+    carried, grad_u, grad_k, grad_q, grad_first, grad_second = map(
+        torch.empty_like, (grad_state, u, k, q, first, second)
+    )
     grad_third = _nothing(u) if third is None else torch.empty_like(third)
     return carried, grad_u, grad_k, grad_q, grad_first, grad_second, grad_third
 
@@ -325,7 +386,9 @@ def _gradients(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor | None) -
     cu_seqlens, between, initial, *tokens = ctx.saved_tensors
     with torch.autocast(grad_y.device.type, enabled=False):
         found = _segments_backward(ctx.family, initial, cu_seqlens, *tokens, between, grad_y, grad_state)
-    grad_initial, *gradients = [grad if x is not None else None for grad, x in zip(found, (initial, *tokens), strict=True)]
+    grad_initial, *gradients = [
+        grad if x is not None else None for grad, x in zip(found, (initial, *tokens), strict=True)
+    ]
     return None, grad_initial, None, *gradients
 
 

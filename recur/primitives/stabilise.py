@@ -46,12 +46,12 @@ def largest_log(
         first, before = torch.arange(T, device=m.device) == 0, start[:, None]
     else:
         first, before = document_starts(cu_seqlens, T), start[document_of(cu_seqlens, T)][None]
-    first = first[None, :, None]
-    m = torch.where(first, torch.maximum(m, f + before), m).clamp(min=LEAST)
-    f = torch.where(first, -torch.inf, f)
+    opens = first[None, :, None]
+    m = torch.where(opens, torch.maximum(m, f + before), m).clamp(min=LEAST)
+    f = torch.where(opens, -torch.inf, f)
     kept = _carried(f.detach(), m.detach())
-    m = linear_recurrence(kept.to(dtype), torch.where(kept, f, m))
-    before = torch.where(first, before, torch.cat([m[:, :1], m], 1)[:, :-1])
+    m = linear_recurrence(kept.to(dtype), torch.where(kept, f, m), starts=first)
+    before = torch.where(opens, before, torch.cat([m[:, :1], m], 1)[:, :-1])
     last = m[:, -1].clone() if cu_seqlens is None else leave_documents(m, start, cu_seqlens)
     return m, before, last
 
@@ -61,9 +61,11 @@ def _carried(log_keep: Tensor, log_write: Tensor) -> Tensor:
     """[B T H] bool: where m_t = max(log_keep_t + m_{t-1}, log_write_t) is the first of the two. log_keep_0 is -inf."""
     m, f, span = log_write, log_keep, 1
     while span < m.shape[1]:  # m_t is now over the last `span` tokens, f_t what they keep of what was before
+        closed = f[:, span:] == -torch.inf  # nothing passes, NaN included, which -inf + NaN would let through
+        largest = torch.maximum(m[:, span:], f[:, span:] + m[:, :-span])
         m, f = (
-            torch.cat([m[:, :span], torch.maximum(m[:, span:], f[:, span:] + m[:, :-span])], 1),
-            torch.cat([f[:, :span], f[:, span:] + f[:, :-span]], 1),
+            torch.cat([m[:, :span], torch.where(closed, m[:, span:], largest)], 1),
+            torch.cat([f[:, :span], torch.where(closed, -torch.inf, f[:, span:] + f[:, :-span])], 1),
         )
         span *= 2
     return F.pad(log_keep[:, 1:] + m[:, :-1] > log_write[:, 1:], (0, 0, 1, 0))

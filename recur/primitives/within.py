@@ -17,6 +17,7 @@ from torch import Tensor
 from recur.primitives.chunks import Documents, Rows
 from recur.primitives.diagonal import gate
 from recur.primitives.operators import batched_at, operator, remember
+from recur.shapes import all_finite
 
 
 class Within(NamedTuple):
@@ -49,8 +50,20 @@ def within(rows: tuple[Tensor, ...], key: Tensor, log_decay: Tensor | None) -> W
     return Within(tuple(scores[: len(rows)]), tuple(row * since for row in rows), key * until, since[..., -1, :])
 
 
-# One gate a token: Π_{r≤t} a_r and Π_{r>s} a_r [... C 1], and for each of rows [... C K] its scores [... C C]. The pairs
-# of gates are not kept for backward but made again, and the products with them are those of the scores.
+def lower_product(lower: Tensor, x: Tensor) -> Tensor:
+    """lower [... C C] @ x [... C V] for a lower triangular matrix; what is not finite in x stays out of earlier rows.
+
+    A plain product spreads it upwards, because 0 times NaN is NaN. Here it is left out of the product and makes NaN of
+    its column from its own row on.
+    """
+    if all_finite(x):
+        return lower @ x
+    zero = x.detach() * 0  # NaN where x is not finite
+    return lower @ torch.where(zero == 0, x, 0) + zero.cumsum(-2)
+
+
+# One gate per token: Π_{r≤t} a_r and Π_{r>s} a_r [... C 1], and for each of rows [... C K] its scores [... C C]. The
+# pairs of gates are not kept for backward but made again, and the products with them are those of the scores.
 
 
 def _run_scalar(
@@ -67,9 +80,9 @@ def _scalar_of(
     pairs: Tensor, log_decay: Tensor, key: Tensor, row: Tensor, other: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     since, until = pairs[..., :1] * gate(log_decay[..., :1, :]), pairs[..., -1:, :].mT.contiguous()
-    scores = row @ key.mT * pairs
-    none = scores.new_empty(*scores.shape[:-2], 0, 0)
-    return since, until, scores, none if other is None else other @ key.mT * pairs
+    scores = [(x @ key.mT * pairs).tril() for x in (row, other) if x is not None]  # an overflow times 0 is NaN
+    none = pairs.new_empty(*scores[0].shape[:-2], 0, 0)
+    return since, until, scores[0], none if other is None else scores[1]
 
 
 def _save_scalar(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -114,8 +127,8 @@ _scalar = operator(
 )
 
 
-# log_decay [... C 1] -> Π_{s<r≤t} a_r at (t, s) of [... C C], 1 on the diagonal and 0 above it. Blocks are joined two by
-# two: below the diagonal of a pair stands what is left of the left block's tokens at the border times what is left
+# log_decay [... C 1] -> Π_{s<r≤t} a_r at (t, s) of [... C C], 1 on the diagonal and 0 above it. Blocks are joined two
+# by two: below the diagonal of a pair stands what is left of the left block's tokens at the border times what is left
 # since the border in the right block.
 
 

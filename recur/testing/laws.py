@@ -16,6 +16,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
+from hypothesis import reject
 from torch import Tensor
 
 from recur.axes import RecipeError
@@ -128,6 +129,57 @@ def causality(subject: Subject, draw: Draw) -> None:
     with torch.no_grad():
         got, want = (subject.run(each, form=form).y[:, :cut] for each in (other, inputs))
     same({"y": got}, {"y": want}, ("with another future", "with the first"))
+
+
+POISON = (math.nan, math.inf, -math.inf, 1e300)  # and a number whose square overflows
+
+
+def containment(subject: Subject, draw: Draw) -> None:
+    """What is not finite at one token reaches no earlier token, other row or other document, and does not vanish."""
+    inputs = draw(subject.inputs.filter(lambda inputs: inputs.length > 0))
+    name, row = draw(st.sampled_from(sorted(inputs.tokens)), "input"), draw(st.integers(0, inputs.batch - 1), "row")
+    at, entry = draw(st.integers(0, inputs.length - 1), "token"), draw(st.integers(0, 11), "entry")
+    poison = draw(st.sampled_from(POISON), "value")
+    packed = subject.takes("cu_seqlens") and draw(st.booleans(), "packed")
+    options = {"cu_seqlens"} if packed else set()
+    form = draw(st.sampled_from([form for form in subject.forms_with(*options) if form != "triton"] or [None]), "form")
+    bad = inputs.tokens[name].clone()
+    token = bad[row, at].reshape(-1)  # a view of it, or all of it for a token of one number
+    token[entry % token.numel()] = poison
+    poisoned = inputs.replace(tokens={**inputs.tokens, name: bad})
+    lengths = [inputs.length] * inputs.batch
+
+    def run(inputs: Inputs, form: str | None) -> Result:
+        """With y [B T ...] again after packing."""
+        if not packed:
+            return subject.run(inputs, form=form)
+        joined, borders = _pack(inputs, [0] * len(lengths), lengths)
+        y, state = subject.run(joined, form=form, cu_seqlens=borders)
+        return Result(y.unflatten(1, (inputs.batch, inputs.length))[0], state)
+
+    def untouched(result: Result) -> Result:
+        """What must not know of it: other rows, and of this one the tokens before."""
+        others = [i for i in range(inputs.batch) if i != row]
+        state = map_tensors(lambda leaf: leaf[others], result.state)
+        before = result.y[row, :at] if subject.causal else result.y[row, :0]
+        return Result(torch.cat([result.y[others].flatten(0, 1), before]), state)
+
+    try:
+        got, want = (values_and_gradients(lambda each: untouched(run(each, form)), each) for each in (poisoned, inputs))
+    except ValueError:  # refused, as a rate of more than 1 is
+        reject()
+    shown = [key for key in want if not key.startswith("gradient")]
+    same({key: got[key] for key in shown}, {key: want[key] for key in shown}, ("beside it", "without it"))
+    for key in inputs.tokens:
+        slopes = (found[f"gradient of {key}"] for found in (got, want))
+        left, right = (torch.cat([slope[:row], slope[row + 1 :]]) for slope in slopes)
+        same({f"gradient of {key}": left}, {f"gradient of {key}": right}, ("beside it", "without it"))
+    met = at > 0 or inputs.state is not None  # the first gate meets a state of zeros, and forms may leave it out
+    if met and form not in (None, "recurrent") and not math.isfinite(poison):
+        with torch.no_grad():
+            lost = ~run(poisoned, "recurrent").y.isfinite() & run(poisoned, form).y.isfinite()
+        if lost.any():
+            raise LawBroken(f"y is not finite in the token loop at {lost.nonzero()[0].tolist()}, but as {form} it is")
 
 
 def linearity(subject: Subject, draw: Draw) -> None:
@@ -466,6 +518,7 @@ LAWS: dict[Callable[[Subject, Draw], None], Callable[[Subject], bool]] = {
     steps: lambda subject: subject.causal and subject.step is not None,
     packing: lambda subject: subject.takes("cu_seqlens"),
     causality: lambda subject: subject.causal,
+    containment: lambda subject: True,
     linearity: lambda subject: subject.draws("linear") and subject.takes("initial_state"),
     chunk_sizes: lambda subject: subject.takes("chunk_size"),
     padding: lambda subject: subject.draws("idle"),
