@@ -30,11 +30,28 @@ class _Subject:
 
     inputs: SearchStrategy[Inputs]
     takes: Callable[[str], bool]  # whether a call has this argument
+    plain: Callable[..., Any]  # the call of tokens by name alone, all else as in `sample`
 
     @functools.cached_property
     def sample(self) -> Inputs:
         """Some inputs of at least two tokens."""
         return _find(self.inputs, lambda inputs: inputs.length >= 2)
+
+    @functools.cached_property
+    def graphs(self) -> list[torch.fx.GraphModule]:
+        """What `compiled` has been compiled into so far."""
+        return []
+
+    @functools.cached_property
+    def compiled(self) -> Callable[..., Any]:
+        """`plain` compiled for any length into whole graphs."""
+
+        def keep(graph: torch.fx.GraphModule, examples: Any) -> Callable[..., Any]:
+            self.graphs.append(graph)
+            return graph.forward
+
+        torch.compiler.reset()  # other subjects have filled the cache of the same code
+        return torch.compile(self.plain, backend=keep, fullgraph=True, dynamic=True)
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -61,6 +78,11 @@ class Scan(_Subject):
     summary: Callable[..., Any] | None = None
     causal: bool = True
     honest = True
+
+    @functools.cached_property
+    def plain(self) -> Callable[..., Any]:
+        state = {"initial_state": self.sample.state} if self.takes("initial_state") else {}
+        return functools.partial(self.function, **self.sample.constants, **state)
 
     @property
     def smooth_inputs(self) -> SearchStrategy[Inputs]:
@@ -170,6 +192,9 @@ class Layer(_Subject):
         return Result(
             *functional_call(self.module, dict(inputs.constants), (dict(inputs.tokens), inputs.state), options)
         )
+
+    def plain(self, **tokens: Tensor) -> Any:
+        return self.module(tokens, self.sample.state)
 
     def run_step(self, inputs: Inputs, state: Any) -> Tensor:
         """The first token; `state` is overwritten."""
