@@ -42,6 +42,12 @@ MATRIX = [
     (2, 8192, 8, 256, 256),
     (1, 256, 16, 128, 128),
 ]
+# States of more than 256 rows or columns, each before as many heads of 128 x 128 as have its entries.
+WIDE = [
+    *((2, 8192, 8, 256, 512), (2, 8192, 64, 128, 128)),
+    *((2, 4096, 4, 512, 1024), (2, 4096, 128, 128, 128)),
+    *((2, 4096, 4, 384, 1536), (2, 4096, 144, 128, 128)),
+]
 CHANNELS = [(8, 2048, 4096, 16), (1, 32768, 4096, 16), (4, 8192, 2048, 16)]
 DIAGONAL = [(8, 2048, 2048), (1, 65536, 1024), (16, 8192, 1024), (32, 1024, 4096)]
 DECODE = [(1, 16, 128, 128), (64, 16, 128, 128), (256, 16, 128, 128)]
@@ -235,6 +241,10 @@ def separable(peers: Callable[[], dict[str, Peer]], flops: Any = chunked_product
     return Family(MATRIX, partial(matrix, **options), matrix_scan, peers, flops, like=2)
 
 
+def wide(flops: Any = chunked_products, **options: Any) -> Family:
+    return separable(no_peers, flops, **options)._replace(shapes=WIDE)
+
+
 FAMILIES = {
     "keywise": separable(
         lambda: fla_peer("chunk_gla", lambda run, q, k, v, g, *_: run(q, k, v, g)), gate=by_key(slow=16.0)
@@ -280,6 +290,10 @@ FAMILIES = {
         gate=by_key(slow=16.0), bonus=True,
     ),
     "complex": separable(no_peers, gate=complex_gates),
+    "wide keywise": wide(gate=by_key(slow=16.0)),
+    "wide scalar": wide(gate=by_head),
+    "wide gated_delta": wide(delta_products, gate=by_head, delta=True),
+    "wide kda": wide(delta_products, gate=by_key(shift=2.0), delta=True),
     "mamba": Family(
         CHANNELS, partial(channels, mamba=True),
         lambda form, x, rate, A, k, q: recur.selective_scan(x, rate, A, k, q, form=form).y,

@@ -16,6 +16,8 @@ Legend
     K, COLS     rows of the state and keys: twice as many rows if gates are complex, for k and q are turned, see `turn`
     near, far   2^half and 2^(whole − half) of a gate a key: a chunk reads near S and leaves near (far S + writeᵀ u)
     square      number of a chunk of a head, chunk H + h
+    PARTS       more than 256 rows are walked in parts of 128, each a tile of its own: S, G are tuples of them
+    BLOCKS      more than 256 columns are differentiated in blocks, each a program with summands of its own
 
 With R = rise(q), R' = rise(k), F = fall(k) and A all gates of a chunk, its whole action is
 
@@ -47,7 +49,7 @@ Walks branch on that to load P: asked for in any case, it would be fetched ahead
 
 # Jitted functions take no annotations but constexpr, join tuples with +, and choose at compile time before run time.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, assignment, misc, var-annotated"
 
 from __future__ import annotations
 
@@ -166,19 +168,22 @@ def prepare(
     if COMPLEX:
         chain = chain_of(words_ptr, pid, start, stop, index, H, COLS, FLIP, BLOCK_C)
         most = start.to(tl.float32) * 0.0
-        for part in tl.range(0, BLOCK_K // HALVES, PART, num_stages=1):
+        for part in tl.range(0, COLS, PART, num_stages=1):
             log_p, word = phases(gates, start, offs, inside, part, COLS, DECAY, PART)
             tell(chain, part, word, COLS, LOOK)
             most = tl.maximum(most, tl.max(tl.abs(tl.sum(log_p, 0)), 0) * LOG2E)
     elif DECAY == "key":
-        total = tl.sum(load_gates(gates, start, offs, inside, offs_k, K, DECAY).to(tl.float32), 0) * LOG2E
-        most = tl.max(tl.abs(total), 0)
+        FEW: tl.constexpr = BLOCK_K if BLOCK_K < 256 else 256
+        most = start.to(tl.float32) * 0.0
+        for part in tl.static_range(0, BLOCK_K, FEW):
+            logs = load_gates(gates, start, offs, inside, part + tl.arange(0, FEW), K, DECAY)
+            most = tl.maximum(most, tl.max(tl.abs(tl.sum(logs.to(tl.float32), 0) * LOG2E), 0))
     if DECAY == "key":
         calm = tl.where(most <= 2 * LIMIT, 1, 0)
         tl.store(calm_ptr + pid, calm)
     M = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
     now = tl.zeros([BLOCK_C], tl.float32)
-    for part in tl.range(0, BLOCK_K // HALVES, PART, num_stages=1):
+    for part in tl.range(0, COLS, PART, num_stages=1):
         offs_p = part + tl.arange(0, PART)
         if COMPLEX:
             log_p, word = phases(gates, start, offs, inside, part, COLS, DECAY, PART)
@@ -387,6 +392,12 @@ def solve(
 # ----------------------------------------------------------------------------------------------------------- forward
 
 
+@triton.jit
+def _cells(rows, cols, K, WIDTH):
+    """Where entries of a state [K WIDTH] lie, and which of them there are."""
+    return rows[:, None].to(tl.int64) * WIDTH + cols[None, :], (rows < K)[:, None] & (cols < WIDTH)[None, :]
+
+
 @triton.jit(do_not_specialize=["T", "tiles", "segments", "span"])  # not worth a compilation each
 def forward(
     told_ptr, write_ptr, reach_ptr, v_ptr, gate_ptr, beta_ptr,  # [B T heads *]; q and k as the gates leave them
@@ -397,11 +408,11 @@ def forward(
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
     BACK: tl.constexpr, EMIT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program owns columns [BLOCK_V] of the state of one strand. BACK: the adjoint's state, with q for k and dy for
-    v, from the scan's end; only what a segment leaves. What a segment of the delta rule leaves is [L Q], [K V+K]: the
-    identity stands beside the state that enters it, and nothing is written there."""
+    """One program owns columns [BLOCK_V] of the state of one strand, in PARTS of BLOCK_K rows. BACK: the adjoint's
+    state, with q for k and dy for v, from the scan's end; only what a segment leaves. What a segment of the delta rule
+    leaves is [L Q], [K V+K]: the identity stands beside the state that enters it, and nothing is written there."""
     pid = tl.program_id(0).to(tl.int64)
     tile, strand = pid % tiles, pid // tiles
     b, h, segment, first, begin, stop, chunk = strand_of(strand, cu_ptr, H, T, segments, span, BLOCK_C)
@@ -411,8 +422,6 @@ def forward(
     WIDTH: tl.constexpr = V + K if ALONE and DELTA else V
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
-    in_state = (offs_k < K)[:, None] & (offs_v < WIDTH)[None, :]
-    cell = offs_k[:, None].to(tl.int64) * WIDTH + offs_v[None, :]
     group = h * GROUPS // H
     told, keys, reaching = (told_ptr, GROUPS, group, K), (write_ptr, GROUPS, group, K), (reach_ptr, GROUPS, group, K)
     values = (v_ptr, H, h, V)
@@ -420,14 +429,18 @@ def forward(
     if DECAY == "one":
         gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
     begins, ends = segment == (segments - 1 if LEFT else 0), segment == (0 if LEFT else segments - 1)
-    S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if enter_ptr is not None:
-        entry = enter_ptr + (b * H + h if ALONE else strand) * (K * V)  # of the scan, or of every segment
-        given = (in_state & (offs_v < V)[None, :] & begins) if ALONE else in_state
-        S = tl.load(entry + offs_k[:, None] * V + offs_v[None, :], mask=given, other=0.0)
-    if WIDTH > V:
-        S += tl.where(offs_k[:, None] + V == offs_v[None, :], 1.0, 0.0)
-    share = tl.full([BLOCK_K], 1.0, tl.float32)
+    S, share = (), ()
+    for p in tl.static_range(PARTS):
+        rows = offs_k + p * BLOCK_K
+        cell, in_state = _cells(offs_k, offs_v, K - p * BLOCK_K, WIDTH)
+        tile_p = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+        if enter_ptr is not None:
+            entry = enter_ptr + (b * H + h if ALONE else strand) * (K * V)  # of the scan, or of every segment
+            given = (in_state & (offs_v < V)[None, :] & begins) if ALONE else in_state
+            tile_p = tl.load(entry + rows[:, None] * V + offs_v[None, :], mask=given, other=0.0)
+        if WIDTH > V:
+            tile_p += tl.where(rows[:, None] + V == offs_v[None, :], 1.0, 0.0)
+        S, share = S + (tile_p,), share + (tl.full([BLOCK_K], 1.0, tl.float32),)
 
     chunks = tl.cdiv(stop - begin, BLOCK_C)
     if ALONE:  # the last has no L to give, and the first no Q
@@ -437,27 +450,51 @@ def forward(
         start = begin + n * BLOCK_C
         row, inside = first + start, offs < stop - start
         square = (chunk + n) * H + h
-        state = S
-        if DECAY == "key":
-            near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
-            far = tl.load(far_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
-            state, S = S * near[:, None], S * far[:, None]
-            if share_ptr is not None:
-                share *= near * far
         if DECAY == "one":
             rise, whole = _rates(rates_ptr, square, BLOCK_C, 0), tl.exp2(tl.load(whole_ptr + square))
-            S = S * whole
-            if share_ptr is not None:
-                share *= whole
-        if EMIT or DELTA:
-            state = state.to(DOT)
-        if keep_ptr is not None:
-            tl.store(keep_ptr + square * (K * V) + cell, state.to(keep_ptr.dtype.element_ty), mask=in_state)
-        write = load_tile(keys, row, offs, inside, offs_k)
+        states, kept, nears, shares = (), (), (), ()
+        found, y = tl.zeros([BLOCK_C, BLOCK_V], tl.float32), tl.zeros([BLOCK_C, BLOCK_V], tl.float32)
+        scores = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+        for p in tl.static_range(PARTS):
+            rows = offs_k + p * BLOCK_K
+            cell, in_state = _cells(offs_k, offs_v, K - p * BLOCK_K, WIDTH)
+            state, passed, share_p = S[p], S[p], share[p]
+            if DECAY == "key":
+                near = tl.load(near_ptr + square * K + rows, mask=rows < K, other=0.0)
+                far = tl.load(far_ptr + square * K + rows, mask=rows < K, other=0.0)
+                state, passed, nears = S[p] * near[:, None], S[p] * far[:, None], nears + (near,)
+                if share_ptr is not None:
+                    share_p *= near * far
+            if DECAY == "one":
+                passed = passed * whole
+                if share_ptr is not None:
+                    share_p *= whole
+            if EMIT or DELTA:
+                state = state.to(DOT)
+            if keep_ptr is not None:
+                tl.store(
+                    keep_ptr + (square * K + p * BLOCK_K) * V + cell, state.to(keep_ptr.dtype.element_ty), mask=in_state
+                )
+            if PARTS > 1:  # read at once, so that no part waits as an operand
+                if DELTA:
+                    reach = load_tile(reaching, row, offs, inside, rows).to(DOT)
+                    found = tl.dot(reach, state, found, input_precision=PRECISION)
+                if EMIT:
+                    query = load_tile(told, row, offs, inside, rows).to(DOT)
+                    write = load_tile(keys, row, offs, inside, rows).to(DOT)
+                    y = tl.dot(query, state, y, input_precision=PRECISION)
+                    scores = tl.dot(query, tl.trans(write), scores, input_precision=PRECISION)
+            else:
+                states = (state,)
+            kept, shares = kept + (passed,), shares + (share_p,)
+        share = shares
+        if PARTS == 1:
+            write = load_tile(keys, row, offs, inside, offs_k)
         u = load_tile(values, row, offs, inside, offs_v)
         if DELTA:
-            reach = load_tile(reaching, row, offs, inside, offs_k)
-            found = tl.dot(reach.to(DOT), state, input_precision=PRECISION)
+            if PARTS == 1:
+                reach = load_tile(reaching, row, offs, inside, offs_k)
+                found = tl.dot(reach.to(DOT), states[0], input_precision=PRECISION)
             if DECAY == "one":
                 found = found * tl.exp2(rise)[:, None]
             beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
@@ -473,14 +510,20 @@ def forward(
             wrote = u * (tl.exp2(rise) * scale if BACK else tl.exp2(_rates(rates_ptr, square, BLOCK_C, 2)))[:, None]
         elif DECAY == "none" and BACK:
             wrote = u * scale
-        S = tl.dot(tl.trans(write.to(DOT)), wrote.to(DOT), S, input_precision=PRECISION)
-        if DECAY == "key":
-            S = S * near[:, None]
+        S = ()
+        for p in tl.static_range(PARTS):
+            if PARTS > 1:
+                write = load_tile(keys, row, offs, inside, offs_k + p * BLOCK_K)
+            state = tl.dot(tl.trans(write.to(DOT)), wrote.to(DOT), kept[p], input_precision=PRECISION)
+            if DECAY == "key":
+                state = state * nears[p][:, None]
+            S = S + (state,)
         u = u.to(DOT)  # in float32 it would wait below, in registers that are not there
         if EMIT:
-            query = load_tile(told, row, offs, inside, offs_k).to(DOT)
-            y = tl.dot(query, state, input_precision=PRECISION)
-            scores = tl.dot(query, tl.trans(write.to(DOT)), input_precision=PRECISION)
+            if PARTS == 1:
+                query = load_tile(told, row, offs, inside, offs_k).to(DOT)
+                y = tl.dot(query, states[0], input_precision=PRECISION)
+                scores = tl.dot(query, tl.trans(write.to(DOT)), input_precision=PRECISION)
             if DECAY == "one":
                 log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
                 since = _rates(rates_ptr, square, BLOCK_C, 1)
@@ -499,13 +542,16 @@ def forward(
                 y += _rates(rates_ptr, square, BLOCK_C, 3)[:, None] * u.to(tl.float32)
             store_tile((y_ptr, H, h, V), row, offs, inside, offs_v, y)
 
-    if leave_ptr is not None:
-        if EMIT:  # only the segment that ends the scan
-            in_state = in_state & ends
-            strand = b * H + h
-        tl.store(leave_ptr + strand * (K * WIDTH) + cell, S, mask=in_state)
-    if share_ptr is not None:
-        tl.store(share_ptr + strand * K + offs_k, share, mask=(offs_k < K) & (tile == 0))
+    for p in tl.static_range(PARTS):
+        rows = offs_k + p * BLOCK_K
+        cell, in_state = _cells(offs_k, offs_v, K - p * BLOCK_K, WIDTH)
+        if leave_ptr is not None:
+            at = strand
+            if EMIT:  # only the segment that ends the scan
+                at, in_state = b * H + h, in_state & ends
+            tl.store(leave_ptr + (at * K + p * BLOCK_K) * WIDTH + cell, S[p], mask=in_state)
+        if share_ptr is not None:
+            tl.store(share_ptr + strand * K + rows, share[p], mask=(rows < K) & (tile == 0))
 
 
 @triton.jit
@@ -558,7 +604,7 @@ def adjoint(
     H: tl.constexpr, GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr, BEFORE: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns columns [BLOCK_V] of the gradient of the state of one strand, against the scan's direction.
     Without dv only what a segment leaves."""
@@ -569,18 +615,21 @@ def adjoint(
     ALONE: tl.constexpr = dv_ptr is None
     offs, offs_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
-    in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
-    cell = offs_k[:, None].to(tl.int64) * V + offs_v[None, :]
     group = h * GROUPS // H
     told, keys, reaching = (told_ptr, GROUPS, group, K), (write_ptr, GROUPS, group, K), (reach_ptr, GROUPS, group, K)
     unread = strict(order(BLOCK_C, not FLIP)) if BEFORE else order(BLOCK_C, not FLIP)  # [s t]
     if DECAY == "one":
         gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
     begins, ends = segment == (segments - 1 if FLIP else 0), segment == (0 if FLIP else segments - 1)
-    G = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if enter_ptr is not None:
-        entry = enter_ptr + (b * H + h if ALONE else strand) * (K * V)
-        G = tl.load(entry + cell, mask=in_state & ends if ALONE else in_state, other=0.0)
+    G = ()
+    for p in tl.static_range(PARTS):
+        rows = offs_k + p * BLOCK_K
+        cell, in_state = _cells(offs_k, offs_v, K - p * BLOCK_K, V)
+        state = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
+        if enter_ptr is not None:
+            entry = enter_ptr + (b * H + h if ALONE else strand) * (K * V)
+            state = tl.load(entry + p * BLOCK_K * V + cell, mask=in_state & ends if ALONE else in_state, other=0.0)
+        G = G + (state,)
 
     chunks = tl.cdiv(stop - begin, BLOCK_C)
     if ALONE:
@@ -590,27 +639,38 @@ def adjoint(
         start = begin + n * BLOCK_C
         row, inside = first + start, offs < tl.minimum(stop - start, BLOCK_C).to(tl.int32)
         square = (chunk + n) * H + h
-        if not ALONE:
-            tl.store(keep_ptr + square * (K * V) + cell, G.to(keep_ptr.dtype.element_ty), mask=in_state)
-        query = load_tile(told, row, offs, inside, offs_k).to(DOT)
-        key = load_tile(keys, row, offs, inside, offs_k).to(DOT)
-        given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
-        state = G
-        if DECAY == "key":
-            near = tl.load(near_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
-            far = tl.load(far_ptr + square * K + offs_k, mask=offs_k < K, other=0.0)
-            state, G = G * near[:, None], G * far[:, None]
-        state = state.to(DOT)
-        moved = given
-        if DECAY == "one":
-            rise = _rates(rates_ptr, square, BLOCK_C, 0)
-            moved = given * (tl.exp2(rise) * scale)[:, None]
-            G = G * tl.exp2(tl.load(whole_ptr + square))
-        elif DECAY == "none":
-            moved = given * scale
-        G = tl.dot(tl.trans(query), moved.to(DOT), G, input_precision=PRECISION)
-        du = tl.dot(key, state, input_precision=PRECISION)
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)  # [s t]
+        du, scores = tl.zeros([BLOCK_C, BLOCK_V], tl.float32), tl.zeros([BLOCK_C, BLOCK_C], tl.float32)  # [s t]
+        states, nears = (), ()
+        for p in tl.static_range(PARTS):
+            rows = offs_k + p * BLOCK_K
+            cell, in_state = _cells(offs_k, offs_v, K - p * BLOCK_K, V)
+            if not ALONE:
+                tl.store(
+                    keep_ptr + (square * K + p * BLOCK_K) * V + cell, G[p].to(keep_ptr.dtype.element_ty), mask=in_state
+                )
+            query = load_tile(told, row, offs, inside, rows).to(DOT)
+            key = load_tile(keys, row, offs, inside, rows).to(DOT)
+            if p == 0:
+                given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+            state, passed = G[p], G[p]
+            if DECAY == "key":
+                near = tl.load(near_ptr + square * K + rows, mask=rows < K, other=0.0)
+                far = tl.load(far_ptr + square * K + rows, mask=rows < K, other=0.0)
+                state, passed, nears = G[p] * near[:, None], G[p] * far[:, None], nears + (near,)
+            state = state.to(DOT)
+            if p == 0:
+                moved = given
+                if DECAY == "one":
+                    rise, whole = _rates(rates_ptr, square, BLOCK_C, 0), tl.exp2(tl.load(whole_ptr + square))
+                    moved = given * (tl.exp2(rise) * scale)[:, None]
+                elif DECAY == "none":
+                    moved = given * scale
+            if DECAY == "one":
+                passed = passed * whole
+            states = states + (tl.dot(tl.trans(query), moved.to(DOT), passed, input_precision=PRECISION),)
+            du = tl.dot(key, state, du, input_precision=PRECISION)
+            scores = tl.dot(key, tl.trans(query), scores, input_precision=PRECISION)
+        G = states
         if DECAY == "one":
             log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
             since = _rates(rates_ptr, square, BLOCK_C, 1)
@@ -631,33 +691,49 @@ def adjoint(
             X = tl.load(solve_ptr + square * (BLOCK_C * BLOCK_C) + offs[None, :] * BLOCK_C + offs[:, None])  # Tᵀ
             du = tl.dot(X, du.to(DOT), input_precision=PRECISION)
             beta = tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-            reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
+            if PARTS == 1:
+                reach = load_tile(reaching, row, offs, inside, offs_k).to(DOT)
             if not ALONE:
                 e = load_tile((e_ptr, H, h, V), row, offs, inside, offs_v)
                 at = tile * B * T * H + (row + offs) * H + h
                 tl.store(dbeta_ptr + at, tl.sum(du * e, 1), mask=inside)
             du = du * beta[:, None]
             erased = du * (tl.exp2(rise) * -1.0)[:, None] if DECAY == "one" else du * -1.0
-            G = tl.dot(tl.trans(reach), erased.to(DOT), G, input_precision=PRECISION)
+            states = ()
+            for p in tl.static_range(PARTS):
+                if PARTS > 1:
+                    reach = load_tile(reaching, row, offs, inside, offs_k + p * BLOCK_K).to(DOT)
+                states = states + (tl.dot(tl.trans(reach), erased.to(DOT), G[p], input_precision=PRECISION),)
+            G = states
         if not ALONE:
             store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
-        if moment_ptr is not None:
-            # what turning the state that enters this chunk would do: rows k and k + K / 2 are one complex row, with one
-            # near, which is in what `forward` kept and so not yet in G
-            partner = tl.where(offs_k < K // 2, offs_k + K // 2, offs_k - K // 2)
-            other = state_ptr + square * (K * V) + partner[:, None] * V + offs_v[None, :]
-            moment = tl.sum(G * tl.load(other, mask=in_state, other=0.0).to(tl.float32), 1)
-            moment = tl.where(offs_k < K // 2, -moment, moment)
-            at = (tile * numbers + chunk + n) * (H * K) + h * K + offs_k
-            tl.store(moment_ptr + at, moment, mask=offs_k < K)
-        if DECAY == "key":
-            G = G * near[:, None]
+        states = ()
+        for p in tl.static_range(PARTS):
+            state = G[p]
+            if moment_ptr is not None:
+                # what turning the state that enters this chunk would do: rows k and k + K / 2 are one complex row, with
+                # one near, which is in what `forward` kept and so not yet in G
+                rows = offs_k + p * BLOCK_K
+                _, in_state = _cells(offs_k, offs_v, K - p * BLOCK_K, V)
+                partner = tl.where(rows < K // 2, rows + K // 2, rows - K // 2)
+                other = state_ptr + square * (K * V) + partner[:, None] * V + offs_v[None, :]
+                moment = tl.sum(state * tl.load(other, mask=in_state, other=0.0).to(tl.float32), 1)
+                moment = tl.where(rows < K // 2, -moment, moment)
+                at = (tile * numbers + chunk + n) * (H * K) + h * K + rows
+                tl.store(moment_ptr + at, moment, mask=rows < K)
+            if DECAY == "key":
+                state = state * nears[p][:, None]
+            states = states + (state,)
+        G = states
 
     if leave_ptr is not None:
         if not ALONE:  # only the segment in which the scan begins
-            in_state = in_state & begins
             strand = b * H + h
-        tl.store(leave_ptr + strand * (K * V) + cell, G, mask=in_state)
+        for p in tl.static_range(PARTS):
+            cell, in_state = _cells(offs_k, offs_v, K - p * BLOCK_K, V)
+            if not ALONE:
+                in_state = in_state & begins
+            tl.store(leave_ptr + (strand * K + p * BLOCK_K) * V + cell, G[p], mask=in_state)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradient
@@ -684,22 +760,26 @@ def _weights(log_a, calm, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.cons
     return tl.exp2(rise - middle), tl.exp2(fall - middle)
 
 
-@triton.jit(do_not_specialize=["B", "T", "tiles", "documents"])
+@triton.jit(do_not_specialize=["B", "T", "tiles", "documents", "chunks"])
 def gradient(
     q_ptr, k_ptr, told_ptr, write_ptr, reach_ptr, u_ptr, dy_ptr, dv_ptr, gate_ptr, beta_ptr, bonus_ptr,
     S_ptr, G_ptr, near_ptr, far_ptr, calm_ptr, rates_ptr, whole_ptr,  # S as kept; u_ptr is v, or u with beta 1
-    dq_ptr, dk_ptr, dgate_ptr, dbonus_ptr,  # dgate, if a head has one gate, for every tile apart
-    cu_ptr, B, T, tiles, documents, gate_sb, gate_sh, scale,
+    dq_ptr, dk_ptr, dgate_ptr, dbonus_ptr,  # of every block apart; dgate, if a head has one gate, of every tile too
+    cu_ptr, B, T, tiles, documents, chunks, gate_sb, gate_sh, scale,
     H: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PLAIN: tl.constexpr, K: tl.constexpr, COLS: tl.constexpr,
     V: tl.constexpr, gate_st: tl.constexpr, gate_sd: tl.constexpr, DECAY: tl.constexpr, FLIP: tl.constexpr,
     BEFORE: tl.constexpr, TIED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program owns rows [BLOCK_K] of the state around one chunk. Registers are what is short here: loads stand
-    where they are needed, some twice. A gate a key is read first where that costs no spills (EARLY), else last; dq
-    waits for it then, and for a bonus (LATE)."""
+    """One program owns rows [BLOCK_K] and columns [BLOCK_V] of the state around one chunk. All it finds is linear in
+    columns: a state of several BLOCKS of them has as many summands of each gradient.
+
+    Registers are what is short here: loads stand where they are needed, some twice. A gate a key is read first where
+    that costs no spills (EARLY), else last; dq waits for it then, and for a bonus (LATE)."""
     pid = tl.program_id(0).to(tl.int64)
-    tile, square = pid % tiles, pid // tiles
+    tile, square, block = pid % tiles, pid // tiles, pid * 0
+    if BLOCKS > 1:
+        block, square = square % BLOCKS, square // BLOCKS
     chunk, h = square // H, square % H
     first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
     if start >= stop:
@@ -707,8 +787,11 @@ def gradient(
     DELTA: tl.constexpr = beta_ptr is not None
     BONUS: tl.constexpr = bonus_ptr is not None
     offs, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_V)
+    if BLOCKS > 1:
+        offs_v += (block * BLOCK_V).to(tl.int32)
     offs_k = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
     row, inside = first + start, offs < tl.minimum(stop - start, BLOCK_C).to(tl.int32)
+    out = row + block * B * T  # rows of what is written
     # S and G, while there are registers and shared memory for both
     SIDE_BY_SIDE: tl.constexpr = DECAY == "key" or (DECAY == "one" and (DELTA or BLOCK_V <= 128))
     EARLY: tl.constexpr = DECAY == "key" and not DELTA and not BEFORE
@@ -778,7 +861,7 @@ def gradient(
         rise, fall = _weights(log_a, calm, FLIP, BEFORE, DOT)
         dq = dq * (rise * scale)
     if not LATE:
-        store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
+        store_tile((dq_ptr, H, h, K), out, offs, inside, offs_k, dq)
     if DELTA:
         dreach = -tl.dot(erase, tl.trans(S), input_precision=PRECISION)
         if DECAY == "one":
@@ -796,7 +879,8 @@ def gradient(
             plain_k = tied(_row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K))
         else:
             plain_k = load_tile((k_ptr, GROUPS_PLAIN, h * GROUPS_PLAIN // H, K), row, offs, inside, offs_k)
-        tl.store(dbonus_ptr + square * K + offs_k, tl.sum(now * plain_q * plain_k, 0), mask=offs_k < K)
+        at = (block * chunks * H + square) * K + offs_k
+        tl.store(dbonus_ptr + at, tl.sum(now * plain_q * plain_k, 0), mask=offs_k < K)
 
     # what writers owe
     if not SIDE_BY_SIDE:
@@ -823,7 +907,7 @@ def gradient(
         dgate = tl.cumsum(sums, 0, reverse=not FLIP) + passed
         if BEFORE:
             dgate -= tl.sum(load_tile(told, row, offs, inside, offs_k) * dq, 1)
-        at = tile * B * T * H + (row + offs) * H + h
+        at = (block * tiles + tile) * B * T * H + (row + offs) * H + h
         tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
     elif DECAY == "key":
         sums -= write * dk
@@ -835,7 +919,7 @@ def gradient(
             log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
             dgate = tl.where(log_a <= RESET, 0.0, dgate)
             if not TIED:
-                store_tile((dgate_ptr, H, h, K), row, offs, inside, offs_k, dgate)
+                store_tile((dgate_ptr, H, h, K), out, offs, inside, offs_k, dgate)
             log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
             rise, fall = _weights(log_a, calm, FLIP, BEFORE, DOT)
             dq = dq * (rise * scale)
@@ -854,9 +938,9 @@ def gradient(
         dq += now * plain_k * bonus[None, :]
         dk += now * plain_q * bonus[None, :]
     if LATE:
-        store_tile((dq_ptr, H, h, K), row, offs, inside, offs_k, dq)
+        store_tile((dq_ptr, H, h, K), out, offs, inside, offs_k, dq)
     if not TIED:
-        store_tile((dk_ptr, H, h, K), row, offs, inside, offs_k, dk)
+        store_tile((dk_ptr, H, h, K), out, offs, inside, offs_k, dk)
     if EARLY:
         if BLOCK_V > 64:
             log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
@@ -865,7 +949,7 @@ def gradient(
         log_a = _row_gates(gates, start, offs, inside, tile, K, COLS, BLOCK_K)
         dgate -= tl.exp2(log_a.to(tl.float32) * LOG2E) * dk
     if EARLY or TIED:
-        store_tile((dgate_ptr, H, h, K), row, offs, inside, offs_k, dgate)
+        store_tile((dgate_ptr, H, h, K), out, offs, inside, offs_k, dgate)
 
 
 # ------------------------------------------------------------------------------------------------------------ repair
@@ -892,89 +976,96 @@ def repair(
         if tl.load(calm_ptr + square) == 0:
             chunk, h = square // H, square % H
             first, start, stop = place_of(chunk, cu_ptr, T, documents, BLOCK_C)
-            offs, offs_k, offs_v = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+            offs = tl.arange(0, BLOCK_C)
             length = tl.minimum(stop - start, BLOCK_C).to(tl.int32)  # none for a number that no document uses
             row, inside = first + start, offs < length
             seen, later = order(BLOCK_C, FLIP), order(BLOCK_C, not FLIP)
             q, k = (q_ptr, GROUPS, h * GROUPS // H, COLS), (k_ptr, GROUPS, h * GROUPS // H, COLS)
             dq, dk, dgate = (dq_ptr, H, h, K), (dk_ptr, H, h, K), (dgate_ptr, H, h, K)
             gates = gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr)
-            u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
+            dP, dM = tl.zeros([BLOCK_C, BLOCK_C], tl.float32), tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+            for part in tl.range(0, V, BLOCK_V, num_stages=1):
+                offs_v = part + tl.arange(0, BLOCK_V)
+                u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
+                if DELTA:
+                    u = u * tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
+                u = u.to(DOT)
+                given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+                dP = tl.dot(given, tl.trans(u), dP, input_precision=PRECISION)
+                if DELTA:
+                    erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+                    dM = tl.dot(erase, tl.trans(u), dM, input_precision=PRECISION)
+            tl.store(_square(dP_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen) if BEFORE else seen, dP * scale, 0.0))
             if DELTA:
-                u = u * tl.load(beta_ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
-            u = u.to(DOT)
-            given = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
-            dP = tl.dot(given, tl.trans(u), input_precision=PRECISION) * scale
-            tl.store(_square(dP_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen) if BEFORE else seen, dP, 0.0))
-            if DELTA:
-                erase = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
-                dM = -tl.dot(erase, tl.trans(u), input_precision=PRECISION)
-                tl.store(_square(dM_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen), dM, 0.0))
+                tl.store(_square(dM_ptr, chunk, h, H, BLOCK_C), tl.where(strict(seen), -dM, 0.0))
             tl.debug_barrier()
             at = square * (BLOCK_C * BLOCK_C)
 
-            # forwards, E [s K] as in `exact`; what each gate lies between is kept in D [t K]
-            E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-            D = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-            turned = _turned(turned_ptr, square, offs_k, K, COLS)
-            for i in tl.range(0, length, num_stages=1):
-                t = length - 1 - i if FLIP else i
-                log_t, a = _gate_row(gates, start + t, offs_k, K, COLS)
-                told = turned
-                if turned_ptr is not None:
-                    turned -= _word_row(gates, start + t, offs_k, K, COLS)
-                write = tied(log_t) if TIED else _row(k, row + t, offs_k, turned, K)
-                query = _row(q, row + t, offs_k, told if BEFORE else turned, K)
-                if not BEFORE:
-                    E = E * a[None, :]
-                if DELTA:
-                    dreach = tl.sum(E * tl.load(dM_ptr + at + t * BLOCK_C + offs)[:, None], 0)
-                if not BEFORE:
-                    E = tl.where((offs == t)[:, None], write[None, :], E)
-                dquery = tl.sum(E * tl.load(dP_ptr + at + t * BLOCK_C + offs)[:, None], 0)
-                if BEFORE:
-                    E = tl.where((offs == t)[:, None], write[None, :], E * a[None, :])
-                product = dquery * query
-                if DELTA:
-                    product += dreach * write
-                    _add_row(dk, row + t, offs_k, dreach)
-                _add_row(dq, row + t, offs_k, dquery)
-                D = tl.where((offs == t)[:, None], product[None, :], D)
-            read = D
+            # rows of the state are independent of each other here: BLOCK_K of them at a time
+            for part in tl.range(0, K, BLOCK_K, num_stages=1):
+                offs_k = part + tl.arange(0, BLOCK_K)
+                # forwards, E [s K] as in `exact`; what each gate lies between is kept in D [t K]
+                E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+                D = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+                turned = _turned(turned_ptr, square, offs_k, K, COLS)
+                for i in tl.range(0, length, num_stages=1):
+                    t = length - 1 - i if FLIP else i
+                    log_t, a = _gate_row(gates, start + t, offs_k, K, COLS)
+                    told = turned
+                    if turned_ptr is not None:
+                        turned -= _word_row(gates, start + t, offs_k, K, COLS)
+                    write = tied(log_t) if TIED else _row(k, row + t, offs_k, turned, K)
+                    query = _row(q, row + t, offs_k, told if BEFORE else turned, K)
+                    if not BEFORE:
+                        E = E * a[None, :]
+                    if DELTA:
+                        dreach = tl.sum(E * tl.load(dM_ptr + at + t * BLOCK_C + offs)[:, None], 0)
+                    if not BEFORE:
+                        E = tl.where((offs == t)[:, None], write[None, :], E)
+                    dquery = tl.sum(E * tl.load(dP_ptr + at + t * BLOCK_C + offs)[:, None], 0)
+                    if BEFORE:
+                        E = tl.where((offs == t)[:, None], write[None, :], E * a[None, :])
+                    product = dquery * query
+                    if DELTA:
+                        product += dreach * write
+                        _add_row(dk, row + t, offs_k, dreach)
+                    _add_row(dq, row + t, offs_k, dquery)
+                    D = tl.where((offs == t)[:, None], product[None, :], D)
+                read = D
 
-            # backwards, E [t K]: the query of token t times the gates before it, down to the token that writes
-            tl.debug_barrier()
-            E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-            R = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-            for i in tl.range(0, length, num_stages=1):
-                t = i if FLIP else length - 1 - i
-                log_t, a = _gate_row(gates, start + t, offs_k, K, COLS)
-                write = tied(log_t) if TIED else _row(k, row + t, offs_k, turned, K)
-                wrote = turned
-                if turned_ptr is not None:
-                    turned += _word_row(gates, start + t, offs_k, K, COLS)
-                query = _row(q, row + t, offs_k, turned if BEFORE else wrote, K)
-                if not BEFORE:
-                    E = tl.where((offs == t)[:, None], query[None, :], E)
-                owed = tl.sum(E * tl.load(dP_ptr + at + offs * BLOCK_C + t)[:, None], 0)
-                if DELTA:
-                    owed += tl.sum(R * tl.load(dM_ptr + at + offs * BLOCK_C + t)[:, None], 0)
-                    R = tl.where((offs == t)[:, None], write[None, :], R) * a[None, :]
-                E = E * a[None, :]
+                # backwards, E [t K]: the query of token t times the gates before it, down to the token that writes
+                tl.debug_barrier()
+                E = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+                R = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
+                for i in tl.range(0, length, num_stages=1):
+                    t = i if FLIP else length - 1 - i
+                    log_t, a = _gate_row(gates, start + t, offs_k, K, COLS)
+                    write = tied(log_t) if TIED else _row(k, row + t, offs_k, turned, K)
+                    wrote = turned
+                    if turned_ptr is not None:
+                        turned += _word_row(gates, start + t, offs_k, K, COLS)
+                    query = _row(q, row + t, offs_k, turned if BEFORE else wrote, K)
+                    if not BEFORE:
+                        E = tl.where((offs == t)[:, None], query[None, :], E)
+                    owed = tl.sum(E * tl.load(dP_ptr + at + offs * BLOCK_C + t)[:, None], 0)
+                    if DELTA:
+                        owed += tl.sum(R * tl.load(dM_ptr + at + offs * BLOCK_C + t)[:, None], 0)
+                        R = tl.where((offs == t)[:, None], write[None, :], R) * a[None, :]
+                    E = E * a[None, :]
+                    if BEFORE:
+                        E = tl.where((offs == t)[:, None], query[None, :], E)
+                    D = tl.where((offs == t)[:, None], D - (owed * write)[None, :], D)
+                    if TIED:
+                        _add_row(dgate, row + t, offs_k, owed * -tl.where(log_t <= RESET, 0.0, tl.exp2(log_t * LOG2E)))
+                    else:
+                        _add_row(dk, row + t, offs_k, owed)
+                tl.debug_barrier()
+                log_a = load_gates(gates, start, offs, inside, offs_k % COLS, K, "key")
+                sums = sums_along(later, D, tl.float32)
                 if BEFORE:
-                    E = tl.where((offs == t)[:, None], query[None, :], E)
-                D = tl.where((offs == t)[:, None], D - (owed * write)[None, :], D)
-                if TIED:
-                    _add_row(dgate, row + t, offs_k, owed * -tl.where(log_t <= RESET, 0.0, tl.exp2(log_t * LOG2E)))
-                else:
-                    _add_row(dk, row + t, offs_k, owed)
-            tl.debug_barrier()
-            log_a = load_gates(gates, start, offs, inside, offs_k % COLS, K, "key")
-            sums = sums_along(later, D, tl.float32)
-            if BEFORE:
-                sums -= read
-            old = load_tile(dgate, row, offs, inside, offs_k).to(tl.float32)
-            store_tile(dgate, row, offs, inside, offs_k, tl.where(log_a <= RESET, old, old + sums))
+                    sums -= read
+                old = load_tile(dgate, row, offs, inside, offs_k).to(tl.float32)
+                store_tile(dgate, row, offs, inside, offs_k, tl.where(log_a <= RESET, old, old + sums))
 
 
 @triton.jit

@@ -47,6 +47,16 @@ def _load(ptr, row, cols, here):
 
 
 @triton.jit
+def _across(ar, ai, br, bi, COMPLEX: tl.constexpr, PACKED: tl.constexpr):
+    """a b, and 0 where a is 0 if documents are packed: what lies before a border may be NaN and is not looked at."""
+    re, im = _times(ar, ai, br, bi, COMPLEX)
+    if PACKED:
+        cut = (ar == 0) & (ai == 0)
+        re, im = tl.where(cut, 0.0, re), tl.where(cut, 0.0, im)
+    return re, im
+
+
+@triton.jit
 def _planes(tile, COMPLEX: tl.constexpr):
     """Real and imaginary part, which lie side by side in memory."""
     re, im = tile.to(tl.float32), tl.zeros_like(tile.to(tl.float32))
@@ -85,6 +95,19 @@ def _then_complex(Pr, Pi, Rr, Ri, Pr2, Pi2, Rr2, Ri2):
 
 
 @triton.jit
+def _then_packed(P, R, P2, R2):
+    """The same where P2 may be 0 because a document starts; see `_across`."""
+    return tl.where(P2 == 0, 0.0, P2 * P), tl.where(P2 == 0, 0.0, P2 * R) + R2
+
+
+@triton.jit
+def _then_complex_packed(Pr, Pi, Rr, Ri, Pr2, Pi2, Rr2, Ri2):
+    Pr, Pi = _across(Pr2, Pi2, Pr, Pi, True, True)
+    Rr, Ri = _across(Pr2, Pi2, Rr, Ri, True, True)
+    return Pr, Pi, Rr + Rr2, Ri + Ri2
+
+
+@triton.jit
 def _both(P, R, E, F, P2, R2, E2, F2):
     """The same, and E, F for what has acted before the last of the rows so far."""
     return _then(P, R, P2, R2) + _then(P, R, E2, F2)
@@ -93,6 +116,17 @@ def _both(P, R, E, F, P2, R2, E2, F2):
 @triton.jit
 def _both_complex(Pr, Pi, Rr, Ri, Er, Ei, Fr, Fi, Pr2, Pi2, Rr2, Ri2, Er2, Ei2, Fr2, Fi2):
     return _then_complex(Pr, Pi, Rr, Ri, Pr2, Pi2, Rr2, Ri2) + _then_complex(Pr, Pi, Rr, Ri, Er2, Ei2, Fr2, Fi2)
+
+
+@triton.jit
+def _both_packed(P, R, E, F, P2, R2, E2, F2):
+    return _then_packed(P, R, P2, R2) + _then_packed(P, R, E2, F2)
+
+
+@triton.jit
+def _both_complex_packed(Pr, Pi, Rr, Ri, Er, Ei, Fr, Fi, Pr2, Pi2, Rr2, Ri2, Er2, Ei2, Fr2, Fi2):
+    last = _then_complex_packed(Pr, Pi, Rr, Ri, Pr2, Pi2, Rr2, Ri2)
+    return last + _then_complex_packed(Pr, Pi, Rr, Ri, Er2, Ei2, Fr2, Fi2)
 
 
 @triton.jit
@@ -121,15 +155,15 @@ def _tell(ptrs, apart, Pr, Pi, Rr, Ri, here, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def _entering(ptrs, apart, here, COMPLEX: tl.constexpr):
+def _entering(ptrs, apart, here, COMPLEX: tl.constexpr, PACKED: tl.constexpr):
     """[1 D]: the state that rows of words [ROWS D] make of nothing, one after the other."""
     first, second = _await(ptrs, here)
     Pr = tl.where(here, first, 1.0)
     if COMPLEX:
         Rr, Ri = _await(ptrs + apart, here)
-        _, _, Rr, Ri = tl.associative_scan((Pr, second, Rr, Ri), 0, _then_complex)
+        _, _, Rr, Ri = tl.associative_scan((Pr, second, Rr, Ri), 0, _then_complex_packed if PACKED else _then_complex)
     else:
-        _, Rr = tl.associative_scan((Pr, second), 0, _then)
+        _, Rr = tl.associative_scan((Pr, second), 0, _then_packed if PACKED else _then)
         Ri = tl.zeros_like(Rr)
     return _last(Rr, ptrs.shape[0]), _last(Ri, ptrs.shape[0])
 
@@ -176,6 +210,7 @@ def _diagonal(
     channel = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     cols, in_d, base = (channel, D), (channel < D)[None, :], b * T + first
     WIDTH: tl.constexpr = BLOCK_D // 2 if COMPLEX else BLOCK_D
+    PACKED: tl.constexpr = open_ptr is not None
     only = tl.zeros((1,), tl.int64)
     start = (segment * length).to(tl.int32)
     stop = tl.minimum(start + length, T)
@@ -211,13 +246,13 @@ def _diagonal(
             else:
                 Rr, Ri = _times(ar, ai, Rr, Ri, COMPLEX)
                 Rr, Ri = Rr + xr, Ri + xi
-            Pr, Pi = _times(ar, ai, Pr, Pi, COMPLEX)
+            Pr, Pi = _across(Pr, Pi, ar, ai, COMPLEX, PACKED)
         if COMPLEX:
             Pr, Pi, Rr, Ri, Er, Ei, Fr, Fi = tl.associative_scan(
-                (Pr, Pi, Rr, Ri, one, none, none, none), 0, _both_complex
+                (Pr, Pi, Rr, Ri, one, none, none, none), 0, _both_complex_packed if PACKED else _both_complex
             )
         else:
-            Pr, Rr, Er, Fr = tl.associative_scan((Pr, Rr, one, none), 0, _both)
+            Pr, Rr, Er, Fr = tl.associative_scan((Pr, Rr, one, none), 0, _both_packed if PACKED else _both)
             Pi, Ri, Ei, Fi = none, none, none, none
         pr, pi, rr, ri = _last(Pr, ROWS), _last(Pi, ROWS), _last(Rr, ROWS), _last(Ri, ROWS)
         if words_ptr is not None:
@@ -226,10 +261,10 @@ def _diagonal(
             _tell(mine, apart, pr, pi, rr, ri, (number < count) & (segment % ROWS != 0), COMPLEX)
             if segment > 0:
                 back = (segment - 1) % ROWS + 1 - tl.arange(0, ROWS)[:, None]  # from the last state to my neighbour
-                hr, hi = _entering(mine - back * count, apart, (number < count) & (back > 0), COMPLEX)
-        sr, si = _times(Er, Ei, hr, hi, COMPLEX)
+                hr, hi = _entering(mine - back * count, apart, (number < count) & (back > 0), COMPLEX, PACKED)
+        sr, si = _across(Er, Ei, hr, hi, COMPLEX, PACKED)
         sr, si = sr + Fr, si + Fi
-        hr, hi = _times(pr, pi, hr, hi, COMPLEX)
+        hr, hi = _across(pr, pi, hr, hi, COMPLEX, PACKED)
         hr, hi = hr + rr, hi + ri
         if words_ptr is not None:
             zero = tl.zeros_like(hr)
@@ -342,7 +377,6 @@ def _diagonal_scan(
     x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, complex_: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     """y [B T D] and the final states [B D]; with complex_ both planes of a number lie side by side in D."""
-    x, log_decay = x.contiguous(), log_decay.contiguous()
     outs = _fake_diagonal(x, log_decay, initial, cu_seqlens, complex_, reverse)
     _run_diagonal(x, log_decay, None, None, initial, cu_seqlens, outs, complex_, reverse, False)
     return outs
@@ -362,8 +396,6 @@ def _diagonal_adjoint(
     complex_: bool, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, log_decay and the initial states."""
-    dy, log_decay = dy.contiguous(), log_decay.contiguous()
-    dstate = None if dstate is None else dstate.contiguous()
     outs = _fake_diagonal_adjoint(dy, dstate, log_decay, y, initial, cu_seqlens, complex_, reverse)
     _run_diagonal(dy, log_decay, y, initial, dstate, cu_seqlens, outs, complex_, reverse, True)
     return outs

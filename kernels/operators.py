@@ -17,16 +17,38 @@ from torch.autograd import forward_ad
 LIBRARY = torch.library.Library("recur", "FRAGMENT")
 
 
+def contiguous(x: Any) -> Any:
+    """A tensor with its entries in the order of its axes, or a list of such; anything else as it is."""
+    if isinstance(x, Tensor):
+        return x if x.is_contiguous() else x.contiguous()
+    return [contiguous(item) for item in x] if isinstance(x, list) else x
+
+
+def readable(x: Any) -> Any:
+    """A tensor, or a list of them, as kernels read one: contiguous, and beginning at a multiple of 16 bytes, for loads
+    of several numbers at once; anything else as it is. 0.3 us per tensor that is so already."""
+    if isinstance(x, Tensor):
+        if not x.is_contiguous():
+            return x.contiguous()
+        return x if x.data_ptr() % 16 == 0 else x.clone()
+    return [readable(item) for item in x] if isinstance(x, list) else x
+
+
 def operator(
     name: str, schema: str = "", *, mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate what runs as `torch.ops.recur.<name>`, on the device of its first argument, a tensor. A schema is read
-    off the annotations unless it is given: torch 2.6 finds none for lists."""
+    off the annotations unless it is given: torch 2.6 finds none for lists.
+
+    Callers may pass tensors of any strides, views and expanded gradients too: what is decorated gets them `readable`.
+    An operator that overwrites an argument gets all of them as they are, for it would overwrite a copy.
+    """
+    given = (lambda x: x) if mutates else readable
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         def here(first: Tensor, *rest: Any) -> Any:
             with torch.cuda.device_of(first):
-                return run(first, *rest)
+                return run(given(first), *map(given, rest))
 
         LIBRARY.define(name + (schema or torch.library.infer_schema(run, mutates_args=mutates)))
         LIBRARY.impl(name, here, "CompositeExplicitAutograd")
@@ -36,8 +58,13 @@ def operator(
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate what returns empty outputs of the operator of that name."""
-    return torch.library.register_fake(f"recur::{name}", lib=LIBRARY)
+    """Decorate what returns empty outputs of the operator of that name, given contiguous tensors."""
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.register_fake(f"recur::{name}", lambda *inputs: run(*map(contiguous, inputs)), lib=LIBRARY)
+        return run
+
+    return register
 
 
 def refuse(ctx: Any, *grads: Tensor) -> None:
@@ -58,6 +85,7 @@ def differentiable(
     run = getattr(torch.ops.recur, name).default
 
     def forward(ctx: Any, *inputs: Any) -> Any:
+        inputs = tuple(map(contiguous, inputs))  # what is saved, so that the backward copies nothing again
         with torch._C._AutoDispatchBelowAutograd():
             output = run(*inputs)
         remember(ctx, inputs, output)

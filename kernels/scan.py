@@ -31,32 +31,43 @@ class Tiles(NamedTuple):
 
 class Plan(NamedTuple):
     """How a scan is laid on the machine: chunks of `chunk` tokens in `segments` of `span` tokens, for states padded to
-    `block_k` rows and `block_v` columns; tiles of columns for the two walks, of rows for the gradient of a chunk."""
+    `block_k` rows and `blocks` times `block_v` columns; tiles of columns for the two walks; for the gradient of a chunk
+    tiles of rows by blocks of columns."""
 
     chunk: int
     segments: int
     span: int
     block_k: int
     block_v: int
+    blocks: int
     forward: Tiles
     adjoint: Tiles
     gradient: Tiles
 
+    @property
+    def part(self) -> int:
+        """Rows that a walk takes at once; the registers of a program do not hold keys and queries of more than 256."""
+        return self.block_k if self.block_k <= 256 else 128
 
-# By trial on an H100 and an H200. Of the walks, by rows of the state, at most 64, 128, 256: columns of a tile, warps,
-# stages, of forward and adjoint, then of the same for the delta rule. Of the gradient, by columns: rows of a tile.
+
+# By trial on an H100 and an H200, 512 rows by what fits. Of the walks, by rows of the state, at most 64 to 512: columns
+# of a tile, warps, stages, of forward and adjoint, then of the same for the delta rule. Of the gradient, by columns:
+# rows of a tile.
 _WALKS = {
     torch.bfloat16: {
         64: (((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3))),
         128: (((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2))),
         256: (((64, 8, 2), (64, 8, 2)), ((64, 8, 1), (64, 8, 1))),
+        512: (((32, 8, 1), (32, 8, 1)), ((32, 8, 1), (32, 8, 1))),
     },
     torch.float32: {
         64: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1))),
         128: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1))),
         256: (((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1))),
+        512: (((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1))),
     },
 }
+_BLOCK = 256  # columns that a program of the gradient has at most
 _FEW = ((32, 4, 2), (32, 4, 2))  # of 256 rows in bfloat16, where tiles of 64 columns would be too few
 _GRADIENT = {
     torch.bfloat16: {64: (64, 4, 1), 128: (64, 4, 1), 256: (64, 4, 1)},
@@ -82,7 +93,7 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
     chunks is shortest, with one program a processor: first all segments but the last by themselves, those within with K
     more columns for what they do to a state, then all. To join a segment takes as long as four chunks, by estimate.
     """
-    block_k, block_v = (max(64, power_of_2(size)) for size in (K, V))
+    block_k, block_v = (max(64, power_of_2(size)) for size in (K, min(V, _BLOCK)))
     chunk, kept = chunk_of(dtype), _kept(dtype)
     few = (kept, block_k, delta) == (torch.bfloat16, 256, False) and not _fills(heads * cdiv(V, 64), processors)
     walks = _FEW if few else _WALKS[kept][block_k][delta]
@@ -101,7 +112,7 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
     else:
         wanted = 1 if _fills(programs, processors) else cdiv(2 * processors, max(1, programs))
     span = chunk * cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
-    return Plan(chunk, max(1, cdiv(T, span)), span, block_k, block_v, forward, adjoint, gradient)
+    return Plan(chunk, max(1, cdiv(T, span)), span, block_k, block_v, cdiv(V, block_v), forward, adjoint, gradient)
 
 
 def _numbers(dtype: torch.dtype) -> tuple[Any, str, float]:
@@ -216,6 +227,11 @@ class _Scan:
         """[chunks H C C]"""
         return self.new(self.chunks, self.sizes[2], self.plan.chunk, self.plan.chunk, dtype=dtype)
 
+    def summands(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Room for what every block of columns adds to a gradient, [blocks ...] in float32, or for the gradient."""
+        blocks = self.plan.blocks
+        return self.new(*shape, dtype=dtype) if blocks == 1 else self.new(blocks, *shape)
+
     def states(self) -> Tensor:
         """[chunks H K V]"""
         _, _, H, K, V = self.sizes
@@ -252,10 +268,11 @@ class _Scan:
                 **(registers | self.common | self.dots),
             )  # fmt: skip
         if self.decay == "key":
+            block_k = self.plan.block_k
             kernels.exact[(cdiv(self.chunks * H, FEW),)](
                 x.q, x.k, x.log_decay, *self.found("turned", "calm"), self.scores, overlap, documents=self.documents,
                 squares=self.chunks * H, GROUPS=x.q.shape[2], COLS=self.cols, BEFORE=self.before, FEW=FEW,
-                BLOCK_K=self.plan.block_k, num_warps=4, **self.common,
+                BLOCK_K=block_k, num_warps=4 if block_k <= 256 else 8, **self.common,
             )  # fmt: skip
         if overlap is not None:
             kernels.solve[(self.chunks * H,)](
@@ -267,7 +284,8 @@ class _Scan:
         return {
             **self.common, **self.dots, "GROUPS": self.groups, "V": self.sizes[4], "DECAY": self.decay,
             "BEFORE": self.before, "tiles": tiles.parts, "segments": self.plan.segments,
-            "span": self.plan.span, "BLOCK_K": self.plan.block_k, "BLOCK_V": tiles.block, "STAGES": tiles.stages,
+            "span": self.plan.span, "BLOCK_K": self.plan.part, "PARTS": cdiv(self.sizes[3], self.plan.part),
+            "BLOCK_V": tiles.block, "STAGES": tiles.stages,
             "num_warps": tiles.warps,
         }  # fmt: skip
 
@@ -307,20 +325,21 @@ class _Scan:
     ) -> None:  # fmt: skip
         """Launch `kernels.gradient`, and `kernels.repair` where a chunk may not be calm."""
         x, tiles, (B, _, H, _, V) = self.x, self.plan.gradient, self.sizes
-        kernels.gradient[(self.chunks * H * tiles.parts,)](
+        kernels.gradient[(self.chunks * H * self.plan.blocks * tiles.parts,)](
             x.q, x.k, self.told, self.write, self.reach, u, dy, dv, x.log_decay, x.beta, x.bonus,
             S, G, *self.found("near", "far", "calm", "rates", "whole"), dq, dk, dgate, dbonus,
-            B=B, tiles=tiles.parts, documents=self.documents, GROUPS=self.groups, GROUPS_PLAIN=x.q.shape[2],
-            COLS=self.cols, V=V, DECAY=self.decay, BEFORE=self.before, TIED=x.k is None, BLOCK_K=tiles.block,
-            BLOCK_V=self.plan.block_v, num_warps=tiles.warps, **self.common, **self.dots,
+            B=B, tiles=tiles.parts, documents=self.documents, chunks=self.chunks, GROUPS=self.groups,
+            GROUPS_PLAIN=x.q.shape[2], COLS=self.cols, V=V, DECAY=self.decay, BEFORE=self.before, TIED=x.k is None,
+            BLOCKS=self.plan.blocks,
+            BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v, num_warps=tiles.warps, **self.common, **self.dots,
         )  # fmt: skip
         if self.decay == "key":
             kernels.repair[(cdiv(self.chunks * H, FEW),)](
                 x.q, x.k, x.log_decay, *self.found("turned"), x.beta, dy, u, dv, *self.found("calm"),
                 self.squares(torch.float32), self.squares(torch.float32) if x.beta is not None else None, dq, dk, dgate,
                 documents=self.documents, squares=self.chunks * H, GROUPS=x.q.shape[2], COLS=self.cols, V=V,
-                BEFORE=self.before, FEW=FEW, BLOCK_K=self.plan.block_k, BLOCK_V=self.plan.block_v, num_warps=8,
-                **self.common, **self.dots,
+                BEFORE=self.before, FEW=FEW, BLOCK_K=min(self.plan.block_k, 256), BLOCK_V=self.plan.block_v,
+                num_warps=8, **self.common, **self.dots,
             )  # fmt: skip
 
     def turn_back(self, dq: Tensor, dk: Tensor, dgate: Tensor | None, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -397,7 +416,7 @@ def scan_forward(
     Args: q, k [B T G K] (k None: 1 − exp(log_decay), not with beta); v [B T H V], all of one dtype; log_decay
         [B|1 T|1 H K|1], or complex with a last axis of 2: states then have 2K rows, real parts before imaginary ones;
         beta [B T H]; bonus [H K] float32, not with complex gates; initial [B H K V] float32, or [n H K V] for the n
-        documents of cu_seqlens [n+1]; all contiguous. flip: from right to left; before: tokens are read before their
+        documents of cu_seqlens [n+1]. flip: from right to left; before: tokens are read before their
         own gate, as a bonus wants it; keep: for a derivative.
     Returns: y [B T H V]; state like initial; with `keep`, what is `prepared`.
     """
@@ -436,7 +455,7 @@ def scan_backward(
     """Gradients of q, k, v, log_decay, beta, bonus and initial; empty for what is None. Has no derivative."""
     run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip, before, made)
     B, T, H, K, _ = run.sizes
-    S, G, parts = run.states(), run.states(), run.plan.gradient.parts
+    S, G, blocks = run.states(), run.states(), run.plan.blocks
     dv, dinitial = torch.empty_like(v), None if initial is None else torch.empty_like(initial)
     erasing, turned = beta is not None, "turned" in run.made
     e, dbeta = (torch.empty_like(v), run.new(run.plan.adjoint.parts, B, T, H)) if erasing else (None, None)
@@ -445,17 +464,20 @@ def scan_backward(
     entering = run.entering(dstate, back=dy)
     run.adjoint(dy, dv, G, e=e, dbeta=dbeta, enter=entering, leave=dinitial, state=S, moment=moment)
 
-    dq = run.new(B, T, H, K, dtype=q.dtype if turned or q.shape[2] == H else torch.float32)
+    dq = run.summands(B, T, H, K, dtype=q.dtype if turned or q.shape[2] == H else torch.float32)
     dk = None if k is None else torch.empty_like(dq)
     dgate = dbonus = None
     if run.decay == "one":
-        dgate = run.new(parts, B, T, H)
+        dgate = run.new(blocks * run.plan.gradient.parts, B, T, H)
     if run.decay == "key" and log_decay is not None:
         wide = _kept(q.dtype) if turned else torch.float32  # `turn_backward` adds the two rows of a complex gate
-        dgate = run.new(B, T, H, K, dtype=log_decay.dtype if log_decay.shape == (B, T, H, K) else wide)
+        dgate = run.summands(B, T, H, K, dtype=log_decay.dtype if log_decay.shape == (B, T, H, K) else wide)
     if bonus is not None:
-        dbonus = run.new(run.chunks, H, K).zero_()  # documents leave some chunks unused
+        dbonus = run.new(blocks * run.chunks, H, K).zero_()  # documents leave some chunks unused
     run.gradient(v if e is None else e, dy, dv, S, G, dq, dk, dgate, dbonus)
+    if blocks > 1:
+        dq, dk = dq.sum(0), None if dk is None else dk.sum(0)
+        dgate = dgate.sum(0) if dgate is not None and run.decay == "key" else dgate
 
     if dgate is not None and log_decay is not None:
         size = dgate.sum(0).unsqueeze(-1) if run.decay == "one" else dgate
@@ -477,7 +499,7 @@ def scan_backward(
 def sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
     """[B T H K] -> [B T G K], what the heads of a group owe to the tensor they share."""
     if gradient.shape == like.shape:
-        return gradient
+        return gradient.to(like.dtype)
     return gradient.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
 
 
@@ -496,8 +518,7 @@ def _remember(ctx, inputs, output) -> None:
 def _gradients(ctx, dy: Tensor | None, dstate: Tensor | None, _):
     saved = ctx.saved_tensors  # once: hooks may unpack once only
     tensors, made = saved[:8], list(saved[8:])
-    dy = torch.zeros_like(tensors[2]) if dy is None else dy.contiguous()
-    dstate = None if dstate is None else dstate.contiguous()
+    dy = torch.zeros_like(tensors[2]) if dy is None else dy
     gradients = scan_backward(dy, dstate, *tensors, ctx.scale, ctx.flip, ctx.before, made)
     none = (None,) * 5
     return *(None if x is None else g for x, g in zip(tensors[:7], gradients, strict=True)), *none

@@ -133,14 +133,14 @@ def gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr):
 
 @triton.jit
 def load_gates(gates, start, offs, inside, cols, size, DECAY: tl.constexpr):
-    """Logs of the gates [R D] or [R], resets at FLOOR; outside nothing decays."""
+    """Logs of the gates [R D] or [R], resets at FLOOR, NaN where they are; outside nothing decays."""
     ptr, stride_t, stride_d = gates
     if DECAY == "key":
         ptrs = ptr + start * stride_t + offs[:, None] * stride_t + cols[None, :] * stride_d
         log_a = tl.load(ptrs, mask=inside[:, None] & (cols[None, :] < size), other=0.0)
     else:
         log_a = tl.load(ptr + start * stride_t + offs * stride_t, mask=inside, other=0.0)
-    return tl.maximum(log_a.to(tl.float32), FLOOR).to(log_a.dtype)
+    return tl.maximum(log_a.to(tl.float32), FLOOR, propagate_nan=tl.PropagateNan.ALL).to(log_a.dtype)
 
 
 @triton.jit

@@ -64,7 +64,8 @@ def phases(gates, start, offs, inside, part, COLS, DECAY: tl.constexpr, D: tl.co
     else:
         log_a = tl.load(ptrs, mask=inside[:, None], other=0.0) + tl.zeros([C, D], tl.float32)
         phase = tl.load(ptrs + 1, mask=inside[:, None], other=0.0) + tl.zeros([C, D], tl.float32)
-    return tl.maximum(log_a, FLOOR), word_of(log_a, phase)
+    lost = tl.where(log_a > RESET, phase - phase, 0.0)  # NaN where a phase is not finite, which a word cannot show
+    return tl.maximum(log_a, FLOOR, propagate_nan=tl.PropagateNan.ALL) + lost, word_of(log_a, phase)
 
 
 @triton.jit

@@ -426,7 +426,7 @@ def _summary(
         document, begin, end, left, right = _run(cu_ptr, documents, todo, start, stop, b, T, ADJOINT, WHOLE)
         if (right == end) if ADJOINT else (left == begin):
             S = _load_state(initial_ptr, document, where, N, R, Q, BLOCK_N, W)
-            P = tl.zeros((R, BLOCK_N, W), tl.float32)
+            P, total = tl.zeros((R, BLOCK_N, W), tl.float32), tl.zeros((R, W), tl.float32)
         count = right - left
         run = (b * T + first + STEP * left, STEP, count)
         for block in range(0, count, UNROLL):
@@ -449,7 +449,8 @@ def _summary(
 
 @triton.jit
 def _combine(P_ptr, R_ptr, size, segments, ADJOINT: tl.constexpr, BLOCK: tl.constexpr):
-    """R [B segments size] becomes the state that enters each segment; where a row starts P is 0."""
+    """R [B segments size] becomes the state that enters each segment; where a document starts P is 0, and what was
+    before it, which may be NaN, is not looked at."""
     blocks = tl.cdiv(size, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     b, offs = pid // blocks, pid % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -459,7 +460,7 @@ def _combine(P_ptr, R_ptr, size, segments, ADJOINT: tl.constexpr, BLOCK: tl.cons
         P = tl.load(P_ptr + at, mask=offs < size, other=0.0)
         R = tl.load(R_ptr + at, mask=offs < size, other=0.0)
         tl.store(R_ptr + at, S, mask=offs < size)
-        S = P * S + R
+        S = tl.where(P == 0, 0.0, P * S) + R
 
 
 @walker
@@ -674,8 +675,8 @@ class _Walk:
         kind = {"adjoint": adjoint, "keyed": a is None, "processors": processors(x.device)}
         self.plan = plan(self.B, self.T, self.V, self.G, self.N, **kind)
         self.gate, self.gradients = SELECTIVE if a is not None else ONLINE
-        self.x, self.rate, self.cu_seqlens, self.adjoint = _aligned(x), _aligned(rate), cu_seqlens, adjoint
-        self.k, self.q = (_aligned(w if w.ndim == 4 else w.T) for w in (k, q))  # [B T G N] | [N V]
+        self.x, self.rate, self.cu_seqlens, self.adjoint = x, rate, cu_seqlens, adjoint
+        self.k, self.q = (w if w.ndim == 4 else w.T.contiguous() for w in (k, q))  # [B T G N] | [N V]
         self.FIXED_K, self.FIXED_Q = k.ndim == 2, q.ndim == 2
         self.others, self.norm = (None, None) if a is not None else _key_norms(self.k)
         self.a = None if a is None else torch.mul(a.float().T, LOG2E.value, out=self.new(self.N, self.V))  # [N V]
@@ -698,12 +699,6 @@ class _Walk:
         size, block = self.N * self.V, 256
         _combine[(self.B * cdiv(size, block),)](P, R, size, self.plan.segments, self.adjoint, block, num_warps=2)
         return R
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Contiguous, and where 64 bits can be read at once: a view may begin anywhere."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _key_norms(k: Tensor) -> tuple[Tensor, Tensor]:
@@ -756,7 +751,6 @@ def _walk_adjoint(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, rate, a, k, q and the initial states; that of a is empty where there is none."""
     dx, drate, *_, dinitial = _fake_adjoint(dy, dstate, x, rate, a, k, q, initial, cu_seqlens, kept, reverse)
-    dy, dstate = _aligned(dy), None if dstate is None else dstate.contiguous()
     if cu_seqlens is not None:
         dinitial = torch.zeros_like(dinitial) if dstate is None else dstate.clone()
     w = _Walk(x, rate, a, k, q, cu_seqlens, reverse, True)
@@ -787,8 +781,8 @@ def _fake_adjoint(
     dy: Tensor, dstate: Tensor | None, x: Tensor, rate: Tensor, a: Tensor | None, k: Tensor, q: Tensor,
     initial: Tensor | None, cu_seqlens: Tensor | None, kept: Tensor, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, drate, dk, dq = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, rate, k, q))
-    da = x.new_empty(0) if a is None else torch.empty_like(a, memory_format=torch.contiguous_format)
+    dx, drate, dk, dq = map(torch.empty_like, (x, rate, k, q))
+    da = x.new_empty(0) if a is None else torch.empty_like(a)
     rows = state_count(x.shape[0], cu_seqlens)
     return dx, drate, da, dk, dq, x.new_empty((rows, k.shape[-1], x.shape[2]), dtype=torch.float32)
 
@@ -846,6 +840,5 @@ def _scan(
     mirrored = reverse and cu_seqlens is not None
     if mirrored:
         state, cu_seqlens = None if state is None else state.flip(0), mirror(cu_seqlens, T)
-    state = None if state is None else state.contiguous()
     y, state, _ = _walk(x, rate, a, k, q, state, cu_seqlens, reverse, keep)
     return y, (state.flip(0) if mirrored else state).transpose(1, 2)

@@ -25,16 +25,24 @@ def installed() -> tuple[int, ...] | None:
 
 TRITON = installed()
 WIDE = (torch.float64, torch.complex128)
-WIDEST = 256  # rows and columns of a state that fit the registers of one program
+WIDEST = {"K": 512, "N": 256}  # rows of a state that fit the registers of one program; columns are cut up
+STEPPED = 2048  # rows of one that a step overwrites
+
+
+def rows_of(keys: int, number: torch.dtype) -> int:
+    """Rows that as many keys have in a state: two of each if it is complex, for real and imaginary parts."""
+    return 2 * keys if number.is_complex else keys
 
 
 def refusal(number: torch.dtype, device: torch.device, **sizes: int) -> str | None:
     """Why form="triton" cannot compute a scan whose states are of these numbers and sizes, in words that name a form
-    which can; None if it can."""
-    wide = [f"{axis}={size}, more than {WIDEST}" for axis, size in sizes.items() if size > WIDEST]
-    lacks = (
-        ["forward-mode derivatives and torch.func transforms"] * transformed() + ["float64"] * (number in WIDE) + wide
-    )
+    which can; None if it can. K is counted in rows of the state: see `rows_of`."""
+    lacks = ["forward-mode derivatives and torch.func transforms"] * transformed() + ["float64"] * (number in WIDE)
+    for axis, size in sizes.items():
+        rows = rows_of(size, number) if axis == "K" else size
+        if rows > WIDEST[axis]:
+            two = f", for a complex state {rows} rows" if rows > size else ""
+            lacks.append(f"{axis}={size}{two}, more than {WIDEST[axis]}")
     if TRITON is None:
         lacks.append("a machine without Triton")
     elif TRITON < OLDEST:
@@ -57,11 +65,12 @@ def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, re
     return ScanOut(*scans[rule](*inputs, cu_seqlens, reverse))
 
 
-def takes_step(rows: int, state: Tensor) -> bool:
-    """Whether one launch computes a step: on a GPU, nothing in float64 (the state would be), at most 1024 rows, no
+def takes_step(keys: int, state: Tensor) -> bool:
+    """Whether one launch computes a step: on a GPU, nothing in float64 (the state would be), few enough rows, no
     forward-mode derivative and no torch.func transform."""
-    covered = state.is_cuda and state.dtype not in WIDE and rows <= 1024 and not transformed()
-    return covered and TRITON is not None and TRITON >= OLDEST
+    if TRITON is None or TRITON < OLDEST or not state.is_cuda or state.dtype in WIDE:
+        return False
+    return rows_of(keys, state.dtype) <= STEPPED and not transformed()
 
 
 def step(
@@ -116,7 +125,7 @@ def scan(
             k = -torch.expm1(log_decay.float()).expand(*v.shape[:3], -1)
             q = to_heads(q, v.shape[2])
     if bonus is not None:
-        bonus = bonus.float().reshape(v.shape[2], -1).expand(-1, q.shape[-1]).contiguous()
+        bonus = bonus.float().reshape(v.shape[2], -1).expand(-1, q.shape[-1])
     q, k, w = q.to(dtype), None if k is None else k.to(dtype), v.to(dtype)
     before, turned, now = bonus is not None, log_decay is not None and log_decay.is_complex(), None
     if log_decay is not None and turned:
@@ -126,8 +135,7 @@ def scan(
             now = (to_heads(q, v.shape[2]).float() * to_heads(k, v.shape[2]) * bonus).sum(-1, keepdim=True) * scale * w
             bonus = None
     initial_state = None if initial_state is None else initial_state.float()
-    given = (q, k, w, log_decay, beta, bonus, initial_state)
-    tensors = tuple(None if x is None else x.contiguous() for x in given)
+    tensors = (q, k, w, log_decay, beta, bonus, initial_state)
     y, state, _ = scan_forward(*tensors, cu_seqlens, scale, reverse, before, recorded(*tensors))
     y = y if now is None else y + now
     return ScanOut(y.to(v.dtype), joined(state) if turned else state)

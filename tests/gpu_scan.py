@@ -1,4 +1,5 @@
-"""The separable kernel on a GPU against the float64 token loop, in every dtype: `python tests/gpu_scan.py`.
+"""The separable kernel on a GPU against the float64 token loop, in every dtype: `python tests/gpu_scan.py`, or
+`python tests/gpu_scan.py wide` for states of more than 256 rows or columns alone.
 
 One line a case: relative errors of y, state and all gradients, which two runs must give alike. Exits with 1 if one
 passes its limit. The cases of test_kernel_compiles.py, in which every pair of values of every axis meets, are among
@@ -91,10 +92,17 @@ def listed() -> list[Case]:
     for row in specialisations.SCAN.rows:
         more, packed = row["segments"] == "more", row["rows"] == "packed"
         delta, axes = row["write"] == "delta", "B T H" if row["time"] == "token" else "H"
-        T = (3100 if delta else 1100) if more else 130
+        T, H = ((3100 if delta else 1100), 2) if more else (130, 4)
         found.append(
             Case(
-                (1 if more or packed else 2, T, 4, 2 if row["heads"] == "group" else 4, int(row["K"]), int(row["V"])),
+                (
+                    1 if more or packed else 2,
+                    T,
+                    H,
+                    H // 2 if row["heads"] == "group" else H,
+                    int(row["K"]),
+                    int(row["V"]),
+                ),
                 {"none": None, "one": axes, "key": axes + " K"}[row["decay"]],
                 "complex" if row["phase"] == "yes" else "mild",
                 getattr(torch, row["dtype"]),
@@ -170,6 +178,31 @@ def cases() -> list[Case]:
     return [*found, Case((1, 200, 2, 1, 256, 256), "B T H K", beta=True, narrow=True)]
 
 
+def wide() -> list[Case]:
+    """More columns than a program of the gradient has, rows in parts, and two rows per complex key."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    found = [
+        Case((1, 200, 2, 1, K, V), axes, beta=delta, narrow=axes == "B T H K", reverse=delta)
+        for K, V in ((256, 512), (384, 1536), (320, 1280), (512, 1024))
+        for axes in GATES
+        for delta in (False, True)
+    ]
+    found += [
+        Case((1, 200, 2, 2, 512, 300), axes, "hard", dtype, beta=delta, bonus=not delta)
+        for axes in GATES[1:]
+        for dtype in (bf16, fp32)
+        for delta in (False, True)
+    ]
+    found += [
+        Case((1, 200, 2, 1, 256, 512), axes, "complex", beta=delta) for axes in GATES[1:] for delta in (False, True)
+    ]
+    found += [Case((1, 200, 2, 2, 300, 520), "B T H K", tied=True, borders=(0, 0, 5, 130, 200, 200))]
+    found += [Case((1, 200, 2, 1, 200, 40), "B T H", "complex", borders=(0, 70, 200), reverse=True)]
+    found += [Case((1, 3100, 2, 1, 512, 300), axes, beta=delta) for axes in GATES for delta in (False, True)]
+    found += [Case((2, 130, 2, 1, 400, 1000), axes, dtype=torch.float16, beta=True) for axes in GATES]
+    return found
+
+
 def attempt(job: tuple[Any, dict[torch.dtype, float], float]) -> bool:
     case, limits, slack = job
     torch.set_default_device("cuda")
@@ -189,4 +222,5 @@ def main(cases: list[Any], limits: dict[torch.dtype, float], slack: float = 1) -
 
 
 if __name__ == "__main__":
-    sys.exit(main(listed() + cases(), LIMITS, slack=4))  # differences of sums, added up over time
+    chosen = wide() if sys.argv[1:] == ["wide"] else listed() + cases() + wide()
+    sys.exit(main(chosen, LIMITS, slack=4))  # differences of sums, added up over time

@@ -49,8 +49,8 @@ SCAN = Family(
         "keys": "own tied",
         "heads": "each group",  # has q and k
         **PLACES,
-        "K": "64 128 256",
-        "V": "64 128 200",
+        "K": "64 128 256 512",
+        "V": "64 128 200 640",
     },
     excluded=(
         {"decay": "none", "time": "fixed"},
@@ -58,11 +58,12 @@ SCAN = Family(
         {"decay": "none", "phase": "yes"},
         {"gates": "narrow", "dtype": "float32"},
         {"gates": "narrow", "phase": "yes"},
-        {"phase": "yes", "K": "256"},  # refused: complex rows are two real ones
+        {"phase": "yes", "K": "512"},  # refused: complex rows are two real ones
         {"keys": "tied", "decay": "none one"},  # refused
         {"keys": "tied", "phase": "yes"},  # refused
         {"keys": "tied", "write": "delta"},  # keys are written out
         {"segments": "more", "rows": "packed"},
+        {"segments": "more", "V": "640"},  # many columns fill the machine
     ),
     rows=_rows("""
 name             sm dtype    way   decay time  gates  phase write keys heads rows   segments states K   V
@@ -84,7 +85,14 @@ kda              90 bfloat16 right key   token narrow no    delta own  each  who
 -                90 float32  right key   fixed wide   no    plain tied group packed one      zero   64  128
 -                80 bfloat16 right one   token wide   yes   bonus own  each  whole  one      zero   128 200
 -                90 bfloat16 left  none  token wide   no    bonus own  group whole  more     given  256 200
--                90 float16  right none  token wide   no    delta own  each  whole  more     given  128 64
+-                80 float16  left  none  token wide   no    bonus own  each  packed one      zero   512 640
+-                90 bfloat16 right key   fixed narrow no    plain tied group whole  one      given  512 640
+-                80 float32  left  one   token wide   no    delta own  group whole  more     zero   512 128
+-                90 float32  left  one   token wide   yes   delta own  group packed one      given  256 640
+-                80 bfloat16 left  key   fixed wide   no    delta own  each  packed one      zero   512 200
+-                90 bfloat16 right one   fixed wide   yes   delta own  each  whole  one      given  128 640
+-                80 float32  right key   token wide   no    plain own  each  whole  one      given  64  640
+-                80 float16  right one   token wide   no    plain own  group whole  more     zero   512 64
 """),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -217,14 +218,44 @@ def test_a_run_is_not_overwritten(capsys: pytest.CaptureFixture[str], run_folder
 RESUMED = {
     "recipe": (["hgrn2"], "the run was started with recipe longhorn, got hgrn2"),
     "width": (["longhorn", "--dim", "32"], "the run was started with dim 16, got 32"),
-    "steps": (["longhorn", "--steps", "8"], "the run was started with steps 4, got 8"),
+    "task": (["longhorn"], "the run was started with task lm, got mqar"),
+    "fewer steps": (["longhorn", "--steps", "3"], "started with steps 4, got 3; it has taken 4 already"),
+    "higher rate": (["longhorn", "--lr", "1"], "with lr 0.003, got 1.0; a rate may only be lowered: begin a new run"),
 }
 
 
 @pytest.mark.parametrize("kind", RESUMED)
 def test_resuming_with_other_settings(capsys: pytest.CaptureFixture[str], run_folder: Path, kind: str) -> None:
     words, said = RESUMED[kind]
-    assert said in refused(capsys, "train", *words, "--resume", "--out", run_folder)
+    command = ("task", "mqar") if kind == "task" else ("train",)
+    assert said in refused(capsys, *command, *words, "--resume", "--out", run_folder)
+
+
+def test_resuming_with_a_file_of_settings(
+    capsys: pytest.CaptureFixture[str], run_folder: Path, tmp_path: Path, text_file: str
+) -> None:
+    """A file, a setup and the run's own edited configuration are compared as flags are."""
+    out, file = tmp_path / "run", tmp_path / "some.json"
+    shutil.copytree(run_folder, out)
+    resume = ("train", "longhorn", "--resume", "--out", out)
+    file.write_text('{"dim": 32}')
+    assert "the run was started with dim 16, got 32" in refused(capsys, *resume, "--config", file)
+    assert "the run was started with dim 16, got 384" in refused(capsys, *resume, "--setup", "shakespeare")
+    choices = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**choices, "depth": 2}))
+    words = f"the run was started with depth 1, got 2 in {out / 'config.json'}"
+    assert words in refused(capsys, *resume)
+    file.write_text('{"lr": 0.001, "steps": 5}')
+    (out / "config.json").write_text(json.dumps({**choices, "lr": 0.002}))
+    assert main([*map(str, resume), "--config", str(file)]) == 0
+    assert (
+        "recur: resuming after step 4 with steps: 4 -> 5, lr: 0.003 -> 0.001, learning rate" in capsys.readouterr().err
+    )
+    (out / "config.json").write_text("{")
+    assert main([*map(str, resume)]) == 0
+    said = capsys.readouterr().err
+    assert "recur: passing over the configuration of the run: " in said
+    assert "resuming after" not in said
 
 
 def test_resuming_with_another_text(capsys: pytest.CaptureFixture[str], run_folder: Path, tmp_path: Path) -> None:
@@ -246,6 +277,17 @@ def test_a_checkpoint_that_is_missing_or_damaged(
         file.truncate(1000)
     for command in (("train", "longhorn", "--resume", "--out", out), ("generate", out, "--prompt", "the ")):
         assert "is damaged: model.safetensors changed after it was written" in refused(capsys, *command)
+
+
+def test_generate_takes_the_checkpoint_asked_for(capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:
+    ask = ("generate", run_folder, "--prompt", "the ", "--max-new-tokens", 3, "--checkpoint")
+    assert main([*map(str, ask), "best"]) == 0
+    best = capsys.readouterr()
+    assert best.err == ""
+    assert main([*map(str, ask), "4"]) == 0
+    assert capsys.readouterr().out == best.out
+    assert "no checkpoint of step 3 in" in refused(capsys, *ask, 3)
+    assert "--checkpoint: must be best, newest or a step, got 'last'" in refused(capsys, *ask, "last")
 
 
 def test_a_prompt_the_vocabulary_lacks(capsys: pytest.CaptureFixture[str], run_folder: Path) -> None:

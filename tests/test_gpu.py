@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SCRIPTS = {"gpu_scan.py": [], "gpu_walk.py": [], "gpu_step.py": ["check"], "gpu_large.py": [], "gpu_compile.py": []}
+SCRIPTS = {
+    "gpu_scan.py": [],
+    "gpu_walk.py": [],
+    "gpu_step.py": ["check"],
+    "gpu_large.py": [],
+    "gpu_compile.py": [],
+    "gpu_laws.py": [],
+}
 
 
 @pytest.mark.gpu

@@ -151,6 +151,19 @@ def long_ones() -> None:
 
 
 @law
+def states_of_any_size() -> None:
+    """More columns than a program of the gradient has, rows in several parts, complex rows that are two."""
+    compare(1, 20, 2, 1, 3, 260, "B T H K", "hard", bonus="H K")
+    compare(1, 20, 1, 1, 3, 515, "B T H", beta=True, borders=(0, 4, 20))
+    compare(1, 20, 1, 1, 5, 300, "B T H K", tied=True, reverse=True)
+    compare(1, 40, 1, 1, 300, 3, "B T H K", "leaky", beta=True)
+    compare(1, 20, 1, 1, 512, 2, "B T H", bonus="H")
+    compare(1, 20, 1, 1, 390, 3, None, beta=True, reverse=True)
+    compare(1, 20, 1, 1, 200, 260, "B T H K", "hard complex", beta=True)
+    compare(1, 20, 1, 1, 256, 2, "B T H", "complex")
+
+
+@law
 def hard_gates() -> None:
     for axes in ("B T H", "B T H K", "H K"):
         for more in ({}, {"beta": True}, {"bonus": "H K", "reverse": True}):
@@ -189,6 +202,8 @@ def segments_side_by_side() -> None:
     compare(1, 70, 1, 1, 4, 4, "B T H K", "hard", beta=True, initial=False, reverse=True)
     compare(1, 70, 1, 1, 4, 4, "B T H", "hard", beta=True)
     compare(1, 65, 1, 1, 66, 3, "B T H K", beta=True)  # more than one tile of the action's columns
+    compare(1, 40, 1, 1, 260, 2, "B T H K", "hard", beta=True)
+    compare(1, 40, 1, 1, 260, 3, "B T H", reverse=True)
 
 
 @law
@@ -277,11 +292,11 @@ def operators_keep_the_rules_of_torch() -> None:
 def what_it_lacks_is_named() -> None:
     from recur import scan
 
-    q, wide = torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 300)
+    q, wide, turned = torch.randn(1, 4, 1, 3), torch.randn(1, 4, 1, 513), decays((1, 4, 1), "complex")
     for arguments, match in (
         ((q.double(), q, q), "float64; form='chunked' does"),
-        ((wide, wide, q), "K=300"),
-        ((q, q, wide), "V=300"),
+        ((wide, wide, q), "K=513, more than 512; form"),
+        ((wide[..., :257], wide[..., :257], q, turned), "K=257, for a complex state 514 rows, more than 512; form"),
     ):
         with pytest.raises(NotImplementedError, match=match):
             scan(*arguments, form="triton")
@@ -290,6 +305,7 @@ def what_it_lacks_is_named() -> None:
 
 GROUPS = [
     ["every_structure"],
+    ["states_of_any_size"],
     [
         "long_ones",
         "float16_keeps_its_digits",
@@ -367,6 +383,17 @@ def test_plan_fills_the_machine() -> None:
     assert plan(heads=1, T=256, **sizes).segments == 1
     assert plan(heads=1, T=0, **sizes).segments == 1
     assert "segments=9" in repr(long)
+
+
+def test_plan_of_wide_states() -> None:
+    """Rows in parts of 128 where a program would not hold 256; the gradient by blocks of 256 columns."""
+    pytest.importorskip("triton")
+    from recur.kernels.scan import plan
+
+    wide = plan(heads=8, T=4096, K=384, V=1536, dtype=torch.bfloat16)
+    assert (wide.part, wide.blocks, wide.block_v, wide.forward.parts, wide.gradient.parts) == (128, 6, 256, 48, 6)
+    narrow = plan(heads=8, T=4096, K=256, V=200, dtype=torch.bfloat16)
+    assert (narrow.part, narrow.blocks, narrow.block_v) == (256, 1, 256)
 
 
 if __name__ == "__main__":

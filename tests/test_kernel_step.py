@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,7 @@ def matrix_states() -> None:
         outer(B, H, G, K, V, (B, H, K), "hard")
         outer(B, H, G, K, V, (B, H, K), "complex")
         outer(B, H, G, K, V, (B, H), "complex")
+    outer(1, 1, 1, 1100, 3, (1, 1, 1100), beta=beta)
 
 
 @law
@@ -193,6 +195,15 @@ def test_plan_fills_the_machine() -> None:
     assert plan(states=256, K=16, V=4096) == (16, 256, 8)
     assert plan(states=1024, K=128, V=128, planes=2) == (128, 32, 8)
     assert plan(states=1, K=1, V=3) == (1, 4, 1)
+
+
+def test_what_a_step_covers_is_counted_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows per key of a complex state."""
+    monkeypatch.setattr(kernel, "TRITON", kernel.OLDEST)
+    for dtype, keys in ((torch.float32, 2048), (torch.bfloat16, 2048), (torch.complex64, 1024), (torch.float64, 0)):
+        state = SimpleNamespace(is_cuda=True, dtype=dtype)
+        assert keys == 0 or kernel.takes_step(keys, state)
+        assert not kernel.takes_step(keys + 1, state)
 
 
 def test_every_law_is_run() -> None:

@@ -18,9 +18,9 @@ class Rows:
 
     def __init__(self, length: int, size: int) -> None:
         self.length, self.size, self.n = length, size, -(-length // size)
-        self.first: Tensor | None = None  # [n] bool, the chunks that open a document: there are no further documents
-        self.sealed: Tensor | None = None  # [n] bool, the chunks after which a further document follows
-        self.borders: Tensor | None = None  # [documents+1] cu_seqlens of the row of chunks
+        self.first = None  # [n] bool, the chunks that open a document: there are no further documents
+        self.sealed = None  # [n] bool, the chunks after which a further document follows
+        self.borders = None  # [documents+1] cu_seqlens of the row of chunks
 
     def split(self, tokens: Tensor) -> Tensor:
         """[B T ...] -> [B n C ...]. Tokens all alike, [B 1 ...], give [B 1 C ...] where nothing is filled up."""
@@ -73,9 +73,9 @@ class Documents:
 
         chunk = torch.arange(self.n, device=device)
         self.document = torch.searchsorted(through, chunk, right=True).clamp(max=documents - 1)
-        self.first: Tensor | None = chunk == start[self.document]
-        self.sealed: Tensor | None = self.first.roll(-1)  # what leaves these chunks belongs to no later one
-        self.borders: Tensor | None = F.pad(through[:-1], (1, 1))
+        self.first = chunk == start[self.document]
+        self.sealed = self.first.roll(-1)  # what leaves these chunks belongs to no later one
+        self.borders = F.pad(through[:-1], (1, 1))
         self.borders[-1] = self.n  # those not needed end the last document
         place = ((chunk - start[self.document]) * size)[:, None] + torch.arange(size, device=device)
         source = torch.where(place < lengths[self.document, None], borders[self.document, None] + place, length)

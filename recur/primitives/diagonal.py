@@ -342,7 +342,13 @@ def recurrence(a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor 
 
 
 def check_state(function: str, state: Tensor, number: torch.dtype) -> None:
-    """Raise TypeError unless a step can overwrite `state` without rounding it, or rounds it to bfloat16 as asked."""
+    """Raise TypeError unless a step can overwrite `state` without rounding it, or rounds it to bfloat16 as asked;
+    ValueError if entries of it share memory."""
+    if 0 in state.stride() and any(n > 1 and not step for n, step in zip(state.shape, state.stride(), strict=True)):
+        raise ValueError(
+            f"{function}: state is overwritten, so each entry must have memory of its own, got an expanded tensor of "
+            f"shape {tuple(state.shape)} with strides {state.stride()}; pass state.clone()"
+        )
     if state.dtype != number and (state.dtype, number) != (torch.bfloat16, torch.float32):
         raise TypeError(f"{function}: state must be {number} for these inputs, got {state.dtype}")
 

@@ -302,8 +302,8 @@ def _run_backward(
         parts = [_over_slots(k_, G, u_), _over_channels(G, u_, k_), _over_channels(h, dy, q_)]
         torch.mul(G[:, 0], state, out=grad_gate[:, 0])
         torch.mul(G[:, 1:], h[:, :-1], out=grad_gate[:, 1:])
-        if starts is not None:
-            grad_gate.masked_fill_(like_batch(starts, grad_gate[0]), 0)
+        if borders is not None:
+            grad_gate.masked_fill_(like_batch(borders.starts[piece], grad_gate[0]), 0)
             if own is not None:
                 grad_gate.addcmul_(G, before)
                 grad_own.index_add_(0, borders.opens[piece], (gate * G)[0])

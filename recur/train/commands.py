@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
-from recur.train import config
+from recur.train import checkpoint, config
 from recur.train.config import InputError, Settings, known
+from recur.train.lock import hold
 from recur.train.models import parameters, read_recipes
-from recur.train.run import TASKS, configured, finish, load_model, setup, told
-from recur.train.trainer import fit, mfu, prepare
+from recur.train.run import TASKS, chosen, configured, finish, load_model, setup, told
+from recur.train.trainer import Training, fit, mfu, prepare
 
 Command = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
 LAUNCH = "on many devices: accelerate launch -m recur train gla --device cuda"
@@ -64,6 +71,9 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     writer.add_argument("--temperature", type=config.at_least_0, default=0.7, help="0 takes the likeliest token (0.7)")
     writer.add_argument("--top-k", type=config.count, help="draw among the k likeliest tokens only")
     writer.add_argument("--top-p", type=config.share, help="draw among the likeliest tokens that hold this probability")
+    writer.add_argument(
+        "--checkpoint", metavar="WHICH", type=_which, default="newest", help="best, newest or a step (newest)"
+    )
     writer.add_argument("--seed", type=config.seed, default=0, help="the same seed writes the same text (0)")
 
 
@@ -75,7 +85,7 @@ def _run_flags(parser: argparse.ArgumentParser, task: str) -> None:
     parser.set_defaults(task=task)
     parser.add_argument("recipe", metavar="RECIPE", type=_recipe, help=known(Settings)["recipe"].metadata["about"])
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where the run is kept (runs/RECIPE)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its own settings")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its own choices")
     _config_flags(parser)
     config.add_flags(parser, {**known(TASKS[task]), **_settings()}, TASKS[task].defaults)
 
@@ -93,6 +103,14 @@ def _recipe(text: str) -> str:
     return text
 
 
+def _which(text: str) -> str:
+    if text in ("best", "newest"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be best, newest or a step, got {text!r}")
+    return str(int(text))
+
+
 def _choices(arguments: argparse.Namespace) -> dict[str, Any]:
     options = known(Settings, TASKS[arguments.task])
     return {name: value for name, value in vars(arguments).items() if name in options}
@@ -108,13 +126,14 @@ def _below(arguments: argparse.Namespace) -> list[Any]:
 def _task(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    choices = _choices(arguments)
-    settings, task = configured(arguments.task, *_below(arguments), choices)
+    layers = [*_below(arguments), _choices(arguments)]
+    settings, task = configured(arguments.task, *layers)
     name = arguments.recipe.replace(":", "-").replace("/", "-")
     out = arguments.out or Path("runs") / (name if arguments.task == "lm" else f"{arguments.task}-{name}")
-    run = prepare(task, settings, out, resume=choices if arguments.resume else None)
+    run = prepare(task, settings, out, resume=chosen(arguments.task, *layers) if arguments.resume else None, say=_say)
     settings, task = run.settings, run.task
     show: Callable[..., None] = print if run.is_main else lambda *words: None
+    again = f"go on with: {_resuming(arguments, out)}"
     for recipe in task.recipes(settings):
         show(recipe)
     show(f"\ndepth {settings.depth}, width {settings.dim}: {parameters(run.plain_model):,} parameters\n")
@@ -128,9 +147,17 @@ def _task(arguments: argparse.Namespace) -> int:
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s{share}", refresh=False)
             bar.update()
 
-        fit(run, report)
+        try:
+            with _saved_on_signals(run):
+                fit(run, report)
+        except KeyboardInterrupt:  # a second one
+            run.signal = signal.SIGINT
+    if run.signal is not None:
+        kept = "nothing is kept" if run.saved is None else f"{run.saved} is kept; {again}"
+        show(f"\nstopped by {signal.Signals(run.signal).name} at step {run.step} of {settings.steps}: {kept}")
+        return 128 + run.signal
     if run.stopped:
-        show(f"\nstopped after --seconds {settings.seconds:g}, at step {run.step} of {settings.steps}")
+        show(f"\nstopped after --seconds {settings.seconds:g}, at step {run.step} of {settings.steps}; {again}")
     finals = finish(run)
     show("\n" + told(run, finals))
     if run.is_main:
@@ -138,8 +165,50 @@ def _task(arguments: argparse.Namespace) -> int:
         if sample := task.epilogue(load_model(out)[0] if sharded and "tokenizer" in task.record() else run.plain_model):
             show(f"\n{'-' * 80}\n{sample}\n{'-' * 80}")
     show(f"\nloss curve: {out / 'curve.png'}\ncheckpoint: {out}")
+    best = checkpoint.lowest_loss(checkpoint.checkpoints(out), run.curve)
+    if best is not None and best != run.saved:
+        show(f"lowest validation loss: step {checkpoint.number(best)}, kept in {best}")
     run.accelerator.end_training()
     return 0
+
+
+def _say(line: str) -> None:
+    print(f"recur: {line}", file=sys.stderr)
+
+
+def _resuming(arguments: argparse.Namespace, out: Path) -> str:
+    """The command that takes the run up."""
+    command = ["train"] if arguments.task == "lm" else ["task", arguments.task]
+    return shlex.join(["recur", *command, arguments.recipe, "--out", str(out), "--resume"])
+
+
+@contextmanager
+def _saved_on_signals(run: Training) -> Iterator[None]:
+    """SIGINT and SIGTERM have the run saved and stopped; a second SIGINT interrupts at once.
+
+    Launchers of several processes send each signal twice, and end by force what does not stop: there every one is the
+    first.
+    """
+
+    alone = run.accelerator.num_processes == 1
+    again = b"; Ctrl-C again stops at once" if alone else b""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and run.signal is not None and alone:
+            raise KeyboardInterrupt
+        run.signal = number
+        if run.is_main:  # print may be what was interrupted
+            os.write(2, b"\nrecur: saving and stopping after this step" + again + b"\n")
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -148,7 +217,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / f"compare-{arguments.task}"
     sizes = {"parameters": arguments.parameters, "widths": arguments.widths, "seeds": arguments.seeds}
     layers = [*_below(arguments), _choices(arguments)]
-    print(compare(arguments.task, arguments.recipes, layers, out, **sizes, report=lambda line: print(line, flush=True)))
+    with hold(out, _say):
+        report = compare(
+            arguments.task, arguments.recipes, layers, out, **sizes, report=lambda line: print(line, flush=True)
+        )
+    print(report)
     return 0
 
 
@@ -157,14 +230,14 @@ def _data(arguments: argparse.Namespace) -> int:
 
     from recur.train.data import write_bins
 
-    with tqdm(unit="token", unit_scale=True) as bar:
+    with hold(arguments.out, _say), tqdm(unit="token", unit_scale=True) as bar:
         write_bins(arguments.out, arguments.source, arguments.tokenizer, report=bar.update)
     print(f"tokens: {arguments.out} (recur train RECIPE --text {arguments.out})")
     return 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    model, tokenizer = load_model(arguments.folder)
+    model, tokenizer = load_model(arguments.folder, arguments.checkpoint, _say)
     if not arguments.prompt:
         raise InputError("the prompt must have at least one character, got an empty one")
     ids = torch.from_numpy(tokenizer.encode(arguments.prompt))[None]

@@ -102,9 +102,10 @@ class Settings:
     betas: tuple[float, float] = option((0.9, 0.95), several(fraction, 2), "of AdamW")
     clip: float = option(1.0, at_least_0, "largest norm of the gradient; 0 leaves it as it is")
 
+    init: str | None = option(None, path, "first weights: a run's folder, one of its checkpoints, or a converted file")
     every: int = option(100, count, "steps from one checkpoint and evaluation to the next")
     evaluate: int = option(64, count, "rows of a periodic evaluation")
-    keep: int = option(1, count, "checkpoints kept")
+    keep: int = option(1, count, "newest checkpoints kept, beside the best one")
     seed: int = option(0, seed, "of weights, batches and samples")
     seconds: float | None = option(None, positive, "stop training after this long, as if steps had been reached")
     device: str = option("cpu", str, "cpu, cuda, mps")

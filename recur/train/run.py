@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recur import LanguageModel, Recipe
+from recur import LanguageModel
 from recur.train import checkpoint
 from recur.train.config import InputError, Settings, checked, known, resolved
 from recur.train.models import language_model
 from recur.train.tasks import TASKS
 from recur.train.tokenize import Tokenizer, tokenizer_of
-from recur.train.trainer import Training, evaluate, prepare
+from recur.train.trainer import Training, evaluate, prepare, recorded_recipes
 
 
 def start(task: str, out: Path, choices: Mapping[str, Any], *, resume: bool = False) -> Training:
@@ -22,14 +23,20 @@ def start(task: str, out: Path, choices: Mapping[str, Any], *, resume: bool = Fa
     Raises: InputError if a choice cannot be met, or contradicts the run that is taken up.
     """
     settings, made = configured(task, choices)
-    return prepare(made, settings, out, resume=dict(choices) if resume else None)
+    return prepare(made, settings, out, resume=chosen(task, choices) if resume else None)
 
 
 def configured(task: str, *layers: Mapping[str, Any]) -> tuple[Settings, Any]:
     """Settings and task from choices, later layers above earlier ones and all above the task's own defaults."""
     cls = TASKS[task]
-    given = [checked(layer, known(Settings, cls), f"task {task}") for layer in (cls.defaults, *layers)]
-    return resolved(Settings, *given), resolved(cls, *given)
+    given = chosen(task, cls.defaults, *layers)
+    return resolved(Settings, given), resolved(cls, given)
+
+
+def chosen(task: str, *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The choices of all layers by option, each read by the option's rule, later layers above earlier ones."""
+    options = known(Settings, TASKS[task])
+    return {name: value for layer in layers for name, value in checked(layer, options, f"task {task}").items()}
 
 
 def setup(task: str, name: str | None) -> Mapping[str, Any]:
@@ -45,20 +52,30 @@ def finish(run: Training) -> dict[str, dict[str, float]]:
     task = run.task
     finals = {split: evaluate(run, split, full=task.rows(split) is not None) for split in task.finals}
     if run.is_main:
-        from recur.train.plot import draw_comparison, draw_curve, write_history
-
-        write_history(run.out, run.curve, finals)
-        size = sum(weight.numel() for weight in run.plain_model.parameters())
-        title = f"{task.name}: {run.settings.recipe}, {size / 1e6:.2f}M parameters"
-        look: dict[str, Any] = {"title": title, "unit": task.unit, "metrics": task.metrics, "levels": task.levels()}
-        draw_curve(run.out / "curve.png", run.curve, **look)
-        lengths = [(run.settings.length * int(split[:-1]), split) for split in finals if split.endswith("x")]
-        if lengths:
-            shown = task.metrics[0] if task.metrics else "loss"
-            points = [(length, finals[split][shown]) for length, split in lengths]
-            labels = {"title": title, "x": "tokens read at once", "y": task.unit if shown == "loss" else shown}
-            draw_comparison(run.out / "lengths.png", {run.settings.recipe: [points]}, **labels, log=True)
+        try:
+            _write_report(run, finals)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise InputError(f"cannot write the report in {run.out}: {reason}; --resume writes it again") from error
     return finals
+
+
+def _write_report(run: Training, finals: Mapping[str, Mapping[str, float]]) -> None:
+    """The history and the pictures."""
+    from recur.train.plot import draw_comparison, draw_curve, write_history
+
+    task = run.task
+    write_history(run.out, run.curve, finals)
+    size = sum(weight.numel() for weight in run.plain_model.parameters())
+    title = f"{task.name}: {run.settings.recipe}, {size / 1e6:.2f}M parameters"
+    look: dict[str, Any] = {"title": title, "unit": task.unit, "metrics": task.metrics, "levels": task.levels()}
+    draw_curve(run.out / "curve.png", run.curve, **look)
+    lengths = [(run.settings.length * int(split[:-1]), split) for split in finals if split.endswith("x")]
+    if lengths:
+        shown = task.metrics[0] if task.metrics else "loss"
+        points = [(length, finals[split][shown]) for length, split in lengths]
+        labels = {"title": title, "x": "tokens read at once", "y": task.unit if shown == "loss" else shown}
+        draw_comparison(run.out / "lengths.png", {run.settings.recipe: [points]}, **labels, log=True)
 
 
 def told(run: Training, finals: Mapping[str, Mapping[str, float]]) -> str:
@@ -72,16 +89,23 @@ def told(run: Training, finals: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join([*lines, *([f"to compare with: {levels}"] if levels else [])])
 
 
-def load_model(out: Path) -> tuple[LanguageModel, Tokenizer]:
-    """The language model of the newest checkpoint in `out`, on the CPU, and its tokenizer.
+def load_model(
+    out: Path, which: str = "newest", say: checkpoint.Say = warnings.warn
+) -> tuple[LanguageModel, Tokenizer]:
+    """The language model of a checkpoint in `out`, on the CPU, and its tokenizer.
 
-    Raises: InputError if there is none, it is damaged, or its task has no text.
+    Args:
+        out:   the folder of a run, or of one checkpoint.
+        which: "newest", "best" (of the lowest validation loss), or a step.
+        say:   called with a line that names the damaged checkpoints that were passed over.
+
+    Raises: InputError if there is none, none is whole, or its task has no text.
     """
-    folder, record = checkpoint.read_record(out)
+    folder, record = checkpoint.read_record(out, which, say)
     if "tokenizer" not in record.task:
         raise InputError(f"{out} holds a run of task {record.config['task']}, which writes no text")
     settings = resolved(Settings, {**record.config, "recompute": "none"})
     tokenizer = tokenizer_of(**record.task["tokenizer"])
-    model = language_model([Recipe.from_dict(recipe) for recipe in record.recipes], settings, tokenizer.size)
+    model = language_model(recorded_recipes(record, folder), settings, tokenizer.size)
     checkpoint.load_weights(folder, model)
     return model.eval(), tokenizer
