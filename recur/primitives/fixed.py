@@ -299,7 +299,9 @@ def _real_product(left: Tensor, right: Tensor) -> Tensor:
         left = left.real
     elif not left.is_complex():
         right = right.real
-    return _matmul(_numbers(left), _numbers(right.conj_physical()).mT)
+    if right.is_complex():
+        right = torch.complex(right.real, -right.imag)  # a lazy conj() is what vmap cannot differentiate
+    return _matmul(_numbers(left), _numbers(right).mT)
 
 
 def _mix(x: Tensor, right: Tensor) -> Tensor:

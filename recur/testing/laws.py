@@ -581,7 +581,7 @@ LAWS: dict[Callable[[Subject, Draw], None], Callable[[Subject], bool]] = {
     resets: lambda subject: subject.draws("decay"),
     gradients: lambda subject: subject.honest,
     tangents: lambda subject: True,
-    lengths: lambda subject: not (isinstance(subject, Layer) and subject.in_grid),
+    lengths: lambda subject: not (isinstance(subject, Layer) and (subject.in_grid or subject.unrolled)),
     second_gradients: lambda subject: subject.honest and _twice_differentiable(subject),
     low_precision: lambda subject: len(subject.forms) > 1 and "recurrent" in subject.forms,
     rows: lambda subject: True,
