@@ -136,6 +136,12 @@ def loses_tangents(scan: Gated, x: Tensor, log_decay: Tensor, **options: Any) ->
 
 
 @gated
+def adds_nothing_of_all_tokens(scan: Gated, x: Tensor, log_decay: Tensor, **options: Any) -> Any:
+    y, state = scan(x, log_decay, **options)
+    return y + 0 * x.sum(1, keepdim=True), state
+
+
+@gated
 def asks_how_long_it_is(scan: Gated, x: Tensor, log_decay: Tensor, **options: Any) -> Any:
     return scan(x * sum(1 for _ in range(x.shape[1])), log_decay, **options)
 
@@ -203,6 +209,7 @@ BROKEN: dict[str, Gated] = {
     "gradients": halves_a_gradient,
     "second_gradients": loses_second_gradients,
     "tangents": loses_tangents,
+    "containment": adds_nothing_of_all_tokens,
     "low_precision": rounds_its_products,
     "promises": keeps_a_narrow_state,
     "rows": mixes_rows,

@@ -227,7 +227,7 @@ def _run_by_form(
     x: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The scan "parallel" or "chunked": y [B T V] and the state."""
-    run = _parallel if form == "parallel" else partial(_chunked, _by_loop)
+    run: Callable[..., ScanOut] = _parallel if form == "parallel" else partial(_chunked, _by_loop)
     return run(log_decay, readout, write, initial, cu_seqlens, x=x)
 
 

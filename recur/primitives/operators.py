@@ -60,7 +60,13 @@ def operator(
         return vmap(call, info.batch_size, in_dims, *inputs)
 
     # the node, because vmap as torch.autograd has it, which is not that of torch.func, falls back to a loop over nodes
-    rules = {"forward": node, "setup_context": save, "backward": backward, "jvp": jvp, "vmap": over_calls}
+    rules: dict[str, Any] = {
+        "forward": node,
+        "setup_context": save,
+        "backward": backward,
+        "jvp": jvp,
+        "vmap": over_calls,
+    }
     bases = (torch.autograd.Function,)
     function: Any = type(name.partition("::")[2], bases, {rule: staticmethod(f) for rule, f in rules.items()})
 
@@ -171,8 +177,7 @@ def batch_axis(size: int, dim: int | None, x: Any, axis: int | None) -> Any:
 
 def pullback(run: Callable[..., Any], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradients of the inputs, from those of the outputs."""
-    _, pull = torch.func.vjp(run, *inputs)
-    return pull(tuple(weights))
+    return torch.func.vjp(run, *inputs)[1](tuple(weights))
 
 
 def pushforward(run: Callable[..., Any], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -180,6 +185,6 @@ def pushforward(run: Callable[..., Any], inputs: Sequence[Tensor], tangents: Seq
 
     torch.func.jvp would open a level of forward mode in one that is open, which torch does not allow.
     """
-    outputs, pull = torch.func.vjp(run, *inputs)
-    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(y) for y in outputs))
+    outputs, pull = torch.func.vjp(run, *inputs)[:2]
+    push = torch.func.vjp(pull, tuple(torch.zeros_like(y) for y in outputs))[1]
     return push(tuple(tangents))[0]

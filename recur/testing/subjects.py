@@ -31,7 +31,6 @@ class _Subject:
 
     inputs: SearchStrategy[Inputs]
     takes: Callable[[str], bool]  # whether a call has this argument
-    plain: Callable[..., Any]  # the call of tokens by name alone, all else as in `sample`
 
     @functools.cached_property
     def sample(self) -> Inputs:
@@ -44,7 +43,7 @@ class _Subject:
         return []
 
     @functools.cached_property
-    def compiled(self) -> Callable[..., Any]:
+    def compiled(self: Any) -> Callable[..., Any]:
         """`plain` compiled for any length into whole graphs."""
 
         def keep(graph: torch.fx.GraphModule, examples: Any) -> Callable[..., Any]:
@@ -52,7 +51,7 @@ class _Subject:
             return graph.forward
 
         torch.compiler.reset()  # other subjects have filled the cache of the same code
-        return torch.compile(self.plain, backend=keep, fullgraph=True, dynamic=True)
+        return torch.compile(plain(self), backend=keep, fullgraph=True, dynamic=True)
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -79,11 +78,6 @@ class Scan(_Subject):
     summary: Callable[..., Any] | None = None
     causal: bool = True
     honest = True
-
-    @functools.cached_property
-    def plain(self) -> Callable[..., Any]:
-        state = {"initial_state": self.sample.state} if self.takes("initial_state") else {}
-        return functools.partial(self.function, **self.sample.constants, **state)
 
     @property
     def smooth_inputs(self) -> SearchStrategy[Inputs]:
@@ -195,9 +189,6 @@ class Layer(_Subject):
             *functional_call(self.module, dict(inputs.constants), (dict(inputs.tokens), inputs.state), options)
         )
 
-    def plain(self, **tokens: Tensor) -> Any:
-        return self.module(tokens, self.sample.state)
-
     def run_step(self, inputs: Inputs, state: Any) -> Tensor:
         """The first token; `state` is overwritten."""
         tokens = {name: tensor[:, 0] for name, tensor in inputs.tokens.items()}
@@ -224,6 +215,16 @@ class Layer(_Subject):
 
 
 Subject = Scan | Layer
+
+
+def plain(subject: Subject) -> Callable[..., Any]:
+    """The call of tokens by name alone, everything else as in the subject's sample."""
+    sample = subject.sample
+    if isinstance(subject, Scan):
+        state = {"initial_state": sample.state} if subject.takes("initial_state") else {}
+        return functools.partial(subject.function, **sample.constants, **state)
+    module, before = subject.module, sample.state
+    return lambda **tokens: module(tokens, before)
 
 
 class _Stack(nn.Module):
