@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from applying import applying
 from hypothesis import settings
 
 from recur import blocks
@@ -67,7 +68,7 @@ from recur.testing import check
 EXAMPLES = max(1, settings().max_examples * 2 // 5)
 SEED = 0 if settings().derandomize else None
 HEADS = {"H": 2, "K": 4, "V": 3, "G": 1, "N": 3}
-ANY = {"promises", "forms", "packing", "containment", "finiteness", "low_precision", "rows"}
+ANY = {"promises", "forms", "packing", "containment", "finiteness", "low_precision", "rows", "tangents"}
 CAUSAL = ANY | {"splits", "steps", "causality"}
 SMOOTH = {"gradients", "second_gradients"}
 USUAL = CAUSAL | SMOOTH | {"serialisation"}
@@ -236,7 +237,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_every_law_holds(name: str) -> None:
     part, laws = CASES[name]
-    assert set(check(part, dim=6, examples=EXAMPLES, seed=SEED, **OPTIONS.get(name, {}))) == laws
+    options = OPTIONS.get(name, {})
+    assert set(check(part, dim=6, laws=laws, examples=EXAMPLES, seed=SEED, **options)) == laws
+    assert applying(part, dim=6, **options) - {"lengths"} == laws
 
 
 def test_the_table_has_every_part() -> None:
@@ -246,4 +249,4 @@ def test_the_table_has_every_part() -> None:
 
 def test_inputs_of_a_recipe_are_drawn_too() -> None:
     scanned = Recipe(Project("x", u="D"), Decay("z"), GatedScan("u"), axes={}, inputs={"z": "D"})
-    assert set(check(scanned, dim=5, examples=EXAMPLES, seed=SEED)) == USUAL
+    assert set(check(scanned, dim=5, examples=EXAMPLES, seed=SEED)) == USUAL | {"lengths"}

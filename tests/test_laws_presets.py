@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from applying import applying
 from hypothesis import settings
 
 import recur
@@ -32,7 +33,7 @@ from recur.testing import check
 
 EXAMPLES = max(1, settings().max_examples // 2)
 SEED = 0 if settings().derandomize else None
-COMMON = {"promises", "forms", "containment", "finiteness", "low_precision", "rows", "serialisation"}
+COMMON = {"promises", "forms", "containment", "finiteness", "low_precision", "rows", "serialisation", "tangents"}
 CAUSAL = COMMON | {"splits", "packing", "causality"}
 SMOOTH = {"gradients", "second_gradients"}
 ANY_WAY = COMMON | {"one_way"}  # of a recipe that is not causal
@@ -161,7 +162,15 @@ def test_every_law_holds(name: str) -> None:
     recipe, options, further = CASES[name]
     laws = (CAUSAL if recipe.causal else ANY_WAY if name in IN_GRID else ANY_WAY | {"packing"}) | further
     examples = EXAMPLES if "," not in name else max(1, EXAMPLES // 3)  # an option shares most with its preset
-    assert set(check(recipe, dim=8, examples=examples, seed=SEED, **options)) == laws
+    assert set(check(recipe, dim=8, laws=laws, examples=examples, seed=SEED, **options)) == laws
+    assert applying(recipe, dim=8, **options) - {"lengths"} == laws
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name and name != "gated_rnn"])
+def test_lengths_share_graphs(name: str) -> None:
+    """Not those of a nonlinear recurrence, which is unrolled."""
+    recipe, options, _ = CASES[name]
+    assert check(recipe, dim=8, laws=["lengths"], examples=4, seed=SEED, **options) == ["lengths"]
 
 
 def test_every_law_holds_for_a_feed_forward_with_state() -> None:

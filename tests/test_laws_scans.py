@@ -25,7 +25,8 @@ from recur.testing.compare import Inputs, same
 EXAMPLES = max(1, settings().max_examples // 2)
 SEED = 0 if settings().derandomize else None
 COMMON = {"promises", "forms", "splits", "packing", "causality", "linearity", "finiteness", "gradients"} | {
-    "second_gradients", "low_precision", "rows", "heads", "reversal", "reversed_packing", "containment"
+    "second_gradients", "low_precision", "rows", "heads", "reversal", "reversed_packing", "containment"} | {
+    "tangents", "lengths"
 }  # fmt: skip
 
 

@@ -110,6 +110,42 @@ def loses_second_gradients(scan: Gated, x: Tensor, log_decay: Tensor, **options:
     return scan(Square.apply(x), log_decay, **options)
 
 
+class Lost(torch.autograd.Function):
+    """x, with its gradient and without its tangent."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return torch.zeros_like(tangent)
+
+
+@gated
+def loses_tangents(scan: Gated, x: Tensor, log_decay: Tensor, **options: Any) -> Any:
+    return scan(Lost.apply(x), log_decay, **options)
+
+
+@gated
+def adds_nothing_of_all_tokens(scan: Gated, x: Tensor, log_decay: Tensor, **options: Any) -> Any:
+    y, state = scan(x, log_decay, **options)
+    return y + 0 * x.sum(1, keepdim=True), state
+
+
+@gated
+def asks_how_long_it_is(scan: Gated, x: Tensor, log_decay: Tensor, **options: Any) -> Any:
+    return scan(x * sum(1 for _ in range(x.shape[1])), log_decay, **options)
+
+
 @gated
 def rounds_its_products(scan: Gated, x: Tensor, log_decay: Tensor, form: str, **options: Any) -> Any:
     coarse = x.dtype not in (torch.float64, torch.float32) and form == "chunked"
@@ -172,6 +208,8 @@ BROKEN: dict[str, Gated] = {
     "resets": clamps_resets,
     "gradients": halves_a_gradient,
     "second_gradients": loses_second_gradients,
+    "tangents": loses_tangents,
+    "containment": adds_nothing_of_all_tokens,
     "low_precision": rounds_its_products,
     "promises": keeps_a_narrow_state,
     "rows": mixes_rows,
@@ -196,6 +234,13 @@ def test_the_law_of_steps_catches_a_lazy_step() -> None:
 def test_the_law_of_summaries_catches_a_wrong_one() -> None:
     with pytest.raises(LawBroken, match="breaks the law of summaries"):
         check(recur.scan, strategies.scans(), summary=summary_without_decay, laws=["summaries"])
+
+
+def test_the_law_of_lengths_catches_a_graph_per_length() -> None:
+    with pytest.raises(
+        LawBroken, match=r"breaks the law of lengths: .*\n  with T=\d+\n  it is compiled anew .*: 3 graphs"
+    ):
+        check(asks_how_long_it_is, strategies.gated_scans(), laws=["lengths"])
 
 
 def test_a_right_scan_breaks_no_law() -> None:
@@ -295,9 +340,9 @@ def test_each_law_catches_a_broken_part(law: str, part: Part) -> None:
 
 
 def test_every_law_but_one_is_seen_to_fail() -> None:
-    """one_way is kept by the Mixer whatever a part does."""
+    """one_way is kept by the Mixer whatever a part does; summaries and lengths have tests of their own."""
     named = {law.__name__ for law in laws.LAWS}
-    assert named - set(BROKEN) - set(BROKEN_PARTS) == {"summaries", "one_way"}
+    assert named - set(BROKEN) - set(BROKEN_PARTS) == {"summaries", "one_way", "lengths"}
 
 
 # ---------------------------------------------------------------------- what a broken law says

@@ -205,7 +205,8 @@ def _fake_walk(
     order: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     entering = start.new_empty(write.shape[0], *start.shape)
-    return entering, *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (write, write, start))
+    error, u, final = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (write, write, start))
+    return entering, error, u, final
 
 
 def _save_walk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

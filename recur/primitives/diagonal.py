@@ -84,7 +84,7 @@ def _within(starts: Tensor | None, links: Tensor) -> Tensor:
 def _before(h: Tensor, initial: Tensor | None) -> Tensor:
     """h_{t-1} [B T *], `initial` or 0 before the first token."""
     first = torch.zeros_like(h[:, :1]) if initial is None else initial[:, None]
-    return torch.cat([first, h[:, :-1]], 1)
+    return torch.cat([first, h], 1)[:, :-1]
 
 
 _recurrence = operator(

@@ -14,8 +14,8 @@ from torch import Tensor
 from recur import kernel
 from recur.primitives.chunks import Documents, Rows, cut
 from recur.primitives.diagonal import LOG2_E, check_state, gate, linear_recurrence, number_of, state_number
-from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
-from recur.primitives.operators import operator, remember
+from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, state_count, unroll
+from recur.primitives.operators import one_node, operator, remember
 from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number, readable, without_autocast
 
 CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
@@ -217,10 +217,47 @@ def _by_kernel(a: Tensor, x: Tensor, chunks: Rows | Documents) -> Tensor:
     return kernel.elementwise("diagonal", x, log, None, cu_seqlens=chunks.borders, reverse=False).y
 
 
+def _run_by_form(
+    form: str,
+    log_decay: Tensor,
+    readout: Tensor,
+    write: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The scan "parallel" or "chunked": y [B T V] and the state."""
+    run: Callable[..., ScanOut] = _parallel if form == "parallel" else partial(_chunked, _by_loop)
+    return run(log_decay, readout, write, initial, cu_seqlens, x=x)
+
+
+def _fake_by_form(
+    form: str,
+    log_decay: Tensor,
+    readout: Tensor,
+    write: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    states = (state_count(x.shape[0], cu_seqlens), *readout.shape)
+    return x.new_empty(x.shape), x.new_empty(states, dtype=number_of(x.dtype, log_decay, write))
+
+
+_by_form = one_node("recur::fixed_scan", _run_by_form, _fake_by_form)
+
+
+def _in_one_node(
+    form: str, log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, *,
+    x: Tensor,
+) -> ScanOut:  # fmt: skip
+    return ScanOut(*_by_form(form, log_decay, readout, write, initial, cu_seqlens, x))
+
+
 _FORMS: dict[str, Callable[..., ScanOut]] = {
     "recurrent": _recurrent,
-    "parallel": _parallel,
-    "chunked": partial(_chunked, _by_loop),
+    "parallel": partial(_in_one_node, "parallel"),
+    "chunked": partial(_in_one_node, "chunked"),
     "triton": partial(_chunked, _by_kernel),
 }
 
@@ -262,7 +299,9 @@ def _real_product(left: Tensor, right: Tensor) -> Tensor:
         left = left.real
     elif not left.is_complex():
         right = right.real
-    return _matmul(_numbers(left), _numbers(right.conj_physical()).mT)
+    if right.is_complex():
+        right = torch.complex(right.real, -right.imag)  # a lazy conj() is what vmap cannot differentiate
+    return _matmul(_numbers(left), _numbers(right).mT)
 
 
 def _mix(x: Tensor, right: Tensor) -> Tensor:

@@ -102,6 +102,10 @@ def check_packing(
     if not isinstance(cu_seqlens, Tensor):
         got = type(cu_seqlens).__name__
         raise TypeError(f"{function}: cu_seqlens must be an int32 or int64 tensor [n+1], got {got}")
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(cu_seqlens):
+        raise NotImplementedError(
+            f"{function}: cu_seqlens must be the same for all that is vmapped, got a batch of them"
+        )
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ShapeError(f"{function}: cu_seqlens must be [n+1], got shape {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):

@@ -51,8 +51,6 @@ def operator(
         vmap: (call, size, in_dims, *inputs) -> outputs, out_dims: one call, the vmapped axis a further batch axis.
 
     backward and jvp are made of differentiable operations, and out of place: under vmap any tensor may be batched.
-
-    Raises: NotImplementedError for a torch.func transform inside a compiled function.
     """
     node = torch.library.custom_op(name, run, mutates_args=())
     node.register_fake(fake)
@@ -62,20 +60,95 @@ def operator(
         return vmap(call, info.batch_size, in_dims, *inputs)
 
     # the node, because vmap as torch.autograd has it, which is not that of torch.func, falls back to a loop over nodes
-    rules = {"forward": node, "setup_context": save, "backward": backward, "jvp": jvp, "vmap": over_calls}
+    rules: dict[str, Any] = {
+        "forward": node,
+        "setup_context": save,
+        "backward": backward,
+        "jvp": jvp,
+        "vmap": over_calls,
+    }
     bases = (torch.autograd.Function,)
     function: Any = type(name.partition("::")[2], bases, {rule: staticmethod(f) for rule, f in rules.items()})
 
     def call(*inputs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            return function.apply(*inputs) if torch.is_grad_enabled() or transformed() else node(*inputs)
-        if torch._C._are_functorch_transforms_active():
-            raise NotImplementedError(
-                "a torch.func transform inside torch.compile needs form='recurrent'; outside it every torch form has it"
-            )
-        return node(*inputs)
+        plain = _in_graph() or not (torch.is_grad_enabled() or transformed())
+        return node(*inputs) if plain else function.apply(*inputs)
 
     return call
+
+
+def one_node(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` as it is, but in a graph a single node `torch.ops.<name>`, whatever `run` does with sizes.
+
+    What depends on T in Python (the number of chunks, the filling of the last one) would make one graph per length. The
+    backward of the node is a node too and computes the forward again.
+
+    Args:
+        run: takes tensors, None and numbers; returns tensors, which in a graph are contiguous.
+        fake: empty contiguous outputs of the same arguments.
+    """
+
+    def moving(inputs: Sequence[Any]) -> list[int]:
+        return [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
+
+    def forward(*inputs: Any) -> Any:
+        with torch.no_grad():
+            return tuple(y.clone(memory_format=torch.contiguous_format) for y in run(*inputs))
+
+    def slopes(*given: Any) -> list[Tensor]:
+        *inputs, grads = given
+        places = moving(inputs)
+
+        def run_on(*tensors: Tensor) -> Any:
+            replaced = dict(zip(places, tensors, strict=True))
+            return tuple(run(*(replaced.get(i, x) for i, x in enumerate(inputs))))
+
+        with torch.no_grad():
+            found = pullback(run_on, [inputs[i] for i in places], grads)
+        return [slope.clone(memory_format=torch.contiguous_format) for slope in found]
+
+    def fake_slopes(*given: Any) -> list[Tensor]:
+        *inputs, _ = given
+        return [torch.empty_like(inputs[i], memory_format=torch.contiguous_format) for i in moving(inputs)]
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        found = dict(zip(moving(inputs), node_slopes(*inputs, list(grads)), strict=True))
+        return tuple(found.get(i) for i in range(len(inputs)))
+
+    schema = torch.library.infer_schema(run, mutates_args=())
+    arguments = schema.rpartition(") -> ")[0]
+    node = torch.library.custom_op(name, forward, mutates_args=(), schema=schema)
+    schema = f"{arguments}, Tensor[] grads) -> Tensor[]"
+    node_slopes = torch.library.custom_op(f"{name}_backward", slopes, mutates_args=(), schema=schema)
+    node.register_fake(fake)
+    node_slopes.register_fake(fake_slopes)
+    node.register_autograd(backward, setup_context=save)
+    node_slopes.register_autograd(_refuse)
+
+    def call(*inputs: Any) -> Any:
+        return node(*inputs) if _in_graph() else run(*inputs)
+
+    return call
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError("in a graph this scan has first derivatives only; form='recurrent' has second ones")
+
+
+def _in_graph() -> bool:
+    """Whether a graph is being made.   Raises: NotImplementedError if a torch.func transform is part of it."""
+    if not torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "a torch.func transform inside torch.compile needs form='recurrent'; outside it every torch form has it"
+        )
+    return True
 
 
 def batched_at(*axes: int | None, out: int | tuple[int, ...]) -> Callable[..., Any]:
@@ -104,8 +177,7 @@ def batch_axis(size: int, dim: int | None, x: Any, axis: int | None) -> Any:
 
 def pullback(run: Callable[..., Any], inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Gradients of the inputs, from those of the outputs."""
-    _, pull = torch.func.vjp(run, *inputs)
-    return pull(tuple(weights))
+    return torch.func.vjp(run, *inputs)[1](tuple(weights))
 
 
 def pushforward(run: Callable[..., Any], inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -113,6 +185,6 @@ def pushforward(run: Callable[..., Any], inputs: Sequence[Tensor], tangents: Seq
 
     torch.func.jvp would open a level of forward mode in one that is open, which torch does not allow.
     """
-    outputs, pull = torch.func.vjp(run, *inputs)
-    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(y) for y in outputs))
+    outputs, pull = torch.func.vjp(run, *inputs)[:2]
+    push = torch.func.vjp(pull, tuple(torch.zeros_like(y) for y in outputs))[1]
     return push(tuple(tangents))[0]

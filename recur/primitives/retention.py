@@ -35,6 +35,7 @@ def parallel_scale(
     Source: Sun et al. 2023, arXiv:2307.08621.
     """
     bind("parallel_scale", q=(q, "B T H K"), k=(k, "B T H K"), log_a=(log_a, "H"))
+    q, k, log_a = q.detach(), k.detach(), log_a.detach()  # no_grad lets tangents of forward mode through
     token = torch.arange(q.shape[1], device=q.device)
     sees = token[:, None] >= token
     if cu_seqlens is not None:
@@ -61,6 +62,7 @@ def chunkwise_scale(q: Tensor, k: Tensor, v: Tensor, log_a: Tensor, *, chunk: in
     B, T, H, _ = q.shape
     if T == 0:
         return q.new_ones(B, T, H)
+    q, k, v, log_a = q.detach(), k.detach(), v.detach(), log_a.detach()
     pieces = [F.pad(x, (0, 0, 0, 0, 0, -T % chunk)).unflatten(1, (-1, chunk)) for x in (q, k, v)]
     q, k, v = pieces  # [B n C H *]
     inside = parallel_scale(q.flatten(0, 1), k.flatten(0, 1), log_a, most=torch.inf).unflatten(

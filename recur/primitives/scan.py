@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from recur import kernel
 from recur.primitives.delta import delta_scan, delta_step
 from recur.primitives.diagonal import check_state, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
+from recur.primitives.operators import one_node
 from recur.primitives.outer import narrow_scan, outer_scan, outer_step
 from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given, check_number, without_autocast
 
@@ -93,7 +94,7 @@ def scan(
     with without_autocast(v):
         tokens = _tokens(real, given, scale)
         weight = None if bonus is None else bonus.to(real).reshape(H, -1)
-        run = _choose(form, "beta" in tokens, tokens["k"].shape, weight)
+        run = _choose(form, "beta" in tokens, weight)
         initial = first_state(v, (H, K, V), number, initial_state, cu_seqlens)
         y, state = (right_to_left(run) if reverse else run)(initial, cu_seqlens, **tokens)
     return ScanOut(y.to(v.dtype), state)
@@ -197,18 +198,64 @@ def _tokens(real: torch.dtype, given: Given, scale: float) -> dict[str, Tensor]:
     return tokens
 
 
-def _choose(form: str, delta: bool, keys: torch.Size, bonus: Tensor | None) -> Callable[..., ScanOut]:
-    """The scan `(initial, cu_seqlens, **tokens)` for keys [B T G K]."""
-    _, T, _, K = keys
-    if form == "recurrent":
-        return partial(unroll, _step_of(delta, bonus))
+def _choose(form: str, delta: bool, bonus: Tensor | None) -> Callable[..., ScanOut]:
+    """The scan `(initial, cu_seqlens, **tokens)`."""
+    return partial(unroll, _step_of(delta, bonus)) if form == "recurrent" else partial(_by_chunks, form, bonus)
+
+
+def _by_chunks(
+    form: str,
+    bonus: Tensor | None,
+    initial: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> ScanOut:
+    return ScanOut(*_chunked(form, initial, cu_seqlens, q, k, v, log_decay, beta, bonus))
+
+
+def _run_chunked(
+    form: str,
+    initial: Tensor,
+    cu_seqlens: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The scan "chunked", or "parallel" in one chunk: y [B T H V] and the state."""
+    _, T, _, K = k.shape
     whole = 1 << (T - 1).bit_length()
-    size = whole if form == "parallel" else min(max(1, CHUNK // 2) if delta else CHUNK, whole)
-    if delta:
-        return partial(delta_scan, chunk_size=size)
+    size = whole if form == "parallel" else min(CHUNK if beta is None else max(1, CHUNK // 2), whole)
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "log_decay": log_decay}
+    if beta is not None:
+        return delta_scan(initial, cu_seqlens, **given, beta=beta, chunk_size=size)
     if K == 1 and bonus is None and form == "chunked":
-        return narrow_scan
-    return partial(outer_scan, bonus=bonus, chunk_size=size)
+        return narrow_scan(initial, cu_seqlens, **given)
+    return outer_scan(initial, cu_seqlens, **given, bonus=bonus, chunk_size=size)
+
+
+def _fake_chunked(
+    form: str,
+    initial: Tensor,
+    cu_seqlens: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape), initial.new_empty(initial.shape)
+
+
+_chunked = one_node("recur::chunked_scan", _run_chunked, _fake_chunked)
 
 
 def _step_of(delta: bool, bonus: Tensor | None) -> Callable[..., tuple[Tensor, Tensor]]:

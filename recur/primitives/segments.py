@@ -40,8 +40,9 @@ def segments(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, **t
 
     Time O(B T V N); memory for one segment, and for one state a segment, from which the backward computes it again.
     """
-    u, k, q, first, second, *third = tokens.values()
-    y, state, _ = _segments(family, initial, cu_seqlens, u, k, q, first, second, *(third or [None]))
+    u, k, q, first, second, *rest = tokens.values()
+    third = rest[0] if rest else None
+    y, state, _ = _segments(family, initial, cu_seqlens, u, k, q, first, second, third)
     return ScanOut(y, state)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from recur.primitives.diagonal import document_starts, leave_documents
+from recur.primitives.diagonal import document_starts, leave_documents, linear_recurrence
 from recur.primitives.forms import document_of, state_count
+from recur.primitives.operators import batch_axis
 from recur.shapes import accumulation_dtype, bind, check_float
 
 LEAST = -1e30  # the log of nothing: finite, so that differences of logs stay numbers
@@ -42,11 +46,21 @@ def largest_log(
         first, before = torch.arange(T, device=m.device) == 0, start[:, None]
     else:
         first, before = document_starts(cu_seqlens, T), start[document_of(cu_seqlens, T)][None]
-    first = first[None, :, None]
-    m = torch.where(first, torch.maximum(m, f + before), m).clamp(min=LEAST)
-    f = torch.where(first, -torch.inf, f)
-    span = 1
-    while span < T:  # m_t is now over the last `span` tokens, f_t what they keep of what was before
+    opens = first[None, :, None]
+    m = torch.where(opens, torch.maximum(m, f + before), m).clamp(min=LEAST)
+    f = torch.where(opens, -torch.inf, f)
+    kept = _carried(f.detach(), m.detach())
+    m = linear_recurrence(kept.to(dtype), torch.where(kept, f, m), starts=first)
+    before = torch.where(opens, before, torch.cat([m[:, :1], m], 1)[:, :-1])
+    last = m[:, -1].clone() if cu_seqlens is None else leave_documents(m, start, cu_seqlens)
+    return m, before, last
+
+
+@torch.library.custom_op("recur::largest_carried", mutates_args=())
+def _carried(log_keep: Tensor, log_write: Tensor) -> Tensor:
+    """[B T H] bool: where m_t = max(log_keep_t + m_{t-1}, log_write_t) is the first of the two. log_keep_0 is -inf."""
+    m, f, span = log_write, log_keep, 1
+    while span < m.shape[1]:  # m_t is now over the last `span` tokens, f_t what they keep of what was before
         closed = f[:, span:] == -torch.inf  # nothing passes, NaN included, which -inf + NaN would let through
         largest = torch.maximum(m[:, span:], f[:, span:] + m[:, :-span])
         m, f = (
@@ -54,6 +68,16 @@ def largest_log(
             torch.cat([f[:, :span], torch.where(closed, -torch.inf, f[:, span:] + f[:, :-span])], 1),
         )
         span *= 2
-    before = torch.where(first, before, torch.cat([m[:, :1], m[:, :-1]], 1))
-    last = m[:, -1].clone() if cu_seqlens is None else leave_documents(m, start, cu_seqlens)
-    return m, before, last
+    return F.pad(log_keep[:, 1:] + m[:, :-1] > log_write[:, 1:], (0, 0, 1, 0))
+
+
+@_carried.register_fake
+def _(log_keep: Tensor, log_write: Tensor) -> Tensor:
+    return torch.empty_like(log_write, dtype=torch.bool)
+
+
+@_carried.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+    """The heads of all calls lie side by side."""
+    moved = [batch_axis(info.batch_size, dim, x, 2).flatten(2) for dim, x in zip(in_dims[:2], inputs, strict=True)]
+    return _carried(*moved).unflatten(2, (info.batch_size, -1)), 2

@@ -112,7 +112,7 @@ def _tangent_scalar(ctx: Any, dlog: Tensor, dkey: Tensor, drow: Tensor, dother: 
     def moved(row: Tensor, drow: Tensor, scores: Tensor) -> Tensor:
         return (drow @ key.mT + row @ dkey.mT) * pairs + scores * between
 
-    further = torch.zeros_like(other_scores) if other is None else moved(other, dother, other_scores)
+    further = torch.zeros_like(other_scores) if dother is None else moved(other, dother, other_scores)
     return since * dlog.cumsum(-2), until * later, moved(row, drow, scores), further
 
 

@@ -23,6 +23,8 @@ from recur.axes import RecipeError
 from recur.primitives.summary import advance, combine
 from recur.recipe import Recipe
 from recur.testing.compare import (
+    RELATIVE,
+    ROUNDING,
     Inputs,
     LawBroken,
     Result,
@@ -37,7 +39,7 @@ from recur.testing.compare import (
     weighed,
 )
 from recur.testing.strategies import cuts, documents
-from recur.testing.subjects import Layer, Subject, parts_of
+from recur.testing.subjects import Layer, Subject, parts_of, plain
 
 STEP = 1e-6  # of a difference quotient: its error, STEP^2 of the value, is then as small as rounding, 1e-16 / STEP
 Draw = Callable[..., Any]  # draw(strategy, name): a value that the counter-example shows under this name
@@ -274,6 +276,53 @@ def second_gradients(subject: Subject, draw: Draw) -> None:
     _slopes(subject, draw, steepness)
 
 
+def tangents(subject: Subject, draw: Draw) -> None:
+    """Forward-mode derivatives are the transpose of the gradients, or are refused in words that name a form."""
+    inputs = draw(subject.smooth_inputs)
+    form = _draw_form(subject, draw)
+    names, leaves, rebuild = leaves_of(inputs)
+    directions = [inputs.random(leaf, 100 + i) for i, leaf in enumerate(leaves)]
+
+    def number(*leaves: Tensor) -> Tensor:
+        return weighed(inputs, values(subject.run(rebuild(leaves), form=form)))
+
+    def departs(moving: Collection[str]) -> str:
+        """What is wrong along the direction in which these inputs move; nothing if nothing is."""
+        along = [direction * (name in moving) for name, direction in zip(names, directions, strict=True)]
+        forward = torch.func.jvp(number, tuple(leaf.detach() for leaf in leaves), tuple(along))[1]
+        terms = [(slope.conj() * step).real for slope, step in zip(slopes, along, strict=True)]
+        claimed, size = (sum(float(f(term).sum()) for term in terms) for f in (torch.Tensor.double, torch.abs))
+        right = abs(float(forward) - claimed) <= RELATIVE * size + ROUNDING * float(value.detach().abs())
+        return "" if right else f"is {float(forward):.6g}, its gradient says {claimed:.6g}"
+
+    value = number(*leaves)
+    if value.requires_grad:
+        slopes = torch.autograd.grad(value, leaves, materialize_grads=True)
+    else:  # no token and a fresh state
+        slopes = tuple(torch.zeros_like(leaf) for leaf in leaves)
+    try:
+        wrong = departs(names)
+    except NotImplementedError as error:
+        if "form" not in str(error):
+            raise
+        return
+    if wrong:
+        culprits = [(name, text) for name in names if (text := departs([name]))]
+        name, wrong = culprits[0] if culprits else ("all inputs together", wrong)
+        raise LawBroken(f"along a random direction the forward-mode derivative by {name} {wrong}")
+
+
+def lengths(subject: Subject, draw: Draw) -> None:
+    """Compiled with dynamic=True it is at most two graphs, whatever the length, and equals the plain run."""
+    inputs = _as_long_as(draw(st.integers(65, 130), "T"), subject.sample)
+    with torch.no_grad():
+        want = plain(subject)(**inputs.tokens)
+        got = subject.compiled(**inputs.tokens) if len(subject.graphs) <= 2 else None
+    if got is None or len(subject.graphs) > 2:
+        raise LawBroken(f"it is compiled anew for further lengths: {len(subject.graphs)} graphs so far")
+    same(values(Result(*got)), values(Result(*want)), ("compiled", "run plainly"))
+
+
 def low_precision(subject: Subject, draw: Draw) -> None:
     """In 16 bits no form errs more than twice as much as the definition with operands rounded at the same points."""
     inputs = draw(subject.inputs)
@@ -437,6 +486,12 @@ def _pack(inputs: Inputs, begin: list[int], lengths: list[int]) -> tuple[Inputs,
     return inputs.each(pack), torch.tensor([0, *accumulate(lengths)])
 
 
+def _as_long_as(length: int, inputs: Inputs) -> Inputs:
+    """The tokens over and over."""
+    index = torch.arange(length) % inputs.length
+    return inputs.each(lambda tensor: tensor[:, index])
+
+
 def _zero_state(subject: Subject, inputs: Inputs) -> Tensor:
     with torch.no_grad():
         return torch.zeros_like(subject.run(inputs.replace(state=None)).state)
@@ -526,6 +581,8 @@ LAWS: dict[Callable[[Subject, Draw], None], Callable[[Subject], bool]] = {
     finiteness: lambda subject: True,
     resets: lambda subject: subject.draws("decay"),
     gradients: lambda subject: subject.honest,
+    tangents: lambda subject: True,
+    lengths: lambda subject: not (isinstance(subject, Layer) and (subject.in_grid or subject.unrolled)),
     second_gradients: lambda subject: subject.honest and _twice_differentiable(subject),
     low_precision: lambda subject: len(subject.forms) > 1 and "recurrent" in subject.forms,
     rows: lambda subject: True,

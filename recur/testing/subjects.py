@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from recur.blocks.glue import Along
+from recur.blocks.loop import Loop
 from recur.blocks.mixer import Mixer
 from recur.recipe import Part, Recipe
 from recur.testing import strategies
@@ -35,6 +36,22 @@ class _Subject:
     def sample(self) -> Inputs:
         """Some inputs of at least two tokens."""
         return _find(self.inputs, lambda inputs: inputs.length >= 2)
+
+    @functools.cached_property
+    def graphs(self) -> list[torch.fx.GraphModule]:
+        """What `compiled` has been compiled into so far."""
+        return []
+
+    @functools.cached_property
+    def compiled(self: Any) -> Callable[..., Any]:
+        """`plain` compiled for any length into whole graphs."""
+
+        def keep(graph: torch.fx.GraphModule, examples: Any) -> Callable[..., Any]:
+            self.graphs.append(graph)
+            return graph.forward
+
+        torch.compiler.reset()  # other subjects have filled the cache of the same code
+        return torch.compile(plain(self), backend=keep, fullgraph=True, dynamic=True)
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -151,6 +168,7 @@ class Layer(_Subject):
         parts = list(parts_of(recipe.parts))
         self.honest = all(part.honest for part in parts)
         self.in_grid = any(isinstance(part, Along) for part in parts)
+        self.unrolled = any(isinstance(part, Loop) for part in parts)
         self.inputs = strategies.layers(self)
         self.smooth_inputs = strategies.layers(self, loudness=("plain",))  # silence is a corner of norms
 
@@ -197,6 +215,16 @@ class Layer(_Subject):
 
 
 Subject = Scan | Layer
+
+
+def plain(subject: Subject) -> Callable[..., Any]:
+    """The call of tokens by name alone, everything else as in the subject's sample."""
+    sample = subject.sample
+    if isinstance(subject, Scan):
+        state = {"initial_state": sample.state} if subject.takes("initial_state") else {}
+        return functools.partial(subject.function, **sample.constants, **state)
+    module, before = subject.module, sample.state
+    return lambda **tokens: module(tokens, before)
 
 
 class _Stack(nn.Module):
