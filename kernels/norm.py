@@ -48,7 +48,7 @@ def _statistics(h, eps, here, N, KIND: tl.constexpr):
         varies = length >= eps
         factor = 1 / tl.where(length < eps, eps, length)  # a NaN stays one
         if KIND == "l2":
-            factor *= tl.sqrt(N.to(tl.float32))
+            factor *= tl.sqrt(tl.zeros_like(factor) + N)  # N = 1 is a constant, which has no dtype
     return h, factor, varies
 
 

@@ -194,6 +194,14 @@ def around(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     for halves in (True, False):
         yield "rotation", doors.rotate(x, torch.arange(64)[None], torch.rand(128).double(), halves)
     yield "cross-entropy", doors.cross_entropy(x.detach().flatten(1), torch.tensor([3, -1])).requires_grad_()
+    one, b = x[:, :, :1, :1], torch.rand(1, 1).requires_grad_()  # sizes of 1 are constants of the program
+    for kind in ("rms", "layer", "l2", "unit"):
+        yield f"{kind} of one", doors.norm(one, z=one, u=one, skip=b[0], weight=b, eps=1e-5, width=1, N=1, kind=kind)
+    yield "softplus of one", doors.activate(one, b, "softplus")
+    yield "bounded, one", sum(x.float() for x in doors.bounded(one, b))
+    yield "weigh one", doors.weigh(one, one[..., 0])
+    yield "conv of one", doors.conv((one[..., 0],), b, None, None, None, "silu")[0][0]
+    yield "rotation of one pair", doors.rotate(x[:, :1, :1, :2], torch.arange(1)[None], torch.rand(1).double(), True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

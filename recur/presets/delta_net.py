@@ -34,7 +34,7 @@ def gated_delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Rec
 
     log a = -exp(A) softplus(dt + b).
 
-    Args: as `delta_net`.
+    Args: heads: H, by default of 128 key and 256 value channels, recur's default; conv: as `delta_net`.
     Source: Yang et al. 2024, arXiv:2412.06464.
     """
     return Recipe(
