@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
+from recur.kernels.operators import as_it_is, cdiv, differentiable, fake, operator, power_of_2, processors
 from recur.kernels.pointwise import act_and_slope, column_sums, like, tokens
 from torch import Tensor
 
@@ -210,7 +210,7 @@ def _pieces(*xs: Tensor | None) -> list[tuple[int, int, Tensor]]:
     return found
 
 
-@operator("conv")
+@operator("conv", given=as_it_is)
 def _conv(
     x: Tensor, x2: Tensor | None, x3: Tensor | None, weight: Tensor, bias: Tensor | None, initial: Tensor | None,
     cu_seqlens: Tensor | None, act: str,
@@ -241,7 +241,7 @@ def _fake_conv(
 @operator("conv_backward", (
     "(Tensor dy, Tensor dy2, Tensor dy3, Tensor? dstate, Tensor x, Tensor? x2, Tensor? x3, Tensor weight, "
     "Tensor? bias, Tensor? initial, Tensor? cu_seqlens, str act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-))  # fmt: skip
+), given=as_it_is)  # fmt: skip
 def _conv_gradients(
     dy: Tensor, dy2: Tensor, dy3: Tensor, dstate: Tensor | None, x: Tensor, x2: Tensor | None, x3: Tensor | None,
     weight: Tensor, bias: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None, act: str,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
+from recur.kernels.operators import as_it_is, cdiv, differentiable, fake, operator, power_of_2, processors
 from recur.kernels.pointwise import act_and_slope, column_sums, like, tokens
 from torch import Tensor
 
@@ -192,7 +192,7 @@ SCHEMA = (
 )
 
 
-@operator("norm", f"({SCHEMA}) -> Tensor")
+@operator("norm", f"({SCHEMA}) -> Tensor", given=as_it_is)
 def _norm(
     x: Tensor, z: Tensor | None, u: Tensor | None, weight: Tensor | None, bias: Tensor | None, skip: Tensor | None,
     eps_of: Tensor | None, eps: float, width: int, N: int, kind: str, gate: str, act: str,
@@ -214,7 +214,7 @@ def _fake_norm(x: Tensor, *rest: Any) -> Tensor:
     return like(x, x)
 
 
-@operator("norm_backward", f"(Tensor dy, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+@operator("norm_backward", f"(Tensor dy, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", given=as_it_is)
 def _norm_gradients(
     dy: Tensor, x: Tensor, z: Tensor | None, u: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     skip: Tensor | None, eps_of: Tensor | None, eps: float, width: int, N: int, kind: str, gate: str, act: str,

@@ -34,16 +34,24 @@ def readable(x: Any) -> Any:
     return [readable(item) for item in x] if isinstance(x, list) else x
 
 
+def as_it_is(x: Any) -> Any:
+    """For operators that take strides themselves, or overwrite an argument: a copy would cost, or be overwritten."""
+    return x
+
+
+_GIVEN: dict[str, Callable[[Any], Any]] = {}  # by the name of an operator, what is done to its inputs
+
+
 def operator(
-    name: str, schema: str = "", *, mutates: tuple[str, ...] = ()
+    name: str, schema: str = "", *, mutates: tuple[str, ...] = (), given: Callable[[Any], Any] = readable
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate what runs as `torch.ops.recur.<name>`, on the device of its first argument, a tensor. A schema is read
     off the annotations unless it is given: torch 2.6 finds none for lists.
 
-    Callers may pass tensors of any strides, views and expanded gradients too: what is decorated gets them `readable`.
-    An operator that overwrites an argument gets all of them as they are, for it would overwrite a copy.
+    Callers may pass tensors of any strides, views and expanded gradients too: what is decorated gets them `readable`,
+    or as `given` makes them. An operator that overwrites an argument gets all of them as they are.
     """
-    given = (lambda x: x) if mutates else readable
+    given = _GIVEN[name] = as_it_is if mutates else given
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         def here(first: Tensor, *rest: Any) -> Any:
@@ -85,7 +93,8 @@ def differentiable(
     run = getattr(torch.ops.recur, name).default
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        inputs = tuple(map(contiguous, inputs))  # what is saved, so that the backward copies nothing again
+        if _GIVEN[name] is readable:
+            inputs = tuple(map(contiguous, inputs))  # what is saved, so that the backward copies nothing again
         with torch._C._AutoDispatchBelowAutograd():
             output = run(*inputs)
         remember(ctx, inputs, output)

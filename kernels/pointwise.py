@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
+from recur.kernels.operators import as_it_is, cdiv, differentiable, fake, operator, power_of_2, processors
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -230,7 +230,7 @@ def _grid(count: int, D: int, device: torch.device, summed: bool, BLOCK_D: int) 
     return (min(programs, cdiv(8 * processors(device), columns)) if summed else programs), columns
 
 
-@operator("activate")
+@operator("activate", given=as_it_is)
 def _activate(z: Tensor, bias: Tensor | None, fn: str, scale: float) -> Tensor:
     """scale f(z + b) in float32."""
     D = _width(z)
@@ -245,7 +245,7 @@ def _fake_activate(z: Tensor, bias: Tensor | None, fn: str, scale: float) -> Ten
     return z.new_empty(z.shape, dtype=torch.float32)
 
 
-@operator("activate_backward")
+@operator("activate_backward", given=as_it_is)
 def _activate_gradients(dy: Tensor, z: Tensor, bias: Tensor | None, fn: str, scale: float) -> tuple[Tensor, Tensor]:
     """dz and db."""
     D = _width(z)
@@ -282,7 +282,7 @@ differentiable("activate", _activate_backwards, _save_activate)
 differentiable("activate_backward")
 
 
-@operator("bounded")
+@operator("bounded", given=as_it_is)
 def _bounded(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
     D = _width(z)
     rows, (log_a, keep), tile = tokens(z, D), _fake_bounded(z, bound), _tile(D)
@@ -296,7 +296,7 @@ def _fake_bounded(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape, dtype=torch.float32), z.new_empty(z.shape)
 
 
-@operator("bounded_backward")
+@operator("bounded_backward", given=as_it_is)
 def _bounded_gradients(dlog: Tensor, dkeep: Tensor, z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
     D = _width(z)
     rows, (dz, dg), tile = tokens(z, D), _fake_bounded_gradients(dlog, dkeep, z, bound), _tile(D)
@@ -336,7 +336,7 @@ def _heads(u: Tensor, w: Tensor) -> tuple[int, int, dict[str, int]]:
     return H, P, {"BLOCK_R": max(1, 1024 // BLOCK_P), "BLOCK_P": BLOCK_P, "num_warps": 4}
 
 
-@operator("weigh")
+@operator("weigh", given=as_it_is)
 def _weigh(u: Tensor, w: Tensor) -> Tensor:
     H, P, tile = _heads(u, w)
     rows, y = tokens(u, H * P), like(u, u)
@@ -350,7 +350,7 @@ def _fake_weigh(u: Tensor, w: Tensor) -> Tensor:
     return like(u, u)
 
 
-@operator("weigh_backward")
+@operator("weigh_backward", given=as_it_is)
 def _weigh_gradients(dy: Tensor, u: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     H, P, tile = _heads(u, w)
     drows, rows, (du, dw) = tokens(dy, H * P), tokens(u, H * P), _fake_weigh_gradients(dy, u, w)

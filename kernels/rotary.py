@@ -14,7 +14,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2
+from recur.kernels.operators import as_it_is, cdiv, differentiable, fake, operator, power_of_2
 from recur.kernels.pointwise import tokens
 from recur.kernels.tiles import cos_sin_after
 from torch import Tensor
@@ -55,7 +55,7 @@ def _rotate(
             tl.store(y_ptr + row * (H * K) + h * K + k[None, :], y, mask=here)
 
 
-@operator("rotate")
+@operator("rotate", given=as_it_is)
 def rotate(x: Tensor, position: Tensor, frequencies: Tensor, halves: bool, inverse: bool) -> Tensor:
     """x [B T H K] turned by the angles of positions [B|1 T] and float64 frequencies [K/2]."""
     H, K = x.shape[2:]

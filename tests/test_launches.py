@@ -12,7 +12,7 @@ from recur import Recipe, presets
 
 TOKENS = 8 * 2048
 MODELS: dict[str, tuple[Recipe, str | None, int, int, int]] = {  # at most: forward, backward, bytes a token
-    "gla": (presets.gla(heads=4), "swiglu", 22, 37, 41_000),
+    "gla": (presets.gla(heads=4), "swiglu", 22, 37, 42_000),
     "hgrn2": (presets.hgrn2(heads=8), "swiglu", 20, 24, 50_000),
     "gated_delta_net": (presets.gated_delta_net(heads=8), "swiglu", 23, 29, 62_000),
     "retnet": (presets.retnet(heads=8), "swiglu", 47, 22, 54_000),
