@@ -174,7 +174,8 @@ def test_lengths_share_graphs(name: str) -> None:
 
 
 def test_every_law_holds_for_a_feed_forward_with_state() -> None:
-    assert set(check(channel_mix(hidden="6"), dim=8, examples=EXAMPLES, seed=SEED)) == CAUSAL | SMOOTH | {"steps"}
+    laws = CAUSAL | SMOOTH | {"steps", "lengths"}
+    assert set(check(channel_mix(hidden="6"), dim=8, examples=EXAMPLES, seed=SEED)) == laws
 
 
 def test_the_table_has_every_preset() -> None:

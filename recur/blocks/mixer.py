@@ -69,6 +69,7 @@ class Mixer(nn.Module):
         site = recipe.site(dim, depth=depth, layer=layer)
         for name in recipe.axes:
             site.size(name)
+        self._input_sizes = {name: site.of(name) for name in recipe.inputs}
         own = nn.ModuleDict() if shared is None else shared
         self.parts = recipe.body.build(site, own)
         recipe.body.prepare()
@@ -139,7 +140,7 @@ class Mixer(nn.Module):
             wanted, got = ", ".join(self.recipe.inputs) or "none", ", ".join(inputs) or "none"
             raise TypeError(f"Mixer: further inputs must be {wanted}, got {got}")
         for name, tensor in inputs.items():
-            sizes = self.recipe.site(self.dim).of(name)
+            sizes = self._input_sizes[name]
             if tensor.ndim != 2 + len(sizes) or tuple(tensor.shape[2:]) != sizes or tensor.shape[1] not in (1, T):
                 letters = f"B T {self.recipe.inputs[name]}"
                 expect("Mixer", name, tensor, letters, (B, T, *sizes))

@@ -86,7 +86,7 @@ def fixed_scan(
     run: Callable[..., ScanOut] = partial(_FORMS[form], log_decay, readout, write)
     with without_autocast(x):
         y, state = (right_to_left(run) if reverse else run)(initial, cu_seqlens, x=x_)
-    return ScanOut(y.to(x.dtype), state)
+    return ScanOut(y.contiguous().to(x.dtype), state)  # what follows rounds by the layout it is given
 
 
 def fixed_step(x: Tensor, log_decay: Tensor, readout: Tensor, state: Tensor, *, write: Tensor | None = None) -> Tensor:
