@@ -386,12 +386,13 @@ def test_plan_fills_the_machine() -> None:
 
 
 def test_plan_of_wide_states() -> None:
-    """Rows in parts of 128 where a program would not hold 256; the gradient by blocks of 256 columns."""
+    """Rows in parts of 128 where a program would not hold 256, then in float16's arithmetic; blocks of 256 columns."""
     pytest.importorskip("triton")
     from recur.kernels.scan import plan
 
     wide = plan(heads=8, T=4096, K=384, V=1536, dtype=torch.bfloat16)
-    assert (wide.part, wide.blocks, wide.block_v, wide.forward.parts, wide.gradient.parts) == (128, 6, 256, 48, 6)
+    assert (wide.part, wide.blocks, wide.block_v, wide.forward.parts, wide.gradient.parts) == (128, 6, 256, 96, 24)
+    assert wide == plan(heads=8, T=4096, K=384, V=1536, dtype=torch.float16)
     narrow = plan(heads=8, T=4096, K=256, V=200, dtype=torch.bfloat16)
     assert (narrow.part, narrow.blocks, narrow.block_v) == (256, 1, 256)
 
