@@ -40,9 +40,7 @@ def segments(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, **t
 
     Time O(B T V N); memory for one segment, and for one state a segment, from which the backward computes it again.
     """
-    u, k, q, first, second, *rest = tokens.values()
-    third = rest[0] if rest else None
-    y, state, _ = _segments(family, initial, cu_seqlens, u, k, q, first, second, third)
+    y, state, _ = _segments(family, initial, cu_seqlens, *tokens.values())
     return ScanOut(y, state)
 
 
@@ -207,10 +205,9 @@ def _run(
     q: Tensor,
     first: Tensor,
     second: Tensor,
-    third: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Segment after segment: y [B T G 1 W], final states [B G N W], and the states between segments [n+1 B G N W]."""
-    tokens = _given(u, k, q, first, second, third)
+    tokens = [u, k, q, first, second]
     (B, T, G, _, W), N, pieces = u.shape, k.shape[3], _pieces(u, k)
     y, between = torch.empty_like(u), u.new_zeros(len(pieces) + 1, B, G, N, W)
     if cu_seqlens is None and initial is not None:
@@ -245,7 +242,6 @@ def _fake(
     q: Tensor,
     first: Tensor,
     second: Tensor,
-    third: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, G, _, W), N = u.shape, k.shape[3]
     rows, pieces = state_count(B, cu_seqlens), -(-T // _segment_length(u, k))
@@ -261,16 +257,15 @@ def _run_backward(
     q: Tensor,
     first: Tensor,
     second: Tensor,
-    third: Tensor | None,
     between: Tensor,
     grad_y: Tensor,
     grad_state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of initial and tokens: from the last segment to the first, each computed again from its entering state.
 
     G_t = q_t dy_tᵀ + A_{t+1} * G_{t+1} is the gradient of S_t; everything else is a product with it.
     """
-    tokens = _given(u, k, q, first, second, third)
+    tokens = [u, k, q, first, second]
     T, pieces = u.shape[1], _pieces(u, k)
     gradients = [torch.zeros_like(tensor) for tensor in tokens]
     borders = starts = None
@@ -314,9 +309,8 @@ def _run_backward(
             gradient += part
     if cu_seqlens is not None:
         carried = grad_own[:-1].clone()
-    grad_u, grad_k, grad_q, *others = gradients
-    grad_first, grad_second, grad_third = others if third is not None else (*others, _nothing(u))
-    return carried, grad_u, grad_k, grad_q, grad_first, grad_second, grad_third
+    grad_u, grad_k, grad_q, grad_first, grad_second = gradients
+    return carried, grad_u, grad_k, grad_q, grad_first, grad_second
 
 
 def _fake_backward(
@@ -328,25 +322,18 @@ def _fake_backward(
     q: Tensor,
     first: Tensor,
     second: Tensor,
-    third: Tensor | None,
     between: Tensor,
     grad_y: Tensor,
     grad_state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     carried, grad_u, grad_k, grad_q, grad_first, grad_second = map(
         torch.empty_like, (grad_state, u, k, q, first, second)
     )
-    grad_third = _nothing(u) if third is None else torch.empty_like(third)
-    return carried, grad_u, grad_k, grad_q, grad_first, grad_second, grad_third
+    return carried, grad_u, grad_k, grad_q, grad_first, grad_second
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
-
-
-def _nothing(u: Tensor) -> Tensor:
-    """The gradient of an argument that was not given; it has the axis G, into which calls are vmapped."""
-    return u.new_empty(0, 0, u.shape[2], 0, 0)
 
 
 # Derivatives: first ones segment by segment; all others, and those in forward mode, from the scan in one piece
