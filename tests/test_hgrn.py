@@ -238,7 +238,8 @@ def test_options_of_checkpoints_go_in_and_out(name: str, config: dict[str, Any],
     torch.manual_seed(0)
     config = {**SIZES.get(name.split("_")[-1], {"embed_dim": 8}), **config}
     if name.endswith(("_hub", "_lm")):  # as their files have it
-        config |= {"model_type": "hgrn2", "architectures": ["HGRN2ForCausalLM"], "torch_dtype": "bfloat16"}
+        kind = name.partition("_")[0]
+        config |= {"model_type": kind, "architectures": [f"{kind.upper()}ForCausalLM"], "torch_dtype": "bfloat16"}
     if "hidden_ratio" in config:
         del config["intermediate_size"]
     model = OFFICIAL[name].make(name, config)
