@@ -15,6 +15,7 @@ SCRIPTS = {
     "gpu_glue.py": [],
     "gpu_laws.py": [],
     "gpu_step.py": ["check"],
+    "gpu_generate.py": [],
     "gpu_large.py": [],
     "gpu_compile.py": [],
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recur.axes import RecipeError
+from recur.blocks import generation
 from recur.blocks.feedforward import feedforward
 from recur.blocks.glue import Norm
 from recur.blocks.mixer import Mixer, Published
-from recur.blocks.sampling import sample_token
 from recur.blocks.state import POSITION, Layout, detach, fitting, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
 from recur.primitives.loss import linear_cross_entropy
@@ -108,18 +108,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-def _check_lengths(function: str, lengths: Tensor) -> None:
-    if not (isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64)):
-        raise TypeError(f"{function}: lengths must be an int32 or int64 tensor [B], got {lengths!r}")
-
-
-def _last(text: Tensor, length: Tensor, window: int, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The last `window` tokens of each row of text [B L], of which `length` [B] are there; how many, if they differ."""
-    begin, W = (length - window).clamp(min=0), min(window, int(length.max()))
-    index = (begin[:, None] + torch.arange(W, device=text.device)).clamp(max=text.shape[1] - 1)
-    return text.gather(1, index), None if lengths is None else length.clamp(max=window)
 
 
 class StreamNorm(nn.Module):
@@ -389,19 +377,25 @@ class LanguageModel(nn.Module):
         return self._logits(x[:, 0])
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """Read prompts [B T] in one pass, right-padded if `lengths` [B] are given: last logits and state.
+    def prefill(
+        self, ids: Tensor, lengths: Tensor | None = None, *, max_len: int | None = None
+    ) -> tuple[Tensor, State]:
+        """Read prompts in one pass: the last logits and the state. No gradient and no dropout.
 
-        No gradient and no dropout.
+        Args:
+            ids:     [B T] prompts, right-padded if `lengths` [B] are given.
+            lengths: [B] tokens of each prompt.
+            max_len: fixes the length of attention caches.
         """
+        fresh = None if max_len is None else self.init_state(len(ids), max_len)
         if lengths is None:
-            x, state = self._hidden(ids, None, evaluate=True)
+            x, state = self._hidden(ids, fresh, evaluate=True)
             return self._logits(x[:, -1]), detach(state)
         bind("prefill", ids=(ids, "B T"))
-        _check_lengths("prefill", lengths)
+        generation.check_lengths("prefill", lengths)
         inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         borders = F.pad(lengths.cumsum(0), (1, 0))
-        x, state = self._hidden(ids[inside][None], None, cu_seqlens=borders, evaluate=True)
+        x, state = self._hidden(ids[inside][None], fresh, cu_seqlens=borders, evaluate=True)
         return self._logits(x[0, borders[1:] - 1]), detach(state)
 
     @torch.no_grad()
@@ -418,8 +412,14 @@ class LanguageModel(nn.Module):
         seed: int | None = None,
         lengths: Tensor | None = None,
         window: int | None = None,
+        stop: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
     ) -> Tensor:
         """Continue prompts: the prompt is read in one pass, then every token costs one step. Nothing is dropped.
+
+        On a GPU one step with its sampling is captured as a CUDA graph, at the first call for each batch size, and
+        replayed for every token. Weights changed in place are seen; weights that were replaced are captured anew. What
+        cannot be captured (forward hooks, a window shorter than the text) runs step by step, and a warning says why.
 
         The mode of the model is neither asked nor changed, so threads may generate side by side; a module or hook of
         one's own that asks whether it is in training mode wants model.eval() first.
@@ -432,50 +432,48 @@ class LanguageModel(nn.Module):
                             least min_p of the likeliest; applied in this order, after the temperature.
             eos:            a row that has produced this token repeats it.
             window:         forget what lies more than so many tokens back: the last `window` are read anew each time.
-            seed:           row i draws from its own generator (seed, i), so a batch equals its rows; None takes a seed
+            seed:           row i draws from its own sequence (seed, i), so a batch equals its rows; None takes a seed
                             from torch's own generator, which torch.manual_seed sets.
+            stop:           strings; a row ends with the token that completes one of them in what it has generated.
+            decode:         from a list of ids to a string, as a tokenizer has it; needed for `stop`.
 
         Returns: [B T + max_new_tokens], each row its prompt, its new tokens, then (for shorter prompts) `eos` or 0.
         """
-        bind("generate", ids=(ids, "B T"))
-        if ids.shape[1] == 0 or max_new_tokens < 0:
-            raise ValueError(
-                f"generate: needs a prompt and max_new_tokens >= 0, got {ids.shape[1]} tokens and {max_new_tokens}"
-            )
-        if eos is not None and not (isinstance(eos, int) and 0 <= eos < self.vocab_size):
-            raise ValueError(f"generate: eos must be one id in 0 .. {self.vocab_size - 1}, got {eos!r}")
-        if window is not None and window < 1:
-            raise ValueError(f"generate: window must be at least 1, got {window}")
-        if lengths is not None:
-            _check_lengths("generate", lengths)
-        own = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths.to(ids.device)
-        if len(ids) == 0:
-            return ids.new_zeros(0, ids.shape[1] + max_new_tokens)
-        if tuple(own.shape) != (len(ids),) or int(own.min()) < 1 or int(own.max()) > ids.shape[1]:
-            raise ValueError(f"generate: lengths must be [B] within 1 .. T={ids.shape[1]}, got {own.tolist()}")
-        rows, length = torch.arange(len(ids), device=ids.device), ids.shape[1]
-        inside = torch.arange(length, device=ids.device) < own[:, None]
-        self._check_ids(ids.where(inside, 0))  # whatever pads is not read
-        first = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
-        draws = [torch.Generator("cpu").manual_seed((first + (row << 32)) % 2**63) for row in range(len(ids))]
-        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        text = torch.full((len(ids), length + max_new_tokens), eos or 0, device=ids.device, dtype=ids.dtype)
-        text[:, :length] = torch.where(inside, ids, text[:, :length])
-        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        logits, state = self.prefill(*_last(text, own, window or length, lengths))
-        for new in range(max_new_tokens):
-            token = sample_token(logits, draws, **options).to(ids.dtype)
-            if eos is not None:
-                token = torch.where(done, eos, token)
-                done |= token == eos
-            text[rows, own + new] = token
-            if bool(done.all()) or new + 1 == max_new_tokens:
-                break
-            if window is None or int(own.max()) + new + 1 <= window:
-                logits = self.step(token, state)
-            else:
-                logits, state = self.prefill(*_last(text, own + new + 1, window, lengths))
-        return text
+        return generation.generate(
+            self,
+            generation.request(
+                self,
+                ids,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                eos=eos,
+                seed=seed,
+                lengths=lengths,
+                window=window,
+                stop=stop,
+                decode=decode,
+            ),
+        )
+
+    def stream(self, ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+        """The tokens of `generate`, each as soon as it is there.
+
+        Args:
+            ids:            [B T] prompts.
+            max_new_tokens: how many tokens to add at most.
+            options:        those of `generate`.
+
+        Yields: [B] ids on the CPU; a row that has ended repeats its end; nothing more when all rows have.
+        Raises: as `generate`, at the call.
+
+            >>> model = recur.LanguageModel(recur.presets.gla(heads=2), vocab_size=11, dim=16, depth=1)
+            >>> len(list(model.stream(torch.tensor([[1, 2, 3]]), 5)))
+            5
+        """
+        return generation.stream(self, generation.request(self, ids, max_new_tokens, **options))
 
     # ------------------------------------------------------------------ training
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +24,7 @@ from recur.train.lock import hold
 from recur.train.machine import use_threads, with_threads
 from recur.train.models import parameters, read_recipes
 from recur.train.run import TASKS, chosen, configured, finish, load_model, setup, told
+from recur.train.tokenize import pieces
 from recur.train.trainer import Training, fit, mfu, prepare
 
 Command = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
@@ -77,6 +79,7 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     writer.add_argument("--temperature", type=config.at_least_0, default=0.7, help="0 takes the likeliest token (0.7)")
     writer.add_argument("--top-k", type=config.count, help="draw among the k likeliest tokens only")
     writer.add_argument("--top-p", type=config.share, help="draw among the likeliest tokens that hold this probability")
+    writer.add_argument("--stop", metavar="TEXT", nargs="+", help="end with the token that completes one of these")
     writer.add_argument(
         "--checkpoint", metavar="WHICH", type=_which, default="newest", help="best, newest or a step (newest)"
     )
@@ -272,6 +275,12 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise InputError("the prompt must have at least one character, got an empty one")
     ids = torch.from_numpy(tokenizer.encode(arguments.prompt))[None]
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    written = model.generate(ids, **{name: getattr(arguments, name) for name in names})
-    sys.stdout.write(tokenizer.decode(written[0].tolist()) + "\n")
+    options = {name: getattr(arguments, name) for name in names}
+    stop = {"stop": arguments.stop, "decode": tokenizer.decode} if arguments.stop else {}
+    prompt = ids[0].tolist()
+    new = (int(token) for token in model.stream(ids, **options, **stop))
+    for piece in pieces(chain(prompt, new), tokenizer.decode):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
     return 0
