@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -156,7 +156,7 @@ def _framed(r: Request) -> Tensor:
     return text
 
 
-def _run(model: LanguageModel, r: Request, text: Tensor) -> Iterator[tuple[int, Loop]]:
+def _run(model: LanguageModel, r: Request, text: Tensor) -> Generator[tuple[int, Loop], None, None]:
     """Number `new` of every token, as soon as it is under way to loop.tokens[new % BLOCK]; ends when all rows have."""
     B, T = r.ids.shape
     if r.max_new_tokens == 0:
