@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from recur.axes import LETTERS, RecipeError, Spec, evaluate, letters, size, spec
 from recur.fields import read_keys, read_part
-from recur.weights import Param, Weights
+from recur.weights import Param, Weights, call
 
 State = Any  # None, a tensor, or a dict of states
 
@@ -297,7 +297,7 @@ class Chain(Part):
             if more:
                 flow, new = part(flow, (module, *(weights[other] for other in more)), old)
             elif type(part).build is Part.build:  # its module is called, so that its hooks run
-                flow, new = module(part.__call__, flow, old)
+                flow, new = call(module, part.__call__, flow, old)
             else:  # which calls its module by itself
                 flow, new = part(flow, module, old)
             if new is not None:
@@ -378,7 +378,7 @@ class Recipe:
                     f"{found.reader} is called {key!r}, as is a {owners[key]}; weights cannot be shared across classes"
                 )
             written |= wrote
-            for inner in _inside(part):
+            for inner in inside(part):
                 kind = type(inner).__name__
                 if inner.name is not None and owners.setdefault(inner.name, kind) != kind:
                     raise RecipeError(
@@ -510,11 +510,11 @@ class Recipe:
         return "\n".join(([head] if head else []) + lines)
 
 
-def _inside(part: Part) -> Iterable[Part]:
+def inside(part: Part) -> Iterable[Part]:
     """All parts inside a combinator."""
     for inner in getattr(part, "parts", ()):
         yield inner
-        yield from _inside(inner)
+        yield from inside(inner)
 
 
 def _plain(value: Any) -> Any:

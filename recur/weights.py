@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,13 @@ class Weights(nn.Module):
             for name, param in self.declared.items():
                 param.init(getattr(self, name))
 
-    def forward(self, act: Callable[..., Any], flow: Any, state: Any) -> Any:
-        return act(flow, self, state)
+    def forward(self, act: Callable[..., Any], flow: Any, state: Any, *tensors: Tensor) -> Any:
+        if not tensors:
+            return act(flow, self, state)
+        before = flow.set(**dict(zip(flow.tensors, tensors, strict=True)))
+        after, state = act(before, self, state)
+        written = {name: tensor for name, tensor in after.tensors.items() if tensor is not before.tensors.get(name)}
+        return *written.values(), tuple(written), after, state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weights:
         pinned = [weight for weight, param in _own(self) if param.float32]
@@ -102,6 +107,19 @@ class Embedding(Weights):
 
     def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         return F.embedding(ids, self.weight, self.padding)
+
+
+def call(module: nn.Module, act: Callable[..., Any], flow: Any, state: Any) -> tuple[Any, Any]:
+    """(flow, state) after `act` of these, through the module of a part, so that its hooks run.
+
+    Backward hooks see the tensors among arguments and results alone. If there are any, the tensors of the flow are
+    further arguments, and the results begin with the tensors that the part writes. Parts that read none of them, such
+    as Learned, have a gradient of outputs alone, which a backward pre-hook sees.
+    """
+    if not (module._backward_hooks or module._backward_pre_hooks):
+        return module(act, flow, state)  # type: ignore[no-any-return]
+    *written, names, after, state = module(act, flow, state, *flow.tensors.values())
+    return replace(after, tensors={**flow.tensors, **dict(zip(names, written, strict=True))}), state
 
 
 def watched(module: nn.Module) -> bool:

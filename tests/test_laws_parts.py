@@ -242,6 +242,12 @@ def test_every_law_holds(name: str) -> None:
     assert applying(part, dim=6, **options) - {"lengths"} == laws
 
 
+@pytest.mark.parametrize("name", ["Loop", "Loop, scan inside", "TapConv"])
+def test_lengths_share_graphs(name: str) -> None:
+    """Of the parts that a graph cannot hold as they are; the presets show it for all others."""
+    assert check(CASES[name][0], dim=6, laws=["lengths"], examples=4, seed=SEED) == ["lengths"]
+
+
 def test_the_table_has_every_part() -> None:
     tried = {word.strip(",") for name in CASES for word in name.split()}
     assert {part.__name__ for part in blocks.PARTS} <= tried

@@ -166,9 +166,8 @@ def test_every_law_holds(name: str) -> None:
     assert applying(recipe, dim=8, **options) - {"lengths"} == laws
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "," not in name and name != "gated_rnn"])
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
 def test_lengths_share_graphs(name: str) -> None:
-    """Not those of a nonlinear recurrence, which is unrolled."""
     recipe, options, _ = CASES[name]
     assert check(recipe, dim=8, laws=["lengths"], examples=4, seed=SEED, **options) == ["lengths"]
 

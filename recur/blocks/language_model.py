@@ -22,7 +22,7 @@ from recur.primitives.forms import check_packing, state_count
 from recur.primitives.loss import linear_cross_entropy
 from recur.recipe import Flow, Recipe, State
 from recur.shapes import accumulation_dtype, bind, expect, readable
-from recur.weights import Embedding, Init, Linear, Param, bias_init, declared, matrix_init, normal, watched
+from recur.weights import Embedding, Init, Linear, Param, bias_init, call, declared, matrix_init, normal, watched
 
 
 class Block(nn.Module):
@@ -123,7 +123,7 @@ class StreamNorm(nn.Module):
             return x
         nowhere = x.new_empty(0, dtype=torch.long)  # norms read no positions
         assert self.weights is not None
-        flow, _ = self.weights(self.norm.__call__, Flow({"x": x}, nowhere, form), None)
+        flow, _ = call(self.weights, self.norm.__call__, Flow({"x": x}, nowhere, form), None)
         return flow[self.norm.to or "x"]
 
 

@@ -12,7 +12,7 @@ from recur import kernel
 from recur.blocks.gates import OutputGate
 from recur.blocks.glue import Norm, Skip
 from recur.recipe import Flow, Part, State
-from recur.weights import watched
+from recur.weights import call, watched
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Leave(Part):
         if options is not None:
             return flow.set(**{name: kernel.norm(**options)}), None
         for part, own in zip(self.parts, weights, strict=True):
-            flow, _ = own(part.__call__, flow, None)
+            flow, _ = call(own, part.__call__, flow, None)
         return flow, None
 
     def _options(self, flow: Flow, weights: Any, y: Tensor) -> dict[str, Any] | None:

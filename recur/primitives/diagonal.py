@@ -260,7 +260,8 @@ def gated_scan(
         cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n *].
         reverse: read from the last token to the first: initial_state enters after token T-1, state is h at token 0.
         form: "recurrent", the token loop; "chunked", chunks walked side by side in place; "triton", the kernel; "auto"
-            is "triton" for what that covers on a GPU and "chunked" for all else.
+            is "triton" for what that covers on a GPU and "chunked" for all else. In no form do NaN and infinity reach
+            an earlier token.
 
     Returns: y [B T *] of x's dtype, or complex if the gate is; state [B *] float32 (float64 if an input is), complex if
         x or the gate is.

@@ -46,7 +46,8 @@ def selective_scan(
         cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n V N].
         reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
         form: "recurrent", the token loop; "chunked", segments that the backward computes again; "triton", the kernel;
-            "auto" is "triton" for what that covers on a GPU and "chunked" for all else.
+            "auto" is "triton" for what that covers on a GPU and "chunked" for all else. In no form do NaN and infinity
+            reach an earlier token.
 
     Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is).
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.

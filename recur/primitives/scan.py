@@ -64,7 +64,8 @@ def scan(
         reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
         scale: factor on y.
         form: "recurrent", the token loop; "chunked", matmuls inside chunks and a scan over them; "parallel", one chunk;
-            "triton", the kernel; "auto" is "triton" for what it covers on a GPU and "chunked" for all else.
+            "triton", the kernel; "auto" is "triton" for what it covers on a GPU and "chunked" for all else. With
+            "triton", NaN and infinity may reach earlier tokens of their chunk of 64; in no other form an earlier token.
 
     Returns: y [B T H V] of v's dtype; state [B H K V] float32 (float64 if an input is), complex if log_decay is.
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError for arguments that exclude each other,

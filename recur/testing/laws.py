@@ -167,22 +167,40 @@ def containment(subject: Subject, draw: Draw) -> None:
         before = result.y[row, :at] if subject.causal else result.y[row, :0]
         return Result(torch.cat([result.y[others].flatten(0, 1), before]), state)
 
+    def contained(form: str | None) -> None:
+        """Raise LawBroken unless this form holds it where it is."""
+        got, want = (values_and_gradients(lambda each: untouched(run(each, form)), x) for x in (poisoned, inputs))
+        shown = [key for key in want if not key.startswith("gradient")]
+        same({key: got[key] for key in shown}, {key: want[key] for key in shown}, ("beside it", "without it"))
+        for key in inputs.tokens:
+            slopes = (found[f"gradient of {key}"] for found in (got, want))
+            left, right = (torch.cat([slope[:row], slope[row + 1 :]]) for slope in slopes)
+            same({f"gradient of {key}": left}, {f"gradient of {key}": right}, ("beside it", "without it"))
+        met = at > 0 or inputs.state is not None  # the first gate meets a state of zeros, and forms may leave it out
+        if met and form not in (None, "recurrent") and not math.isfinite(poison):
+            with torch.no_grad():
+                lost = ~run(poisoned, "recurrent").y.isfinite() & run(poisoned, form).y.isfinite()
+            if lost.any():
+                raise LawBroken(
+                    f"y is not finite in the token loop at {lost.nonzero()[0].tolist()}, but as {form} it is"
+                )
+
+    def holds(form: str) -> bool:
+        try:
+            contained(form)
+        except LawBroken:
+            return False
+        return True
+
     try:
-        got, want = (values_and_gradients(lambda each: untouched(run(each, form)), each) for each in (poisoned, inputs))
+        contained(form)
     except ValueError:  # refused, as a rate of more than 1 is
         reject()
-    shown = [key for key in want if not key.startswith("gradient")]
-    same({key: got[key] for key in shown}, {key: want[key] for key in shown}, ("beside it", "without it"))
-    for key in inputs.tokens:
-        slopes = (found[f"gradient of {key}"] for found in (got, want))
-        left, right = (torch.cat([slope[:row], slope[row + 1 :]]) for slope in slopes)
-        same({f"gradient of {key}": left}, {f"gradient of {key}": right}, ("beside it", "without it"))
-    met = at > 0 or inputs.state is not None  # the first gate meets a state of zeros, and forms may leave it out
-    if met and form not in (None, "recurrent") and not math.isfinite(poison):
-        with torch.no_grad():
-            lost = ~run(poisoned, "recurrent").y.isfinite() & run(poisoned, form).y.isfinite()
-        if lost.any():
-            raise LawBroken(f"y is not finite in the token loop at {lost.nonzero()[0].tolist()}, but as {form} it is")
+    except LawBroken as broken:
+        if form is None:
+            raise
+        holding = [f"form={other!r}" for other in found if other != form and holds(other)]
+        raise LawBroken(f"{broken}; it holds with {' and '.join(holding) or 'none of its forms'}") from None
 
 
 def linearity(subject: Subject, draw: Draw) -> None:
@@ -582,7 +600,7 @@ LAWS: dict[Callable[[Subject, Draw], None], Callable[[Subject], bool]] = {
     resets: lambda subject: subject.draws("decay"),
     gradients: lambda subject: subject.honest,
     tangents: lambda subject: True,
-    lengths: lambda subject: not (isinstance(subject, Layer) and (subject.in_grid or subject.unrolled)),
+    lengths: lambda subject: not (isinstance(subject, Layer) and subject.in_grid),
     second_gradients: lambda subject: subject.honest and _twice_differentiable(subject),
     low_precision: lambda subject: len(subject.forms) > 1 and "recurrent" in subject.forms,
     rows: lambda subject: True,
