@@ -7,7 +7,7 @@ from recur.loading import load_model
 from recur.primitives.diagonal import gated_scan, gated_step
 from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
 from recur.primitives.fixed import fixed_scan, fixed_step
-from recur.primitives.forms import ScanOut
+from recur.primitives.forms import ScanOut, SlowPath
 from recur.primitives.scan import scan, step
 from recur.primitives.summary import Summary, advance, combine, summary
 from recur.recipe import Axes, Flow, Part, Recipe, Site
@@ -28,6 +28,7 @@ __all__ = [
     "ScanOut",
     "ShapeError",
     "Site",
+    "SlowPath",
     "Summary",
     "advance",
     "combine",
