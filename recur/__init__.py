@@ -3,6 +3,7 @@
 from recur import convert, presets, testing
 from recur.axes import RecipeError
 from recur.blocks import LanguageModel, Mixer, detach
+from recur.explain import Explanation, explain
 from recur.loading import load_model
 from recur.primitives.diagonal import gated_scan, gated_step
 from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
@@ -18,6 +19,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Axes",
+    "Explanation",
     "Flow",
     "LanguageModel",
     "Mixer",
@@ -34,6 +36,7 @@ __all__ = [
     "combine",
     "convert",
     "detach",
+    "explain",
     "fixed_scan",
     "fixed_step",
     "gated_scan",
