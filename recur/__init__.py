@@ -3,11 +3,12 @@
 from recur import convert, presets, testing
 from recur.axes import RecipeError
 from recur.blocks import LanguageModel, Mixer, detach
+from recur.explain import Explanation, explain
 from recur.loading import load_model
 from recur.primitives.diagonal import gated_scan, gated_step
 from recur.primitives.elementwise import online_scan, online_step, selective_scan, selective_step
 from recur.primitives.fixed import fixed_scan, fixed_step
-from recur.primitives.forms import ScanOut
+from recur.primitives.forms import ScanOut, SlowPath
 from recur.primitives.scan import scan, step
 from recur.primitives.summary import Summary, advance, combine, summary
 from recur.recipe import Axes, Flow, Part, Recipe, Site
@@ -18,6 +19,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Axes",
+    "Explanation",
     "Flow",
     "LanguageModel",
     "Mixer",
@@ -28,11 +30,13 @@ __all__ = [
     "ScanOut",
     "ShapeError",
     "Site",
+    "SlowPath",
     "Summary",
     "advance",
     "combine",
     "convert",
     "detach",
+    "explain",
     "fixed_scan",
     "fixed_step",
     "gated_scan",

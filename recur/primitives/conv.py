@@ -63,7 +63,8 @@ def causal_convs(
     check_packing("causal_conv", cu_seqlens, B, T)
     letters, n = ("B W-1 D", B) if cu_seqlens is None else ("n W-1 D", state_count(B, cu_seqlens))
     expect("causal_conv", "initial_state", initial_state, letters, (n, W - 1, D))
-    if W <= 8 and len(xs) <= 3 and act in kernel.GATES and kernel.fused(form, *xs, weight, bias):
+    lacks = (f"W={W}, more than 8", "W at most 8") if W > 8 else kernel.lacks_act(act)
+    if kernel.fused(form, *xs, weight, bias, of="causal_conv", lacks=lacks) and len(xs) <= 3:
         initial = None if initial_state is None else initial_state.to(xs[0].dtype)
         return kernel.conv(xs, weight, bias, initial, cu_seqlens, act)
     x = xs[0] if len(xs) == 1 else torch.cat(xs, -1)

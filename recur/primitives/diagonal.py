@@ -274,8 +274,8 @@ def gated_scan(
     bind("gated_scan", x=(x, "B T *"), log_decay=(log_decay, gates), initial_state=(initial_state, states))
     check_packing("gated_scan", cu_seqlens, x.shape[0], x.shape[1], initial_state)
     number = _number("gated_scan", x, log_decay, initial_state=initial_state)
-    refusal = partial(kernel.refusal, number, x.device)
-    form = choose_form("gated_scan", form, ("recurrent", "chunked", "triton"), x.device, refusal)
+    refusal = partial(kernel.refusal, number)
+    form = choose_form("gated_scan", form, ("recurrent", "chunked", "triton"), kernel.device_of(x), refusal)
     if form == "triton":
         return kernel.elementwise("diagonal", x, log_decay, initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
     wide = log_decay.to(number_of(accumulation_dtype(x, log_decay, initial_state), log_decay))

@@ -320,8 +320,8 @@ def _scan(
 ) -> ScanOut:
     """y [B T V] and the state [B V N]."""
     x, V, N = inputs[0], sizes["V"], sizes["N"]
-    refusal = partial(kernel.refusal, accumulation_dtype(*inputs, initial_state), x.device, N=N)
-    form = choose_form(f"{family}_scan", form, ("recurrent", "chunked", "triton"), x.device, refusal)
+    refusal = partial(kernel.refusal, accumulation_dtype(*inputs, initial_state), N=N)
+    form = choose_form(f"{family}_scan", form, ("recurrent", "chunked", "triton"), kernel.device_of(x), refusal)
     if form == "triton":
         return kernel.elementwise(family, *inputs, initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
     with without_autocast(x):

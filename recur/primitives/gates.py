@@ -63,7 +63,8 @@ def biased(act: str, z: Tensor, bias: Tensor, *, form: str = "auto") -> Tensor:
     """
     known: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softplus": softplus}
     fn = pick("biased", "act", act, known)
-    if z.shape[2:] == bias.shape and kernel.fused(form, z, bias, compiler=True):
+    lacks = None if z.shape[2:] == bias.shape else ("a bias that is not one per channel", "expand it to z's last axes")
+    if kernel.fused(form, z, bias, of="biased", lacks=lacks, compiler=True):
         return kernel.activate(z, bias, act)
     return fn(z.to(accumulation_dtype(z, bias)) + bias)
 
@@ -79,7 +80,7 @@ def sigmoid_decay(z: Tensor, *, tau: float = 1.0, form: str = "auto") -> Tensor:
     Returns: [*] natural log decay, float32 or wider.   Cost: O(size).   Source: Yang et al. 2023, arXiv:2312.06635.
     """
     check_float("sigmoid_decay", z=z)
-    if kernel.fused(form, z, compiler=True):
+    if kernel.fused(form, z, of="sigmoid_decay", compiler=True):
         return kernel.activate(z, None, "log_sigmoid", 1 / tau)
     log_a = F.logsigmoid(z.to(accumulation_dtype(z)))
     return log_a if tau == 1 else log_a / tau
@@ -99,7 +100,8 @@ def lower_bounded_decay(z: Tensor, bound: Tensor | None, *, form: str = "auto") 
     """
     check_float("lower_bounded_decay", z=z, bound=bound)
     per_channel = bound is None or (z.ndim > 2 and bound.numel() == z.shape[2:].numel() and bound.ndim <= z.ndim)
-    if per_channel and kernel.fused(form, z, bound, compiler=True):
+    lacks = None if per_channel else ("a bound that is not one per channel", "expand it to z's last axes")
+    if kernel.fused(form, z, bound, of="lower_bounded_decay", lacks=lacks, compiler=True):
         return kernel.bounded(z, bound)
     given, dtype = z.dtype, accumulation_dtype(z, bound)
     z = z.to(dtype)
@@ -205,7 +207,7 @@ def output_gate(y: Tensor, z: Tensor, *, act: str = "silu", form: str = "auto") 
     """
     bind("output_gate", y=(y, "*"), z=(z, "*"))
     fn = activation(act)
-    if act in kernel.GATES and kernel.fused(form, y, z, compiler=True):
+    if kernel.fused(form, y, z, of="output_gate", lacks=kernel.lacks_act(act), compiler=True):
         width = y.shape[min(2, y.ndim - 1) :].numel()
         return kernel.norm(y, z=z, width=width, N=width, gate="before", act=act)
     return y * fn(z).to(y.dtype)
@@ -218,7 +220,9 @@ def weigh(u: Tensor, w: Tensor, *, form: str = "auto") -> Tensor:
     Returns: [B T H P] in u's dtype.   Raises: ShapeError unless the axes of w are the first ones of u.
     """
     expect("weigh", "w", w, "the first axes of u", tuple(u.shape[: w.ndim]))
-    if w.ndim > 2 and 0 < u.shape[w.ndim :].numel() <= 1024 and kernel.fused(form, u, w, compiler=True):
+    P = u.shape[w.ndim :].numel()
+    lacks = None if w.ndim > 2 and 0 < P <= 1024 else (f"w of {w.ndim} axes times P={P}", "w [B T H], P at most 1024")
+    if kernel.fused(form, u, w, of="weigh", lacks=lacks, compiler=True):
         return kernel.weigh(u, w)
     return (u * w[(...,) + (None,) * (u.ndim - w.ndim)]).to(u.dtype)
 

@@ -107,7 +107,7 @@ class _Chunked(torch.autograd.Function):
 
 def _into_gradient(logits: Tensor, target: Tensor, counts: Tensor, wanted: bool) -> Tensor:
     """The loss of every row [N], 0 where it does not count; logits [N V] become their gradient if that is wanted."""
-    if kernel.fused("auto", logits):
+    if kernel.fused("auto", logits, of="linear_cross_entropy"):
         return kernel.cross_entropy(logits, target.where(counts, -1))
     target = target.long().where(counts, 0)[:, None]
     log_p = logits.log_softmax(-1, dtype=accumulation_dtype(logits))

@@ -43,10 +43,11 @@ def normalise(
     """
     if kind not in KINDS:
         raise ValueError(f"normalise: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    sizes = kernel.rows(x, axes, groups, eps) if kernel.fused(form, x, weight, bias, compiler=True) else None
-    if sizes is not None:
-        width, N = sizes
-        return kernel.norm(x, weight=weight, bias=bias, eps=eps, width=width, N=N, kind=kind)
+    if kernel.fused(form, x, weight, bias, of="normalise", compiler=True):
+        if (sizes := kernel.rows(x, axes, groups, eps)) is not None:
+            width, N = sizes
+            return kernel.norm(x, weight=weight, bias=bias, eps=eps, width=width, N=N, kind=kind)
+        kernel.fused(form, x, of="normalise", lacks=kernel.ROWS)  # says so
     if kind == "layer" and groups == 1 and not isinstance(eps, Tensor) and _alike(x, weight, bias):
         return F.layer_norm(x, x.shape[-axes:], weight, bias, eps)
     wide = x.to(accumulation_dtype(x))

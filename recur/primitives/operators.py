@@ -15,6 +15,9 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 
+RUNS: dict[str, Callable[..., Any]] = {}  # what operators run, by their names, for `recur.counting`
+
+
 def transformed() -> bool:
     """Whether a torch.func transform is running, or a level of forward-mode differentiation is open."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -54,6 +57,7 @@ def operator(
     backward and jvp are made of differentiable operations, and out of place: under vmap any tensor may be batched.
     """
     node = torch.library.custom_op(name, run, mutates_args=())
+    RUNS[name] = run
     node.register_fake(fake)
     node.register_autograd(backward, setup_context=save)
 

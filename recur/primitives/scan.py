@@ -80,8 +80,8 @@ def scan(
     (B, T, H, V), K = v.shape, q.shape[3]
     real = accumulation_dtype(*given, initial_state)
     number = state_number("scan", real, "log_decay is not complex", (log_decay,), initial_state=initial_state)
-    refusal = partial(kernel.refusal, number, v.device, K=K)
-    form = choose_form("scan", form, ("recurrent", "chunked", "parallel", "triton"), v.device, refusal)
+    refusal = partial(kernel.refusal, number, K=K)
+    form = choose_form("scan", form, ("recurrent", "chunked", "parallel", "triton"), kernel.device_of(v), refusal)
     check_packing("scan", cu_seqlens, B, T, initial_state)
     if T == 0:
         there = [x for x in given if x is not None]
