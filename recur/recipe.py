@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -19,6 +19,16 @@ from recur.weights import Param, Weights, call
 State = Any  # None, a tensor, or a dict of states
 
 
+class Common:
+    """What the layers of one forward have in common, computed by the first of them that asks: see `Flow.once`.
+
+    No dict, which hooks that move arguments between devices would copy.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[Any, tuple[Any, ...]] = {}
+
+
 @dataclass(frozen=True)
 class Flow:
     """What parts read and write: named tensors [B T ...] (T may be 1 for what does not change in time).
@@ -27,18 +37,22 @@ class Flow:
     position:   [B] tokens each sequence has seen before these ([n] if packed).
     in_place:   whether this is the one token of a step, which overwrites the states it is given.
     evaluate:   whether there is no dropout, even in a module in training mode.
-    past:       what each shallower layer published, oldest first; `publish` collects what this layer hands down.
+    layer:      which layer of the model this is, from 0; a tensor [] where layers share one compiled graph.
+    past:       what each shallower layer published, oldest first, of as many as some part of the recipe reads
+                (`Part.layers_below`); `publish` collects what this layer hands down.
+    common:     what `once` has computed for the layers before.
     """
 
     tensors: Mapping[str, Tensor]
     position: Tensor
     form: str = "auto"
     cu_seqlens: Tensor | None = None
-    layer: int = 0
+    layer: int | Tensor = 0
     grid: tuple[int, ...] | None = None
     past: tuple[Mapping[str, Tensor], ...] = ()
     in_place: bool = False
     evaluate: bool = False
+    common: Common | None = None
     published: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -51,13 +65,29 @@ class Flow:
     def _around(self) -> tuple[Any, ...]:
         """All fields after `tensors`."""
         place = (self.position, self.form, self.cu_seqlens, self.layer, self.grid, self.past)
-        return (*place, self.in_place, self.evaluate, self.published)
+        return (*place, self.in_place, self.evaluate, self.common, self.published)
 
     def publish(self, **tensors: Tensor) -> Flow:
         return dataclasses.replace(self, published={**self.published, **tensors})
 
+    def once(self, name: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        """compute(), which all layers of a model share: it follows from `name`, the positions and the type of x alone.
+
+        Nothing of it may want a gradient. In a graph every layer computes it, and the compiler finds what is the same.
+        """
+        if self.common is None or torch.compiler.is_compiling():
+            return compute()
+        x, found = self["x"], self.common.found
+        key = (name, id(self.position), id(self.cu_seqlens), x.shape[1], x.dtype, x.device)
+        if key not in found:
+            found[key] = (compute(), self.position, self.cu_seqlens)  # held, so that no others take their addresses
+        return found[key][0]
+
     def positions(self) -> Tensor:
         """[B T] the position of every token in its own sequence."""
+        return self.once(("positions",), self._positions)
+
+    def _positions(self) -> Tensor:
         token = torch.arange(self["x"].shape[1], device=self["x"].device)
         if self.cu_seqlens is None:
             return self.position[:, None] + token
@@ -176,6 +206,11 @@ class Part:
     def honest(self) -> bool:
         """Whether its gradients are the derivatives of its values."""
         return True
+
+    @property
+    def layers_below(self) -> int:
+        """How many shallower layers it reads in `flow.past`."""
+        return 0
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         """Axes of what it writes, from the axes of what it reads."""
@@ -418,6 +453,11 @@ class Recipe:
     @property
     def causal(self) -> bool:
         return self.body.causal
+
+    @property
+    def layers_below(self) -> int:
+        """How many shallower layers hand something to one of this recipe."""
+        return max((part.layers_below for part in _inside(self.body)), default=0)
 
     def site(self, dim: int, **place: Any) -> Site:
         """The place of this recipe's parts at width D = dim."""

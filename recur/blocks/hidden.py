@@ -42,6 +42,10 @@ class DenseFusion(Part):
     def __post_init__(self) -> None:
         at_least_one("DenseFusion", self.layers)
 
+    @property
+    def layers_below(self) -> int:
+        return self.layers
+
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.source: axes.same(self.source, self.gate)}
 
@@ -76,6 +80,10 @@ class _OfStates(Part):
         at_least_one(type(self).__name__, self.layers)
         if not isinstance(self.scan, StateScan):
             raise RecipeError(f"{type(self).__name__}: scan must be a part such as OuterScan, got {shown(self.scan)}")
+
+    @property
+    def layers_below(self) -> int:
+        return self.layers
 
     def params(self, site: Site) -> Mapping[str, Param]:
         return self.scan.params(site)

@@ -20,7 +20,7 @@ from recur.blocks.mixer import Mixer, Published
 from recur.blocks.state import POSITION, Layout, detach, fitting, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
 from recur.primitives.loss import linear_cross_entropy
-from recur.recipe import Flow, Recipe, State
+from recur.recipe import Common, Flow, Recipe, State
 from recur.shapes import accumulation_dtype, bind, expect, readable
 from recur.weights import Embedding, Init, Linear, Param, bias_init, call, declared, matrix_init, normal, watched
 
@@ -54,21 +54,32 @@ class Block(nn.Module):
         for kind, part in (("mixer", recipe), ("ffn", ffn)):
             if part is not None and (width := part.site(dim).size(part.out)) != (dim,):
                 raise RecipeError(f"Block: {kind} must write y [D] to be added to x, got {list(width)} for D={dim}")
-        self.order, self.dropout, self.drop = order, dropout, drop
+        self.order, self.dropout, self.drop, self.layers_below = order, dropout, drop, recipe.layers_below
         self.mixer = Mixer(recipe, dim, depth=depth, layer=layer, shared=shared)
         self.mixer_norm = StreamNorm(norm, dim)
         self.ffn = None if ffn is None else Mixer(ffn, dim, depth=depth, layer=layer, shared=shared)
         self.ffn_norm = None if ffn is None else StreamNorm(norm, dim)
 
     def forward(
-        self, x: Tensor, state: State = None, *, evaluate: bool = False, **options: Any
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        evaluate: bool = False,
+        positions: tuple[Tensor, ...] | None = None,
+        **options: Any,
     ) -> tuple[Tensor, State, Mapping[str, Tensor]]:
-        """The stream after this layer, its state, and what it publishes for deeper layers."""
+        """The stream after this layer, its state, and what it publishes for deeper layers.
+
+        positions: [B] those before these tokens, and after them, of the mixer and of the feed-forward.
+        """
         after: dict[str, State] = {}
         published = Published()
         options["evaluate"] = evaluate
         p, q = self.dropout
         lane = {**options, "published": published}
+        if positions is not None:
+            lane["positions"], options["positions"] = positions[:2], (positions[0], positions[-1])
         before = None if state is None else state["mixer"]
         x, after["mixer"] = self._branch(self.mixer, self.mixer_norm, p, x, before, lane)
         if self.ffn is not None:
@@ -254,12 +265,13 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         form: str = "auto",
         targets: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Any:
         """Logits [B T vocab_size]; with return_state also the state to go on from. cu_seqlens [n+1] packs n documents.
 
-        With targets [B T], the classes to predict, their mean cross-entropy in float32 or wider takes the place of the
-        logits, of which there is only a chunk of tokens at a time (recur.primitives.loss), or all if a hook wants a
-        head of its own to be called. Targets of -100 do not count.
+        With targets [B T], the classes to predict, their cross-entropy in float32 or wider, its "mean" or its "sum",
+        takes the place of the logits, of which there is only a chunk of tokens at a time (recur.primitives.loss), or
+        all if a hook wants a head of its own to be called. Targets of -100 do not count.
 
         Raises: ShapeError, TypeError if ids are no [B T] integers, ValueError for an id out of vocabulary (on a CPU).
         """
@@ -267,7 +279,7 @@ class LanguageModel(nn.Module):
             bind("LanguageModel", targets=(targets, "B T"))
             expect("LanguageModel", "targets", targets, "B T", tuple(ids.shape))
         x, state = self._hidden(ids, state, cu_seqlens=cu_seqlens, form=form)
-        y = self._logits(x) if targets is None else self._loss(x.flatten(0, 1), targets.flatten())
+        y = self._logits(x) if targets is None else self._loss(x.flatten(0, 1), targets.flatten(), reduction)
         return (y, state) if return_state else y
 
     def _hidden(self, ids: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
@@ -301,12 +313,14 @@ class LanguageModel(nn.Module):
         x = self._add_positions(x, position, cu_seqlens)
         x = F.dropout(x, self._dropped, self.training and not evaluate)
         past: tuple[Mapping[str, Tensor], ...] = ()
-        layers = []
+        layers: list[State] = []
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form}
         options |= {"in_place": in_place, "evaluate": evaluate}
+        own = self._own(position, T, cu_seqlens, state)
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
-            options["past"] = past
+            options |= {name: each[layer] for name, each in own.items()}
+            options["past"] = past[max(0, len(past) - block.layers_below) :]
             if self.checkpoint and torch.is_grad_enabled():
                 x, after, published = checkpoint(block, x, before, use_reentrant=False, **options)
             else:
@@ -315,13 +329,27 @@ class LanguageModel(nn.Module):
             layers.append(after)
         return self.final_norm(x, form), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
 
-    def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy at the targets [N] of what the head makes of x [N D]."""
+    def _own(self, position: Tensor, T: int, cu_seqlens: Tensor | None, state: State) -> dict[str, Sequence[Any]]:
+        """Further arguments of every layer's call: what they have in common, and what would set one apart in a graph."""
+        if torch.compiler.is_compiling():
+            return {}
+        own: dict[str, Sequence[Any]] = {"common": [Common()] * self.depth}
+        if any(block._compiled_call_impl is not None for block in self.blocks):
+            own = {"layer": torch.arange(self.depth, device=position.device).unbind(0)}
+        if state is None:
+            seen = passed(position, T, cu_seqlens, False)
+            rows = seen.expand(2 * self.depth, -1).clone().unbind(0)  # a step overwrites each
+            own["positions"] = [(position, *rows[2 * i : 2 * i + 2]) for i in range(self.depth)]
+        return own
+
+    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy at the targets [N] of what the head makes of x [N D]."""
         if self.head is not None and watched(self.head):  # whose logits are there at once
             logits = self.head(x)
-            return F.cross_entropy(logits.to(accumulation_dtype(logits)), targets.long())
+            return F.cross_entropy(logits.to(accumulation_dtype(logits)), targets.long(), reduction=reduction)
         head = self.embedding if self.head is None else self.head
-        return linear_cross_entropy(x, head.weight, targets, getattr(self.head, "bias", None))
+        bias = getattr(self.head, "bias", None)
+        return linear_cross_entropy(x, head.weight, targets, bias, reduction=reduction)
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
@@ -359,6 +387,28 @@ class LanguageModel(nn.Module):
         weight = self.embedding.weight
         position = torch.zeros(batch, dtype=torch.long, device=weight.device)
         return {"position": position, "layers": [block.init_state(batch, max_len) for block in self._layers()]}
+
+    def compile_layers(self, **options: Any) -> LanguageModel:
+        """Compile one layer and use it for all of its kind, so that start-up does not grow with the depth.
+
+        A hybrid has one graph per recipe, DenseSSM one per number of layers below. Weights keep their names, and gradients, hooks and generation work as
+        before; `torch.compile` and `model.compile()` would compile the whole model into one graph instead.
+
+        Args:
+            options: of torch.compile: backend, mode, dynamic, ...
+
+        Returns: the model itself.
+        Cost: the first call of every kind compiles, as does one of another mode (training, no gradient, one token), or
+            of another length, after which lengths are dynamic. torch compiles at most
+            torch._dynamo.config.recompile_limit graphs, and runs what is beyond them eagerly.
+
+        >>> lm = LanguageModel("gla", vocab_size=10, dim=16, depth=4).compile_layers(backend="eager")
+        >>> lm(torch.zeros(1, 3, dtype=torch.long)).shape
+        torch.Size([1, 3, 10])
+        """
+        for block in self._layers():
+            block.compile(**options)
+        return self
 
     def layout(self) -> Layout:
         """What a state of this model must look like."""

@@ -115,12 +115,16 @@ def lower_bounded_decay(z: Tensor, bound: Tensor | None, *, form: str = "auto") 
     return log_a, ((1 - bound) * torch.sigmoid(-z)).to(given)
 
 
-def lower_bounds(logits: Tensor, *, law: str = "skip_first", layer: int | None = None) -> Tensor:
+def lower_bounds(logits: Tensor, *, law: str = "skip_first", layer: int | Tensor | None = None) -> Tensor:
     """Bounds that rise with depth from g_0 = 0, made of shares P = softmax(logits) over the layers.
 
     "skip_first": g_l = sum_{1 <= j <= l} P_j.   "skip_last": g_l = sum_{0 <= j < l} P_j.   They differ once trained.
 
-    Args: logits: [L *] one row a layer; layer: the only row that is wanted.
+    Args:
+        logits: [L *] one row per layer.
+        law:    which shares layer l sums.
+        layer:  the only row that is wanted; an integer tensor [] in graphs that several layers share.
+
     Returns: [L *] bounds in [0, 1), or [*] of one layer.   Raises: ValueError for another law.   Cost: O(size).
     Source: Qin et al. 2024, arXiv:2404.07904 (skip_first); Qin et al. 2023, arXiv:2311.04823 (skip_last).
     """
@@ -128,8 +132,11 @@ def lower_bounds(logits: Tensor, *, law: str = "skip_first", layer: int | None =
     if law not in BOUND_LAWS:
         raise ValueError(f"lower_bounds: law must be one of {', '.join(BOUND_LAWS)}, got {law!r}")
     share = logits.to(accumulation_dtype(logits)).softmax(0)
+    first = int(law == "skip_first")
+    if isinstance(layer, Tensor):
+        at = torch.arange(len(share), device=share.device).reshape(-1, *[1] * (share.ndim - 1))
+        return share.where((at >= first) & (at < first + layer), 0).sum(0)
     if layer is not None:
-        first = int(law == "skip_first")
         return share[first : first + layer].sum(0)
     share = share[1:] if law == "skip_first" else share[:-1]
     return torch.cat([torch.zeros_like(logits[:1], dtype=share.dtype), share.cumsum(0)])

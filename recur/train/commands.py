@@ -21,7 +21,7 @@ from recur import own
 from recur.train import checkpoint, config
 from recur.train.config import InputError, Settings, known
 from recur.train.lock import hold
-from recur.train.machine import use_threads, with_threads
+from recur.train.machine import use_compiler, use_threads, with_threads
 from recur.train.models import parameters, read_recipes
 from recur.train.run import TASKS, chosen, configured, finish, load_model, setup, told
 from recur.train.tokenize import pieces
@@ -163,7 +163,9 @@ def _task(arguments: argparse.Namespace) -> int:
     again = f"go on with: {_resuming(arguments, out)}"
     for recipe in task.recipes(settings):
         show(recipe)
-    show(f"\ndepth {settings.depth}, width {settings.dim}: {parameters(run.plain_model):,} parameters{threads}\n")
+    show(
+        f"\ndepth {settings.depth}, width {settings.dim}: {parameters(run.plain_model):,} parameters{threads}{use_compiler(settings)}\n"
+    )
     with tqdm(
         total=settings.steps, desc=settings.recipe, initial=run.step, unit="step", disable=not run.is_main
     ) as bar:
@@ -189,11 +191,13 @@ def _task(arguments: argparse.Namespace) -> int:
     show("\n" + told(run, finals))
     if run.is_main:
         sharded = getattr(run.accelerator, "is_fsdp2", False)  # one process cannot write with its shard alone
-        if sample := task.epilogue(
-            load_model(out, imports=settings.imports)[0]
-            if sharded and "tokenizer" in task.record()
-            else run.plain_model
-        ):
+        with torch.compiler.set_stance("force_eager"):  # a sample is shorter than the compilation of a step
+            sample = task.epilogue(
+                load_model(out, imports=settings.imports)[0]
+                if sharded and "tokenizer" in task.record()
+                else run.plain_model
+            )
+        if sample:
             show(f"\n{'-' * 80}\n{sample}\n{'-' * 80}")
     show(f"\nloss curve: {out / 'curve.png'}\ncheckpoint: {out}")
     best = checkpoint.lowest_loss(checkpoint.checkpoints(out), run.curve)

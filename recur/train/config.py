@@ -130,7 +130,11 @@ class Settings:
     threads: int = option(0, natural, "of a CPU; 0 leaves out the processors that other work keeps busy")
     precision: str = option("float32", one_of("float32", "bfloat16"), "bfloat16 runs matmuls in it (autocast)")
     recompute: str = option("none", one_of("none", "layers"), "layers: recompute activations in the backward pass")
-    compile: str = option("none", str, "backend of torch.compile, such as inductor")
+    compile: str = option(
+        "auto",
+        str,
+        "none, or the backend of torch.compile for the layers; auto is inductor on a GPU from 1,000 steps on",
+    )
 
 
 def known(*classes: type) -> dict[str, Field[Any]]:
