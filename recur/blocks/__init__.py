@@ -7,6 +7,7 @@ from recur.blocks.gates import (
     ComplexGate,
     Decay,
     FixedDecay,
+    FlooredDecay,
     Learned,
     LowerBounds,
     OutputGate,
@@ -47,17 +48,19 @@ from recur.blocks.hidden import DenseCarry, DenseFusion, DenseRead
 from recur.blocks.language_model import Block, LanguageModel
 from recur.blocks.loop import Loop
 from recur.blocks.mixer import Mixer, MixerOut
-from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, PoleScan, SelectiveScan
+from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, PoleScan, SelectiveScan, WideScan
 from recur.blocks.stabilise import Count, Normalise, Stabilise
 from recur.blocks.state import detach, nbytes
+from recur.blocks.wide import FeedbackKey, Previous, RemovalKeys, Repeat, SelfTerm, ValueResidual
 from recur.recipe import Chain
 
 PARTS = (
-    Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, Decay, DeltaScan, DenseCarry, DenseFusion,
-    DenseRead, Dropout, FixedDecay, FixedScan, GatedAttention, GatedScan, Learned, Loop, LowerBounds, LowRank, Map,
-    Norm, Normalise, OnlineScan, OuterScan, OutputGate, Phase, PoleScan, PositionTaps, PowerDecay, Project, RealImag,
-    RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing,
-    Stabilise, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
+    Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, Decay, DeltaScan, DenseCarry,
+    DenseFusion, DenseRead, Dropout, FeedbackKey, FixedDecay, FixedScan, FlooredDecay, GatedAttention, GatedScan,
+    Learned, Loop, LowerBounds, LowRank, Map, Norm, Normalise, OnlineScan, OuterScan, OutputGate, Phase, PoleScan,
+    PositionTaps, PowerDecay, Previous, Project, RealImag, RelPos, RemovalKeys, Repeat, Reshape, RetentionScale,
+    Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, SelfTerm, ShortConv, Skip, Smoothing, Stabilise, StepDecay,
+    Sum, TapConv, TokenShift, Unbind, ValueResidual, Weigh, WideScan,
 )  # fmt: skip
 
 WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)

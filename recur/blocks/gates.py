@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,25 @@ class Decay(Part):
 
     def formula(self) -> str:
         return f"{self.out} = log sigmoid({self.source}){f' / {self.tau:g}' if self.tau != 1 else ''}"
+
+
+@dataclass(frozen=True)
+class FlooredDecay(Part):
+    """Log decay of a sigmoid gate between -rate and 0, so that no token forgets more: log_a = -rate sigmoid(z)."""
+
+    source: str = "z"
+    rate: float = math.exp(-0.5)
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes[self.source]}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        z = flow[self.source]
+        return flow.set(**{self.out: -self.rate * torch.sigmoid(z.to(accumulation_dtype(z)))}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = -{self.rate:g} sigmoid({self.source})"
 
 
 @dataclass(frozen=True)

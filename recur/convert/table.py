@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from recur.convert import dense_retnet, gated_rnn, gateloop, gla, gss, hgrn, hgrn2, llama, longhorn, mamba, retnet, rwkv
+from recur.convert import (
+    dense_retnet, gated_rnn, gateloop, gla, gss, hgrn, hgrn2, llama, longhorn, mamba, retnet, rwkv, rwkv7,
+)  # fmt: skip
 from recur.convert.official import Official
 
 OFFICIAL: dict[str, Official] = {
@@ -53,4 +55,9 @@ OFFICIAL: dict[str, Official] = {
     "rwkv": rwkv.MODEL,
     "rwkv_channel_mix": rwkv.CHANNEL_MIX,
     "rwkv_time_mix": rwkv.TIME_MIX,
+    "rwkv7": rwkv7.MODEL,
+    "rwkv7_channel_mix": rwkv7.CHANNEL_MIX,
+    "rwkv7_hub": rwkv7.HUB,
+    "rwkv7_hub_layer": rwkv7.LAYER,
+    "rwkv7_time_mix": rwkv7.TIME_MIX,
 }

@@ -19,13 +19,14 @@ from recur.presets.min_gru import min_gru
 from recur.presets.mlstm import mlstm
 from recur.presets.retnet import retnet
 from recur.presets.rwkv import rwkv
+from recur.presets.rwkv7 import rwkv7
 from recur.presets.s4d import s4d
 
 PRESETS = (
     delta_net, dense_mamba, dense_retnet, dss, gated_delta_net, gated_linear_rnn, gated_rnn, gated_smoothing,
     gated_tap_conv, gateloop, gateloop_attention, gla, gss, hgrn, hgrn2, hgrn_complex, kda, linear_attention, llama,
-    longhorn, longhorn_bidirectional, mamba, mamba2, mamba2_mlp, min_gru, mlstm, retnet, rg_lru, rwkv, s4d,
-    simple_gateloop, smoothing, tap_conv,
+    longhorn, longhorn_bidirectional, mamba, mamba2, mamba2_mlp, min_gru, mlstm, retnet, rg_lru, rwkv, rwkv7,
+    s4d, simple_gateloop, smoothing, tap_conv,
 )  # fmt: skip
 
 __all__ = ["names", *(preset.__name__ for preset in PRESETS)]

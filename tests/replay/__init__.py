@@ -237,7 +237,10 @@ def compare(case: Case, vectors: Vectors, run: Run, *, only: Collection[str] | N
         found[key] = _distance(key, run.results.get(key), case.recorded(key, want))
     if only is not None or "cotangent" not in vectors.tensors:
         return found
-    run.results["output"].backward(vectors.tensors["cotangent"])
+    ends = {"output": vectors.tensors["cotangent"]}
+    for key in vectors.config.get("state_cotangents", []):  # the loss reads final states as well
+        ends[key] = vectors.tensors[f"cotangent.{key.removeprefix('state.')}"]
+    torch.autograd.backward([run.results[key] for key in ends], list(ends.values()))
     wanted = vectors.section("grad.input")
     if "grad.input" in vectors.tensors:
         wanted["0"] = vectors.tensors["grad.input"]  # of the only input
