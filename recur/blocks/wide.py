@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from recur.axes import RecipeError, Spec, spec
 from recur.primitives.conv import token_shift
-from recur.primitives.gates import weigh
 from recur.primitives.norms import normalise
 from recur.recipe import Axes, Flow, Part, Site, State
 from recur.weights import Param, by_index, constant, matrix_init, zeros

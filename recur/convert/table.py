@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from recur.convert import (
-    dense_retnet, gated_rnn, gateloop, gla, gss, hgrn, hgrn2, llama, longhorn, mamba, retnet, rwkv, rwkv7,
+    delta,
+    dense_retnet,
+    gated_rnn,
+    gateloop,
+    gla,
+    gss,
+    hgrn,
+    hgrn2,
+    llama,
+    longhorn,
+    mamba,
+    retnet,
+    rwkv,
+    rwkv7,
 )  # fmt: skip
 from recur.convert.official import Official
 
 OFFICIAL: dict[str, Official] = {
+    "comba_hub_layer": delta.COMBA,
     "dense_gau_retnet": dense_retnet.MODEL,
     "densessm_layer": dense_retnet.LAYER,
     "densessm_projection": dense_retnet.PROJECTION,
@@ -17,6 +31,8 @@ OFFICIAL: dict[str, Official] = {
     "exponential_smoothing": gss.MHESA,
     "gated_ds_conv": gss.GATED_DSCONV,
     "gated_ds_conv_lm": gss.DSCONV_MODEL,
+    "gated_delta_net2_hub_layer": delta.GATED_DELTA_NET2,
+    "gated_delta_product_hub_layer": delta.GATED_DELTA_PRODUCT,
     "gated_exponential_smoothing": gss.GATED_MHESA,
     "gated_exponential_smoothing_lm": gss.MHESA_MODEL,
     "gated_state_space_lm": gss.MODEL,

@@ -1,8 +1,12 @@
 """Published architectures as recipes, one file a paper: functions that return a Recipe. `names()` lists them."""
 
+from recur.presets.comba import comba
 from recur.presets.delta_net import delta_net, gated_delta_net, kda
+from recur.presets.delta_product import delta_product, gated_delta_product
 from recur.presets.dense import dense_mamba
 from recur.presets.dense_retnet import dense_retnet
+from recur.presets.dplr import dplr
+from recur.presets.gated_delta_net2 import gated_delta_net2
 from recur.presets.gated_rnn import gated_linear_rnn, gated_rnn
 from recur.presets.gateloop import gateloop, gateloop_attention, simple_gateloop
 from recur.presets.gla import gla
@@ -23,7 +27,8 @@ from recur.presets.rwkv7 import rwkv7
 from recur.presets.s4d import s4d
 
 PRESETS = (
-    delta_net, dense_mamba, dense_retnet, dss, gated_delta_net, gated_linear_rnn, gated_rnn, gated_smoothing,
+    comba, delta_net, delta_product, dense_mamba, dense_retnet, dplr, dss, gated_delta_net, gated_delta_net2,
+    gated_delta_product, gated_linear_rnn, gated_rnn, gated_smoothing,
     gated_tap_conv, gateloop, gateloop_attention, gla, gss, hgrn, hgrn2, hgrn_complex, kda, linear_attention, llama,
     longhorn, longhorn_bidirectional, mamba, mamba2, mamba2_mlp, min_gru, mlstm, retnet, rg_lru, rwkv, rwkv7,
     s4d, simple_gateloop, smoothing, tap_conv,

@@ -9,6 +9,11 @@ def _unit(name: str) -> Norm:
     return Norm(name, kind="unit", over="K", eps=1e-6, affine="none")
 
 
+def smooth_unit(*names: str) -> tuple[Norm, ...]:
+    """Vectors of length 1 in every head, their smallness within the root as much published code has it."""
+    return tuple(Norm(name, kind="smooth_unit", over="K", eps=1e-6, affine="none") for name in names)
+
+
 def delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
     """S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T, y_t = norm(S_t^T q_t) / sqrt(K); |q| = |k| = 1.
 

@@ -21,6 +21,7 @@ ZIGZAG, SLOPE = f"{RISING}*max({RISING},-{RISING})", "(i/max(D-1,1)-0.5)"
 FIRST_W = f"-5.5+6*(i/max(D-1,1))**(1+(layer/max(depth-1,1))**0.3)+2.5*{ZIGZAG}"
 FIRST_A = f"-0.19+0.3*{ZIGZAG}+0.4*{SLOPE}"
 FIRST_V = f"0.73-0.4*{SLOPE}"
+KEYS = RemovalKeys()
 HEAD_NORM = Norm("y", kind="layer", groups="H", eps=64e-5, first="((1+layer)/depth)**0.7")
 RESIDUAL = ValueResidual("v", "xv", rank="RV", first=FIRST_V)
 RANKS = tuple(f"max(32,32*round({share}*sqrt(D)/32))" for share in (2.5, 2.5, 1.7, 5))
@@ -35,7 +36,7 @@ def rwkv7(
     heads: int | str = "max(1,D//64)",
     value: int | str = "D",
     ranks: tuple[int | str, ...] = RANKS,
-    keys: RemovalKeys = RemovalKeys(),
+    keys: RemovalKeys = KEYS,
     norm: Norm = HEAD_NORM,
     residual: ValueResidual = RESIDUAL,
 ) -> Recipe:
@@ -59,6 +60,7 @@ def rwkv7(
         WideScan(q="r", erase="e", erase_from="previous", remove="b"),
         norm, SelfTerm(q="r", first="-0.04"), OutputGate("g", act="identity"),
         Project("y", y="D", init="zeros"),
-        axes={"H": heads, "K": "D/H", "E": value, "V": "E/H", **dict(zip(("RW", "RA", "RV", "RG"), ranks, strict=True))},
+        axes={"H": heads, "K": "D/H", "E": value, "V": "E/H",
+              "RW": ranks[0], "RA": ranks[1], "RV": ranks[2], "RG": ranks[3]},
         source="Peng et al. 2025, arXiv:2503.14456",
     )  # fmt: skip

@@ -57,7 +57,16 @@ def shifted(parts: Parts, _: int) -> dict[str, Tensor]:
     return {**kv, "shift": parts["token_shift"][:, 0]}
 
 
+def matrix(parts: Parts, _: int) -> dict[str, Tensor]:
+    """Of the one scan that a layer has."""
+    (kv,) = (state for name, state in parts.items() if name.endswith("_scan"))
+    return {"kv": kv}
+
+
 CASES: dict[str, Case] = {
+    "comba_layer": Module("comba_hub_layer", matrix),
+    "gated_delta_product_layer": Module("gated_delta_product_hub_layer", matrix),
+    "gdn2_layer": Module("gated_delta_net2_hub_layer", matrix),
     "rwkv7_channelmix": TimeMix("rwkv7_channel_mix", shifted),
     "rwkv7_fla_layer": TimeMix("rwkv7_hub_layer", shifted),
     "rwkv7_lm": Rwkv7Model("rwkv7"),
