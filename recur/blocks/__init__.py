@@ -51,16 +51,29 @@ from recur.blocks.mixer import Mixer, MixerOut
 from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, PoleScan, SelectiveScan, WideScan
 from recur.blocks.stabilise import Count, Normalise, Stabilise
 from recur.blocks.state import detach, nbytes
-from recur.blocks.wide import FeedbackKey, Previous, RemovalKeys, Repeat, SelfTerm, ValueResidual
+from recur.blocks.wide import (
+    DataDecay,
+    DataRotary,
+    FeedbackKey,
+    Gather,
+    Previous,
+    RemovalKeys,
+    Repeat,
+    SelfTerm,
+    Spread,
+    Trapezoid,
+    ValueResidual,
+)
 from recur.recipe import Chain
 
 PARTS = (
-    Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, Decay, DeltaScan, DenseCarry,
-    DenseFusion, DenseRead, Dropout, FeedbackKey, FixedDecay, FixedScan, FlooredDecay, GatedAttention, GatedScan,
-    Learned, Loop, LowerBounds, LowRank, Map, Norm, Normalise, OnlineScan, OuterScan, OutputGate, Phase, PoleScan,
-    PositionTaps, PowerDecay, Previous, Project, RealImag, RelPos, RemovalKeys, Repeat, Reshape, RetentionScale,
-    Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, SelfTerm, ShortConv, Skip, Smoothing, Stabilise, StepDecay,
-    Sum, TapConv, TokenShift, Unbind, ValueResidual, Weigh, WideScan,
+    Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, DataDecay, DataRotary, Decay,
+    DeltaScan, DenseCarry, DenseFusion, DenseRead, Dropout, FeedbackKey, FixedDecay, FixedScan, FlooredDecay,
+    GatedAttention, GatedScan, Gather, Learned, Loop, LowerBounds, LowRank, Map, Norm, Normalise, OnlineScan,
+    OuterScan, OutputGate, Phase, PoleScan, PositionTaps, PowerDecay, Previous, Project, RealImag, RelPos,
+    RemovalKeys, Repeat, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, SelfTerm,
+    ShortConv, Skip, Smoothing, Spread, Stabilise, StepDecay, Sum, TapConv, TokenShift, Trapezoid, Unbind,
+    ValueResidual, Weigh, WideScan,
 )  # fmt: skip
 
 WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)

@@ -448,7 +448,7 @@ class ScaleGrad(Part):
 class Skip(Part):
     """Pass a tensor around the scan, a learned share per channel: y <- y + D * u.  D starts as N(mean, std^2).
 
-    over: the axes of D, the first ones of u; all of them when omitted.
+    over: the axes of D, such as "H" for one per head; all those of u when omitted.
     """
 
     source: str
@@ -462,9 +462,22 @@ class Skip(Part):
             raise RecipeError(f"Skip: std must be a number of at least 0, got {self.std}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        if self.over is not None:
-            _leading(axes, self.source, spec(self.over))
+        self._after(axes)
         return {self.out: axes.same(self.out, self.source)}
+
+    def _after(self, axes: Axes) -> int:
+        """How many axes of u follow those of D."""
+        found = axes[self.source]
+        over = found if self.over is None else spec(self.over)
+        starts = [at for at in range(len(found)) if over and found[at : at + len(over)] == over]
+        if not starts:
+            raise RecipeError(
+                f"{axes.reader} needs {self.source} with the axes [{' '.join(over)}], got [{' '.join(found)}]"
+            )
+        return len(found) - starts[0] - len(over)
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"after": self._after(site.axes)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
         shape = site.of(self.source) if self.over is None else site.size(self.over)
@@ -472,7 +485,7 @@ class Skip(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         y, u = flow[self.out], flow[self.source]
-        D = weights.D[(...,) + (None,) * (u.ndim - 2 - weights.D.ndim)]
+        D = weights.D[(...,) + (None,) * weights.after]
         return flow.set(**{self.out: (y + D * u).to(y.dtype)}), None
 
     def formula(self) -> str:

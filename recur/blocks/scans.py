@@ -196,7 +196,7 @@ class DeltaScan(OuterScan):
 
 @dataclass(frozen=True)
 class WideScan(OuterScan):
-    """Write one vector, erase what another reads, under a key of its own: S_t = S + k (w v)^T - b (S^T e)^T, S = A S_{t-1}.
+    """Write under one key, erase what another reads, under a third: S_t = S + k (w v)^T - b (S^T e)^T, S = A S_{t-1}.
 
     Args:
         erase:      e [G K] or [H K]; None erases nothing.

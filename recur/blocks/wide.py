@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from recur.axes import RecipeError, Spec, spec
+from recur.axes import RecipeError, Spec
 from recur.primitives.conv import token_shift
 from recur.primitives.norms import normalise
+from recur.primitives.trapezoid import accumulated_angle, data_decay, rotate_by, trapezoid
 from recur.recipe import Axes, Flow, Part, Site, State
-from recur.weights import Param, by_index, constant, matrix_init, zeros
+from recur.weights import Param, by_index, constant, matrix_init, spread_time_constants, zeros
 
 
 @dataclass(frozen=True)
@@ -175,27 +176,35 @@ class SelfTerm(Part):
 
 @dataclass(frozen=True)
 class Repeat(Part):
-    """Repeat each head of some tensors for the heads that share it: [G *] -> [H *], head h reads h // (H/G)."""
+    """Repeat each group of heads for the heads that share it: [... G *] -> [... H *], head h reads h // (H/G)."""
 
     names: str
     heads: str = "H"
+    groups: str = "G"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return {name: (*spec(self.heads), *axes[name][1:]) for name in axes.named(self.names)}
+        written = {}
+        for name in axes.named(self.names):
+            if self.groups not in axes[name]:
+                got = " ".join(axes[name])
+                raise RecipeError(f"{axes.reader} needs an axis {self.groups} in {name}, got [{got}]")
+            written[name] = tuple(self.heads if axis == self.groups else axis for axis in axes[name])
+        return written
 
     def facts(self, site: Site) -> Mapping[str, Any]:
-        H, names = site.only(self.heads), self.names.split()
-        for name in names:
-            if H % site.of(name)[0]:
-                raise RecipeError(f"Repeat: heads of {name} must divide {self.heads}={H}, got {site.of(name)[0]}")
-        return {"times": [H // site.of(name)[0] for name in names]}
+        H, G = site.only(self.heads), site.only(self.groups)
+        if H % G:
+            raise RecipeError(f"Repeat: {self.groups} must divide {self.heads}, got {G} and {H}")
+        return {"times": H // G, "at": [2 + site.axes[name].index(self.groups) for name in self.names.split()]}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        pairs = zip(self.names.split(), weights.times, strict=True)
-        return flow.set(**{name: flow[name].repeat_interleave(times, 2) for name, times in pairs if times > 1}), None
+        if weights.times == 1:
+            return flow, None
+        found = zip(self.names.split(), weights.at, strict=True)
+        return flow.set(**{name: flow[name].repeat_interleave(weights.times, at) for name, at in found}), None
 
     def formula(self) -> str:
-        return ", ".join(f"{name} for every one of {self.heads} heads" for name in self.names.split())
+        return ", ".join(f"{name} of every group for its heads" for name in self.names.split())
 
 
 @dataclass(frozen=True)
@@ -229,3 +238,169 @@ class Previous(Part):
 
     def formula(self) -> str:
         return ", ".join(f"{to} = {name}_{{t-1}}" for name, to in self._pairs())
+
+
+@dataclass(frozen=True)
+class DataDecay(Part):
+    """A step and a rate of each token, and the decay they bring: delta = softplus(dt + b), log_a = -max(f(r), floor) delta.
+
+    f(r) = 1 + r, or 1 / (1 - r) where r is negative; dt, r, b [H]. softplus(b) starts spread over 0.001 to 0.1.
+    """
+
+    source: str = "dt"
+    rate: str = "rate"
+    floor: float = 1e-4
+    step: str = "delta"
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return dict.fromkeys((self.step, self.out), axes.same(self.source, self.rate))
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"dt_bias": Param(site.of(self.source), spread_time_constants, decay=False, float32=True)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        delta = biased("softplus", flow[self.source], weights.dt_bias, form=flow.form)
+        return flow.set(**{self.step: delta, self.out: data_decay(flow[self.rate], delta, floor=self.floor)}), None
+
+    def formula(self) -> str:
+        r, delta = self.rate, self.step
+        return f"{delta} = softplus({self.source} + b), {self.out} = -max({r} > 0 ? 1 + {r} : 1 / (1 - {r}), floor) {delta}"
+
+
+@dataclass(frozen=True)
+class DataRotary(Part):
+    """Rotate pairs of channels by angles that tokens add up: theta_t = theta_{t-1} + pi tanh(angle_t) delta_t.
+
+    Args:
+        names:  tensors [... H K].
+        angle:  [A] shared by heads, or [H A], A <= K/2: pairs beyond them stay.
+        step:   delta [H].
+        layout: pairs (2j, 2j+1) "interleaved", or (j, j + K/2) "half".
+    """
+
+    names: str
+    angle: str = "angle"
+    step: str = "delta"
+    layout: str = "interleaved"
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("interleaved", "half"):
+            raise RecipeError(f'DataRotary: layout must be "interleaved" or "half", got {self.layout!r}')
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        heads = axes.rank(self.step, 1)
+        if axes.rank(self.angle, 1, 2)[:-1] not in ((), heads):
+            raise RecipeError(f"{axes.reader} needs {self.angle} [A] or [{heads[0]} A], got {list(axes[self.angle])}")
+        for name in axes.named(self.names):
+            if axes.rank(name, 2, 3)[-2:-1] != heads:
+                raise RecipeError(f"{axes.reader} needs {name} [... {heads[0]} K], got [{' '.join(axes[name])}]")
+        return {name: axes[name] for name in self.names.split()}
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        A = site.of(self.angle)[-1]
+        for name in self.names.split():
+            if site.of(name)[-1] < 2 * A or (self.layout == "half" and site.of(name)[-1] % 2):
+                raise RecipeError(
+                    f"DataRotary: {name} must have a pair of channels per angle, got {site.of(name)} and {A}"
+                )
+        return {}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return site.memory(batch, *site.of(self.step), site.of(self.angle)[-1])
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        options: dict[str, Any] = {"initial_state": state, "cu_seqlens": flow.cu_seqlens}
+        theta, state = accumulated_angle(flow[self.angle], flow[self.step], **options)
+        names, dtype = self.names.split(), flow["x"].dtype
+        return flow.set(**{name: rotate_by(flow[name], theta, layout=self.layout).to(dtype) for name in names}), state
+
+    def formula(self) -> str:
+        theta = f"theta_t = theta_{{t-1}} + pi tanh({self.angle}) {self.step}"
+        return ", ".join([theta, *(f"{name} <- rotate({name}, theta_t)" for name in self.names.split())])
+
+
+@dataclass(frozen=True)
+class Trapezoid(Part):
+    """Two writes per token, by the trapezoidal rule: that of the token before once more, and its own.
+
+    keys = [(1 - l) delta a k_{t-1}, l delta k_t], values = [v_{t-1}, v_t], l = sigmoid(trap); nothing before the first.
+
+    Args: k, v: [H K] and [H V], or [R H K] and [R H V] for R writes each; trap, step, decay: [H]; keys, values: what
+        is written, [2 H K] and [2 H V], or [2*R H K] and [2*R H V].
+    """
+
+    k: str = "k"
+    v: str = "v"
+    trap: str = "trap"
+    step: str = "delta"
+    decay: str = "log_a"
+    keys: str = "keys"
+    values: str = "values"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        k, v = axes.rank(self.k, 2, 3), axes.rank(self.v, 2, 3)
+        axes.must(self.v, (*k[:-1], *v[-1:]))
+        axes.must(self.trap, k[-2:-1])
+        axes.same(self.trap, self.step, self.decay)
+        writes = "2" if len(k) == 2 else f"2*{k[0]}"
+        return {self.keys: (writes, *k[-2:]), self.values: (writes, *v[-2:])}
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        return {name: site.zeros(batch, *site.of(getattr(self, name))) for name in ("k", "v")}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        k, v, trap, step, decay = (flow[n] for n in (self.k, self.v, self.trap, self.step, self.decay))
+        before = None if state is None else (state["k"], state["v"])
+        keys, values, (k, v) = trapezoid(k, v, trap, step, decay, initial_state=before, cu_seqlens=flow.cu_seqlens)
+        return flow.set(**{self.keys: keys, self.values: values}), {"k": k, "v": v}
+
+    def formula(self) -> str:
+        k, v, delta = self.k, self.v, self.step
+        keys = f"{self.keys} = [(1 - l) {delta} exp({self.decay}) {k}_{{t-1}}, l {delta} {k}]"
+        return f"l = sigmoid({self.trap}), {keys}, {self.values} = [{v}_{{t-1}}, {v}]"
+
+
+@dataclass(frozen=True)
+class Spread(Part):
+    """R tensors of one, each weighed per channel: v_r = w_r * u; u [*], w and v [R *].  w starts as `first`."""
+
+    source: str
+    axis: str = "R"
+    to: str | None = None
+    first: str = "1"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.to or self.source: (self.axis, *axes[self.source])}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        shape = (site.only(self.axis), *site.of(self.source))
+        return {"weight": Param(shape, by_index(self.first, site), decay=False)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        u = flow[self.source]
+        return flow.set(**{self.to or self.source: u[:, :, None] * weights.weight.to(u.dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.to or self.source}_r {'=' if self.to else '<-'} w_r * {self.source}"
+
+
+@dataclass(frozen=True)
+class Gather(Part):
+    """The sum of R tensors, each weighed per channel: y <- sum_r w_r * y_r; y and w [R *].  w starts as `first`."""
+
+    source: str = "y"
+    first: str = "1"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.source: axes[self.source][1:]}
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"weight": Param(site.of(self.source), by_index(self.first, site), decay=False)}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        y = flow[self.source]
+        return flow.set(**{self.source: (y * weights.weight.to(y.dtype)).sum(2)}), None
+
+    def formula(self) -> str:
+        return f"{self.source} <- sum_r w_r * {self.source}_r"

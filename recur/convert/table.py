@@ -63,6 +63,7 @@ OFFICIAL: dict[str, Official] = {
     "mamba": mamba.MIXER,
     "mamba2": mamba.MIXER_2,
     "mamba2_hf": mamba.TRANSFORMERS_2,
+    "mamba3": mamba3.MIXER,
     "mamba_hf": mamba.TRANSFORMERS,
     "mamba_lm": mamba.MODEL,
     "retnet": retnet.MODEL,

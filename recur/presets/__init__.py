@@ -19,6 +19,7 @@ from recur.presets.llama import llama
 from recur.presets.longhorn import longhorn, longhorn_bidirectional
 from recur.presets.mamba import mamba
 from recur.presets.mamba2 import mamba2, mamba2_mlp
+from recur.presets.mamba3 import mamba3, mamba3_mimo
 from recur.presets.min_gru import min_gru
 from recur.presets.mlstm import mlstm
 from recur.presets.retnet import retnet
@@ -30,7 +31,7 @@ PRESETS = (
     comba, delta_net, delta_product, dense_mamba, dense_retnet, dplr, dss, gated_delta_net, gated_delta_net2,
     gated_delta_product, gated_linear_rnn, gated_rnn, gated_smoothing,
     gated_tap_conv, gateloop, gateloop_attention, gla, gss, hgrn, hgrn2, hgrn_complex, kda, linear_attention, llama,
-    longhorn, longhorn_bidirectional, mamba, mamba2, mamba2_mlp, min_gru, mlstm, retnet, rg_lru, rwkv, rwkv7,
+    longhorn, longhorn_bidirectional, mamba, mamba2, mamba2_mlp, mamba3, mamba3_mimo, min_gru, mlstm, retnet, rg_lru, rwkv, rwkv7,
     s4d, simple_gateloop, smoothing, tap_conv,
 )  # fmt: skip
 

@@ -63,7 +63,12 @@ def matrix(parts: Parts, _: int) -> dict[str, Tensor]:
     return {"kv": kv}
 
 
+def mamba3_states(parts: Mapping[str, Any], _: int) -> dict[str, Tensor]:
+    return {"angle": parts["data_rotary"], "ssm": parts["outer_scan"], **parts["trapezoid"]}
+
+
 CASES: dict[str, Case] = {
+    "mamba3_layer": Module("mamba3", mamba3_states),
     "comba_layer": Module("comba_hub_layer", matrix),
     "gated_delta_product_layer": Module("gated_delta_product_hub_layer", matrix),
     "gdn2_layer": Module("gated_delta_net2_hub_layer", matrix),
