@@ -35,21 +35,22 @@ def rows_of(keys: int, number: torch.dtype) -> int:
     return 2 * keys if number.is_complex else keys
 
 
-def refusal(number: torch.dtype, device: torch.device, **sizes: int) -> str | None:
+def refusal(number: torch.dtype, device: torch.device, lacks: str | None = None, **sizes: int) -> str | None:
     """Why form="triton" cannot compute a scan whose states are of these numbers and sizes, in words that name a form
-    which can; None if it can. K is counted in rows of the state: see `rows_of`."""
-    lacks = ["forward-mode derivatives and torch.func transforms"] * transformed() + ["float64"] * (number in WIDE)
+    which can; None if it can. `lacks` is what no kernel has. K is counted in rows of the state: see `rows_of`."""
+    missing = [lacks] if lacks is not None else []
+    missing += ["forward-mode derivatives and torch.func transforms"] * transformed() + ["float64"] * (number in WIDE)
     for axis, size in sizes.items():
         rows = rows_of(size, number) if axis == "K" else size
         if rows > WIDEST[axis]:
             two = f", for a complex state {rows} rows" if rows > size else ""
-            lacks.append(f"{axis}={size}{two}, more than {WIDEST[axis]}")
+            missing.append(f"{axis}={size}{two}, more than {WIDEST[axis]}")
     if TRITON is None:
-        lacks.append("a machine without Triton")
+        missing.append("a machine without Triton")
     elif TRITON < OLDEST:
-        lacks.append("Triton {}.{}, older than {}.{}".format(*TRITON, *OLDEST))
-    if lacks:
-        return f"form='triton' does not cover {lacks[0]}; form='chunked' does"
+        missing.append("Triton {}.{}, older than {}.{}".format(*TRITON, *OLDEST))
+    if missing:
+        return f"form='triton' does not cover {missing[0]}; form='chunked' does"
     if device.type != "cuda":
         from recur.kernels.scan import INTERPRETED
 
@@ -66,10 +67,10 @@ def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, re
     return ScanOut(*scans[rule](*inputs, cu_seqlens, reverse))
 
 
-def takes_step(keys: int, state: Tensor) -> bool:
-    """Whether one launch computes a step: on a GPU, nothing in float64 (the state would be), few enough rows, no
-    forward-mode derivative and no torch.func transform."""
-    if TRITON is None or TRITON < OLDEST or not state.is_cuda or state.dtype in WIDE:
+def takes_step(keys: int, state: Tensor, lacks: str | None = None) -> bool:
+    """Whether one launch computes a step: on a GPU, nothing that no kernel has, nothing in float64 (the state would
+    be), few enough rows, no forward-mode derivative and no torch.func transform."""
+    if lacks is not None or TRITON is None or TRITON < OLDEST or not state.is_cuda or state.dtype in WIDE:
         return False
     return rows_of(keys, state.dtype) <= STEPPED and not transformed()
 
@@ -114,7 +115,7 @@ def scan(
     """
     from recur.kernels.operators import recorded
     from recur.kernels.scan import scan_forward
-    from recur.primitives.outer import to_heads
+    from recur.primitives.reference import to_heads
     from recur.primitives.within import joined, stacked
 
     dtype = v.dtype

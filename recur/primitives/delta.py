@@ -11,26 +11,11 @@ from einops import rearrange
 from torch import Tensor
 
 from recur.primitives.chunks import cut
-from recur.primitives.diagonal import gate, like_batch
+from recur.primitives.diagonal import like_batch
 from recur.primitives.forms import ScanOut
 from recur.primitives.operators import add_to, batched_at, operator, remember
-from recur.primitives.outer import read, to_heads
 from recur.primitives.within import crossings, joined, lay_out, lower_product, stacked, turned, within
 from recur.shapes import all_finite, readable
-
-
-def delta_step(
-    state: Tensor, *, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """One token, pure: S' = exp(log_decay) S, S = S' + k (β (v − Re(S')ᵀ k))ᵀ, y = Re(S)ᵀ q.
-
-    Args: state [B H K V]; q, k [B G K]; v [B H V]; beta [B H]; log_decay [B H K | 1].   Returns: y [B H V], S.
-    """
-    q, k = to_heads(q, v.shape[1]), to_heads(k, v.shape[1])
-    kept = state if log_decay is None else gate(log_decay)[..., None] * state
-    u = beta[..., None] * (v - read(kept, k))
-    new = kept + k[..., None] * u[..., None, :]
-    return read(new, q), new
 
 
 def delta_scan(
@@ -49,7 +34,7 @@ def delta_scan(
     In a chunk entered by S the errors solve (I + diag(β) M) U = diag(β) (V − K⃗ S), M the decayed scores of the keys
     among themselves. U = U0 − W S then is written like any value.
 
-    Args: as `delta_step` with an axis T, which is 1 for a log_decay that does not change; initial [B H K V], or
+    Args: as `wide_step` with an axis T, which is 1 for a log_decay that does not change; initial [B H K V], or
         [n H K V] for the n documents of cu_seqlens.
     Returns: y [B T H V]; state like initial.
     Cost: about twice `outer_scan`; a loop of T / chunk_size small steps.

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from recur.primitives.chunks import carry, cut
-from recur.primitives.diagonal import gate, gated_scan
+from recur.primitives.diagonal import gated_scan
 from recur.primitives.forms import ScanOut
 from recur.primitives.operators import add_to
+from recur.primitives.reference import to_heads
 from recur.primitives.within import joined, lay_out, lower_product, stacked, turned, within
-
-
-def outer_step(
-    state: Tensor, *, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, bonus: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """One token, pure: S = exp(log_decay) S + k vᵀ, y = Re(S)ᵀ q; with a bonus y = (S_before + diag(bonus) k vᵀ)ᵀ q.
-
-    Args: state [B H K V]; q, k [B G K]; v [B H V]; log_decay [B H K | 1]; bonus [H K | 1].   Returns: y [B H V], S.
-    """
-    q, k = to_heads(q, v.shape[1]), to_heads(k, v.shape[1])
-    kept = state if log_decay is None else gate(log_decay)[..., None] * state
-    new = kept + k[..., None] * v[..., None, :]
-    if bonus is None:
-        return read(new, q), new
-    return read(state, q) + (q * bonus * k).sum(-1, keepdim=True) * v, new
 
 
 def outer_scan(
@@ -42,7 +28,7 @@ def outer_scan(
 ) -> ScanOut:
     """All tokens in chunks of chunk_size, a power of two: S_t = A_t S_{t-1} + k_t v_tᵀ, y_t = Re(S_t)ᵀ q_t.
 
-    Args: as `outer_step` with an axis T, which is 1 for a log_decay that does not change; initial [B H K V], or
+    Args: as `wide_step` with an axis T, which is 1 for a log_decay that does not change; initial [B H K V], or
         [n H K V] for the n documents of cu_seqlens.
     Returns: y [B T H V]; state like initial.
     Cost: matmuls of chunk_size * (K + V) + 2 K V a token and head. Memory: scores C T and states 2 T K V / C a head.
@@ -80,13 +66,3 @@ def narrow_scan(
     log_decay = x.new_zeros(()) if log_decay is None else log_decay
     h, state = gated_scan(x, log_decay.expand_as(x), initial_state=initial.squeeze(2), cu_seqlens=cu_seqlens)
     return ScanOut(to_heads(q, v.shape[2]) * h.real, state.unsqueeze(2))
-
-
-def read(state: Tensor, q: Tensor) -> Tensor:
-    """Re(S)ᵀ q: [B H K V], [B H K] -> [B H V]."""
-    return torch.einsum("bhkv,bhk->bhv", state.real, q)
-
-
-def to_heads(x: Tensor, heads: int) -> Tensor:
-    """[... G K] -> [... H K]: every head its group's."""
-    return x if x.shape[-2] == heads else repeat(x, "... G K -> ... (G r) K", r=heads // x.shape[-2])
