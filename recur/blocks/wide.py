@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from recur.axes import RecipeError, Spec
 from recur.primitives.conv import token_shift
+from recur.primitives.gates import biased
 from recur.primitives.norms import normalise
 from recur.primitives.trapezoid import accumulated_angle, data_decay, rotate_by, trapezoid
 from recur.recipe import Axes, Flow, Part, Site, State
@@ -242,9 +243,10 @@ class Previous(Part):
 
 @dataclass(frozen=True)
 class DataDecay(Part):
-    """A step and a rate of each token, and the decay they bring: delta = softplus(dt + b), log_a = -max(f(r), floor) delta.
+    """A step and a rate of each token, and the decay they bring: log_a = -max(f(r), floor) delta.
 
-    f(r) = 1 + r, or 1 / (1 - r) where r is negative; dt, r, b [H]. softplus(b) starts spread over 0.001 to 0.1.
+    delta = softplus(dt + b); f(r) = 1 + r, or 1 / (1 - r) where r is negative; dt, r, b [H]. softplus(b) starts spread
+    over 0.001 to 0.1.
     """
 
     source: str = "dt"
@@ -265,7 +267,8 @@ class DataDecay(Part):
 
     def formula(self) -> str:
         r, delta = self.rate, self.step
-        return f"{delta} = softplus({self.source} + b), {self.out} = -max({r} > 0 ? 1 + {r} : 1 / (1 - {r}), floor) {delta}"
+        rate = f"f = 1 + {r}, or 1 / (1 - {r}) if {r} < 0"
+        return f"{delta} = softplus({self.source} + b), {rate}, {self.out} = -max(f, {self.floor:g}) {delta}"
 
 
 @dataclass(frozen=True)

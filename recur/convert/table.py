@@ -14,6 +14,7 @@ from recur.convert import (
     llama,
     longhorn,
     mamba,
+    mamba3,
     retnet,
     rwkv,
     rwkv7,

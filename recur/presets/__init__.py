@@ -31,8 +31,8 @@ PRESETS = (
     comba, delta_net, delta_product, dense_mamba, dense_retnet, dplr, dss, gated_delta_net, gated_delta_net2,
     gated_delta_product, gated_linear_rnn, gated_rnn, gated_smoothing,
     gated_tap_conv, gateloop, gateloop_attention, gla, gss, hgrn, hgrn2, hgrn_complex, kda, linear_attention, llama,
-    longhorn, longhorn_bidirectional, mamba, mamba2, mamba2_mlp, mamba3, mamba3_mimo, min_gru, mlstm, retnet, rg_lru, rwkv, rwkv7,
-    s4d, simple_gateloop, smoothing, tap_conv,
+    longhorn, longhorn_bidirectional, mamba, mamba2, mamba2_mlp, mamba3, mamba3_mimo, min_gru, mlstm, retnet,
+    rg_lru, rwkv, rwkv7, s4d, simple_gateloop, smoothing, tap_conv,
 )  # fmt: skip
 
 __all__ = ["names", *(preset.__name__ for preset in PRESETS)]

@@ -1,4 +1,4 @@
-"""Mamba-3: two writes per token by the trapezoidal rule, rotations that tokens bring, and several inputs and outputs."""
+"""Mamba-3: two writes per token by the trapezoidal rule, rotations that tokens bring, several inputs and outputs."""
 
 from recur.blocks import (
     DataDecay,
@@ -31,7 +31,7 @@ def mamba3(
     floor: float = 1e-4,
     leave: tuple[Part, ...] = GATE,
 ) -> Recipe:
-    """S_t = a_t S_{t-1} + (1 - l) delta a_t k_{t-1} u_{t-1}^T + l delta k_t u_t^T, y_t = (S_t^T q_t + D u_t) * silu(z_t).
+    """S_t = a_t S_{t-1} + (1 - l) delta a_t k_{t-1} u_{t-1}^T + l delta k_t u_t^T, y_t = (S_t^T q_t + D u_t) * silu(z).
 
     q, k = R(theta)(norm(C), norm(B) + biases), theta_t = theta_{t-1} + pi tanh(angle) delta, l = sigmoid(trap).
 
@@ -68,7 +68,7 @@ def mamba3_mimo(
     layout: str = "half",
     leave: tuple[Part, ...] = GATE,
 ) -> Recipe:
-    """The same with R inputs and outputs per head: u_r = x_r * u, R keys and queries, y = sum_r o_r * y_r * silu(z_r * z).
+    """The same with R inputs and outputs per head: u_r = x_r * u, R keys and queries, y = sum_r o_r y_r silu(z_r z).
 
     Args: rank: R; layout: which channels rotate together (see `DataRotary`), "half" as in the published kernels; the
         rest as in `mamba3`.
