@@ -120,6 +120,30 @@ class Operator(Case):
 
 
 @dataclass(frozen=True)
+class Streaming(Operator):
+    """An operator that goes on from the states that it leaves.
+
+    carried: recorded states -> the inputs that they are for the next token; constant: inputs that have no time.
+    """
+
+    carried: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    constant: tuple[str, ...] = field(default=(), kw_only=True)
+    streams: bool = field(default=True, kw_only=True)
+
+    @torch.no_grad()
+    def stepped(self, vectors: Vectors) -> Run:
+        given, options = dict(vectors.inputs), {key: vectors.config[key] for key in self.options}
+        fixed = {key: given.pop(key) for key in (*self.constant, *self.carried.values()) if key in given}
+        states, ys = fixed, []
+        for t in range(next(iter(given.values())).shape[1]):
+            token = {key: tensor[:, t : t + 1] for key, tensor in given.items()}
+            y, more = self.function("recurrent", **token, **states, **options)
+            states = {**states, **{theirs: more[ours] for ours, theirs in self.carried.items()}}
+            ys.append(y)
+        return Run({"output": torch.cat(ys, 1), **more})
+
+
+@dataclass(frozen=True)
 class Module(Case):
     """A module that recur.convert knows as `name`.
 

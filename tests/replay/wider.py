@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from replay import Case, Module, Vectors
+import recur
+from recur.primitives.norms import normalise
+from recur.primitives.trapezoid import accumulated_angle, rotate_by, trapezoid
+from replay import Case, Module, Result, Streaming, Vectors
 
 FIRST = "ValueResidual.v"
 
@@ -67,7 +74,64 @@ def mamba3_states(parts: Mapping[str, Any], _: int) -> dict[str, Tensor]:
     return {"angle": parts["data_rotary"], "ssm": parts["outer_scan"], **parts["trapezoid"]}
 
 
+# ---------------------------------------------------------------------- operators
+
+
+def mamba3_op(
+    form: str,
+    C: Tensor,
+    B: Tensor,
+    x: Tensor,
+    adt: Tensor,
+    dt: Tensor,
+    trap: Tensor,
+    angles: Tensor,
+    C_bias: Tensor,
+    B_bias: Tensor,
+    **more: Any,
+) -> Result:
+    """One input per head [B T G N], or R of them [B T R G N], whose biases are [H R N]."""
+    several, turn = B.ndim == 5, {"initial_state": more.get("angle_state")}
+    q, k = (u.repeat_interleave(x.shape[2] // u.shape[-2], -2) for u in (C, B))
+    q, k = (u + (b.transpose(0, 1) if several else b) for u, b in ((q, C_bias), (k, B_bias)))
+    theta, angle = accumulated_angle(angles, dt, **turn)
+    q, k = rotate_by(q, theta), rotate_by(k, theta)
+    v = x[:, :, None] * more["mimo_x"].transpose(0, 1) if several else x
+    before = (more["k_state"], more["v_state"]) if "k_state" in more else None
+    keys, values, (last_k, last_v) = trapezoid(k, v, trap, dt, adt, initial_state=before)
+    y, ssm = recur.scan(q, keys, values, adt, initial_state=more.get("ssm_state"), form=form)
+    y = y if "D" not in more else y + more["D"][:, None] * v
+    if more.get("fused_norm"):
+        y = normalise(y, eps=more["norm_eps"]) * more["norm_weight"]
+    if "z" in more:
+        z = more["z"][:, :, None] * more["mimo_z"].transpose(0, 1) if several else more["z"]
+        y = y * F.silu(z)
+    y = (y * more["mimo_o"].transpose(0, 1)).sum(2) if several else y
+    return y, {"state.angle": angle, "state.ssm": ssm, "state.k": last_k, "state.v": last_v}
+
+
+@dataclass(frozen=True)
+class Mimo(Streaming):
+    """Its recorded angle is not reduced. A group's keys are [R G N], states of keys [H R N]."""
+
+    def recorded(self, key: str, tensor: Tensor) -> Tensor:
+        return torch.remainder(tensor, 2 * math.pi) if key == "state.angle" else tensor
+
+
+def mimo_op(form: str, **inputs: Any) -> Result:
+    heads_first = {key: inputs[key].transpose(1, 2) for key in ("k_state", "v_state") if key in inputs}
+    y, states = mamba3_op(form, **{**inputs, **heads_first})
+    return y, {**states, **{key: states[key].transpose(1, 2) for key in ("state.k", "state.v")}}
+
+
+MAMBA3 = {"state.angle": "angle_state", "state.ssm": "ssm_state", "state.k": "k_state", "state.v": "v_state"}
+BIASES = ("B_bias", "C_bias", "D")
+MIMO = (*BIASES, "mimo_x", "mimo_z", "mimo_o", "norm_weight")
+
+
 CASES: dict[str, Case] = {
+    "mamba3_mimo_op": Mimo(mimo_op, ("fused_norm", "norm_eps"), carried=MAMBA3, constant=MIMO),
+    "mamba3_siso_op": Streaming(mamba3_op, carried=MAMBA3, constant=BIASES),
     "mamba3_layer": Module("mamba3", mamba3_states),
     "comba_layer": Module("comba_hub_layer", matrix),
     "gated_delta_product_layer": Module("gated_delta_product_hub_layer", matrix),
