@@ -115,8 +115,8 @@ def scan(
     """
     from recur.kernels.operators import recorded
     from recur.kernels.scan import scan_forward
+    from recur.primitives.decay import as_complex, as_real
     from recur.primitives.reference import to_heads
-    from recur.primitives.within import joined, stacked
 
     dtype = v.dtype
     for x in (q, k):
@@ -132,7 +132,7 @@ def scan(
     before, turned, now = bonus is not None, log_decay is not None and log_decay.is_complex(), None
     if log_decay is not None and turned:
         log_decay = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj())
-        initial_state = None if initial_state is None else stacked(initial_state)
+        initial_state = None if initial_state is None else as_real(initial_state)
         if bonus is not None and k is not None:  # of plain keys and queries
             now = (to_heads(q, v.shape[2]).float() * to_heads(k, v.shape[2]) * bonus).sum(-1, keepdim=True) * scale * w
             bonus = None
@@ -140,7 +140,7 @@ def scan(
     tensors = (q, k, w, log_decay, beta, bonus, initial_state)
     y, state, _ = scan_forward(*tensors, cu_seqlens, scale, reverse, before, recorded(*tensors))
     y = y if now is None else y + now
-    return ScanOut(y.to(v.dtype), joined(state) if turned else state)
+    return ScanOut(y.to(v.dtype), as_complex(state) if turned else state)
 
 
 GATES = ("identity", "silu", "sigmoid", "gelu")  # activations that kernels around the scans know

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import recur
 from recur.primitives import diagonal, fixed, segments
-from recur.primitives import scan as scan_module
+from recur.primitives import chunked as scan_module
 from recur.testing import check, strategies
 from recur.testing.compare import Inputs, same
 

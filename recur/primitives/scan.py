@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from recur import kernel
-from recur.primitives.delta import delta_scan
+from recur.primitives.chunked import chunked_scan
 from recur.primitives.diagonal import check_state, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
-from recur.primitives.operators import one_node
-from recur.primitives.outer import narrow_scan, outer_scan
 from recur.primitives.reference import wide_step
 from recur.shapes import (
     ShapeError,
@@ -25,8 +23,6 @@ from recur.shapes import (
     pick,
     without_autocast,
 )
-
-CHUNK = 64  # tokens per chunk, and twice what a scan that erases takes: measured on a CPU
 
 
 class Given(NamedTuple):
@@ -130,7 +126,7 @@ def scan(
     with without_autocast(v):
         tokens = _tokens(real, given, scale)
         weight = None if bonus is None else bonus.to(real).reshape(H, -1)
-        run = partial(_unrolled if form == "recurrent" else partial(_by_chunks, form), weight, previous)
+        run = partial(_unrolled if form == "recurrent" else partial(chunked_scan, form), weight, previous)
         initial = first_state(v, (H, K, V), number, initial_state, cu_seqlens)
         y, state = (right_to_left(run) if reverse else run)(initial, cu_seqlens, **tokens)
     y = y if q.ndim == 5 else y.squeeze(2)
@@ -308,67 +304,3 @@ def _unrolled(
     bonus: Tensor | None, previous: bool, initial: Tensor, cu_seqlens: Tensor | None, **tokens: Tensor
 ) -> ScanOut:
     return unroll(partial(wide_step, bonus=bonus, previous=previous), initial, cu_seqlens, **tokens)
-
-
-def _by_chunks(
-    form: str,
-    bonus: Tensor | None,
-    previous: bool,
-    initial: Tensor,
-    cu_seqlens: Tensor | None,
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None = None,
-    beta: Tensor | None = None,
-    **wide: Tensor,
-) -> ScanOut:
-    if wide or q.shape[2] > 1 or k.shape[2] > 1 or previous:  # TODO until the chunked form has the wide step
-        tokens = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, **wide}
-        present = {name: x for name, x in tokens.items() if x is not None}
-        return _unrolled(bonus, previous, initial, cu_seqlens, **present)
-    q, k, v = (x.squeeze(2) for x in (q, k, v))
-    beta = None if beta is None else beta.squeeze(2)
-    y, state = _chunked(form, initial, cu_seqlens, q, k, v, log_decay, beta, bonus)
-    return ScanOut(y.unsqueeze(2), state)
-
-
-def _run_chunked(
-    form: str,
-    initial: Tensor,
-    cu_seqlens: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The scan "chunked", or "parallel" in one chunk: y [B T H V] and the state."""
-    _, T, _, K = k.shape
-    whole = 1 << (T - 1).bit_length()
-    size = whole if form == "parallel" else min(CHUNK if beta is None else max(1, CHUNK // 2), whole)
-    given: dict[str, Any] = {"q": q, "k": k, "v": v, "log_decay": log_decay}
-    if beta is not None:
-        return delta_scan(initial, cu_seqlens, **given, beta=beta, chunk_size=size)
-    if K == 1 and bonus is None and form == "chunked":
-        return narrow_scan(initial, cu_seqlens, **given)
-    return outer_scan(initial, cu_seqlens, **given, bonus=bonus, chunk_size=size)
-
-
-def _fake_chunked(
-    form: str,
-    initial: Tensor,
-    cu_seqlens: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), initial.new_empty(initial.shape)
-
-
-_chunked = one_node("recur::chunked_scan", _run_chunked, _fake_chunked)
