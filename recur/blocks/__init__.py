@@ -1,6 +1,7 @@
 """Bricks that own weights, and what is built from them."""
 
-from recur.blocks.attention import Attention, GatedAttention, RelPos, Rotary
+from recur.blocks.attention import Attention, ForgettingAttention, GatedAttention, RelPos, Rotary
+from recur.blocks.compound import LogLinearScan, MesaScan, MomentumScan, OjaScan, SlotScan
 from recur.blocks.gates import (
     BoundedDecay,
     Complex,
@@ -8,6 +9,7 @@ from recur.blocks.gates import (
     Decay,
     FixedDecay,
     FlooredDecay,
+    KeyedRate,
     Learned,
     LowerBounds,
     OutputGate,
@@ -69,11 +71,12 @@ from recur.recipe import Chain
 PARTS = (
     Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, DataDecay, DataRotary, Decay,
     DeltaScan, DenseCarry, DenseFusion, DenseRead, Dropout, FeedbackKey, FixedDecay, FixedScan, FlooredDecay,
-    GatedAttention, GatedScan, Gather, Learned, Loop, LowerBounds, LowRank, Map, Norm, Normalise, OnlineScan,
-    OuterScan, OutputGate, Phase, PoleScan, PositionTaps, PowerDecay, Previous, Project, RealImag, RelPos,
-    RemovalKeys, Repeat, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, SelfTerm,
-    ShortConv, Skip, Smoothing, Spread, Stabilise, StepDecay, Sum, TapConv, TokenShift, Trapezoid, Unbind,
-    ValueResidual, Weigh, WideScan,
+    ForgettingAttention, GatedAttention, GatedScan, Gather, KeyedRate, Learned, LogLinearScan, Loop, LowerBounds,
+    LowRank, Map, MesaScan, MomentumScan, Norm, Normalise, OjaScan, OnlineScan, OuterScan, OutputGate, Phase,
+    PoleScan, PositionTaps, PowerDecay, Previous, Project, RealImag, RelPos, RemovalKeys, Repeat, Reshape,
+    RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, SelfTerm, ShortConv, Skip, SlotScan,
+    Smoothing, Spread, Stabilise, StepDecay, Sum, TapConv, TokenShift, Trapezoid, Unbind, ValueResidual, Weigh,
+    WideScan,
 )  # fmt: skip
 
 WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)

@@ -32,7 +32,7 @@ def data_decay(rate: Tensor, step: Tensor, *, floor: float = 1e-4) -> Tensor:
 def accumulated_angle(
     angle: Tensor, step: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> ScanOut:
-    """Angles that tokens add up: theta_t = theta_{t-1} + pi tanh(angle_t) delta_t, modulo 2 pi.
+    """Angles that tokens add up: theta_t = theta_{t-1} + pi tanh(angle_t) delta_t.
 
     Args:
         angle:         [B T A], shared by heads, or [B T H A].
@@ -40,14 +40,14 @@ def accumulated_angle(
         initial_state: [B H A] theta before the first token; zeros when omitted.
         cu_seqlens:    [n+1] document borders; states are then [n H A].
 
-    Returns: y [B T H A], theta in [0, 2 pi); state [B H A]; float32, or float64 if an input is.
+    Returns: y [B T H A], theta in [-pi, pi]; state [B H A]; float32, or float64 if an input is.
     Raises: ShapeError if axes disagree.
     Cost: O(B T H A); summed in float64, so that theta is exact to rounding after any number of tokens.
     Source: Lahoti et al. 2026, arXiv:2603.15569.
 
-    >>> theta, _ = accumulated_angle(torch.ones(1, 4, 1), torch.ones(1, 4, 1))
-    >>> (theta.flatten() / torch.pi).cos().shape
-    torch.Size([4])
+    >>> theta, _ = accumulated_angle(torch.full((1, 4, 1), 9.0), torch.ones(1, 4, 1))  # half a turn per token
+    >>> theta.cos().flatten()
+    tensor([-1.,  1., -1.,  1.])
     """
     bind("accumulated_angle", angle=(angle, "B T A | B T H A"), step=(step, "B T H"))
     real = accumulation_dtype(angle, step, initial_state)
@@ -56,8 +56,8 @@ def accumulated_angle(
     still = added.new_zeros(added.shape[2:], dtype=torch.float64)
     before = None if initial_state is None else initial_state.double()
     options = {"initial_state": before, "cu_seqlens": cu_seqlens, "form": "chunked"}
-    theta, last = (torch.remainder(x, 2 * math.pi).to(real) for x in gated_scan(added.double(), still, **options))
-    return ScanOut(theta, last)
+    theta, last = gated_scan(added.double(), still, **options)
+    return ScanOut(*((x - 2 * math.pi * (x / (2 * math.pi)).round()).to(real) for x in (theta, last)))
 
 
 def rotate_by(x: Tensor, theta: Tensor, *, layout: str = "interleaved") -> Tensor:

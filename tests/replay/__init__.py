@@ -138,7 +138,7 @@ class Streaming(Operator):
         for t in range(next(iter(given.values())).shape[1]):
             token = {key: tensor[:, t : t + 1] for key, tensor in given.items()}
             y, more = self.function("recurrent", **token, **states, **options)
-            states = {**states, **{theirs: more[ours] for ours, theirs in self.carried.items()}}
+            states = {**states, **{theirs: more[ours] for ours, theirs in self.carried.items() if ours in more}}
             ys.append(y)
         return Run({"output": torch.cat(ys, 1), **more})
 

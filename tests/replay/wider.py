@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import recur
+from recur.blocks import ForgettingAttention
+from recur.primitives.attention import forgetting_attention
+from recur.primitives.columns import oja_scan, slot_gates, slot_scan
+from recur.primitives.log_linear import log_linear_scan
+from recur.primitives.mesa import mesa_scan
+from recur.primitives.momentum import momentum_scan
 from recur.primitives.norms import normalise
 from recur.primitives.trapezoid import accumulated_angle, rotate_by, trapezoid
-from replay import Case, Module, Result, Streaming, Vectors
+from replay import Case, Module, Operator, Result, Run, Streaming, Vectors
 
 FIRST = "ValueResidual.v"
 
@@ -107,32 +113,112 @@ def mamba3_op(
         z = more["z"][:, :, None] * more["mimo_z"].transpose(0, 1) if several else more["z"]
         y = y * F.silu(z)
     y = (y * more["mimo_o"].transpose(0, 1)).sum(2) if several else y
-    return y, {"state.angle": angle, "state.ssm": ssm, "state.k": last_k, "state.v": last_v}
+    return y, {
+        "state.angle": angle,
+        "state.ssm": ssm,
+        "state.k": last_k,
+        "state.v": last_v,
+    }
 
 
-@dataclass(frozen=True)
-class Mimo(Streaming):
-    """Its recorded angle is not reduced. A group's keys are [R G N], states of keys [H R N]."""
+class Turned:
+    """Recorded angles are in [0, 2 pi) or not reduced, ours in [-pi, pi]."""
 
     def recorded(self, key: str, tensor: Tensor) -> Tensor:
-        return torch.remainder(tensor, 2 * math.pi) if key == "state.angle" else tensor
+        return tensor - 2 * math.pi * (tensor / (2 * math.pi)).round() if key == "state.angle" else tensor
+
+
+class TurnedOperator(Turned, Streaming):
+    pass
+
+
+class TurnedLayer(Turned, Module):
+    pass
 
 
 def mimo_op(form: str, **inputs: Any) -> Result:
+    """States of keys are [H R N], keys [R H N]."""
     heads_first = {key: inputs[key].transpose(1, 2) for key in ("k_state", "v_state") if key in inputs}
     y, states = mamba3_op(form, **{**inputs, **heads_first})
     return y, {**states, **{key: states[key].transpose(1, 2) for key in ("state.k", "state.v")}}
 
 
+def oja_op(form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None) -> Result:
+    y, state = oja_scan(q, k, v, g, beta, initial_state=state, scale=q.shape[-1] ** -0.5, form=form)
+    return y, {"state.final": state}
+
+
+def slots_op(form: str, q: Tensor, k: Tensor, v: Tensor, s: Tensor, g: Tensor | None = None, **states: Any) -> Result:
+    more = {}
+    if g is None:
+        s, g, more["state.z"] = slot_gates(s, initial_state=states.get("state_z"))
+    before = (states["state_k"], states["state_v"]) if "state_k" in states else None
+    y, (keys, values) = slot_scan(q, k, v, s, g, initial_state=before, scale=q.shape[-1] ** -0.5, form=form)
+    return y, {"state.k": keys, "state.v": values, **more}
+
+
+def mesa_op(
+    solver: str, form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, lamb: Tensor, **states: Tensor
+) -> Result:
+    before = (states["state_kk"], states["state_kv"]) if states else None
+    y, (kk, kv) = mesa_scan(q, k, v, g, beta, lamb, solver=solver, initial_state=before, form=form)
+    return y, {"state.kk": kk, "state.kv": kv}
+
+
+def forgetting_op(form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, window_size: int | None) -> Result:
+    return forgetting_attention(q, k, v, g, window=window_size), {}
+
+
+class Forgetting(Operator):
+    """Token by token it is a part, whose cache goes on."""
+
+    @torch.no_grad()
+    def stepped(self, vectors: Vectors) -> Run:
+        q, k, v, g = (vectors.inputs[name] for name in ("q", "k", "v", "g"))
+        axes = dict(zip("HKGV", (*q.shape[2:], *v.shape[2:]), strict=True))
+        inputs = {"q": "H K", "k": "G K", "v": "G V", "log_f": "H"}
+        part = ForgettingAttention(window=vectors.config["window_size"])
+        mixer = recur.Mixer(recur.Recipe(part, axes=axes, inputs=inputs, out="H V"), 1).to(q.dtype)
+        tokens = {"q": q, "k": k, "v": v, "log_f": g}
+        state, x = mixer.init_state(len(q)), q.new_zeros(len(q), 1)
+        # without weights it has no dtype of its own
+        ys = [mixer.step(x, state, **{name: t[:, i] for name, t in tokens.items()}) for i in range(q.shape[1])]
+        return Run({"output": torch.stack(ys, 1)})
+
+
+def levels_op(
+    form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, level_scales: Tensor, state: Any = (None, None)
+) -> Result:
+    start, seen = state
+    y, state = log_linear_scan(q, k, v, g, level_scales, initial_state=start, position=seen, form=form)
+    return y, {"state.levels": (state, (0 if seen is None else seen) + torch.ones(len(q), dtype=torch.long))}
+
+
+def momentum_op(form: str, q: Tensor, k: Tensor, v: Tensor, p: Tensor, **more: Tensor) -> Result:
+    gates = (more["log_alpha"], more["log_mu"], more["beta"], more["eta"])
+    before = torch.stack([more["state_S"], more["state_M"]], 1) if "state_S" in more else None
+    y, state = momentum_scan(q, k, p, v, *gates, initial_state=before, scale=q.shape[-1] ** -0.5)
+    return y, {"state.S": state[:, 0], "state.M": state[:, 1]}
+
+
+MESA = {"state.kk": "state_kk", "state.kv": "state_kv"}
 MAMBA3 = {"state.angle": "angle_state", "state.ssm": "ssm_state", "state.k": "k_state", "state.v": "v_state"}
 BIASES = ("B_bias", "C_bias", "D")
 MIMO = (*BIASES, "mimo_x", "mimo_z", "mimo_o", "norm_weight")
 
 
 CASES: dict[str, Case] = {
-    "mamba3_mimo_op": Mimo(mimo_op, ("fused_norm", "norm_eps"), carried=MAMBA3, constant=MIMO),
-    "mamba3_siso_op": Streaming(mamba3_op, carried=MAMBA3, constant=BIASES),
-    "mamba3_layer": Module("mamba3", mamba3_states),
+    "forgetting_attn_op": Forgetting(forgetting_op, ("window_size",), streams=True),
+    "gated_oja_op": Streaming(oja_op, carried={"state.final": "state"}),
+    "gsa_op": Streaming(slots_op, carried={"state.k": "state_k", "state.v": "state_v", "state.z": "state_z"}),
+    "log_linear_attn_op": Streaming(levels_op, carried={"state.levels": "state"}),
+    "mesa_cg_op": Operator(partial(mesa_op, "conjugate")),
+    "mesa_exact_op": Streaming(partial(mesa_op, "exact"), carried=MESA, constant=("lamb",)),
+    "mesa_step_op": Streaming(partial(mesa_op, "conjugate_diagonal"), carried=MESA, constant=("lamb",)),
+    "momentum_delta_op": Streaming(momentum_op, carried={"state.S": "state_S", "state.M": "state_M"}),
+    "mamba3_mimo_op": TurnedOperator(mimo_op, ("fused_norm", "norm_eps"), carried=MAMBA3, constant=MIMO),
+    "mamba3_siso_op": TurnedOperator(mamba3_op, carried=MAMBA3, constant=BIASES),
+    "mamba3_layer": TurnedLayer("mamba3", mamba3_states),
     "comba_layer": Module("comba_hub_layer", matrix),
     "gated_delta_product_layer": Module("gated_delta_product_hub_layer", matrix),
     "gdn2_layer": Module("gated_delta_net2_hub_layer", matrix),
