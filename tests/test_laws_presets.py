@@ -14,6 +14,7 @@ from recur.blocks import (
     ComplexGate,
     FeedbackKey,
     GatedAttention,
+    MesaScan,
     Norm,
     OuterScan,
     OutputGate,
@@ -27,6 +28,7 @@ from recur.blocks import (
     in_series,
 )
 from recur.blocks.feedforward import channel_mix, key_mix
+from recur.presets.delta_net import REFLECTING
 from recur.presets.dense import dense, dense_states
 from recur.presets.gateloop import LINEAR, RELATIVE_LINEAR, relative
 from recur.presets.hgrn import without_bounds
@@ -62,6 +64,14 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "dense_retnet, parallel scale": (presets.dense_retnet(heads=2, scale=(RetentionScale(),)), {"depth": 2}, set()),
     "dplr": (presets.dplr(heads=2, rank=3), {}, SMOOTH | {"steps"}),
     "dss": (presets.dss(state=4), {}, SMOOTH | {"steps"}),
+    "delta_net, negative eigenvalues": (presets.delta_net(heads=2, reach=REFLECTING), {}, SMOOTH | {"steps"}),
+    "efla": (presets.efla(heads=2), {}, SMOOTH | {"steps"}),
+    "forgetting_transformer": (presets.forgetting_transformer(heads=2), {}, SMOOTH | {"steps"}),
+    "forgetting_transformer, window, groups": (
+        presets.forgetting_transformer(heads=4, groups=2, window=3, bias=True),
+        {},
+        SMOOTH | {"steps"},
+    ),
     "gated_delta_net": (presets.gated_delta_net(heads=2, conv=2), {}, SMOOTH | {"steps"}),
     "gated_delta_net2": (presets.gated_delta_net2(heads=2), {}, SMOOTH | {"steps"}),
     "gated_delta_net2, groups, negative eigenvalues": (
@@ -77,6 +87,7 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     ),
     "gated_linear_rnn": (presets.gated_linear_rnn(inner=5), {}, SMOOTH | {"steps"}),
     "gated_linear_rnn, a forget gate of its own": (presets.gated_linear_rnn(forget="own"), {}, {"steps"} | SMOOTH),
+    "gated_oja": (presets.gated_oja(heads=2), {}, SMOOTH | {"steps"}),
     "gated_rnn": (presets.gated_rnn(inner=3), {}, SMOOTH | {"steps"}),
     "gated_smoothing": (presets.gated_smoothing(heads=2, expand=1.5), {}, SMOOTH | {"steps"}),
     "gated_tap_conv": (presets.gated_tap_conv(heads=2, width=6), {}, SMOOTH | {"steps"}),
@@ -119,6 +130,8 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "gss": (presets.gss(state=6), {}, SMOOTH | {"steps"}),
     "gss, linear frequencies": (presets.gss(state=5, frequency="linear"), {}, SMOOTH | {"steps"}),
     "gss, right to left": (presets.gss(state=3).reverse(), {}, SMOOTH),
+    "gsa": (presets.gsa(heads=2, slots=3), {}, SMOOTH | {"steps"}),
+    "gsa, groups": (presets.gsa(heads=4, groups=2, slots=2), {}, SMOOTH | {"steps"}),
     "hgrn": (presets.hgrn(expand=2, bounds="skip_last"), {"depth": 2}, SMOOTH),
     "hgrn, one layer": (presets.hgrn(leave=(OutputGate("g"), Norm("y"))), {}, SMOOTH | {"steps"}),
     "hgrn, both ways": (presets.hgrn(scan=both_ways), {}, SMOOTH),
@@ -137,9 +150,11 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
     "hgrn2, expanded by 1": (presets.hgrn2(heads="D", norm=()), {}, SMOOTH | {"steps"}),
     "hgrn2, in a grid": (presets.hgrn2(heads=2, scan=in_grid), {}, SMOOTH),
     "hgrn2, in series": (in_series(presets.hgrn2(heads=2, scan=both_ways)), {}, SMOOTH),
+    "kaczmarz": (presets.kaczmarz(heads=2), {}, SMOOTH | {"steps"}),
     "kda": (presets.kda(heads=2, conv=3), {}, SMOOTH | {"steps"}),
     "linear_attention": (presets.linear_attention(heads=2), {}, SMOOTH | {"steps"}),
     "llama": (presets.llama(heads=2, bias=True), {}, {"gradients", "steps"}),
+    "log_linear_attention": (presets.log_linear_attention(heads=2, state=3, levels=12), {}, SMOOTH | {"steps"}),
     "longhorn": (presets.longhorn(state=5), {}, SMOOTH | {"steps"}),
     "longhorn, dense keys and inputs": (dense(presets.longhorn(state=3), "k u"), {"depth": 2}, SMOOTH),
     "longhorn, dense states": (dense_states(presets.longhorn(state=3)), {"depth": 3}, SMOOTH),
@@ -167,8 +182,11 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], set[str]]] = {
         SMOOTH | {"steps"},
     ),
     "mamba3_mimo": (presets.mamba3_mimo(rank=2, state=4, head=4), {}, SMOOTH | {"steps"}),
+    "mesa_net": (presets.mesa_net(heads=2, read=MesaScan(solver="conjugate", iterations=2)), {}, SMOOTH | {"steps"}),
+    "mesa_net, exact": (presets.mesa_net(heads=2, read=MesaScan()), {}, SMOOTH | {"steps"}),
     "min_gru": (presets.min_gru(expand=2), {}, SMOOTH | {"steps"}),
     "mlstm": (presets.mlstm(heads=2), {}, SMOOTH | {"steps"}),
+    "momentum_delta_net": (presets.momentum_delta_net(heads=2), {}, SMOOTH | {"steps"}),
     "retnet": (presets.retnet(heads=2), {}, SMOOTH | {"steps"}),
     "retnet, parallel scale": (presets.retnet(heads=2, scale=(RetentionScale(),)), {}, set()),
     "retnet, chunkwise scale": (presets.retnet(heads=2, scale=(RetentionScale(chunk=4),)), {}, set()),

@@ -25,19 +25,25 @@ SOLVERS = ("exact", "conjugate", "conjugate_diagonal")
 class SlotScan(Part):
     """Attention over M slots that tokens fill: P = P diag(a) + k s^T, p = softmax(scale P^T q), R = diag(a) R + s v^T.
 
-    y = R^T p.   Args: q [H K]; k [G K], v [G V], write s and decay log a [G M]; scale: as in `OuterScan`.
+    y = R^T p.
+
+    Args: q: [H K]; k: [G K]; v: [G V]; write: s [G M], None is 1 - a; decay: log a [G M]; scale: as in `OuterScan`.
     """
 
     q: str = "q"
     k: str = "k"
     v: str = "v"
-    write: str = "s"
+    write: str | None = "s"
     decay: str = "log_a"
     scale: float | str = 1.0
     out: str = "y"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        (H, K), (G, _), (_, V) = axes.rank(self.q, 2), axes.same(self.write, self.decay), axes.rank(self.v, 2)
+        (H, K), (G, _), (_, V) = (
+            axes.rank(self.q, 2),
+            axes.same(self.write or self.decay, self.decay),
+            axes.rank(self.v, 2),
+        )
         axes.must(self.k, (G, K))
         axes.must(self.v, (G, V))
         return {self.out: (H, V)}
@@ -46,17 +52,18 @@ class SlotScan(Part):
         return {"scale": site.number(self.scale)}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        (G, M), (_, K), (_, V) = site.of(self.write), site.of(self.k), site.of(self.v)
+        (G, M), (_, K), (_, V) = site.of(self.decay), site.of(self.k), site.of(self.v)
         return {"keys": site.memory(batch, G, K, M), "values": site.memory(batch, G, M, V)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        read = [flow[name] for name in (self.q, self.k, self.v, self.write, self.decay)]
+        q, k, v, log_a = (flow[name] for name in (self.q, self.k, self.v, self.decay))
+        s = -torch.expm1(log_a) if self.write is None else flow[self.write]
         before = None if state is None else (state["keys"], state["values"])
-        y, (keys, values) = slot_scan(*read, scale=weights.scale, **scan_options(flow, before))
+        y, (keys, values) = slot_scan(q, k, v, s, log_a, scale=weights.scale, **scan_options(flow, before))
         return flow.set(**{self.out: y}), {"keys": keys, "values": values}
 
     def formula(self) -> str:
-        k, v, s, a = self.k, self.v, self.write, f"exp({self.decay})"
+        k, v, s, a = self.k, self.v, self.write or "(1 - a)", f"exp({self.decay})"
         slots = f"P_t = P_{{t-1}} diag({a}) + {k} {s}^T, R_t = diag({a}) R_{{t-1}} + {s} {v}^T"
         return f"{slots}, {self.out} = R_t^T softmax({self.scale} P_t^T {self.q})"
 

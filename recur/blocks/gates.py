@@ -19,6 +19,7 @@ from recur.primitives.gates import (
     activation,
     biased,
     complex_gate,
+    decayed_mean,
     lower_bounded_decay,
     lower_bounds,
     output_gate,
@@ -412,7 +413,7 @@ class OutputGate(Part):
 
 
 RATES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {  # law -> of beta and |k|^2; its formula
-    "exponential": (lambda beta, n: -torch.expm1(-beta * n) / n.clamp(min=1e-12), "(1 - exp(-beta |k|^2)) / |k|^2"),
+    "exponential": (lambda beta, n: beta * decayed_mean(beta * n), "(1 - exp(-beta |k|^2)) / |k|^2"),
     "projection": (lambda beta, n: beta / (n + 1e-6), "beta / (|k|^2 + 1e-6)"),
     "implicit": (lambda beta, n: beta / (1 + beta * n), "beta / (1 + beta |k|^2)"),
 }

@@ -1,12 +1,11 @@
 """DeltaProduct: several delta writes per token, whose transitions multiply to any rotation; with a gate or without."""
 
-from recur.blocks import Act, DeltaScan, Norm, OutputGate, Project, Scale, ShortConv, StepDecay
-from recur.presets.delta_net import smooth_unit
+from recur.blocks import Act, DeltaScan, Norm, OutputGate, Project, ShortConv, StepDecay
+from recur.presets.delta_net import REFLECTING, smooth_unit
 from recur.recipe import Part, Recipe
 
 CONV = ShortConv("q k v", bias=False)
 LEAVE = (Project("x", g="H V", name="gate"), Norm("y", over="V", name="read_norm"), OutputGate("g"))
-REFLECTING = (Scale("beta", "2"),)
 
 
 def delta_product(
