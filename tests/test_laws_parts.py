@@ -252,7 +252,12 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     "DataDecay": (recipe(QKV, Project("x", dt="H", rate="H"), DataDecay(), OuterScan()), USUAL),
     "DataRotary": (recipe(QKV, STEP, Project("x", a="H 2"), DataRotary("q", angle="a"), out="q"), USUAL),
     "DataRotary, half": (recipe(QKV, STEP, Project("x", a="G"), DataRotary("q", "a", layout="half"), out="q"), USUAL),
-    "Trapezoid": (recipe(QKV, STEP, Project("x", t="H"), Trapezoid(trap="t"), OuterScan(k="keys", v="values")), USUAL),
+    "Trapezoid": (
+        recipe(
+            QKV, STEP, Project("x", t="H", z="H"), Decay("z"), Trapezoid(trap="t"), OuterScan(k="keys", v="values")
+        ),
+        USUAL,
+    ),
     "Spread and Gather": (recipe(Project("x", y="D"), Spread("y", axis="N", first="i"), Gather()), USUAL),
     "SlotScan": (
         recipe(Project("x", q="H K", k="G K", v="G V", s="G N", z="G N"), Decay("z"), SlotScan(scale="1/K")), USUAL,

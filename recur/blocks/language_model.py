@@ -171,7 +171,8 @@ class LanguageModel(nn.Module):
         vocab_size: number of tokens.
         dim:        D, width of the residual stream.
         depth:      number of layers.
-        ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", "channel_mix", or any recipe.
+        ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", "channel_mix", "key_mix", or any
+                    recipe.
         block:      "pre" or "post": which side of the residual sum is normalised.
         norm:       "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by themselves.
         final_norm: the norm before the head; by default `norm` for "pre" and none for "post".
