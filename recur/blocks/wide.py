@@ -304,9 +304,8 @@ class DataRotary(Part):
         A = site.of(self.angle)[-1]
         for name in self.names.split():
             if site.of(name)[-1] < 2 * A or (self.layout == "half" and site.of(name)[-1] % 2):
-                raise RecipeError(
-                    f"DataRotary: {name} must have a pair of channels per angle, got {site.of(name)} and {A}"
-                )
+                got = f"{site.of(name)[-1]} channels and A={A}"
+                raise RecipeError(f"DataRotary: {name} must have a pair of channels per angle, got {got}")
         return {}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:

@@ -84,21 +84,29 @@ def log_linear_scan(
 def _pairs(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, w: Tensor, at: Tensor, document: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """All pairs of tokens; what each level holds at the end."""
-    since, L = decay.cumsum(1), w.shape[3]
-    seen = (at[:, :, None] >= at[:, None]) & (document[:, :, None] == document[:, None])  # [B T S]
+    """All pairs of tokens; what each level holds at the end.
+
+    What is not finite counts as 0, so that 0 times it reaches no other token, and y and states that see it are NaN.
+    """
+    L, seen = w.shape[3], (at[:, :, None] >= at[:, None]) & (document[:, :, None] == document[:, None])  # [B T S]
+    own = ~(q.isfinite().all(-1) & w.isfinite().all(-1))  # [B T H]
+    bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1) & decay.isfinite() & decay.exp().isfinite())
+    q, w = (x.masked_fill(own[..., None], 0) for x in (q, w))
+    k, v = (x.masked_fill(bad[..., None], 0) for x in (k, v))
+    since = decay.masked_fill(bad, 0).cumsum(1)
     gap = (since[:, :, None] - since[:, None]).masked_fill(~seen[..., None], -torch.inf)
-    scores = torch.einsum("bthk,bshk->btsh", q, k) * gap.exp()
+    scores = torch.einsum("bthk,bshk->btsh", q, k).masked_fill(~seen[..., None], 0) * gap.exp()
     level = bit_length(at[:, :, None] ^ at[:, None]).clamp(max=L - 1)
     weight = w.transpose(2, 3).gather(2, level[..., None].expand(*level.shape, w.shape[2]))  # [B T S H]
-    y = torch.einsum("btsh,bshv->bthv", scores * weight, v)
-    if len(q) == rows:  # the levels as the last token found them
-        held = F.one_hot(level[:, -1], L).to(k.dtype) * seen[:, -1, :, None]
-        return y, torch.einsum("bshk,bsh,bsl,bshv->blhkv", k, gap[:, -1].exp(), held, v)
-    ends = torch.stack([torch.where(document[0] == row, at[0], -1).argmax() for row in range(rows)])
-    there = torch.stack([(document[0] == row).any() for row in range(rows)])
-    held = F.one_hot(level[0, ends], L).to(k.dtype) * (seen[0, ends] & there[:, None])[..., None]
-    return y, torch.einsum("shk,nsh,nsl,shv->nlhkv", k[0], gap[0, ends].exp(), held, v[0])
+    lost = own | (torch.einsum("bts,bsh->bth", seen.to(k.dtype), bad.to(k.dtype)) > 0)
+    y = torch.einsum("btsh,bshv->bthv", scores * weight, v).masked_fill(lost[..., None], torch.nan)
+    # the levels as the last token of each row or document finds them
+    last = torch.stack([torch.where(document == row, at, -1).flatten().argmax() for row in range(rows)])
+    there = torch.stack([(document == row).any() for row in range(rows)])
+    row, token = last // at.shape[1], last % at.shape[1]
+    held = F.one_hot(level[row, token], L).to(k.dtype) * (seen[row, token] & there[:, None])[..., None]  # [n S L]
+    state = torch.einsum("nshk,nsh,nsl,nshv->nlhkv", k[row], gap[row, token].exp(), held, v[row])
+    return y, state.masked_fill((lost[row, token] & there[:, None])[:, None, :, None, None], torch.nan)
 
 
 def _loop(
