@@ -108,7 +108,11 @@ class Counting(TorchDispatchMode):
                 storage = x.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
                 if key not in self.made:
-                    self.made[key] = weakref.ref(storage, lambda _, key=key, size=size: self._drop(key, size)), size, part()
+                    self.made[key] = (
+                        weakref.ref(storage, lambda _, key=key, size=size: self._drop(key, size)),
+                        size,
+                        part(),
+                    )
                     self.live += size
                     self.peak = max(self.peak, self.live)
 

@@ -104,7 +104,9 @@ class Explanation:
     def not_a_number(self) -> list[str]:
         """How far a NaN reaches, one line per scan and form."""
         stays = "from its own token on"
-        wide = "also earlier tokens of its chunk, of 64 in bfloat16 and 32 in other dtypes; form=\"chunked\" keeps it later"
+        wide = (
+            'also earlier tokens of its chunk, of 64 in bfloat16 and 32 in other dtypes; form="chunked" keeps it later'
+        )
         pairs = dict.fromkeys((c.function, c.form) for c in self.choices if c.form in FORMS)
         return [f"{f} by {form}: {wide if (f, form) == ('scan', 'triton') else stays}" for f, form in pairs]
 
@@ -145,7 +147,9 @@ class Explanation:
 def _table(rows: list[tuple[str, ...]], right: Iterable[int] = ()) -> list[str]:
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     flush = set(right)
-    cells = [[cell.rjust(w) if i in flush else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, wide))] for row in rows]
+    cells = [
+        [cell.rjust(w) if i in flush else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, wide))] for row in rows
+    ]
     return ["  ".join(row).rstrip() for row in cells]
 
 
@@ -219,7 +223,9 @@ def explain(
     if isinstance(target, nn.Module):
         tensors = [*target.parameters(), *tensors]
     elif not callable(target) or not tensors:
-        raise TypeError(f"explain: target must be a scan with its tensors, a layer, a model or a recipe, got {target!r}")
+        raise TypeError(
+            f"explain: target must be a scan with its tensors, a layer, a model or a recipe, got {target!r}"
+        )
     own = tensors[0].device if tensors else torch.device("cpu")
     on = torch.device(device) if device is not None else torch.device("cuda") if own.type == "meta" else own
     known = _card(card, on)

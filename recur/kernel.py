@@ -58,10 +58,14 @@ def uncovered(number: torch.dtype) -> tuple[str, str] | None:
     return None
 
 
-def refusal(number: torch.dtype, device: torch.device, **sizes: int) -> Refusal | None:
-    """Why form="triton" cannot compute a scan whose states are of these numbers and sizes; None if it can. K is counted
-    in rows of the state: see `rows_of`."""
-    lacks = uncovered(number)
+def refusal(
+    number: torch.dtype, device: torch.device, lacks: tuple[str, str] | None = None, **sizes: int
+) -> Refusal | None:
+    """Why form="triton" cannot compute a scan whose states are of these numbers and sizes; None if it can.
+
+    `lacks` is what no kernel has, and the remedy. K is counted in rows of the state: see `rows_of`.
+    """
+    lacks = lacks or uncovered(number)
     for axis, size in sizes.items():
         rows = rows_of(size, number) if axis == "K" else size
         if lacks is None and rows > WIDEST[axis]:
@@ -84,12 +88,12 @@ def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, re
     return ScanOut(*scans[rule](*inputs, cu_seqlens, reverse))
 
 
-def takes_step(keys: int, state: Tensor) -> bool:
-    """Whether one launch computes a step: on a GPU, nothing in float64 (the state would be), few enough rows, no
-    forward-mode derivative and no torch.func transform."""
+def takes_step(keys: int, state: Tensor, lacks: tuple[str, str] | None = None) -> bool:
+    """Whether one launch computes a step: on a GPU, nothing that no kernel has, nothing in float64 (the state would
+    be), few enough rows, no forward-mode derivative and no torch.func transform."""
     if device_of(state).type != "cuda":
         return False
-    lacks, rows = uncovered(state.dtype), rows_of(keys, state.dtype)
+    lacks, rows = lacks or uncovered(state.dtype), rows_of(keys, state.dtype)
     if lacks is None and rows > STEPPED:
         lacks = f"a step of states with {rows} rows, more than {STEPPED}", "more heads of fewer keys"
     return _covered("step", lacks, True)
@@ -144,8 +148,8 @@ def scan(
     """
     from recur.kernels.operators import recorded
     from recur.kernels.scan import scan_forward
-    from recur.primitives.outer import to_heads
-    from recur.primitives.within import joined, stacked
+    from recur.primitives.decay import as_complex, as_real
+    from recur.primitives.reference import to_heads
 
     dtype = v.dtype
     for x in (q, k):
@@ -161,7 +165,7 @@ def scan(
     before, turned, now = bonus is not None, log_decay is not None and log_decay.is_complex(), None
     if log_decay is not None and turned:
         log_decay = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj())
-        initial_state = None if initial_state is None else stacked(initial_state)
+        initial_state = None if initial_state is None else as_real(initial_state)
         if bonus is not None and k is not None:  # of plain keys and queries
             now = (to_heads(q, v.shape[2]).float() * to_heads(k, v.shape[2]) * bonus).sum(-1, keepdim=True) * scale * w
             bonus = None
@@ -169,7 +173,7 @@ def scan(
     tensors = (q, k, w, log_decay, beta, bonus, initial_state)
     y, state, _ = scan_forward(*tensors, cu_seqlens, scale, reverse, before, recorded(*tensors))
     y = y if now is None else y + now
-    return ScanOut(y.to(v.dtype), joined(state) if turned else state)
+    return ScanOut(y.to(v.dtype), as_complex(state) if turned else state)
 
 
 GATES = ("identity", "silu", "sigmoid", "gelu")  # activations that kernels around the scans know

@@ -23,7 +23,8 @@ class ShapeError(ValueError):
 def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any]:
     """Match every tensor with its pattern and return the size of each letter ("*" as a tuple).
 
-    `bind("gated_scan", x=(x, "B T *"))` returns {"B": 2, "T": 128, "*": (64,)}. A tensor that is None is skipped.
+    `bind("gated_scan", x=(x, "B T *"))` returns {"B": 2, "T": 128, "*": (64,)}. A tensor that is None is skipped. Of
+    alternatives with as many axes, the first whose sizes are those of the arguments before it is taken.
 
     Raises: TypeError if an argument is no tensor, ShapeError if ranks or sizes disagree, ValueError if devices do.
     """
@@ -35,12 +36,13 @@ def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor [{patterns}], got {type(tensor).__name__}")
         shape = tensor.shape
-        letters = _fitting(patterns, len(shape))
+        letters = _fitting(patterns, shape, sizes)
         if not letters:
             raise ShapeError(f"{function}: {name} must be [{patterns}], got shape {tuple(shape)}")
         for letter, size in zip(letters, _split(letters, shape) if "*" in letters else shape, strict=True):
             if sizes.setdefault(letter, size) != size:
-                other = next(o for o, (x, p) in arguments.items() if x is not None and letter in _fitting(p, x.ndim))
+                fitting = {o: _fitting(p, x.shape, sizes) for o, (x, p) in arguments.items() if isinstance(x, Tensor)}
+                other = next(o for o, found in fitting.items() if letter in found)
                 raise ShapeError(
                     f"{function}: {other} has {letter}={sizes[letter]} but {name} has {letter}={size}; expected "
                     f"{other}: [{arguments[other][1]}] and {name}: [{patterns}], got {name} of shape {tuple(shape)}"
@@ -52,13 +54,15 @@ def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any
     return sizes
 
 
-def _fitting(patterns: str, rank: int) -> str:
-    """The letters of the first alternative that has this rank, or none."""
-    for pattern in patterns.split(" | "):
-        letters = pattern[::2]
-        if len(letters) == rank or ("*" in letters and rank >= len(letters) - 1):
+def _fitting(patterns: str, shape: torch.Size, sizes: dict[str, Any]) -> str:
+    """The letters of the first alternative that has this rank and the sizes known so far; if none has those, of the
+    first that has this rank, or none."""
+    found = [pattern[::2] for pattern in patterns.split(" | ")]
+    found = [x for x in found if len(x) == len(shape) or ("*" in x and len(shape) >= len(x) - 1)]
+    for letters in found[1:] and found:
+        if "*" in letters or all(sizes.get(letter, n) == n for letter, n in zip(letters, shape, strict=True)):
             return letters
-    return ""
+    return found[0] if found else ""
 
 
 def _split(letters: str, shape: torch.Size) -> list[Any]:

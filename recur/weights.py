@@ -187,6 +187,10 @@ def _by_index(weight: Tensor, expression: str, place: Mapping[str, Any]) -> None
     weight.copy_(torch.tensor(values, dtype=torch.float64, device=weight.device))
 
 
+def _orthogonal(weight: Tensor, gain: float) -> None:
+    torch.nn.init.orthogonal_(weight, gain)
+
+
 def constant(value: float) -> Init:
     return partial(_fill, value=value)
 
@@ -210,6 +214,11 @@ def between(low: float, high: float) -> Init:
 def cut_normal(std: float) -> Init:
     """A normal law without what lies beyond two of its deviations, of standard deviation `std` after the cut."""
     return partial(_cut_normal, std=std / 0.87962566103423978)  # the deviation of N(0, 1) between -2 and 2
+
+
+def orthogonal(gain: float) -> Init:
+    """Rows or columns, whichever are fewer, orthogonal and of length `gain`."""
+    return partial(_orthogonal, gain=gain)
 
 
 def by_index(expression: str, site: Any) -> Init:
@@ -236,6 +245,8 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
     "glorot":   uniform Xavier.
     "lecun":    N(0, 1/fan_in) cut off at two deviations, as Flax's Dense.
     "unscaled": N(0, 1).
+    "orthogonal": orthogonal; "orthogonal_tenth": 0.1 max(1, sqrt(fan_in/fan_out)) times that; "orthogonal_half":
+                0.5 max(1, sqrt(fan_out/fan_in)) times that.
     "zeros":    0.
 
     Raises: ValueError for another name.
@@ -251,6 +262,9 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
         "glorot": uniform(math.sqrt(6 / (fan_in + fan_out))),
         "lecun": cut_normal(fan_in**-0.5),
         "unscaled": normal(),
+        "orthogonal": orthogonal(1.0),
+        "orthogonal_tenth": orthogonal(0.1 * max(1, (fan_in / fan_out) ** 0.5)),
+        "orthogonal_half": orthogonal(0.5 * max(1, (fan_out / fan_in) ** 0.5)),
         "zeros": zeros,
     }
     return pick("init", "law", law, laws)

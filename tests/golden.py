@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from replay import Case, Vectors, compare, gateloop, hgrn, longhorn
+from replay import Case, Vectors, compare, gateloop, hgrn, longhorn, wider
 
-CASES: dict[str, Case] = {**longhorn.CASES, **gateloop.CASES, **hgrn.CASES}
+CASES: dict[str, Case] = {**longhorn.CASES, **gateloop.CASES, **hgrn.CASES, **wider.CASES}
 
 
 @dataclass(frozen=True)

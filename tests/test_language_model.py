@@ -223,7 +223,7 @@ IDS = torch.ones(1, 2, dtype=torch.long)
         (
             lambda lm: model(ffn="moe"),
             RecipeError,
-            "ffn must be None, a Recipe or one of gelu, swiglu, gated, channel_mix, got 'moe'",
+            "ffn must be None, a Recipe or one of gelu, swiglu, gated, channel_mix, key_mix, got 'moe'",
         ),
         (lambda lm: model(positions="rotary"), ValueError, "positions must be None"),
         (

@@ -17,8 +17,8 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 import recur
+from recur.primitives import chunked as scan_module
 from recur.primitives import diagonal, fixed, segments
-from recur.primitives import scan as scan_module
 from recur.testing import check, strategies
 from recur.testing.compare import Inputs, same
 

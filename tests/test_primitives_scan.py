@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-import recur.primitives.scan as door
+import recur.primitives.chunked as door
 from recur.primitives.scan import scan, step
 from recur.primitives.summary import advance, combine, summary
 from recur.shapes import ShapeError

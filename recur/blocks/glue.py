@@ -27,13 +27,17 @@ from recur.weights import Init, Param, Weights, bias_init, by_index, matrix_init
 
 @dataclass(frozen=True)
 class LowRank:
-    """An output of Project that passes through `rank` channels: W2 W1 x (+ b), an activation between them if wanted."""
+    """An output of Project that passes through `rank` channels: W2 W1 x (+ b), an activation between them if wanted.
+
+    init: law of W2; first: first values of b, an expression over the index i of its channels (see `Learned`).
+    """
 
     axes: str
     rank: str
     bias: bool = False
     act: str = "identity"
     init: str = "linear"
+    first: str | None = None
 
 
 class Projection(Weights):
@@ -106,7 +110,8 @@ class Project(Part):
                 width = math.prod(site.size(out.axes))
                 made[f"{name}_up"] = Param((width, rank), matrix_init(out.init, rank, width, site.depth))
                 if out.bias:
-                    made[f"{name}_bias"] = Param((width,), bias_init(out.init, rank), decay=False)
+                    law = bias_init(out.init, rank) if out.first is None else by_index(out.first, site)
+                    made[f"{name}_bias"] = Param((width,), law, decay=False)
         return made
 
     def _fill(self, rows: list[int], fan_in: int, depth: int) -> Init:
@@ -289,11 +294,12 @@ class Norm(Part):
 
     Args:
         source: the tensor; the result goes to `to`, or takes its place.
-        kind:   "rms", "layer", "l2" or "unit".
+        kind:   "rms", "layer", "l2", "unit" or "smooth_unit".
         over:   the trailing axes normalised together, such as "V" for each head alone; all of them when omitted.
         eps:    a number, or the name of a tensor [B T H] that holds one value a head.
         affine: "full" (a weight, and a bias if kind is "layer"), "weight", or "none".
         groups: how many equal stretches of these entries are normalised, each by itself.
+        first:  first value of the weight, an expression over axes, `layer` and `depth`.
     """
 
     source: str
@@ -303,6 +309,7 @@ class Norm(Part):
     affine: str = "full"
     groups: str | int = 1
     to: str | None = None
+    first: str = "1"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -329,7 +336,8 @@ class Norm(Part):
 
     def params(self, site: Site) -> Mapping[str, Param]:
         shape = site.size(self._axes(site.axes))
-        weight = {"weight": Param(shape, ones, decay=False)} if self.affine != "none" else {}
+        law = ones if self.first == "1" else by_index(self.first, site)
+        weight = {"weight": Param(shape, law, decay=False)} if self.affine != "none" else {}
         bias = {"bias": Param(shape, zeros, decay=False)} if self.affine == "full" and self.kind == "layer" else {}
         return weight | bias
 
@@ -440,7 +448,7 @@ class ScaleGrad(Part):
 class Skip(Part):
     """Pass a tensor around the scan, a learned share per channel: y <- y + D * u.  D starts as N(mean, std^2).
 
-    over: the axes of D, the first ones of u; all of them when omitted.
+    over: the axes of D, such as "H" for one per head; all those of u when omitted.
     """
 
     source: str
@@ -454,9 +462,22 @@ class Skip(Part):
             raise RecipeError(f"Skip: std must be a number of at least 0, got {self.std}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        if self.over is not None:
-            _leading(axes, self.source, spec(self.over))
+        self._after(axes)
         return {self.out: axes.same(self.out, self.source)}
+
+    def _after(self, axes: Axes) -> int:
+        """How many axes of u follow those of D."""
+        found = axes[self.source]
+        over = found if self.over is None else spec(self.over)
+        starts = [at for at in range(len(found)) if over and found[at : at + len(over)] == over]
+        if not starts:
+            raise RecipeError(
+                f"{axes.reader} needs {self.source} with the axes [{' '.join(over)}], got [{' '.join(found)}]"
+            )
+        return len(found) - starts[0] - len(over)
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"after": self._after(site.axes)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
         shape = site.of(self.source) if self.over is None else site.size(self.over)
@@ -464,7 +485,7 @@ class Skip(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         y, u = flow[self.out], flow[self.source]
-        D = weights.D[(...,) + (None,) * (u.ndim - 2 - weights.D.ndim)]
+        D = weights.D[(...,) + (None,) * weights.after]
         return flow.set(**{self.out: (y + D * u).to(y.dtype)}), None
 
     def formula(self) -> str:

@@ -170,7 +170,8 @@ class LanguageModel(nn.Module):
         vocab_size: number of tokens.
         dim:        D, width of the residual stream.
         depth:      number of layers.
-        ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", "channel_mix", or any recipe.
+        ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", "channel_mix", "key_mix", or any
+                    recipe.
         block:      "pre" or "post": which side of the residual sum is normalised.
         norm:       "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by themselves.
         final_norm: the norm before the head; by default `norm` for "pre" and none for "post".
@@ -182,6 +183,7 @@ class LanguageModel(nn.Module):
         checkpoint: recompute each layer in the backward pass instead of keeping its activations.
         embed_std:  standard deviation of the embedding's first values.
         embed_scale: factor on embedded tokens.
+        embed_norm: norm of embedded tokens, as `norm`; None for none.
         padding:    a token that embeds as zero at first, and learns nothing by being read.
         head_init:  law of a head of its own (recur.weights.matrix_init).
         head_bias:  whether it has a bias.
@@ -207,6 +209,7 @@ class LanguageModel(nn.Module):
         checkpoint: bool = False,
         embed_std: float = 0.02,
         embed_scale: float = 1.0,
+        embed_norm: Norm | str | None = None,
         padding: int | None = None,
         head_init: str = "lecun",
         head_bias: bool = False,
@@ -229,6 +232,7 @@ class LanguageModel(nn.Module):
         self._dropped, *inside = dropout if isinstance(dropout, (tuple, list)) else (dropout,) * 3
         table = Param((vocab_size, dim), embedding_init(embed_std, padding), trainable=not frozen)
         self.embedding = Embedding(table, padding)
+        self.embedding_norm = StreamNorm(stream_norm(embed_norm), dim)
         if not (positions is None or positions == "sinusoidal" or isinstance(positions, int)):
             raise ValueError(f'LanguageModel: positions must be None, "sinusoidal" or a number, got {positions!r}')
         self.sinusoidal = positions == "sinusoidal"
@@ -285,7 +289,7 @@ class LanguageModel(nn.Module):
     def _hidden(self, ids: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
         self._check_ids(ids)
-        x = self.embedding(ids) * self.embed_scale
+        x = self.embedding_norm(self.embedding(ids) * self.embed_scale, options.get("form", "auto"))
         return self.hidden(x, state, **options)
 
     def hidden(

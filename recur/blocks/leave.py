@@ -40,6 +40,8 @@ class Leave(Part):
         tensors = [y]
         for part, own in zip(self.parts, weights, strict=True):
             if isinstance(part, Skip):
+                if own.D.ndim + own.after != y.ndim - 2:  # the kernel wants the first axes of u
+                    return None
                 options |= {"u": flow[part.source], "skip": own.D}
                 tensors += [flow[part.source], own.D]
             elif isinstance(part, OutputGate):

@@ -142,6 +142,19 @@ def lower_bounds(logits: Tensor, *, law: str = "skip_first", layer: int | Tensor
     return torch.cat([torch.zeros_like(logits[:1], dtype=share.dtype), share.cumsum(0)])
 
 
+def decayed_mean(x: Tensor) -> Tensor:
+    """The mean of exp(-s) for s from 0 to x: (1 - exp(-x)) / x, and 1 at 0.
+
+    Args: x: [*] at least 0.   Returns: [*], without cancellation and with finite gradients at 0.   Cost: O(size).
+
+    >>> decayed_mean(torch.tensor([0.0, 1.0]))
+    tensor([1.0000, 0.6321])
+    """
+    small = x < 1e-3
+    safe = torch.where(small, 1.0, x)
+    return torch.where(small, 1 - x / 2 * (1 - x / 3 * (1 - x / 4)), -torch.expm1(-safe) / safe)
+
+
 def power_decay(r: Tensor, rate: Tensor, *, power: float = 8.0) -> tuple[Tensor, Tensor]:
     """A gate that is a power of a constant, and what it lets in: log a = -power rate sigmoid(r), sqrt(1 - a^2).
 

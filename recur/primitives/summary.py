@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recur.primitives.decay import as_complex, as_real
 from recur.primitives.diagonal import gate
 from recur.primitives.scan import scan
-from recur.primitives.within import joined, stacked
 from recur.shapes import accumulation_dtype
 
 
@@ -55,7 +55,7 @@ def _delta_summary(q: Tensor, k: Tensor | None, v: Tensor, log_decay: Tensor | N
     initial = torch.cat([identity.new_zeros(K, V), identity], 1).expand(B, H, K, V + columns)
     writes = torch.cat([v, v.new_zeros(*v.shape[:3], columns)], -1)
     state, transition = scan(q, k, writes, log_decay, beta=beta, initial_state=initial).state.split([V, columns], -1)
-    return Summary(stacked(transition) if transition.is_complex() else transition, state)
+    return Summary(as_real(transition) if transition.is_complex() else transition, state)
 
 
 def combine(left: Summary, right: Summary) -> Summary:
@@ -72,5 +72,5 @@ def advance(summary: Summary, state: Tensor) -> Tensor:
     if transition.ndim == 3:
         return transition[..., None] * state + written
     if state.is_complex():
-        return joined(transition @ stacked(state)) + written
+        return as_complex(transition @ as_real(state)) + written
     return transition @ state + written

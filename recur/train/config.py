@@ -88,7 +88,7 @@ def option(default: Any, read: Callable[[str], Any], about: str, *, flag: str = 
     return field(default=default, metadata={"read": read, "about": about, "flag": flag})
 
 
-FFN = ("paper", "none", "gelu", "swiglu", "gated", "channel_mix")
+FFN = ("paper", "none", "gelu", "swiglu", "gated", "channel_mix", "key_mix")
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,24 @@ from recur.weights import Linear, Param, normal, zeros
 
 # What stands around the mixer in each paper, where it is not an RMS norm and no feed-forward.
 PAPER: dict[str, dict[str, str]] = {
+    "comba": {"ffn": "swiglu"},
+    "delta_product": {"ffn": "swiglu"},
+    "forgetting_transformer": {"ffn": "swiglu"},
+    "gated_delta_net2": {"ffn": "swiglu"},
+    "gated_delta_product": {"ffn": "swiglu"},
     "gateloop": {"ffn": "gelu"},
     "gla": {"ffn": "swiglu"},
+    "gsa": {"ffn": "swiglu"},
     "gss": {"norm": "none"},
     "hgrn": {"ffn": "swiglu"},
     "hgrn2": {"ffn": "swiglu"},
     "llama": {"ffn": "swiglu"},
+    "mamba3": {"ffn": "swiglu"},
+    "mamba3_mimo": {"ffn": "swiglu"},
+    "mesa_net": {"ffn": "swiglu"},
     "retnet": {"ffn": "swiglu"},
     "rwkv": {"ffn": "channel_mix", "norm": "layer"},
+    "rwkv7": {"ffn": "key_mix", "norm": "layer", "embed_norm": "layer"},
     "simple_gateloop": {"norm": "none", "ffn": "gelu"},
 }
 
@@ -49,6 +59,7 @@ def around(settings: Settings) -> dict[str, Any]:
         "depth": settings.depth,
         "ffn": None if ffn == "none" else ffn,
         "norm": None if norm == "none" else norm,
+        "embed_norm": paper.get("embed_norm"),
         "block": settings.block,
         "positions": None if settings.positions == "none" else settings.positions,
         "dropout": settings.dropout,
@@ -92,7 +103,7 @@ class SequenceModel(nn.Module):
         super().__init__()
         channels = tokens or inputs + 1
         std = 0.02 if tokens else channels**-0.5
-        self.body = language_model(recipes, settings, channels, tie=True, embed_std=std)
+        self.body = language_model(recipes, settings, channels, tie=True, embed_std=std, embed_norm=None)
         self.pool, self.tokens, dim = pool, tokens, settings.dim
         wide = 4 * dim if pool == "pair" else dim
         between = {"weight": Param((dim, wide), normal(wide**-0.5)), "bias": Param((dim,), zeros, decay=False)}
