@@ -28,8 +28,21 @@ from recur.weights import Embedding, Init, Linear, Param, bias_init, declared, m
 class Block(nn.Module):
     """A residual layer: x + mixer(norm(x)), then x + ffn(norm(x)) if there is a feed-forward.
 
-    order "pre" normalises what each branch reads; "post" normalises each sum instead: norm(x + mixer(x)).
-    dropout: of mixer and feed-forward; drop "branch" zeroes what they add, "sum" the stream after it was added.
+    Args:
+        recipe: the mixer.
+        dim: D.
+        ffn: the feed-forward, or none.
+        order: "pre" normalises what each branch reads; "post" normalises each sum instead: norm(x + mixer(x)).
+        norm: the norm, or none.
+        dropout: of mixer and feed-forward.
+        drop: "branch" zeroes what they add, "sum" the residual stream after it was added.
+        depth: layers of the model.
+        layer: which of them it is, from 0.
+        shared: weights that all layers share, as in `Mixer`.
+
+    >>> layer = recur.blocks.Block(recur.presets.gla(heads=2), dim=32)
+    >>> layer(torch.randn(1, 5, 32))[0].shape
+    torch.Size([1, 5, 32])
     """
 
     def __init__(
@@ -176,7 +189,7 @@ class LanguageModel(nn.Module):
         norm:       "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by themselves.
         final_norm: the norm before the head; by default `norm` for "pre" and none for "post".
         tie:        whether the head is the embedding.
-        outputs:    number of logits, where a head of its own has others than one a token.
+        outputs:    number of logits, where a head of its own has another number than one per token.
         positions:  None, "sinusoidal", or the number of learned positions.
         dropout:    of the embedding and of every branch, or three numbers: of the embedding, mixers, feed-forwards.
         drop:       "branch", or "sum" to zero the stream after every branch was added to it.
@@ -187,6 +200,11 @@ class LanguageModel(nn.Module):
         head_init:  law of a head of its own (recur.weights.matrix_init).
         head_bias:  whether it has a bias.
         frozen:     embedding and head are loaded and stay as they are.
+
+    >>> model = recur.LanguageModel("longhorn", vocab_size=256, dim=32, depth=2, ffn="swiglu")
+    >>> ids = torch.zeros(1, 5, dtype=torch.long)
+    >>> model(ids).shape, model.generate(ids, max_new_tokens=3, seed=0).shape
+    (torch.Size([1, 5, 256]), torch.Size([1, 8]))
     """
 
     def __init__(

@@ -27,6 +27,11 @@ class Loop(Around):
         last:  the name under which the body reads it; zeros before the first token.
 
     Every form is this loop, so T tokens cost T steps.
+
+    >>> from recur.blocks import Loop, Project
+    >>> body = Project("x last", h="D"), Project("h", y="D")
+    >>> recur.Mixer(recur.Recipe(Loop(body, feed="h", axes="D")), dim=4)(torch.randn(1, 3, 4)).y.shape
+    torch.Size([1, 3, 4])
     """
 
     parts: tuple[Part, ...]

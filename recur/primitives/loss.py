@@ -27,17 +27,19 @@ def linear_cross_entropy(
     """Mean cross-entropy, in nats, of softmax(W x + b) at the targets: mean_i (log sum_v exp(z_iv) - z_i,target).
 
     Args:
-        x:      [N D] what the head reads.
-        weight: [V D]; bias: [V].
+        x: [N D] what the head reads.
+        weight: [V D] of the head.
         target: [N] classes; those equal to `ignore` do not count.
+        bias: [V] of the head.
         ignore: the target that does not count.
-        chunk:  rows whose logits are there at once; by default as many as have 2^26 logits together.
+        chunk: rows whose logits are there at once; by default as many as have 2^26 logits together.
 
     Returns: a number, float32 or wider; NaN if nothing counts.   Raises: ShapeError, TypeError.
     Cost: the logits once and, where gradients are wanted, two more products of that size, at once in the forward, one
         chunk after another; kept are the gradient of x and, in float32, that of the weight. In one chunk, and where
         torch.compile or torch.func transforms the call, all logits are kept. Second derivatives form all logits.
 
+    >>> from recur.primitives.loss import linear_cross_entropy
     >>> x, weight = torch.randn(6, 4), torch.randn(10, 4)
     >>> linear_cross_entropy(x, weight, torch.arange(6), chunk=2).shape
     torch.Size([])

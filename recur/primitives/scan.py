@@ -72,6 +72,12 @@ def scan(
     Cost: "chunked" O(T (C + K) (K + V)) a head with C = 64, and O(T (C + K V / C)) memory. Defined by `outer_step` and
         `delta_step`.
     Source: Katharopoulos et al. 2020, arXiv:2006.16236; Yang et al. 2024, arXiv:2312.06635 and arXiv:2412.06464.
+
+    >>> k, v = torch.eye(3)[None, :, None], torch.tensor([1.0, 2.0, 3.0]).reshape(1, 3, 1, 1)
+    >>> q = k[:, [0, 0, 1]]  # token 1 asks for key 0 again, token 2 for key 1
+    >>> y, state = recur.scan(q, k, v)
+    >>> y.flatten(), state.shape
+    (tensor([1., 1., 2.]), torch.Size([1, 1, 3, 1]))
     """
     states = "B H K V" if cu_seqlens is None else "n H K V"
     given = Given(q, k, v, log_decay, beta, bonus)
@@ -114,13 +120,24 @@ def step(
     """One token of `scan`. `state` is overwritten; no gradient.
 
     Args:
-        q: [B G K]; k: [B G K] or None, tied; v: [B H V]; beta: [B H]; bonus: [H] | [H K]; all as in `scan`.
+        q: [B G K] query, as in `scan`.
+        k: [B G K] key; None ties it to the gate.
+        v: [B H V] value.
         log_decay: None | [H] | [H K] | [B H] | [B H K]. Two axes are [B H] if their sizes are B and H, else [H K].
         state: [B H K V] float32 (float64 if an input is), complex if log_decay is; or bfloat16 where it would be
-            float32: half the bytes, rounded after every token (0.6% of y and S where some 16 tokens are remembered).
+            float32: half the bytes, rounded after every token (0.6% of y and S where some 16 tokens are
+            remembered).
+        beta: [B H] write strength of the delta rule.
+        bonus: [H] | [H K] weight of the current token, as in `scan`.
+        scale: factor on y.
 
     Returns: y [B H V] of v's dtype.   Raises: as `scan`.
     Cost: O(H K V) a row; on a GPU one launch that reads the state once and writes it once.
+
+    >>> state, half = torch.zeros(1, 1, 1, 1), torch.tensor([0.5]).log()
+    >>> one = torch.ones(1, 1, 1)
+    >>> [recur.step(one, one, one, half, state).item() for _ in range(3)]
+    [1.0, 1.5, 1.75]
     """
     check_given("step", q=q, v=v, state=state)
     token_decay = log_decay is not None and (log_decay.ndim == 3 or log_decay.shape == v.shape[:2])
