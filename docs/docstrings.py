@@ -15,6 +15,7 @@ NAMED = "Returns|Raises|Warns|Cost|Source|Rounding|Call"
 INLINE = re.compile(rf"   (?=(?:{NAMED}): )")
 HEAD = re.compile(rf"({NAMED}): (.*)")
 CODE = re.compile(r"(`[^`]*`)")
+SPECIAL = re.compile(r"([*\[\]])")
 
 
 class Paragraphs(Extension):
@@ -51,14 +52,14 @@ def rewritten(docstring: str) -> str:
 def escaped(text: str) -> str:
     """Without what Markdown would read as emphasis, a link or a tag; code between backticks stays."""
     parts = CODE.split(text)
-    return "".join(part if i % 2 else re.sub(r"([*\[\]<])", r"\\\1", part) for i, part in enumerate(parts))
+    return "".join(part if i % 2 else SPECIAL.sub(r"\\\1", part.replace("<", "&lt;")) for i, part in enumerate(parts))
 
 
 def _argument(lines: list[str], i: int) -> bool:
     """Whether a line belongs to a list of arguments."""
     while i > 0 and (lines[i].startswith("    ") or not lines[i]):
         i -= 1
-    return lines[i] == "Args:"
+    return lines[i] in ("Args:", "Attributes:")
 
 
 def _printed(lines: list[str], i: int) -> bool:

@@ -443,15 +443,17 @@ class LanguageModel(nn.Module):
         one's own that asks whether it is in training mode wants model.eval() first.
 
         Args:
-            ids:            [B T] prompts, right-padded (with anything) if `lengths` [B] gives their own lengths.
+            ids: [B T] prompts, right-padded (with anything) if `lengths` gives their own lengths.
             max_new_tokens: how many tokens to add.
-            temperature:    0 takes the likeliest token.
-            top_k, top_p, min_p: keep the k likeliest tokens, the fewest with probability p together, those with at
-                            least min_p of the likeliest; applied in this order, after the temperature.
-            eos:            a row that has produced this token repeats it.
-            window:         forget what lies more than so many tokens back: the last `window` are read anew each time.
-            seed:           row i draws from its own generator (seed, i), so a batch equals its rows; None takes a seed
-                            from torch's own generator, which torch.manual_seed sets.
+            temperature: 0 takes the likeliest token.
+            top_k: keep the k likeliest tokens.
+            top_p: keep the fewest tokens with probability p together, after top_k.
+            min_p: keep tokens with at least min_p times the probability of the likeliest, after top_p.
+            eos: a row that has produced this token repeats it.
+            seed: row i draws from its own generator (seed, i), so a batch equals its rows; None takes a seed from
+                torch's own generator, which torch.manual_seed sets.
+            lengths: [B] tokens of each prompt; all of them when omitted.
+            window: forget what lies more than so many tokens back: the last `window` are read anew each time.
 
         Returns: [B T + max_new_tokens], each row its prompt, its new tokens, then (for shorter prompts) `eos` or 0.
         """
