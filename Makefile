@@ -4,7 +4,7 @@ PYTHON := python3
 PIP_ARGS :=
 BIN := .venv/bin
 
-.PHONY: help demo test test-all check clean
+.PHONY: help demo test test-all test-tritons check docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,6 +24,9 @@ check: .venv/test.stamp  ## formatter, linter and type checker
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
+
+docs: .venv/docs.stamp  ## build the site into build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 clean:  ## remove the environment and everything that was built
 	rm -rf .venv build *.egg-info runs

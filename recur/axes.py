@@ -27,7 +27,12 @@ LONGEST, LETTERS, DEEPEST, LARGEST = 200, 100, 100, 2**63
 
 
 class RecipeError(ValueError):
-    """A recipe whose parts, names or axes do not fit."""
+    """A recipe whose parts, names or axes do not fit.
+
+    >>> recur.Recipe(recur.blocks.Project("u", y="D"))
+    Traceback (most recent call last):
+    recur.axes.RecipeError: part 1 Project reads 'u', which nobody wrote; available: x
+    """
 
 
 def spec(axes: str) -> Spec:

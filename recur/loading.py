@@ -23,6 +23,13 @@ def load_model(place: str | Path, *, imports: str | Path | None = None) -> Loade
     Returns: model, tokenizer = load_model("runs/book"); tokenizer.encode("The ") and .decode(ids) are its use.
     Raises: InputError in one line if there is no checkpoint, it is damaged, or its task writes no text; CheckpointError
         for a file that is none of `recur convert`.
+
+    >>> from pathlib import Path
+    >>> place, layer = Path("doctest.safetensors"), recur.Mixer("mamba", dim=16)
+    >>> recur.convert.save_module(place, "mamba", {"d_model": 16}, layer)
+    >>> model, tokenizer = recur.load_model(place)
+    >>> print(type(model).__name__, tokenizer)
+    Mixer None
     """
     place = Path(place)
     if place.is_file():

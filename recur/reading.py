@@ -16,7 +16,12 @@ MARKS |= {codecs.BOM_UTF16_BE: "UTF-16"}
 
 
 class InputError(ValueError):
-    """What the caller handed in cannot be used; the message is one line and names the remedy where there is one."""
+    """What the caller handed in cannot be used; the message is one line and names the remedy where there is one.
+
+    >>> raise recur.train.InputError("--steps must be at least 1, got 0")
+    Traceback (most recent call last):
+    recur.reading.InputError: --steps must be at least 1, got 0
+    """
 
 
 def one_line(error: BaseException) -> str:

@@ -33,14 +33,23 @@ class Common:
 class Flow:
     """What parts read and write: named tensors [B T ...] (T may be 1 for what does not change in time).
 
-    tensors:    "x" is the input and stays; "y" is the result at the end.
-    position:   [B] tokens each sequence has seen before these ([n] if packed).
-    in_place:   whether this is the one token of a step, which overwrites the states it is given.
-    evaluate:   whether there is no dropout, even in a module in training mode.
-    layer:      which layer of the model this is, from 0; a tensor [] where layers share one compiled graph.
-    past:       what each shallower layer published, oldest first, of as many as some part of the recipe reads
-                (`Part.layers_below`); `publish` collects what this layer hands down.
-    common:     what `once` has computed for the layers before.
+    Args:
+        tensors: "x" is the input and stays; "y" is the result at the end.
+        position: [B] tokens each sequence has seen before these ([n] if packed).
+        form: of the scans.
+        cu_seqlens: [n+1] borders of packed documents, or None.
+        layer: which layer of the model this is, from 0; a tensor [] where layers share one compiled graph.
+        grid: (rows, columns) of the tokens, where a call names one.
+        past: what each shallower layer published, oldest first, of as many as some part of the recipe reads
+            (`Part.layers_below`).
+        in_place: whether this is the one token of a step, which overwrites the states it is given.
+        evaluate: whether there is no dropout, even in a module in training mode.
+        published: what this layer hands down so far; `publish` adds to it.
+        common: what `once` has computed for the layers before.
+
+    >>> flow = recur.Flow({"x": torch.ones(1, 2, 3)}, position=torch.zeros(1, dtype=torch.long))
+    >>> flow.set(u=2 * flow["x"])["u"].sum().item(), flow.positions()
+    (12.0, tensor([[0, 1]]))
     """
 
     tensors: Mapping[str, Tensor]
@@ -99,7 +108,16 @@ class Flow:
 
 @dataclass(frozen=True)
 class Axes:
-    """The axes of every tensor written so far, as one part sees them."""
+    """The axes of every tensor written so far, as one part sees them.
+
+    Args:
+        written: name -> axes after B T.
+        reader: the part that asks, for messages.
+
+    >>> axes = recur.Axes({"x": ("D",), "q": ("H", "K"), "k": ("H", "K")}, reader="part 2 MyPart")
+    >>> axes.same("q", "k")
+    ('H', 'K')
+    """
 
     written: Mapping[str, Spec]
     reader: str = ""
@@ -149,7 +167,18 @@ class Axes:
 class Site:
     """Where a part is built: sizes of the axes, what has been written before it, and its place in the model.
 
-    named: modules of the named parts around and before it, for parts inside a combinator that share them.
+    Args:
+        sizes: letter -> size, or an expression over other letters.
+        axes: of every tensor written before.
+        depth: layers of the model.
+        layer: which of them this is, from 0.
+        dtype: of weights and states.
+        device: of weights and states.
+        named: modules of the named parts around and before it, for parts inside a combinator that share them.
+
+    >>> site = recur.Site({"D": 64, "H": 4, "K": "D/H"}, recur.Axes({"q": ("H", "K")}))
+    >>> site.of("q"), site.size("D")
+    ((4, 16), (64,))
     """
 
     sizes: Mapping[str, str | int]
@@ -192,7 +221,21 @@ class Part:
     """A frozen record that says what it reads and writes; its weights live in the module a Mixer builds from it.
 
     A part of one's own is a frozen dataclass with `shapes` and `__call__`, and `params` or `init_state` if it has
-    weights or state. `name` keys its weights; two parts of one name share them.
+    weights or state.
+
+    Args:
+        name: keys its weights; two parts of one name share them.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Twice(recur.Part):
+    ...     def shapes(self, axes):
+    ...         return {"y": axes["x"]}
+    ...
+    ...     def __call__(self, flow, weights, state):
+    ...         return flow.set(y=2 * flow["x"]), None
+    >>> recur.Mixer(recur.Recipe(Twice()), dim=1)(torch.ones(1, 1, 1)).y.item()
+    2.0
     """
 
     name: str | None = field(default=None, kw_only=True)
@@ -250,7 +293,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Chain(Part):
-    """Parts one after another: the body of every recipe and of every combinator."""
+    """Parts one after another: the body of every recipe and of every combinator.
+
+    Args:
+        parts: in the order the data meets them.
+
+    >>> from recur.blocks import Chain, Project
+    >>> Chain((Project("x", u="D"), Project("u", y="D"))).keys()
+    ['project', 'project_2']
+    """
 
     parts: tuple[Part, ...] = ()
 
@@ -372,6 +423,12 @@ class Recipe:
         out:    axes of y; only a layer that stands alone may have others than "D".
 
     Raises: RecipeError naming the part, the name or axis that does not fit, and what was available.
+
+    >>> from recur.blocks import Decay, GatedScan, Project
+    >>> recur.Recipe(Project("x", u="D", z="D"), Decay("z"), GatedScan("u"))
+    project     u [D], z [D]  u = W x, z = W x
+    decay       log_a [D]     log_a = log sigmoid(z)
+    gated_scan  y [D]         h_t = exp(log_a) * h_{t-1} + u, y = h_t
     """
 
     def __init__(
@@ -457,7 +514,7 @@ class Recipe:
     @property
     def layers_below(self) -> int:
         """How many shallower layers hand something to one of this recipe."""
-        return max((part.layers_below for part in _inside(self.body)), default=0)
+        return max((part.layers_below for part in inside(self.body)), default=0)
 
     def site(self, dim: int, **place: Any) -> Site:
         """The place of this recipe's parts at width D = dim."""

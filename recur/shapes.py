@@ -17,7 +17,12 @@ T = TypeVar("T")
 
 
 class ShapeError(ValueError):
-    """Axes that do not fit, named in the letters of the docstring."""
+    """Axes that do not fit, named in the letters of the docstring.
+
+    >>> recur.gated_scan(torch.ones(1, 4, 2), torch.zeros(3))
+    Traceback (most recent call last):
+    recur.shapes.ShapeError: gated_scan: x has *=(2,) but log_decay has *=(3,); expected x: [B T *] and ...
+    """
 
 
 def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any]:

@@ -23,12 +23,16 @@ Init = Callable[[Tensor], Any]  # fills a tensor in place
 class Param:
     """One weight.
 
-    shape:     its sizes.
-    init:      a function that fills it in place. It travels with the module: pickle wants a function of a module, or a
-               functools.partial of one, not a lambda.
-    decay:     whether weight decay applies: matrices yes; gates, time constants, norms and biases no.
-    float32:   kept at least float32 when the module is cast to half precision.
-    trainable: False for what is loaded and frozen.
+    Args:
+        shape: its sizes.
+        init: a function that fills it in place. It travels with the module: pickle wants a function of a module, or a
+            functools.partial of one, not a lambda.
+        decay: whether weight decay applies: matrices yes; gates, time constants, norms and biases no.
+        float32: kept at least float32 when the module is cast to half precision.
+        trainable: False for what is loaded and frozen.
+
+    >>> recur.Param((4,), torch.nn.init.ones_, decay=False).shape
+    (4,)
     """
 
     shape: tuple[int, ...]

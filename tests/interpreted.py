@@ -24,9 +24,27 @@ class Laws(dict[str, Law]):
     def main(self) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
+        masks_are_bool()
         torch.use_deterministic_algorithms(True)  # and fresh memory holds NaN
         for name in sys.argv[1:]:
             self[name]()
+
+
+def masks_are_bool() -> None:
+    """Triton 3.9 refuses masks that are no bool, and its interpreter keeps comparisons of two scalars as int32."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def patched(name: str, place: int) -> None:
+        run = getattr(InterpreterBuilder, name)
+
+        def call(builder: Any, *args: Any, **kwargs: Any) -> Any:
+            args[place].data = args[place].data.astype(bool)
+            return run(builder, *args, **kwargs)
+
+        setattr(InterpreterBuilder, name, call)
+
+    patched("create_masked_load", 1)
+    patched("create_masked_store", 2)
 
 
 def widen(x: Any) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
+import types
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
@@ -18,8 +20,17 @@ from recur.cli import _parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+RUN = [ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "port.md"]
+RUN += sorted((ROOT / "docs" / "add").glob("*.md"))
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The fenced blocks of a page, with their languages."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = blocks(ROOT / "README.md")
 PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = "".join(code for language, code in BLOCKS if language == "bash")
 COMMANDS = [line.partition(" #")[0].strip() for line in SHELL.splitlines()]
@@ -43,14 +54,24 @@ def test_it_opens_with_a_sentence_and_fifteen_lines_that_run(capsys: pytest.Capt
     assert capsys.readouterr().out == "same: True\ntorch.Size([2, 30])\n"
 
 
-def test_its_code_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_its_code_runs_from_top_to_bottom(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A block of text after a block of code is what that code prints."""
-    names: dict[str, object] = {}
-    for (language, code), (next_language, text) in pairwise([*BLOCKS, ("", "")]):
+    module = types.ModuleType(page.stem)  # in which dataclasses look their annotations up
+    sys.modules[module.__name__], names = module, vars(module)
+    for (language, code), (next_language, text) in pairwise([*blocks(page), ("", "")]):
         if language == "python":
             exec(code, names)
             printed = capsys.readouterr().out
             assert next_language != "text" or printed == text
+
+
+def test_the_walk_of_a_query_names_functions_that_are_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| \[[^]]*\]\(\.\./([\w/]+\.py)\)", page, flags=re.MULTILINE)
+    assert len(rows) > 10
+    for function, file in rows:
+        assert re.search(rf"^def {function}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), function
 
 
 def test_its_new_recurrence_is_the_one_of_the_example() -> None:
@@ -77,7 +98,8 @@ def test_its_make_targets_exist() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith("https://"):
             continue
         path, _, heading = target.partition("#")
@@ -93,5 +115,5 @@ def test_every_preset_has_its_equation_on_a_page(name: str) -> None:
     home = f"/{preset.__module__.replace('.', '/')}.py)"
     paper = re.search(r"arXiv:([\d.]+\d)", preset().source)
     assert paper is not None
-    texts = [page.read_text(encoding="utf-8") for page in PAGES[1:]]
+    texts = [page.read_text(encoding="utf-8") for page in PAGES[2:]]
     assert any(home in text and f"https://arxiv.org/abs/{paper[1]}" in text for text in texts)

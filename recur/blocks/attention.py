@@ -27,7 +27,7 @@ from recur.weights import Param
 
 @dataclass(frozen=True)
 class Rotary(Part):
-    """Turn pairs of channels of each head by position times frequency: Rotary("q k").
+    """Rotate pairs of channels of each head by position times frequency: Rotary("q k").
 
     Args:
         names:     tensors [H K], K even, or odd if stored: then the last channel stays as it is.
@@ -35,6 +35,9 @@ class Rotary(Part):
         inclusive: frequencies base^(-j/(K/2 - 1)), as RetNet; otherwise base^(-2j/K).
         layout:    pairs (2j, 2j+1) "interleaved", or (j, j + K/2) "half".
         stored:    the frequencies are frozen float32 weights, as checkpoints have them, instead of float64 numbers.
+
+    >>> recur.blocks.Rotary("q k").formula()
+    'q <- rotate(q, t * 10000^(-j..)), k <- rotate(k, t * 10000^(-j..))'
     """
 
     names: str
@@ -74,12 +77,19 @@ class Rotary(Part):
 
 @dataclass(frozen=True)
 class RelPos(Part):
-    """Relative positions that the data decide, from complex gates a [H J], one for a pair of channels 2j, 2j+1.
+    """Relative positions that the data decide, from complex gates a [H J], one for each pair of channels 2j, 2j+1.
 
-    law: "intended": both channels of a pair decay and turn by prod_{s<r<=t} a_r[j] between tokens s and t, which an
-             OuterScan or a GatedAttention does with the decay [H K] written here;
-         "literal": as released. q <- q R_t, k <- k / R_t with R_t[j] = max(Re prod_{i<=j} a_t[i], 1e-10): a product
-             over channels and not over time, so no positions, and 1/R is huge wherever the real part is not positive.
+    Args:
+        q: queries [H K].
+        k: keys [H K].
+        decay: log a [H J], which becomes [H K].
+        law: "intended": both channels of a pair decay and rotate by prod_{s<r<=t} a_r[j] between tokens s and t, which
+            an OuterScan or a GatedAttention does with the decay [H K] written here. "literal": as released, q <- q R_t
+            and k <- k / R_t with R_t[j] = max(Re prod_{i<=j} a_t[i], 1e-10): a product over channels and not over time,
+            so no positions, and 1/R is huge wherever the real part is not positive.
+
+    >>> recur.blocks.RelPos().formula()
+    'log_a for both channels of a pair'
     """
 
     q: str = "q"
@@ -122,10 +132,18 @@ class RelPos(Part):
 class Attention(Part):
     """Causal softmax attention: y_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(K)) v_s, keys and values kept as a cache.
 
-    q [H K]; k [G K] and v [G V] (G divides H). The cache grows with the text, or is `init_state(max_len=...)` long and
-    then never reallocated.
+    The cache grows with the sequence, or is `init_state(max_len=...)` long and then never reallocated.
 
-    fused: False forms the matrix of all scores, whose gradient stays exact where a softmax of huge scores is saturated.
+    Args:
+        q: queries [H K].
+        k: keys [G K]; G divides H.
+        v: values [G V].
+        out: y [H V].
+        fused: False forms the matrix of all scores, whose gradient stays exact where a softmax of huge scores is
+            saturated.
+
+    >>> recur.blocks.Attention().formula()
+    'y_t = sum_{s<=t} softmax(q_t . k_s / sqrt(K)) v_s'
     """
 
     q: str = "q"
@@ -172,10 +190,22 @@ class Attention(Part):
 
 @dataclass(frozen=True)
 class GatedAttention(Attention):
-    """Softmax attention whose scores decay and turn with what lies between: q_t . Re(k_s prod_{s<r<=t} a_r) / sqrt(K).
+    """Softmax attention with gated scores: q_t . Re(k_s prod_{s<r<=t} a_r) / sqrt(K), as many heads of k and v as of q.
 
-    decay: log a [H K], complex; as many heads of k and v as of q. Differences of running sums are taken for every pair
-    of tokens and every channel, so nothing overflows and memory is O(B T^2 H K).
+    Differences of running sums are taken for every pair of tokens and every channel, so nothing overflows and memory is
+    O(B T^2 H K).
+
+    Args:
+        q: queries [H K].
+        k: keys [H K].
+        v: values [H V].
+        out: y [H V].
+        fused: False forms the matrix of all scores, whose gradient stays exact where a softmax of huge scores is
+            saturated.
+        decay: log a [H K], complex.
+
+    >>> recur.blocks.GatedAttention().formula()
+    'y_t = sum_{s<=t} softmax(q_t . Re(k_s prod_{s<r<=t} exp(log_a_r)) / sqrt(K)) v_s'
     """
 
     decay: str = "log_a"

@@ -37,7 +37,16 @@ from recur.weights import Param, by_index, normal, ones, spread_time_constants
 
 @dataclass(frozen=True)
 class Decay(Part):
-    """Log decay of a sigmoid gate: log_a = log(sigmoid(z)) / tau."""
+    """Log decay of a sigmoid gate: log_a = log(sigmoid(z)) / tau.
+
+    Args:
+        source: z, the logits of the gate.
+        tau: divides the log: the larger, the slower the gate forgets.
+        out: tensor written.
+
+    >>> recur.blocks.Decay("z", tau=16).formula()
+    'log_a = log sigmoid(z) / 16'
+    """
 
     source: str = "z"
     tau: float = 1.0
@@ -78,7 +87,14 @@ class LowerBounds(Part):
 
     One table for the whole model; every layer takes its row.
 
-    law: which shares layer l sums, "skip_first" (1 .. l) or "skip_last" (0 .. l - 1); at first both are l / layers.
+    Args:
+        axes: of the bound.
+        law: which entries of the softmax layer l sums, "skip_first" (1 .. l) or "skip_last" (0 .. l - 1); at first both
+            are l / layers.
+        out: tensor written.
+
+    >>> recur.blocks.LowerBounds("H K").formula()
+    'bound = sum_{1<=j<=layer} softmax(logits)_j'
     """
 
     axes: str
@@ -107,9 +123,16 @@ class LowerBounds(Part):
 
 @dataclass(frozen=True)
 class BoundedDecay(Part):
-    """A forget gate above its bound, and what it lets in: a = g + (1 - g) sigmoid(z); log_a and keep = 1 - a.
+    """A forget gate above its lower bound, and its complement: a = g + (1 - g) sigmoid(z); log_a and keep = 1 - a.
 
-    bound None is a bound of 0.
+    Args:
+        source: z, the logits of the gate.
+        bound: g, the least it keeps; None is a bound of 0.
+        out: log_a, the log of the gate.
+        keep: 1 - a.
+
+    >>> recur.blocks.BoundedDecay("z", bound=None).formula()
+    'a = sigmoid(z), log_a = log a, k = 1 - a'
     """
 
     source: str = "z"
@@ -135,10 +158,19 @@ class BoundedDecay(Part):
 
 @dataclass(frozen=True)
 class FixedDecay(Part):
-    """RetNet's constant decay per head, a_h = 1 - 2^(-5-h), and the eps with which its head norm forgets its own scale.
+    """RetNet's constant decay per head, a_h = 1 - 2^(-5-h), and the eps that makes its head norm independent of scale.
 
     A plain state grows like n_t = sum_{s<=t} a^(t-s); dividing by sqrt(n_t) before a norm of eps is the same as the
     norm of the plain read with eps n_t, which follows from the position alone.
+
+    Args:
+        heads: the axis of the heads.
+        eps: of the head norm.
+        out: the log decay [H].
+        eps_out: the eps [B T H] for that norm.
+
+    >>> recur.blocks.FixedDecay().formula()
+    'log_a = log(1 - 2^(-5-h)), eps = 1e-06 sum_{s<=t} a^(t-s)'
     """
 
     heads: str = "H"
@@ -177,7 +209,17 @@ class RetentionScale(Part):
     Dividing by n before a norm of eps is that norm with eps n^2; no gradient flows through n. It needs all scores, so
     it does not stream, although no token sees a later one.
 
-    Args: chunk: tokens in a chunk; eps: of the norm; q, k [H K], v [H V], decay [H] constant in time.
+    Args:
+        chunk: tokens in a chunk; None is the parallel form.
+        eps: of the norm.
+        q: queries [H K].
+        k: keys [H K].
+        v: values [H V].
+        decay: log decay [H], constant in time.
+        out: the eps [B T H] for the norm.
+
+    >>> recur.blocks.RetentionScale(chunk=512).formula()
+    'eps = 1e-06 n^2, n from the scores of chunks of 512'
     """
 
     chunk: int | None = None
@@ -221,8 +263,14 @@ class RetentionScale(Part):
 class ComplexGate(Part):
     """Complex log decay from pairs c [... 2] or [2 ...].
 
-    law: "polar", a = sigmoid(|c|) c/|c|; "amplitude_phase", a = sigmoid(c_0) e^{i c_1}; or "signed", the polar law of
-        the real part alone, a = sigmoid(|c_0|) sign(c_0).
+    Args:
+        source: c.
+        law: "polar", a = sigmoid(|c|) c/|c|; "amplitude_phase", a = sigmoid(c_0) e^{i c_1}; or "signed", the polar law
+            of the real part alone, a = sigmoid(|c_0|) sign(c_0).
+        out: tensor written.
+
+    >>> recur.blocks.ComplexGate("c", law="amplitude_phase").formula()
+    'c = c, a = sigmoid(c_0) exp(i c_1), log_a = log a'
     """
 
     source: str = "c"
@@ -255,7 +303,16 @@ class ComplexGate(Part):
 class Smoothing(Part):
     """Dampened exponential smoothing, constant per head: log_a = log((1 - alpha) damp), b = alpha u; u [V].
 
-    Heads are equal stretches of channels; alpha and damp are sigmoids of what is learned.
+    alpha and damp are sigmoids of what is learned.
+
+    Args:
+        source: u [V].
+        heads: the axis of the heads, which are equal groups of channels.
+        to: b, what is written to the state.
+        out: the log decay.
+
+    >>> recur.blocks.Smoothing("u").formula()
+    'log_a = log((1 - alpha) damp), b = alpha u'
     """
 
     source: str
@@ -288,9 +345,17 @@ class Smoothing(Part):
 
 @dataclass(frozen=True)
 class Phase(Part):
-    """Turn a decay by a learned angle per channel, the same at every token: log_a = log_f + i theta.
+    """Rotate a decay by a learned angle per channel, the same at every token: log_a = log_f + i theta.
 
     theta starts as base^(-2j/n) over the n channels.
+
+    Args:
+        source: the log decay.
+        base: of the first angles.
+        out: tensor written.
+
+    >>> recur.blocks.Phase().formula()
+    'log_a = log_f + i theta'
     """
 
     source: str = "log_f"
@@ -318,7 +383,14 @@ def _angles(weight: Tensor, base: float) -> None:
 
 @dataclass(frozen=True)
 class Complex(Part):
-    """Pairs [... 2] as complex numbers [...], in float32 or wider."""
+    """Pairs [... 2] as complex numbers [...], in float32 or wider.
+
+    Args:
+        source: the tensor.
+
+    >>> recur.blocks.Complex("c").formula()
+    'c <- c_0 + i c_1'
+    """
 
     source: str
 
@@ -340,7 +412,14 @@ class Complex(Part):
 
 @dataclass(frozen=True)
 class RealImag(Part):
-    """Complex numbers [*] as their real parts above their imaginary parts [2 *], in the dtype of x."""
+    """Complex numbers [*] as their real parts above their imaginary parts [2 *], in the dtype of x.
+
+    Args:
+        source: the tensor.
+
+    >>> recur.blocks.RealImag("y").formula()
+    'y <- [Re y, Im y]'
+    """
 
     source: str = "y"
 
@@ -357,9 +436,20 @@ class RealImag(Part):
 
 @dataclass(frozen=True)
 class PowerDecay(Part):
-    """A power of a learned constant: log_a = -power softplus(Lambda) sigmoid(r), and keep = sqrt(1 - a^2).
+    """A power of a learned constant: log_a = -power softplus(Lambda) sigmoid(r), keep = sqrt(1 - a^2).
 
     Lambda starts so that the gate, fully open, is uniform between `low` and `high`.
+
+    Args:
+        source: r, the logits of the power.
+        power: c, the greatest power.
+        low: least first value of the fully open gate.
+        high: greatest first value of the fully open gate.
+        out: log_a.
+        keep: sqrt(1 - a^2).
+
+    >>> recur.blocks.PowerDecay().formula()
+    'log_a = -8 softplus(Lambda) sigmoid(r), k = sqrt(1 - a^2)'
     """
 
     source: str = "r"
@@ -391,7 +481,16 @@ def _spread_powers(weight: Tensor, low: float, high: float, power: float) -> Non
 
 @dataclass(frozen=True)
 class OutputGate(Part):
-    """Let a second branch decide how much of the result leaves: y <- y * act(z)."""
+    """Multiply the result by a gate from a second branch: y <- y * act(z).
+
+    Args:
+        gate: z, the other branch, of the axes of y.
+        act: its activation.
+        out: y.
+
+    >>> recur.blocks.OutputGate("g", act="sigmoid").formula()
+    'y <- y * sigmoid(g)'
+    """
 
     gate: str = "z"
     act: str = "silu"
@@ -451,12 +550,19 @@ class KeyedRate(Part):
 
 @dataclass(frozen=True)
 class StepDecay(Part):
-    """A positive step of each token and the decay it brings: delta = softplus(dt + b), log_a = -exp(A) delta.
+    """A positive step of each token and the decay that follows: delta = softplus(dt + b), log_a = -exp(A) delta.
 
     dt, b [H] or [H K]; A [H].
 
-    Args: limit: the least and the greatest delta; rates: exp(A) starts uniform between these. softplus(b) starts
-        spread over 0.001 to 0.1.
+    Args:
+        source: dt [H] or [H K].
+        limit: the least and the greatest delta.
+        rates: exp(A) starts uniform between these; softplus(b) starts spread over 0.001 to 0.1.
+        step: delta.
+        out: log_a.
+
+    >>> recur.blocks.StepDecay().formula()
+    'delta = softplus(dt + b), log_a = -exp(A) delta'
     """
 
     source: str = "dt"
@@ -496,7 +602,13 @@ def _log_uniform(weight: Tensor, rates: tuple[float, float]) -> None:
 class Learned(Part):
     """A learned tensor that is the same at every token: out [*].
 
-    init: its first values, an expression over the index i along the last axis, the axes, `layer` and `depth`.
+    Args:
+        out: tensor written.
+        axes: its axes.
+        init: its first values, an expression over the index i along the last axis, the axes, `layer` and `depth`.
+
+    >>> recur.blocks.Learned("w", "H", init="i/H").formula()
+    'w learned, at first i/H'
     """
 
     out: str

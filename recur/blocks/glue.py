@@ -29,7 +29,18 @@ from recur.weights import Init, Param, Weights, bias_init, by_index, matrix_init
 class LowRank:
     """An output of Project that passes through `rank` channels: W2 W1 x (+ b), an activation between them if wanted.
 
-    init: law of W2; first: first values of b, an expression over the index i of its channels (see `Learned`).
+    Args:
+        axes: of the output.
+        rank: the number of channels between the two maps, an axis or an expression.
+        bias: whether the output has one.
+        act: activation between the two maps.
+        init: law of W2 (recur.weights.matrix_init).
+        first: first values of b, an expression over the index i of its channels (see `Learned`).
+
+    >>> from recur.blocks import LowRank, Project
+    >>> recur.Recipe(Project("x", y=LowRank("D", rank="R")), axes={"R": 4})
+    R = 4
+    project  y [D]  y = W2 W1 x
     """
 
     axes: str
@@ -68,8 +79,16 @@ class Project(Part):
 
     Args:
         source: the tensor read, all its axes flattened; several names are joined.
-        bias:   whether all outputs have one.
-        init:   law of the weight (recur.weights.matrix_init).
+        outs: the outputs as pairs of name and axes, which is how a recipe stores them.
+        bias: whether all outputs have one.
+        init: law of the first weights (recur.weights.matrix_init).
+        named: the outputs: name="axes", or name=LowRank(...).
+
+    >>> from recur.blocks import Project
+    >>> recur.Recipe(Project("x", u="E", z="E"), Project("u z", y="D"), axes={"E": "2*D"})
+    E = 2*D
+    project    u [E], z [E]  u = W x, z = W x
+    project_2  y [D]         y = W [u, z]
     """
 
     source: str
@@ -145,7 +164,14 @@ class Project(Part):
 class ShortConv(Part):
     """Depthwise causal convolution over the last `width` tokens, then an activation: u <- act(conv(u)).
 
-    Several tensors, ShortConv("u B C"), share one convolution over all their channels.
+    Args:
+        source: the tensor, or several names, "u B C", that share one convolution over all their channels.
+        width: taps: the token itself and those before it.
+        bias: whether every channel has one.
+        act: the activation.
+
+    >>> recur.blocks.ShortConv("u", width=2).formula()
+    'u <- silu(sum_w c_w u_{t-w} + b), w < 2'
     """
 
     source: str
@@ -189,7 +215,16 @@ class ShortConv(Part):
 
 @dataclass(frozen=True)
 class PositionTaps(Part):
-    """Taps learned for every position, in the place of taps that tokens bring: tap_t = table[length - 1 - t]."""
+    """Taps learned for every position, in the place of taps that tokens bring: tap_t = table[length - 1 - t].
+
+    Args:
+        axes: of a tap.
+        length: positions in the table.
+        out: tensor written.
+
+    >>> recur.blocks.PositionTaps("H", 2048).formula()
+    'tap_t = table[2048 - 1 - t]'
+    """
 
     axes: str
     length: int
@@ -216,7 +251,15 @@ class TapConv(Part):
     """Causal convolution whose taps the tokens bring: y_t = sum_{s<=t} tap_s u_{t-s}; u [V], tap [H].
 
     The weight of lag s is read from token s, so nothing of fixed size remembers the past: the state is a cache of u
-    and taps, and a step costs as much as a text is long. Heads are equal stretches of channels.
+    and taps, and the cost of a step grows with the sequence. Heads are equal stretches of channels.
+
+    Args:
+        source: u [V].
+        tap: [H], one per token and head.
+        out: tensor written.
+
+    >>> recur.blocks.TapConv("u").formula()
+    'y_t = sum_{s<=t} tap_s u_{t-s}'
     """
 
     source: str
@@ -247,11 +290,15 @@ class TapConv(Part):
 
 @dataclass(frozen=True)
 class TokenShift(Part):
-    """Mix every token with the one before it, a share per channel: to = x_t + mu (x_{t-1} - x_t).
+    """Mix every token with the one before it, in a learned proportion per channel: to = x_t + mu (x_{t-1} - x_t).
 
     Args:
-        to:   what is written; several names have a mu each.
-        init: first values of mu, one expression a name (see `Learned`), or one for all.
+        source: the tensor read.
+        to: what is written; several names have a mu each.
+        init: first values of mu, one expression per name (see `Learned`), or one for all.
+
+    >>> recur.blocks.TokenShift("x", "k v").formula()
+    'k = x_t + mu (x_{t-1} - x_t), v = x_t + mu (x_{t-1} - x_t)'
     """
 
     source: str
@@ -294,12 +341,16 @@ class Norm(Part):
 
     Args:
         source: the tensor; the result goes to `to`, or takes its place.
-        kind:   "rms", "layer", "l2", "unit" or "smooth_unit".
-        over:   the trailing axes normalised together, such as "V" for each head alone; all of them when omitted.
-        eps:    a number, or the name of a tensor [B T H] that holds one value a head.
+        kind: "rms", "layer", "l2", "unit" or "smooth_unit".
+        over: the trailing axes normalised together, such as "V" for each head alone; all of them when omitted.
+        eps: a number, or the name of a tensor [B T H] that holds one value per head.
         affine: "full" (a weight, and a bias if kind is "layer"), "weight", or "none".
-        groups: how many equal stretches of these entries are normalised, each by itself.
-        first:  first value of the weight, an expression over axes, `layer` and `depth`.
+        groups: how many equal groups of these entries are normalised, each by itself.
+        first: first value of the weight, an expression over axes, `layer` and `depth`.
+        to: where the result goes.
+
+    >>> recur.blocks.Norm("y", kind="layer", over="V", affine="none").formula()
+    'y <- layer norm(y) over V, eps 1e-05'
     """
 
     source: str
@@ -366,7 +417,16 @@ class Norm(Part):
 
 @dataclass(frozen=True)
 class Act(Part):
-    """A pointwise function of some tensors: Act("q k", "silu")."""
+    """A pointwise function of some tensors: Act("q k", "silu").
+
+    Args:
+        names: the tensors, "q k".
+        fn: name of the function: "silu", "gelu", "sigmoid", "tanh", "relu", "1+elu" and others of
+            `recur.primitives.gates`.
+
+    >>> recur.blocks.Act("q k", "silu").formula()
+    'q <- silu(q), k <- silu(k)'
+    """
 
     names: str
     fn: str = "silu"
@@ -386,7 +446,15 @@ class Act(Part):
 
 @dataclass(frozen=True)
 class Scale(Part):
-    """Multiply a tensor by a number, given as an expression over axes: Scale("k", "1/sqrt(K)")."""
+    """Multiply a tensor by a number, given as an expression over axes: Scale("k", "1/sqrt(K)").
+
+    Args:
+        source: the tensor.
+        by: the number, as an expression over axes.
+
+    >>> recur.blocks.Scale("k", "1/sqrt(K)").formula()
+    'k <- k * 1/sqrt(K)'
+    """
 
     source: str
     by: str
@@ -406,7 +474,16 @@ class Scale(Part):
 
 @dataclass(frozen=True)
 class Weigh(Part):
-    """Multiply a tensor by another one of its first axes: Weigh("u", by="delta", to="v"), u [H P], delta [H]."""
+    """Multiply a tensor by another one of its first axes: Weigh("u", by="delta", to="v"), u [H P], delta [H].
+
+    Args:
+        source: the tensor.
+        by: the other one, whose axes are the first ones of it.
+        to: where the result goes; in place when omitted.
+
+    >>> recur.blocks.Weigh("u", by="delta", to="v").formula()
+    'v = delta u'
+    """
 
     source: str
     by: str
@@ -425,7 +502,15 @@ class Weigh(Part):
 
 @dataclass(frozen=True)
 class ScaleGrad(Part):
-    """The same value with a fraction of its gradient."""
+    """The same value with a fraction of its gradient.
+
+    Args:
+        source: the tensor.
+        fraction: of its gradient that passes.
+
+    >>> recur.blocks.ScaleGrad("c", 0.9).formula()
+    'gradient of c times 0.9'
+    """
 
     source: str
     fraction: float
@@ -446,9 +531,17 @@ class ScaleGrad(Part):
 
 @dataclass(frozen=True)
 class Skip(Part):
-    """Pass a tensor around the scan, a learned share per channel: y <- y + D * u.  D starts as N(mean, std^2).
+    """Add a tensor to the result of the scan, weighted per channel: y <- y + D * u.  D starts as N(mean, std^2).
 
-    over: the axes of D, such as "H" for one per head; all those of u when omitted.
+    Args:
+        source: u, what goes around the scan.
+        out: y, what it is added to.
+        mean: of the first values of D.
+        std: of the first values of D.
+        over: the axes of D, such as "H" for one per head; all those of u when omitted.
+
+    >>> recur.blocks.Skip("u").formula()
+    'y <- y + D * u'
     """
 
     source: str
@@ -494,7 +587,15 @@ class Skip(Part):
 
 @dataclass(frozen=True)
 class Dropout(Part):
-    """Zero entries with probability p while training."""
+    """Zero entries with probability p while training.
+
+    Args:
+        source: the tensor.
+        p: the probability.
+
+    >>> recur.blocks.Dropout("y", 0.1).formula()
+    'y <- dropout(y, 0.1)'
+    """
 
     source: str
     p: float
@@ -512,7 +613,15 @@ class Dropout(Part):
 
 @dataclass(frozen=True)
 class Sum(Part):
-    """Add tensors of equal axes: Sum("f b", out="y")."""
+    """Add tensors of equal axes: Sum("f b", out="y").
+
+    Args:
+        names: the tensors, "f b".
+        out: tensor written.
+
+    >>> recur.blocks.Sum("f b").formula()
+    'y = f + b'
+    """
 
     names: str
     out: str = "y"
@@ -529,7 +638,16 @@ class Sum(Part):
 
 @dataclass(frozen=True)
 class Reshape(Part):
-    """The same channels under other axes, as many: Reshape("y", "D") puts heads side by side."""
+    """The same channels under other axes, as many: Reshape("y", "D") puts heads side by side.
+
+    Args:
+        source: the tensor.
+        axes: the new axes.
+        to: where the result goes; in place when omitted.
+
+    >>> recur.blocks.Reshape("y", "D").formula()
+    'y = y as [D]'
+    """
 
     source: str
     axes: str
@@ -554,7 +672,15 @@ class Reshape(Part):
 
 @dataclass(frozen=True)
 class Unbind(Part):
-    """Take a tensor apart along the axis that has one entry a name: Unbind("qkv", "q k v"), qkv [H 3 K], q [H K]."""
+    """Take a tensor apart along the axis that has one entry per name: Unbind("qkv", "q k v"), qkv [H 3 K], q [H K].
+
+    Args:
+        source: the tensor.
+        names: what is written, one name per entry of that axis.
+
+    >>> recur.blocks.Unbind("qkv", "q k v").formula()
+    'q, k, v = qkv'
+    """
 
     source: str
     names: str
@@ -579,7 +705,19 @@ class Unbind(Part):
 
 @dataclass(frozen=True)
 class Map(Part):
-    """Any function of tensors of the flow, token by token: Map(fn, reads="q k", out="s", axes="H"); not for JSON."""
+    """Any function of tensors of the flow, token by token: Map(fn, reads="q k", out="s", axes="H"); not for JSON.
+
+    Args:
+        fn: the function, of tensors [B T ...].
+        reads: names of its arguments, in order.
+        out: tensor written.
+        axes: of what it writes.
+
+    >>> from recur.blocks import Map
+    >>> square = recur.Mixer(recur.Recipe(Map(torch.square, reads="x", out="y", axes="D")), dim=1)
+    >>> square(torch.full((1, 1, 1), 3.0)).y.item()
+    9.0
+    """
 
     fn: Callable[..., Tensor]
     reads: str
@@ -600,7 +738,15 @@ class Map(Part):
 
 @dataclass(frozen=True)
 class Reverse(Around):
-    """Run parts from the last token to the first: the anti-causal half of a bidirectional recipe."""
+    """Run parts from the last token to the first: the anti-causal half of a bidirectional recipe.
+
+    Args:
+        parts: what is run.
+
+    >>> from recur.blocks import Decay, GatedScan, Project, Reverse
+    >>> recur.Recipe(Project("x", u="D", z="D"), Decay("z"), Reverse((GatedScan("u"),))).causal
+    False
+    """
 
     parts: tuple[Part, ...] = ()
 
@@ -625,6 +771,16 @@ class Along(Around):
 
     The tokens are the cells of the grid that the call names, grid=(rows, columns), row by row. Axis 0 runs down the
     columns, axis 1 along the rows. Inside, "x" is the tensor `reads`. States are [B lines ...]. Grids cannot be packed.
+
+    Args:
+        axis: of the grid: 0 down the columns, 1 along the rows.
+        parts: what is run.
+        reads: the tensor that the parts see as "x".
+
+    >>> from recur.blocks import Along, Reshape
+    >>> layer = recur.Mixer(recur.Recipe(Along(1, (Reshape("x", "D", to="y"),))), dim=8)
+    >>> layer(torch.randn(1, 6, 8), grid=(2, 3)).y.shape  # 2 rows of 3 cells
+    torch.Size([1, 6, 8])
     """
 
     axis: int
@@ -670,29 +826,74 @@ class Along(Around):
 
 
 def one_way(scan: Any, back: Any = None) -> tuple[Part, ...]:
-    """Left to right."""
+    """Left to right.
+
+    Args:
+        scan: the scan, a part.
+        back: not used: there is one direction.
+
+    >>> from recur.blocks import OuterScan, one_way
+    >>> [type(part).__name__ for part in one_way(OuterScan())]
+    ['OuterScan']
+    """
     return (scan,)
 
 
 def both_ways(scan: Any, back: Any = None) -> tuple[Part, ...]:
-    """Left to right and right to left, added: each token counts itself twice."""
+    """Left to right and right to left, added: each token counts itself twice.
+
+    Args:
+        scan: the scan, a part.
+        back: the scan of the other direction, where it has weights or names of its own; `scan` when omitted.
+
+    >>> from recur.blocks import OuterScan, both_ways
+    >>> [type(part).__name__ for part in both_ways(OuterScan())]
+    ['OuterScan', 'Reverse', 'Sum']
+    """
     return (*_there_and_back(scan, back, "ahead", "behind"), Sum("ahead behind", out=scan.out))
 
 
 def in_grid(scan: Any, back: Any = None) -> tuple[Part, ...]:
-    """Down, up, right and left in a grid, added."""
+    """Down, up, right and left in a grid, added.
+
+    Args:
+        scan: the scan, a part.
+        back: the scan of the other direction, where it has weights or names of its own; `scan` when omitted.
+
+    >>> from recur.blocks import OuterScan, in_grid
+    >>> [type(part).__name__ for part in in_grid(OuterScan())]
+    ['Along', 'Along', 'Sum']
+    """
     down, across = _there_and_back(scan, back, "down", "up"), _there_and_back(scan, back, "right", "left")
     return Along(0, down), Along(1, across), Sum("down up right left", out=scan.out)
 
 
 def down_and_right(scan: Any, back: Any = None) -> tuple[Part, ...]:
-    """Down and right in a grid, added: a cell sees what is straight above it and what is left of it."""
+    """Down and right in a grid, added: a cell sees what is straight above it and what is left of it.
+
+    Args:
+        scan: the scan, a part.
+        back: the scan of the other direction, where it has weights or names of its own; `scan` when omitted.
+
+    >>> from recur.blocks import OuterScan, down_and_right
+    >>> [type(part).__name__ for part in down_and_right(OuterScan())]
+    ['Along', 'Along', 'Sum']
+    """
     down, right = (dataclasses.replace(scan, out=name) for name in ("down", "right"))
     return Along(0, (down,)), Along(1, (right,)), Sum("down right", out=scan.out)
 
 
 def in_series(recipe: Recipe) -> Recipe:
-    """The recipe along the columns of a grid and then, with the same weights, along the rows of what that gave."""
+    """The recipe along the columns of a grid and then, with the same weights, along the rows of what that gave.
+
+    Args:
+        recipe: of one direction of a grid, such as `hgrn2(scan=both_ways)`.
+
+    >>> from recur.blocks import both_ways, in_series
+    >>> layer = recur.Mixer(in_series(recur.presets.hgrn2(heads=2, scan=both_ways)), dim=8)
+    >>> layer(torch.randn(1, 6, 8), grid=(2, 3)).y.shape
+    torch.Size([1, 6, 8])
+    """
     shared = tuple(part for part in recipe.parts if part.scope == "model")
     body = tuple(part for part in recipe.parts if part.scope == "layer")
     lines = Along(0, body, name="body"), Along(1, body, reads="y", name="body")

@@ -31,6 +31,16 @@ class DenseFusion(Part):
     """Fuse a tensor with that of the `layers` layers below: k <- rms(k + act(gate) * sum past k); any tensor [B T *].
 
     The unfused tensor is handed down. The first layer has no past and leaves its tensor as it is, norm included.
+
+    Args:
+        source: the tensor [*].
+        gate: a tensor of the same axes.
+        layers: how many layers below.
+        act: activation of the gate.
+        eps: of the norm.
+
+    >>> recur.blocks.DenseFusion("k", gate="g", layers=2).formula()
+    'k <- rms(k + silu(g) * sum_{i<=2} k of layer l-i)'
     """
 
     source: str
@@ -102,7 +112,15 @@ class DenseRead(_OfStates):
     y = S_t^T q + act(gate) * sum_{i <= layers} (S_t of layer l-i)^T q: fused states that are read and not carried on. A
     shallower state is never stored but scanned again, one scan a layer, from what that layer has written.
 
-    Args: scan: an OuterScan, DeltaScan, OnlineScan or SelectiveScan; gate: of the axes of y.
+    Args:
+        scan: an OuterScan, DeltaScan, OnlineScan or SelectiveScan.
+        gate: a tensor of the axes of y.
+        layers: how many layers below.
+        act: activation of the gate.
+
+    >>> from recur.blocks import SelectiveScan, DenseRead
+    >>> DenseRead(SelectiveScan("u"), gate="z").formula().rpartition(" C, ")[2]
+    'y <- y + silu(z) * sum_{i<=2} (the same of the states of layer l-i)'
     """
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
@@ -142,7 +160,15 @@ class DenseCarry(_OfStates):
     F_t = exp(delta A) * S_{t-1} + (delta u) B, S_t = F_t + act(gate) * sum_{i <= layers} (F_t of layer l-i), y = S_t C.
     What is handed down is F, before fusion. All states are in memory, [B T E N].
 
-    Args: scan: a SelectiveScan; gate: [E].
+    Args:
+        scan: a SelectiveScan.
+        gate: a tensor [E].
+        layers: how many layers below.
+        act: activation of the gate.
+
+    >>> from recur.blocks import SelectiveScan, DenseCarry
+    >>> DenseCarry(SelectiveScan("u"), gate="z").formula().rpartition(" C, ")[2]
+    'with S_t = F_t + silu(z) * sum_{i<=2} (F_t of layer l-i) and F_t the S_t without it'
     """
 
     def __post_init__(self) -> None:

@@ -28,8 +28,21 @@ from recur.weights import Embedding, Init, Linear, Param, bias_init, call, decla
 class Block(nn.Module):
     """A residual layer: x + mixer(norm(x)), then x + ffn(norm(x)) if there is a feed-forward.
 
-    order "pre" normalises what each branch reads; "post" normalises each sum instead: norm(x + mixer(x)).
-    dropout: of mixer and feed-forward; drop "branch" zeroes what they add, "sum" the stream after it was added.
+    Args:
+        recipe: the mixer.
+        dim: D.
+        ffn: the feed-forward, or none.
+        order: "pre" normalises what each branch reads; "post" normalises each sum instead: norm(x + mixer(x)).
+        norm: the norm, or none.
+        dropout: of mixer and feed-forward.
+        drop: "branch" zeroes what they add, "sum" the residual stream after it was added.
+        depth: layers of the model.
+        layer: which of them it is, from 0.
+        shared: weights that all layers share, as in `Mixer`.
+
+    >>> layer = recur.blocks.Block(recur.presets.gla(heads=2), dim=32)
+    >>> layer(torch.randn(1, 5, 32))[0].shape
+    torch.Size([1, 5, 32])
     """
 
     def __init__(
@@ -176,7 +189,7 @@ class LanguageModel(nn.Module):
         norm:       "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by themselves.
         final_norm: the norm before the head; by default `norm` for "pre" and none for "post".
         tie:        whether the head is the embedding.
-        outputs:    number of logits, where a head of its own has others than one a token.
+        outputs:    number of logits, where a head of its own has another number than one per token.
         positions:  None, "sinusoidal", or the number of learned positions.
         dropout:    of the embedding and of every branch, or three numbers: of the embedding, mixers, feed-forwards.
         drop:       "branch", or "sum" to zero the stream after every branch was added to it.
@@ -188,6 +201,11 @@ class LanguageModel(nn.Module):
         head_init:  law of a head of its own (recur.weights.matrix_init).
         head_bias:  whether it has a bias.
         frozen:     embedding and head are loaded and stay as they are.
+
+    >>> model = recur.LanguageModel("longhorn", vocab_size=256, dim=32, depth=2, ffn="swiglu")
+    >>> ids = torch.zeros(1, 5, dtype=torch.long)
+    >>> model(ids).shape, model.generate(ids, max_new_tokens=3, seed=0).shape
+    (torch.Size([1, 5, 256]), torch.Size([1, 8]))
     """
 
     def __init__(
@@ -479,17 +497,19 @@ class LanguageModel(nn.Module):
         one's own that asks whether it is in training mode wants model.eval() first.
 
         Args:
-            ids:            [B T] prompts, right-padded (with anything) if `lengths` [B] gives their own lengths.
+            ids: [B T] prompts, right-padded (with anything) if `lengths` gives their own lengths.
             max_new_tokens: how many tokens to add.
-            temperature:    0 takes the likeliest token.
-            top_k, top_p, min_p: keep the k likeliest tokens, the fewest with probability p together, those with at
-                            least min_p of the likeliest; applied in this order, after the temperature.
-            eos:            a row that has produced this token repeats it.
-            window:         forget what lies more than so many tokens back: the last `window` are read anew each time.
-            seed:           row i draws from its own sequence (seed, i), so a batch equals its rows; None takes a seed
-                            from torch's own generator, which torch.manual_seed sets.
-            stop:           strings; a row ends with the token that completes one of them in what it has generated.
-            decode:         from a list of ids to a string, as a tokenizer has it; needed for `stop`.
+            temperature: 0 takes the likeliest token.
+            top_k: keep the k likeliest tokens.
+            top_p: keep the fewest tokens with probability p together, after top_k.
+            min_p: keep tokens with at least min_p times the probability of the likeliest, after top_p.
+            eos: a row that has produced this token repeats it.
+            seed: row i draws from its own sequence (seed, i), so a batch equals its rows; None takes a seed from
+                torch's own generator, which torch.manual_seed sets.
+            lengths: [B] tokens of each prompt; all of them when omitted.
+            window: forget what lies more than so many tokens back: the last `window` are read anew each time.
+            stop: strings; a row ends with the token that completes one of them in what it has generated.
+            decode: from a list of ids to a string, as a tokenizer has it; needed for `stop`.
 
         Returns: [B T + max_new_tokens], each row its prompt, its new tokens, then (for shorter prompts) `eos` or 0.
         """

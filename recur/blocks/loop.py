@@ -31,14 +31,19 @@ class Loop(Around):
 
     Args:
         parts: the body; it writes `feed` and may read `last`.
-        feed:  the tensor handed on.
-        axes:  its axes, such as "H K".
-        last:  the name under which the body reads it; zeros before the first token.
+        feed: the tensor handed on.
+        axes: its axes, such as "H K".
+        last: the name under which the body reads it; zeros before the first token.
 
     Every form is this loop, so T tokens cost T steps. In a compiled or exported graph it is one node for all lengths,
     with first derivatives, whose backward runs the tokens again. It is unrolled into the graph, which then fits one
     length, for form="recurrent", and where a node cannot hold the body: one with a Dropout, a Map, a part of one's own,
     a cache that grows, or a hook.
+
+    >>> from recur.blocks import Loop, Project
+    >>> body = Project("x last", h="D"), Project("h", y="D")
+    >>> recur.Mixer(recur.Recipe(Loop(body, feed="h", axes="D")), dim=4)(torch.randn(1, 3, 4)).y.shape
+    torch.Size([1, 3, 4])
     """
 
     parts: tuple[Part, ...]

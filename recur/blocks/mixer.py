@@ -18,7 +18,16 @@ from recur.weights import declared
 
 
 class MixerOut(NamedTuple):
-    """What a layer returns: `y` [B T D] and the `state` to go on from."""
+    """What a layer returns: `y` [B T D] and the `state` to go on from.
+
+    >>> y, state = recur.Mixer("min_gru", dim=8)(torch.randn(1, 3, 8))
+    >>> y.shape
+    torch.Size([1, 3, 8])
+
+    Attributes:
+        y: [B T D].
+        state: a nested dict of tensors [B ...].
+    """
 
     y: Tensor
     state: State
@@ -48,6 +57,13 @@ class Mixer(nn.Module):
     mixer(x[:, :5]) followed by mixer(x[:, 5:], state) equals mixer(x). With cu_seqlens [n+1], B is 1 and the row holds
     n documents, each with its own state. Further inputs the recipe names are given by keyword, [B T ...] or [B 1 ...].
     A state may have been made in another precision; one that does not fit is refused by the name of its entry.
+
+    >>> layer, x = recur.Mixer("hgrn2:heads=2", dim=32), torch.randn(1, 10, 32)
+    >>> whole, _ = layer(x)
+    >>> first, state = layer(x[:, :4])
+    >>> rest, state = layer(x[:, 4:], state)
+    >>> torch.allclose(whole, torch.cat([first, rest], 1), atol=1e-5)
+    True
     """
 
     def __init__(

@@ -62,7 +62,14 @@ def _complex(memory: Tensor) -> Tensor:
 class GatedScan(Part):
     """h_t = a_t * h_{t-1} + u_t, each channel by itself; y = h.
 
-    Args: source: u [*]; decay: [*]; rotates: whether u or the decay is complex, which makes y and the state complex.
+    Args:
+        source: u [*].
+        decay: the log decay [*].
+        rotates: whether u or the decay is complex, which makes y and the state complex.
+        out: y, every h_t.
+
+    >>> recur.blocks.GatedScan("u").formula()
+    'h_t = exp(log_a) * h_{t-1} + u, y = h_t'
     """
 
     source: str
@@ -105,16 +112,21 @@ class StateScan(Part):
 
 @dataclass(frozen=True)
 class OuterScan(StateScan):
-    """Write key times value, read with the query: S_t = A_t S_{t-1} + k v^T, y = scale S^T q.
+    """Write the product of key and value, read with the query: S_t = A_t S_{t-1} + k v^T, y = scale S^T q.
 
     Args:
-        q, v:   [G K] (G divides H) and [H V]; q [R G K] reads R times, y [R H V].
-        k:      [G K]; None ties it to a real key-wise decay, k = 1 - a. k [M G K] and v [M H V] write M times a token,
-                one after another, after the decay and before the read.
-        decay:  [H] or [H K], real or complex; None keeps everything.
-        scale:  a number, or an expression over axes such as "1/sqrt(K)".
+        q: queries [G K], G divides H; [R G K] reads R times per token, and y is [R H V].
+        k: keys [G K]; None ties them to a real key-wise decay, k = 1 - a. [M G K], with v [M H V], writes M times per
+            token, one after another, after the decay and before the read.
+        v: values [H V].
+        decay: log decay [H] or [H K], real or complex; None keeps everything.
+        scale: a number, or an expression over axes such as "1/sqrt(K)".
         rotates: whether the decay is complex, which makes the state complex.
-        bonus:  [H] or [H K], constant in time: read before the write, the current token weighed by it.
+        bonus: [H] or [H K], constant in time: read before the write, the current token weighted by it.
+        out: y [H V].
+
+    >>> recur.blocks.OuterScan(decay=None, scale="1/sqrt(K)").formula()
+    'S_t = S_{t-1} + k v^T, y = 1/sqrt(K) S_t^T q'
     """
 
     q: str = "q"
@@ -175,7 +187,21 @@ class OuterScan(StateScan):
 class DeltaScan(OuterScan):
     """Write the error instead of the value: S_t = A S_{t-1} + k u^T, u = beta (v - (A S_{t-1})^T k); beta [H].
 
-    With several writes a token (see `OuterScan`), beta [M H], each corrects what those before it left.
+    With several writes per token (see `OuterScan`), beta [M H], each corrects what those before it left.
+
+    Args:
+        q: queries [G K]; G divides H.
+        k: keys [G K]; None ties them to a real key-wise decay, k = 1 - a.
+        v: values [H V].
+        decay: log decay [H] or [H K], real or complex; None keeps everything.
+        scale: a number, or an expression over axes such as "1/sqrt(K)".
+        rotates: whether the decay is complex, which makes the state complex.
+        bonus: None: the delta rule reads after the write.
+        out: y [H V].
+        beta: write strength [H] or [M H].
+
+    >>> recur.blocks.DeltaScan().formula()
+    'S = exp(log_a) S_{t-1}, S_t = S + beta k (v - S^T k)^T, y = S_t^T q'
     """
 
     beta: str = "beta"
@@ -251,6 +277,17 @@ class OnlineScan(StateScan):
     diagonal:  S_t = (1 - eps k^2) * S_{t-1} + (eps u) k      (the architecture)
     exact:     S_t = (I - eps k k^T) S_{t-1} + (eps u) k      (each channel its own eps)
     y = S_t q.  u, rate [E]; k, q [N].
+
+    Args:
+        source: u [E].
+        rate: logits [E] of the rate.
+        k: keys [N].
+        q: queries [N].
+        diagonal: the architecture, which keeps the diagonal of k k^T; False is the exact answer.
+        out: y [E].
+
+    >>> recur.blocks.OnlineScan("u", diagonal=False).formula()
+    'r = sigmoid(rate + b), eps = r / (1 + r |k|^2), S_t = (1 - eps k k^T) S_{t-1} + (eps u) k, y = S_t q'
     """
 
     source: str
@@ -292,6 +329,16 @@ class SelectiveScan(StateScan):
     """Mamba's selective state space: delta = softplus(dt + b), S_t = exp(delta A) * S_{t-1} + (delta u) B, y = S_t C.
 
     u, dt [E]; B, C [N]; owns A = -exp(A_log) [E N] and the bias b, whose first values spread delta over 0.001 to 0.1.
+
+    Args:
+        source: u [E].
+        dt: logits [E] of the step size.
+        B: weights of writing [N].
+        C: weights of reading [N].
+        out: y [E].
+
+    >>> recur.blocks.SelectiveScan("u").formula()
+    'delta = softplus(dt + b), S_t = exp(-delta exp(A_log)) * S_{t-1} + (delta u) B, y = S_t C'
     """
 
     source: str
@@ -364,7 +411,14 @@ class FixedScan(_PolesScan):
 
     z = -exp(rho) + i omega, S_t = e^z S_{t-1} + u, y = Re sum_n C_n (e^z - 1)/z S_n;  omega = exp(eta) or eta.
 
-    Args: source: u [V]; N: axis of the poles; frequency: "exp" or "linear".
+    Args:
+        source: u [V].
+        N: the axis of the poles.
+        frequency: "exp", omega = exp(eta), or "linear", omega = eta.
+        out: y [V].
+
+    >>> recur.blocks.FixedScan("u").formula()
+    'z = -exp(rho) + i exp(eta), S_t = e^z S_{t-1} + u, y = Re sum_n C (e^z - 1)/z S_t'
     """
 
     frequency: str = "exp"
@@ -400,7 +454,13 @@ class PoleScan(_PolesScan):
     z = dt (-exp(r) + i w), S_t = e^z S_{t-1} + u, y = Re sum_n 2 C_n dt (e^z - 1)/z S_n.   First r = log 1/2, w = pi n,
     log dt uniform over 0.001 to 0.1, C = N(0, 1) + i N(0, 1).
 
-    Args: source: u [V]; N: axis of the poles, one of each conjugate pair.
+    Args:
+        source: u [V].
+        N: the axis of the poles, one of each conjugate pair.
+        out: y [V].
+
+    >>> recur.blocks.PoleScan("u").formula()
+    'z = dt (-exp(r) + i w), S_t = e^z S_{t-1} + u, y = Re sum_n 2 C dt (e^z - 1)/z S_t'
     """
 
     out: str = "y"

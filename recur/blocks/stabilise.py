@@ -20,7 +20,14 @@ class Stabilise(Part):
 
     log_a <- log_a + m_{t-1} - m_t, k <- exp(i - m_t) k, floor = exp(-m_t): what 1 has become.
 
-    Args: decay: log_a [H]; write: i [H], the log of the input gate; key: k [H K]; floor: for Normalise.
+    Args:
+        decay: log_a [H].
+        write: i [H], the log of the input gate.
+        key: k [H K].
+        floor: where exp(-m) goes, for Normalise.
+
+    >>> recur.blocks.Stabilise().formula()
+    'm_t = max(log_a + m_{t-1}, i), log_a <- log_a + m_{t-1} - m_t, k <- exp(i - m_t) k, floor = exp(-m_t)'
     """
 
     decay: str = "log_a"
@@ -54,7 +61,14 @@ class Stabilise(Part):
 
 @dataclass(frozen=True)
 class Count(Part):
-    """A 1 at the end of every value, so that a scan also sums up its keys: v [H V] -> [H V+1]."""
+    """A 1 at the end of every value, so that a scan also sums up its keys: v [H V] -> [H V+1].
+
+    Args:
+        source: the values.
+
+    >>> recur.blocks.Count("v").formula()
+    'v <- [v, 1]'
+    """
 
     source: str = "v"
 
@@ -73,7 +87,12 @@ class Count(Part):
 class Normalise(Part):
     """Divide what a scan has read by what it has counted: y [H V+1] -> y_{1..V} / max(|y_{V+1}|, floor) [H V].
 
-    floor: a number, or the name of a tensor [H].
+    Args:
+        floor: a number, or the name of a tensor [H].
+        source: y, what the scan has read.
+
+    >>> recur.blocks.Normalise("floor").formula()
+    'y <- y_{1..V} / max(|y_{V+1}|, floor)'
     """
 
     floor: float | str = 1e-6

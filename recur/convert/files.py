@@ -43,6 +43,12 @@ def read_checkpoint(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]
 
     Raises: CheckpointError for anything else; for a file that holds no state_dict, or several; for an index that names
         files elsewhere; and naming all shards that are missing, and all keys of the index that no shard has.
+
+    >>> from pathlib import Path
+    >>> place = Path("doctest.safetensors")
+    >>> recur.convert.write_checkpoint(place, {"weight": torch.ones(2)}, {"format": "pt"})
+    >>> recur.convert.read_checkpoint(place)
+    ({'weight': tensor([1., 1.])}, {'format': 'pt'})
     """
     path = Path(path)
     if path.is_dir():
@@ -145,7 +151,18 @@ def write_checkpoint(
 ) -> None:
     """Write a .safetensors, .pt, .pth or .bin file under another name and rename it: whole, or not there.
 
+    Args:
+        path: of the file; its ending is the format.
+        tensors: name -> tensor.
+        metadata: name -> text, for .safetensors.
+
     Raises: CheckpointError for another ending.
+
+    >>> from pathlib import Path
+    >>> place = Path("doctest.safetensors")
+    >>> recur.convert.write_checkpoint(place, {"weight": torch.ones(2)})
+    >>> list(recur.convert.read_checkpoint(place)[0])
+    ['weight']
     """
     path = Path(path)
     if path.suffix not in ENDINGS:
@@ -167,7 +184,19 @@ def save_module(path: Path | str, name: str, config: Mapping[str, Any], module: 
 
     What a configuration file holds besides is not written, nor are the names of wrappers.
 
+    Args:
+        path: of the file, which ends in .safetensors.
+        name: the official name.
+        config: the arguments of the original's constructor.
+        module: ours.
+
     Raises: CheckpointError unless the file ends in .safetensors.
+
+    >>> from pathlib import Path
+    >>> place = Path("doctest.safetensors")
+    >>> recur.convert.save_module(place, "mamba", {"d_model": 16}, recur.Mixer("mamba", dim=16))
+    >>> place.exists()
+    True
     """
     if Path(path).suffix != ".safetensors":
         raise CheckpointError(f"{path} must end in .safetensors to hold a module of recur")
@@ -176,7 +205,18 @@ def save_module(path: Path | str, name: str, config: Mapping[str, Any], module: 
 
 
 def load_module(path: Path | str) -> tuple[str, dict[str, Any], Any]:
-    """The official name, the config and the module in a file of `save_module`.   Raises: CheckpointError."""
+    """The official name, the config and the module in a file of `save_module`.   Raises: CheckpointError.
+
+    Args:
+        path: of the file.
+
+    >>> from pathlib import Path
+    >>> place = Path("doctest.safetensors")
+    >>> recur.convert.save_module(place, "mamba", {"d_model": 16}, recur.Mixer("mamba", dim=16))
+    >>> name, config, layer = recur.convert.load_module(place)
+    >>> name, config, type(layer).__name__
+    ('mamba', {'d_model': 16}, 'Mixer')
+    """
     tensors, metadata = read_checkpoint(path)
     if MARK not in metadata:
         raise CheckpointError(f"{path} is no module of recur; say what it is with --from")

@@ -18,15 +18,26 @@ WRAPPED = ("state_dict", "model_state_dict", "model", "module")  # where trainin
 
 
 def names() -> list[str]:
-    """Every official module that can be read."""
+    """Every official module that can be read.
+
+    >>> "mamba_lm" in recur.convert.names()
+    True
+    """
     return sorted(OFFICIAL)
 
 
 def build(name: str, config: Mapping[str, Any]) -> Any:
     """Our module for the arguments of the original's constructor, with its first values.
 
+    Args:
+        name: one of `names()`.
+        config: the arguments of the original's constructor.
+
     Warns: UserWarning, one, that names all entries of a configuration file which the original ignores.
     Raises: ValueError for an unknown name or argument, NotImplementedError for options not there yet.
+
+    >>> type(recur.convert.build("longhorn", {"d_model": 16})).__name__
+    'Mixer'
     """
     return _official(name).make(name, config)
 
@@ -52,6 +63,11 @@ def from_official(name: str, state_dict: Mapping[str, Tensor], config: Mapping[s
     Raises: ValueError for an unknown name or argument; for no state_dict or several; for two keys that are one without
         their wrappers; or listing all keys that are missing, unexpected, misshapen, or differ from what they are tied
         to, before anything is loaded. NotImplementedError for options not there yet.
+
+    >>> official = recur.convert.to_official("longhorn", recur.Mixer("longhorn", dim=16))
+    >>> layer = recur.convert.from_official("longhorn", official, {"d_model": 16})
+    >>> layer(torch.randn(1, 3, 16)).y.shape
+    torch.Size([1, 3, 16])
     """
     official, state_dict = _official(name), state_dict_in("from_official: state_dict", state_dict)
     plain = official.strip(state_dict)
@@ -103,7 +119,14 @@ def _state_dicts(held: Mapping[Any, Any], outer: str = "") -> Iterator[tuple[str
 def to_official(name: str, module: nn.Module) -> dict[str, Tensor]:
     """The state_dict of the official module, copied, with every tied alias, without buffers that the original computes.
 
+    Args:
+        name: one of `names()`.
+        module: ours, as `build` or `from_official` makes it.
+
     Raises: ValueError for an unknown name, or for a module with parameters that the official one has no place for.
+
+    >>> sorted(recur.convert.to_official("longhorn", recur.Mixer("longhorn", dim=16)))[:3]
+    ['D', 'conv1d.bias', 'conv1d.weight']
     """
     return {
         key: view.clone(memory_format=torch.contiguous_format) for key, view in _official(name).views(module).items()

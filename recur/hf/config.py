@@ -28,6 +28,10 @@ class RecurConfig(PretrainedConfig):
 
     Recipes with parts of one's own load once these are listed: RecurConfig.parts = (MyPart,).
     Raises: ValueError for a preset that is not there; RecipeError for a recipe that does not fit.
+
+    >>> from recur.hf import RecurConfig
+    >>> RecurConfig(recipe={"preset": "hgrn2", "heads": 4}, vocab_size=256, dim=64, depth=2).hidden_size
+    64
     """
 
     model_type = "recur"

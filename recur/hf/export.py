@@ -16,14 +16,31 @@ from recur.train.tokenize import Bytes, Characters
 def from_run(folder: Path | str) -> tuple[RecurForCausalLM, PreTrainedTokenizerBase]:
     """The model and the tokenizer of the newest checkpoint in a run folder; both have `save_pretrained`.
 
+    Args:
+        folder: of the run.
+
     Raises: InputError if there is no checkpoint, it is damaged, or its task has no text.
+
+    >>> from recur.hf import from_run
+    >>> from_run("no-run")
+    Traceback (most recent call last):
+    recur.reading.InputError: ...
     """
     model, tokenizer = load_model(Path(folder))
     return RecurForCausalLM.wrap(model), tokenizer_for(tokenizer)
 
 
 def tokenizer_for(tokenizer: Any) -> PreTrainedTokenizerBase:
-    """Ours for transformers, number by number. A token beyond the model's ends and pads, on the left; none reads it."""
+    """A run's tokenizer for transformers, with equal ids; a token beyond the model's ends and pads, on the left.
+
+    Args:
+        tokenizer: of a run: characters, bytes, or one from the hub.
+
+    >>> from recur.hf import tokenizer_for
+    >>> from recur.train.tokenize import Bytes
+    >>> tokenizer_for(Bytes())("hi").input_ids
+    [104, 105]
+    """
     if isinstance(tokenizer, Characters):
         made = Tokenizer(models.WordLevel({character: i for i, character in enumerate(tokenizer.vocabulary)}))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")

@@ -24,8 +24,17 @@ LAYERS = ("output_attentions", "output_hidden_states")  # results of every layer
 
 
 class StateCache:
-    """The state of every row after `length` columns of tokens and padding, as `generate` hands it around; the first
-    `earlier` of them are not among the ids that `generate` was given.
+    """The state of every row, which `generate` passes from one call to the next.
+
+    Args:
+        state: of the model.
+        length: columns of tokens and padding that every row has read.
+        earlier: how many of the first of them are not among the ids that `generate` was given.
+
+    >>> from recur.hf import StateCache
+    >>> model = recur.LanguageModel("min_gru", vocab_size=9, dim=4, depth=1)
+    >>> StateCache(model.init_state(2), length=3).get_seq_length()
+    3
     """
 
     is_compileable = False
@@ -81,6 +90,14 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
     """A LanguageModel for `transformers`: RecurForCausalLM(RecurConfig(recipe="hgrn2", dim=512, depth=12)).
 
     `model` is the LanguageModel itself. Raises: ValueError for a recipe that looks ahead.
+
+    Args:
+        config: what it is built from.
+
+    >>> from recur.hf import RecurConfig, RecurForCausalLM
+    >>> model = RecurForCausalLM(RecurConfig(recipe="min_gru", vocab_size=256, dim=16, depth=1))
+    >>> model(torch.zeros(1, 3, dtype=torch.long)).logits.shape
+    torch.Size([1, 3, 256])
     """
 
     config_class = RecurConfig
@@ -287,7 +304,15 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def projections(model: nn.Module) -> list[str]:
-    """The matrices of every Project by name, for LoRA: LoraConfig(target_parameters=projections(model))."""
+    """The matrices of every Project by name, for LoRA: LoraConfig(target_parameters=projections(model)).
+
+    Args:
+        model: a RecurForCausalLM or a LanguageModel.
+
+    >>> from recur.hf import projections
+    >>> projections(recur.Mixer("min_gru", dim=8))
+    ['parts.project.weight', 'parts.project_2.weight']
+    """
     return [
         f"{name}.{matrix}"
         for name, module in model.named_modules()

@@ -46,5 +46,9 @@ __all__ = ["names", *(preset.__name__ for preset in PRESETS)]
 
 
 def names() -> list[str]:
-    """The name of every preset."""
+    """The name of every preset.
+
+    >>> "hgrn2" in recur.presets.names()
+    True
+    """
     return [preset.__name__ for preset in PRESETS]

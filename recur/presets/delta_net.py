@@ -19,9 +19,15 @@ def smooth_unit(*names: str) -> tuple[Norm, ...]:
 def delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4, reach: tuple[Part, ...] = ()) -> Recipe:
     """S_t = S_{t-1} + k_t (beta_t (v_t - S_{t-1}^T k_t))^T, y_t = norm(S_t^T q_t) / sqrt(K); |q| = |k| = 1.
 
-    Args: heads: H, by default of 128 key channels, as published; conv: taps of the short convolution;
+    Args:
+        heads: H, by default of 128 key channels, as published.
+        conv: taps of the short convolution.
         reach: parts that change beta; REFLECTING takes it to (0, 2), so that eigenvalues reach -1 (arXiv:2411.12537).
+
     Source: Schlag et al. 2021, arXiv:2102.11174; Yang et al. 2024, arXiv:2406.06484.
+
+    >>> recur.Mixer(recur.presets.delta_net(heads=4), dim=64).init_state(batch=1)["parts"]["delta_scan"].shape
+    torch.Size([1, 4, 16, 16])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H V", beta="H"),
@@ -39,13 +45,19 @@ def delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4, reach: tuple
 
 
 def gated_delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4, reach: tuple[Part, ...] = ()) -> Recipe:
-    """S' = a_t S_{t-1}, S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T, y_t = norm(S_t^T q_t) * silu(g_t); a one a head.
+    """S' = a_t S_{t-1}, S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T, y_t = norm(S_t^T q_t) * silu(g_t); one a per head.
 
     log a = -exp(A) softplus(dt + b).
 
-    Args: heads: H, by default of 128 key and 256 value channels, recur's default; conv, reach: as
-        `delta_net`.
+    Args:
+        heads: H, by default of 128 key and 256 value channels, recur's default.
+        conv: taps of the short convolution.
+        reach: as in `delta_net`.
+
     Source: Yang et al. 2024, arXiv:2412.06464.
+
+    >>> recur.Mixer(recur.presets.gated_delta_net(heads=4), dim=64).init_state(batch=1)["parts"]["delta_scan"].shape
+    torch.Size([1, 4, 16, 32])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H V", beta="H", g="H V", dt="H"),
@@ -67,10 +79,17 @@ def gated_delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4, reach:
 def kda(*, heads: int | str = "max(4,D//128)", conv: int = 4, reach: tuple[Part, ...] = ()) -> Recipe:
     """S' = diag(a_t) S_{t-1}, S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T, y_t = norm(S_t^T q_t) * sigmoid(g_t).
 
-    log a = -exp(A) softplus(dt + b), one a key channel; dt and g through V channels.
+    log a = -exp(A) softplus(dt + b), one per key channel; dt and g through V channels.
 
-    Args: as `delta_net`.
+    Args:
+        heads: H, by default of 128 key channels.
+        conv: taps of the short convolution.
+        reach: as in `delta_net`.
+
     Source: Kimi Team 2025, arXiv:2510.26692.
+
+    >>> recur.Mixer(recur.presets.kda(heads=4), dim=64).init_state(batch=1)["parts"]["delta_scan"].shape
+    torch.Size([1, 4, 16, 16])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H V", beta="H", g=LowRank("H V", rank="V"), dt=LowRank("H K", rank="V")),

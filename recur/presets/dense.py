@@ -51,11 +51,18 @@ def dense_states(recipe: Recipe, *, layers: int = 2, carry: bool = False) -> Rec
 def dense_mamba(*, layers: int = 2, carry: bool = False, **options: Any) -> Recipe:
     """S_t = exp(delta_t A) * S_{t-1} + (delta_t u_t) B_t, y_t = (S_t + z_t * sum_i S_t of layer l-i) C_t + D u_t.
 
-    z = silu(W2 silu(W1 x)), one a channel. A reconstruction: the paper has no code of it, and its two figures differ in
-    whether the fused state is carried on to the next token.
+    z = silu(W2 silu(W1 x)), one per channel. A reconstruction: the paper has no code of it, and its two figures differ
+    in whether the fused state is carried on to the next token.
 
-    Args: layers: how many layers below; carry: whether fused states are carried on; options: those of `mamba`.
+    Args:
+        layers: how many layers below are read.
+        carry: whether fused states are carried on to the next token.
+        options: those of `mamba`.
+
     Source: after He et al. 2024, arXiv:2403.00818.
+
+    >>> recur.Mixer(recur.presets.dense_mamba(layers=2), dim=64).init_state(batch=1)["parts"]["dense_read"].shape
+    torch.Size([1, 128, 16])
     """
     recipe = dense_states(mamba(**options), layers=layers, carry=carry)
     return Recipe(*recipe.parts, axes=recipe.axes, source="after He et al. 2024, arXiv:2403.00818")

@@ -29,10 +29,17 @@ def dense_retnet(
 
     One block type, no feed-forward.
 
-    Args: heads: H, by default of 320 key and 1280 value channels from D = 2560 on, the published 1.3B model's; layers:
-        how many layers below are fused in; dropout: of the output; eps: of every norm inside;
+    Args:
+        heads: H, by default of 320 key and 1280 value channels from D = 2560 on, the published 1.3B model's.
+        layers: how many layers below are fused in.
+        dropout: of the output.
+        eps: of every norm inside.
         scale: (RetentionScale(),) as the released parallel form has it, see `retnet`.
+
     Source: He et al. 2024, arXiv:2403.00818.
+
+    >>> recur.Mixer(recur.presets.dense_retnet(heads=4), dim=64).init_state(batch=1)["parts"]["outer_scan"].shape
+    torch.Size([1, 4, 8, 32])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H V", g="H V", init="normal"),

@@ -21,11 +21,16 @@ def gated_linear_rnn(
     """h_t = a_t * h_{t-1} + sigmoid(i_t) * tanh(z_t), y_t = W (sigmoid(o_t) * tanh(h_t)).
 
     Args:
-        inner, width: of h and of y.
-        forget:       "tied", a = 1 - sigmoid(i), or "own", a = sigmoid(f).
-        input_act, hidden_act: of z and h.
+        inner: width of h.
+        width: of y.
+        forget: "tied", a = 1 - sigmoid(i), or "own", a = sigmoid(f).
+        input_act: of z.
+        hidden_act: of h.
 
     Source: the author's code after Katsch 2023, arXiv:2311.01927.
+
+    >>> recur.Mixer(recur.presets.gated_linear_rnn(), dim=64).init_state(batch=1)["parts"]["gated_scan"].shape
+    torch.Size([1, 128])
     """
     names, decay = pick("gated_linear_rnn", "forget", forget, FORGET)
     return Recipe(
@@ -47,8 +52,14 @@ def gated_linear_rnn(
 def gated_rnn(**options: int | str) -> Recipe:
     """gated_linear_rnn with h_{t-1} in every gate: [z i o]_t + W h_{t-1}, token by token; W starts at 0.
 
-    Args: options: those of gated_linear_rnn, whose function it is until W has learned something.
+    Args:
+        options: those of gated_linear_rnn, whose function it is until W has learned something.
+
     Source: the author's code after Katsch 2023, arXiv:2311.01927.
+
+    >>> y, _ = recur.Mixer(recur.presets.gated_rnn(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     linear = gated_linear_rnn(**options)  # type: ignore[arg-type]
     first, *unit, last = linear.parts

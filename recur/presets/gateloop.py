@@ -22,7 +22,7 @@ RELATIVE_LINEAR = OuterScan(scale="1/sqrt(K)", rotates=True)
 def gateloop(
     *, heads: int | str = "I", inner: int | str = "D", law: str = "polar", gate_gradient: float = 0.9
 ) -> Recipe:
-    """S_t = a_t S_{t-1} + k_t v_t^T with one complex gate a head, y_t = Re(S_t)^T q_t * silu(g_t).
+    """S_t = a_t S_{t-1} + k_t v_t^T with one complex gate per head, y_t = Re(S_t)^T q_t * silu(g_t).
 
     Args:
         heads:         H; "I", the default, gives every channel a head and a complex number of its own.
@@ -31,6 +31,9 @@ def gateloop(
         gate_gradient: fraction of the gradient that reaches the gate.
 
     Source: Katsch 2023, arXiv:2311.01927.
+
+    >>> recur.Mixer(recur.presets.gateloop(heads=4), dim=64).init_state(batch=1)["parts"]["outer_scan"].shape
+    torch.Size([1, 4, 16, 16])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H K"),
@@ -52,6 +55,9 @@ def simple_gateloop() -> Recipe:
     It normalises its own input, so a LanguageModel of it takes norm=None.
 
     Source: the simplified layer of the released PyTorch GateLoop, after Katsch 2023, arXiv:2311.01927.
+
+    >>> recur.Mixer(recur.presets.simple_gateloop(), dim=64).init_state(batch=1)["parts"]["gated_scan"].shape
+    torch.Size([1, 64])
     """
     return Recipe(
         Norm("x", kind="l2", eps=1e-12, to="n"),
@@ -79,12 +85,17 @@ def gateloop_attention(
     """y_t = sum_{s<=t} softmax_s(q_t . k_s / sqrt(K)) v_s * silu(g_t), the mixer that GateLoop is compared to.
 
     Args:
-        heads, width: H and K.
-        positions:    parts that put them into q and k: none, Rotary("q k"), or `relative()`.
-        read:         SOFTMAX, or LINEAR, the sum without softmax; after relative() positions as intended,
-                      GatedAttention() or RELATIVE_LINEAR.
+        heads: H.
+        width: K, channels of a head.
+        positions: parts that put them into q and k: none, Rotary("q k"), or `relative()`.
+        read: SOFTMAX, or LINEAR, the sum without softmax; after relative() positions as intended, GatedAttention() or
+            RELATIVE_LINEAR.
 
     Source: the comparison model of the released PyTorch GateLoop, after Katsch 2023, arXiv:2311.01927.
+
+    >>> y, _ = recur.Mixer(recur.presets.gateloop_attention(heads=4), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H K"),

@@ -9,8 +9,15 @@ def rg_lru(*, expand: float = 1, conv: int = 4, power: float = 8.0) -> Recipe:
 
     log a = -c softplus(L) sigmoid(r), L learned: a constant gate to a power in (0, c).
 
-    Args: expand: inner width over D; conv: taps of the short convolution; power: c.
+    Args:
+        expand: inner width over D.
+        conv: taps of the short convolution.
+        power: c.
+
     Source: De et al. 2024, arXiv:2402.19427.
+
+    >>> recur.Mixer(recur.presets.rg_lru(), dim=64).init_state(batch=1)["parts"]["gated_scan"].shape
+    torch.Size([1, 64])
     """
     return Recipe(
         Project("x", u="E", g="E", init="lecun"),

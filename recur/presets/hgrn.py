@@ -34,9 +34,19 @@ def hgrn(
 ) -> Recipe:
     """h_t = a_t * h_{t-1} + (1 - a_t) * silu(i_t), y_t = norm(h_t) * silu(g_t); a = b + (1 - b) sigmoid(z).
 
-    Args: expand: inner width over D; bias, init: of all projections; act: of the input; bounds: law of LowerBounds;
-        scan: which way it reads (one_way, both_ways, in_grid); leave: how y leaves, before the last projection.
+    Args:
+        expand: inner width over D.
+        bias: of all projections.
+        init: law of the first weights of all projections.
+        act: of the input.
+        bounds: law of LowerBounds.
+        scan: which way it reads: one_way, both_ways or in_grid of recur.blocks.
+        leave: how y leaves, before the last projection.
+
     Source: Qin et al. 2023, arXiv:2311.04823, without its angles.
+
+    >>> recur.Mixer(recur.presets.hgrn(), dim=64).init_state(batch=1)["parts"]["gated_scan"].shape
+    torch.Size([1, 64])
     """
     return Recipe(
         Project("x", i="E", g="E", z="E", bias=bias, init=init),
@@ -65,9 +75,20 @@ def hgrn_complex(
 ) -> Recipe:
     """h_t = a_t e^(i theta) * h_{t-1} + (1 - a_t) * c_t, y_t = norm([Re h_t, Im h_t]) * silu(g_t); theta [D] learned.
 
-    Args: rank: of the projections of both gates, full when omitted; phases: one theta for all scans, or a second for
-        the way back, ("turn", "turn_back"); the rest as in `hgrn`.
+    Args:
+        bias: of all projections.
+        init: law of the first weights of all projections.
+        rank: of the projections of both gates, full when omitted.
+        act: of the input.
+        bounds: law of LowerBounds.
+        phases: one theta for all scans, or a second for the way back, ("turn", "turn_back").
+        scan: which way it reads: one_way, both_ways or in_grid of recur.blocks.
+        leave: how y leaves, before the last projection.
+
     Source: Qin et al. 2023, arXiv:2311.04823.
+
+    >>> recur.Mixer(recur.presets.hgrn_complex(), dim=64).init_state(batch=1)["parts"]["gated_scan"].shape
+    torch.Size([1, 64])
     """
     gates = {"z": "D", "g": "2 D"}
     low = {name: LowRank(axes, rank=str(rank), bias=bias, init=init) for name, axes in gates.items()}

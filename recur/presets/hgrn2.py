@@ -24,11 +24,21 @@ def hgrn2(
 
     The forget gate is also the key, and the output gate is the query; each head keeps a square state, D / heads wide.
 
-    Args: heads: H, by default an expansion by 128 from D = 1024 on, as published; "D/e" for one by e;
-        bias, init: of all projections; value_act, read_act: activations of v and q; scale: of the read-out; bounds:
-        law of LowerBounds; scan: which way it reads (one_way, both_ways, in_grid; for series see
-        recur.blocks.in_series); norm: of all heads together, or none, ().
+    Args:
+        heads: H, by default an expansion by 128 from D = 1024 on, as published; "D/e" for an expansion by e.
+        bias: of all projections.
+        init: law of the first weights of all projections.
+        value_act: activation of v.
+        read_act: activation of q.
+        scale: of the read-out.
+        bounds: law of LowerBounds.
+        scan: which way it reads: one_way, both_ways or in_grid of recur.blocks; for series see recur.blocks.in_series.
+        norm: of all heads together, or none, ().
+
     Source: Qin et al. 2024, arXiv:2404.07904.
+
+    >>> recur.Mixer(recur.presets.hgrn2(heads=4), dim=64).init_state(batch=1)["parts"]["outer_scan"].shape
+    torch.Size([1, 4, 16, 16])
     """
     return Recipe(
         Project("x", v="H K", q="H K", z="H K", bias=bias, init=init),

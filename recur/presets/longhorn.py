@@ -19,10 +19,20 @@ def longhorn(
 
     r = sigmoid(rate). The diagonal of the closed-form answer to "store u under k without forgetting more than needed".
 
-    Args: state: N slots a channel; expand: inner width over D; conv: taps of the short convolution;
-        rank: of the rate's projection; diagonal: False for the whole answer, S_t = (I - eps_t k_t k_t^T) S_{t-1} + ...;
+    Args:
+        state: N, slots per channel.
+        expand: inner width over D.
+        conv: taps of the short convolution.
+        rank: of the rate's projection.
+        conv_bias: whether the short convolution has a bias.
+        bias: of all projections.
+        diagonal: False for the whole answer, S_t = (I - eps_t k_t k_t^T) S_{t-1} + ....
         norm: norms between read-out and gate, such as (Norm("y", eps=1e-6),).
+
     Source: Liu et al. 2024, arXiv:2407.14207.
+
+    >>> recur.Mixer(recur.presets.longhorn(), dim=64).init_state(batch=1)["parts"]["online_scan"].shape
+    torch.Size([1, 128, 16])
     """
     return Recipe(
         Project("x", u="E", z="E", bias=bias, init="linear_zero"),
@@ -49,8 +59,21 @@ def longhorn_bidirectional(
 ) -> Recipe:
     """y_t = norm(forward read-out) + norm(backward read-out): Longhorn read both ways with shared weights, two norms.
 
-    The short convolution stays causal. Args: as `longhorn`.
+    The short convolution stays causal.
+
+    Args:
+        state: N, slots per channel.
+        expand: inner width over D.
+        conv: taps of the short convolution.
+        rank: of the rate's projection.
+        conv_bias: whether the short convolution has a bias.
+        bias: of all projections.
+
     Source: the released kernels of Liu et al. 2024, arXiv:2407.14207.
+
+    >>> y, _ = recur.Mixer(recur.presets.longhorn_bidirectional(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", u="E", z="E", bias=bias, init="linear_zero"),

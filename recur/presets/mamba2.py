@@ -25,13 +25,26 @@ def mamba2(
 ) -> Recipe:
     """S_t = a_t S_{t-1} + B_t (delta_t u_t)^T, y_t = norm((S_t^T C_t + D u_t) * silu(z_t)); a = exp(-exp(A) delta).
 
-    delta = softplus(dt + b), one a head.
+    delta = softplus(dt + b), one per head.
 
-    Args: state: N; expand: inner width over D, or `inner`, that width; head: P channels a head; groups: G, heads of one
-        share B and C; conv: taps of the short convolution over u, B and C; limit: least and greatest delta;
-        rates: exp(A) starts uniform between these; skip: axes of D, "H" or "H P"; leave: how y leaves, before the last
-        projection.
+    Args:
+        state: N, key channels per head.
+        expand: inner width over D.
+        inner: the inner width itself, in place of expand.
+        head: P, value channels per head.
+        groups: G; the heads of one group share B and C.
+        conv: taps of the short convolution over u, B and C.
+        conv_bias: whether the short convolution has a bias.
+        bias: of all projections.
+        limit: least and greatest delta.
+        rates: exp(A) starts uniform between these.
+        skip: axes of D, "H" or "H P".
+        leave: how y leaves, before the last projection.
+
     Source: Dao & Gu 2024, arXiv:2405.21060.
+
+    >>> recur.Mixer(recur.presets.mamba2(), dim=64).init_state(batch=1)["parts"]["outer_scan"].shape
+    torch.Size([1, 2, 128, 64])
     """
     return Recipe(
         Project("x", z="H P", u="H P", B="G N", C="G N", dt="H", bias=bias, init="linear_zero", name="enter"),
@@ -50,8 +63,15 @@ def mamba2(
 def mamba2_mlp(*, mlp: int | str = "D", bias: bool = False, **options: Any) -> Recipe:
     """Mamba-2 beside a gated unit of the same token: its last projection reads [silu(g) * m, y].
 
-    Args: mlp: width of g and m; the rest as in `mamba2`.
+    Args:
+        mlp: width of g and m.
+        bias: of all projections.
+        options: those of `mamba2`.
+
     Source: the released code of Dao & Gu 2024, arXiv:2405.21060.
+
+    >>> recur.Mixer(recur.presets.mamba2_mlp(), dim=64).init_state(batch=1)["parts"]["outer_scan"].shape
+    torch.Size([1, 2, 128, 64])
     """
     alone = mamba2(bias=bias, **options)
     enter = Project(

@@ -10,9 +10,14 @@ def mlstm(*, heads: int | str = "max(4,D//256)") -> Recipe:
     i = exp(z), f and o are sigmoids; C and n are kept divided by their largest weight. At first f = sigmoid(3 ... 6)
     over the heads, and i = 1.
 
-    Args: heads: H, by default the published 4 up to D = 1024, then of 256 channels, as the keys of the 7B model have
-        (arXiv:2503.13427).
+    Args:
+        heads: H, by default the published 4 up to D = 1024, then of 256 channels, as the keys of the 7B model have
+            (arXiv:2503.13427).
+
     Source: Beck et al. 2024, arXiv:2405.04517.
+
+    >>> recur.Mixer(recur.presets.mlstm(heads=4), dim=64).init_state(batch=1)["parts"]["outer_scan"].shape
+    torch.Size([1, 4, 16, 17])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H K", o="H K"),

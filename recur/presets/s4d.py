@@ -7,10 +7,15 @@ from recur.recipe import Recipe
 def s4d(*, state: int = 32) -> Recipe:
     """S_t = e^z S_{t-1} + x_t, y_t = gelu(Re sum_n 2 C_n dt (e^z - 1)/z S_t + D x_t), o_t = W y_t * sigmoid(W y_t).
 
-    z = dt (-1/2 + i pi n) at first, n < state, one dt a channel.
+    z = dt (-1/2 + i pi n) at first, n < state, one dt per channel.
 
-    Args: state: N poles a channel, one of each conjugate pair.
+    Args:
+        state: N poles per channel, one of each conjugate pair.
+
     Source: Gu et al. 2022, arXiv:2206.11893.
+
+    >>> recur.Mixer(recur.presets.s4d(state=16), dim=64).init_state(batch=1)["parts"]["pole_scan"].shape
+    torch.Size([1, 64, 16])
     """
     return Recipe(
         Sum("x", out="u"),

@@ -35,6 +35,10 @@ def causal_conv(
                        and "parallel" the formula in torch.
 
     Returns: y [B T D]; state [B W-1 D], the last W-1 inputs.   Raises: ShapeError.   Cost: O(B T D W).
+
+    >>> from recur.primitives.conv import causal_conv
+    >>> causal_conv(torch.tensor([1.0, 2.0, 3.0]).reshape(1, 3, 1), weight=torch.ones(1, 2)).y.flatten()
+    tensor([1., 3., 5.])
     """
     bind("causal_conv", x=(x, "B T D"), weight=(weight, "D W"), bias=(bias, "D"))
     (y,), state = causal_convs(
@@ -86,8 +90,16 @@ def causal_convs(
 def token_shift(x: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: Tensor | None = None) -> ScanOut:
     """The token before: y_t = x_{t-1}, and initial_state (zeros when omitted) before the first.
 
-    Args: x: [B T D]; initial_state: [B 1 D] ([n 1 D] if packed); cu_seqlens: [n+1] document borders.
+    Args:
+        x: [B T D].
+        initial_state: [B 1 D] ([n 1 D] if packed); zeros when omitted.
+        cu_seqlens: [n+1] document borders.
+
     Returns: y [B T D]; state [B 1 D], the last token.   Source: Peng et al. 2023, arXiv:2305.13048.
+
+    >>> from recur.primitives.conv import token_shift
+    >>> token_shift(torch.tensor([1.0, 2.0, 3.0]).reshape(1, 3, 1)).y.flatten()
+    tensor([0., 1., 2.])
     """
     bind("token_shift", x=(x, "B T D"))
     initial_state = _opening("token_shift", x, "1", 1, initial_state, cu_seqlens)

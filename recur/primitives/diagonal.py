@@ -33,6 +33,10 @@ def linear_recurrence(a: Tensor, x: Tensor, initial: Tensor | None = None, start
     Returns: h [B T *].
     Cost: T multiply-adds a channel, three times that where few channels are cut into chunks walked side by side.
     Gates are multiplied, never divided or subtracted in logs, so an exact 0 forgets exactly. Twice differentiable.
+
+    >>> from recur.primitives.diagonal import linear_recurrence
+    >>> linear_recurrence(torch.tensor(0.5).reshape(1, 1, 1), torch.ones(1, 4, 1)).flatten()
+    tensor([1.0000, 1.5000, 1.7500, 1.8750])
     """
     return _recurrence(a, x, initial, starts, False)
 
@@ -268,6 +272,10 @@ def gated_scan(
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.
     Cost: O(B T *) time; memory for x, the gates and y. Defined by `gated_step`.
     Source: Martin and Cundy 2018, arXiv:1709.04057; Katsch 2023, arXiv:2311.01927 (complex gates).
+
+    >>> half = torch.tensor([0.5]).log()
+    >>> recur.gated_scan(torch.ones(1, 4, 1), half).y.flatten()
+    tensor([1.0000, 1.5000, 1.7500, 1.8750])
     """
     gates, states = _axes_of_gate(x, log_decay, "B T *"), "B *" if cu_seqlens is None else "n *"
     check_given("gated_scan", x=x, log_decay=log_decay)
@@ -294,9 +302,16 @@ def gated_scan(
 def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     """One token of `gated_scan`: h = exp(log_decay) * h + x, y = h. `state` is overwritten; no gradient.
 
-    Args: x [B *]; log_decay [B *] | [*]; state [B *] float32 (float64 if an input is) or bfloat16,
-        complex if x or the gate is.
+    Args:
+        x: [B *] what the token writes.
+        log_decay: [B *] | [*] natural log of the gate.
+        state: [B *] float32 (float64 if an input is) or bfloat16, complex if x or the gate is.
+
     Returns: y [B *] of x's dtype, or complex if the gate is.   Raises: ShapeError, TypeError.   Cost: O(B *).
+
+    >>> state, half = torch.zeros(1, 1), torch.tensor([0.5]).log()
+    >>> [recur.gated_step(torch.ones(1, 1), half, state).item() for _ in range(3)]
+    [1.0, 1.5, 1.75]
     """
     gates = _axes_of_gate(x, log_decay, "B *")
     check_given("gated_step", x=x, log_decay=log_decay, state=state)

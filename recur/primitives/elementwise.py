@@ -41,7 +41,8 @@ def selective_scan(
         x: [B T V] what each token writes.
         delta: [B T V] step size, already positive; 0 is a token that does nothing.
         A: [V N] log decay per unit of delta, negative.
-        B, C: [B T N] | [B T G N] | [V N] weights of writing and reading; channel v uses group v // (V/G).
+        B: [B T N] | [B T G N] | [V N] weights of writing; channel v uses group v // (V/G).
+        C: [B T N] | [B T G N] | [V N] weights of reading, with groups as B.
         initial_state: [B V N] S before the first token; zeros when omitted.
         cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n V N].
         reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
@@ -53,6 +54,11 @@ def selective_scan(
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.
     Cost: O(B T V N) time, memory for one segment and one state a segment. Defined by `selective_step`.
     Source: Gu and Dao 2023, arXiv:2312.00752.
+
+    >>> x, delta = torch.ones(1, 3, 1), torch.ones(1, 3, 1)
+    >>> A, ones = torch.tensor([[0.5]]).log(), torch.ones(1, 3, 1)
+    >>> recur.selective_scan(x, delta, A, B=ones, C=ones).y.flatten()
+    tensor([1.0000, 1.5000, 1.7500])
     """
     weights, states = "B T N | B T G N | V N", "B V N" if cu_seqlens is None else "n V N"
     given = {"x": (x, "B T V"), "delta": (delta, "B T V"), "A": (A, "V N"), "B": (B, weights), "C": (C, weights)}
@@ -64,11 +70,19 @@ def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     """One token of `selective_scan`. `state` is overwritten; no gradient.
 
     Args:
-        x, delta: [B V]; A: [V N].
-        B, C: [B N] | [B G N] | [V N]. Two axes are [B N] if the first has the size of the batch, else [V N].
+        x: [B V] what the token writes.
+        delta: [B V] step size, positive.
+        A: [V N] log decay per unit of delta, negative.
+        B: [B N] | [B G N] | [V N] weights of writing. Two axes are [B N] if the first has the size of the batch,
+            else [V N].
+        C: [B N] | [B G N] | [V N] weights of reading, with axes as B.
         state: [B V N] float32 (float64 if an input is), or bfloat16 (see `step`).
 
     Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError.   Cost: O(V N) a row, one launch on a GPU.
+
+    >>> state, one, A = torch.zeros(1, 1, 1), torch.ones(1, 1), torch.tensor([[0.5]]).log()
+    >>> [recur.selective_step(one, one, A, one, one, state).item() for _ in range(3)]
+    [1.0, 1.5, 1.75]
     """
     check_given("selective_step", x=x, delta=delta, A=A, B=B, C=C, state=state)
     bind("selective_step", x=(x, "B V"))
@@ -104,15 +118,22 @@ def online_scan(
     Args:
         x: [B T V] what the memory should answer.
         rate: [B T V] in [0, 1], weight of the token's error against keeping the memory.
-        k, q: [B T N] | [B T G N] keys and queries, of any norm; channel v uses group v // (V/G).
+        k: [B T N] | [B T G N] keys, of any norm; channel v uses group v // (V/G).
+        q: [B T N] | [B T G N] queries, with groups as k.
         diagonal: keep only the diagonal of k kᵀ.
-        initial_state, cu_seqlens, reverse: as `selective_scan`.
-        form: as `selective_scan`; with diagonal=False as `scan`.
+        initial_state: [B V N], as in `selective_scan`.
+        cu_seqlens: [n+1] int, as in `selective_scan`.
+        reverse: as in `selective_scan`.
+        form: as in `selective_scan`; with diagonal=False as in `scan`.
 
     Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is).
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError for rates and forms, NotImplementedError.
     Cost: as `selective_scan`; exact as `scan` with V heads of one value each. Defined by `online_step`.
     Source: Liu et al. 2024, arXiv:2407.14207.
+
+    >>> x, rate, k = torch.ones(1, 3, 1), torch.ones(1, 3, 1), torch.ones(1, 3, 1)
+    >>> recur.online_scan(x, rate, k, q=k).y.flatten()  # asked for the same key, it approaches x = 1
+    tensor([0.5000, 0.7500, 0.8750])
     """
     keys, states = "B T N | B T G N", "B V N" if cu_seqlens is None else "n V N"
     given = {"x": (x, "B T V"), "rate": (rate, "B T V"), "k": (k, keys), "q": (q, keys)}
@@ -133,9 +154,19 @@ def online_scan(
 def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *, diagonal: bool = True) -> Tensor:
     """One token of `online_scan`. `state` is overwritten; no gradient.
 
-    Args: x, rate [B V]; k, q [B N] | [B G N]; state [B V N] float32 (float64 if an input is) or bfloat16 (see `step`);
-        diagonal as there.
+    Args:
+        x: [B V] what the memory should answer.
+        rate: [B V] in [0, 1].
+        k: [B N] | [B G N] key.
+        q: [B N] | [B G N] query.
+        state: [B V N] float32 (float64 if an input is) or bfloat16 (see `step`).
+        diagonal: as in `online_scan`.
+
     Returns: y [B V] of x's dtype.   Raises: ShapeError, TypeError, ValueError for rates.   Cost: O(V N) a row.
+
+    >>> state, one = torch.zeros(1, 1, 1), torch.ones(1, 1)
+    >>> [recur.online_step(one, one, one, one, state).item() for _ in range(3)]
+    [0.5, 0.75, 0.875]
     """
     keys = "B N | B G N"
     check_given("online_step", x=x, rate=rate, k=k, q=q, state=state)

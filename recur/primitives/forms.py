@@ -15,7 +15,16 @@ from recur.shapes import ShapeError, readable
 
 
 class ScanOut(NamedTuple):
-    """What a scan returns: `y`, one output a token, and `state`, the memory after the last token."""
+    """What a scan returns: `y`, one output per token, and `state`, the memory after the last token.
+
+    >>> y, state = recur.gated_scan(torch.ones(1, 2, 1), torch.zeros(1))
+    >>> y.flatten(), state
+    (tensor([1., 2.]), tensor([[2.]]))
+
+    Attributes:
+        y: [B T ...].
+        state: [B ...].
+    """
 
     y: Tensor
     state: Tensor

@@ -46,7 +46,15 @@ BOUND_LAWS = ("skip_first", "skip_last")
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The pointwise function of that name. Raises: ValueError listing the names there are."""
+    """The pointwise function of that name. Raises: ValueError listing the names there are.
+
+    Args:
+        name: such as "silu", "gelu", "sigmoid".
+
+    >>> from recur.primitives.gates import activation
+    >>> activation("relu2")(torch.tensor([-1.0, 3.0]))
+    tensor([0., 9.])
+    """
     return pick("activation", "name", name, ACTIVATIONS)
 
 
@@ -60,6 +68,10 @@ def biased(act: str, z: Tensor, bias: Tensor, *, form: str = "auto") -> Tensor:
         form: "auto" or "triton": one kernel where `recur.kernel.fused` says so; any other name: torch.
 
     Returns: [B T *] float32 or wider.   Raises: ValueError for another act.   Cost: O(size).
+
+    >>> from recur.primitives.gates import biased
+    >>> biased("sigmoid", torch.zeros(1, 1, 2), torch.zeros(2))
+    tensor([[[0.5000, 0.5000]]])
     """
     known: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softplus": softplus}
     fn = pick("biased", "act", act, known)
@@ -78,6 +90,10 @@ def sigmoid_decay(z: Tensor, *, tau: float = 1.0, form: str = "auto") -> Tensor:
         form: as in `biased`.
 
     Returns: [*] natural log decay, float32 or wider.   Cost: O(size).   Source: Yang et al. 2023, arXiv:2312.06635.
+
+    >>> from recur.primitives.gates import sigmoid_decay
+    >>> sigmoid_decay(torch.zeros(1), tau=16).exp()  # 0.5 ** (1/16)
+    tensor([0.9576])
     """
     check_float("sigmoid_decay", z=z)
     if kernel.fused(form, z, of="sigmoid_decay", compiler=True):
@@ -97,6 +113,11 @@ def lower_bounded_decay(z: Tensor, bound: Tensor | None, *, form: str = "auto") 
     Returns: log a [*], float32 or wider, and 1 - a = (1 - g) sigmoid(-z) [*] in z's dtype; neither is formed by a
         difference.
     Cost: O(size).   Source: Qin et al. 2023, arXiv:2311.04823; Qin et al. 2024, arXiv:2404.07904.
+
+    >>> from recur.primitives.gates import lower_bounded_decay
+    >>> log_a, keep = lower_bounded_decay(torch.zeros(1), torch.tensor([0.5]))
+    >>> log_a.exp(), keep
+    (tensor([0.7500]), tensor([0.2500]))
     """
     check_float("lower_bounded_decay", z=z, bound=bound)
     per_channel = bound is None or (z.ndim > 2 and bound.numel() == z.shape[2:].numel() and bound.ndim <= z.ndim)
@@ -116,17 +137,21 @@ def lower_bounded_decay(z: Tensor, bound: Tensor | None, *, form: str = "auto") 
 
 
 def lower_bounds(logits: Tensor, *, law: str = "skip_first", layer: int | Tensor | None = None) -> Tensor:
-    """Bounds that rise with depth from g_0 = 0, made of shares P = softmax(logits) over the layers.
+    """Bounds that rise with depth from g_0 = 0, sums of P = softmax(logits) over the layers.
 
     "skip_first": g_l = sum_{1 <= j <= l} P_j.   "skip_last": g_l = sum_{0 <= j < l} P_j.   They differ once trained.
 
     Args:
         logits: [L *] one row per layer.
-        law:    which shares layer l sums.
-        layer:  the only row that is wanted; an integer tensor [] in graphs that several layers share.
+        law: "skip_first" or "skip_last".
+        layer: the only row that is wanted; an integer tensor [] in graphs that several layers share.
 
     Returns: [L *] bounds in [0, 1), or [*] of one layer.   Raises: ValueError for another law.   Cost: O(size).
     Source: Qin et al. 2024, arXiv:2404.07904 (skip_first); Qin et al. 2023, arXiv:2311.04823 (skip_last).
+
+    >>> from recur.primitives.gates import lower_bounds
+    >>> lower_bounds(torch.ones(4, 1)).flatten()
+    tensor([0.0000, 0.2500, 0.5000, 0.7500])
     """
     check_float("lower_bounds", logits=logits)
     if law not in BOUND_LAWS:
@@ -165,6 +190,11 @@ def power_decay(r: Tensor, rate: Tensor, *, power: float = 8.0) -> tuple[Tensor,
 
     Returns: log a and sqrt(1 - a^2), each [*], float32 or wider; the second has no gradient where a is 1.
     Cost: O(size).   Source: De et al. 2024, arXiv:2402.19427.
+
+    >>> from recur.primitives.gates import power_decay
+    >>> log_a, keep = power_decay(torch.zeros(1), torch.tensor([0.25]))
+    >>> log_a, keep
+    (tensor([-1.]), tensor([0.9299]))
     """
     check_float("power_decay", r=r, rate=rate)
     dtype = accumulation_dtype(r, rate)
@@ -182,6 +212,10 @@ def complex_gate(magnitude: Tensor, phase: Tensor) -> Tensor:
     Returns: [*] complex64 (complex128 for float64), real part <= 0.
     Cost: O(size); a scan with it costs as much as a real one twice as wide.
     Source: Katsch 2023, arXiv:2311.01927 (amplitude and phase law).
+
+    >>> from recur.primitives.gates import complex_gate
+    >>> complex_gate(torch.zeros(1), torch.tensor([1.0]))  # |a| = 0.5, one radian per token
+    tensor([-0.6931+1.j])
     """
     bind("complex_gate", magnitude=(magnitude, "*"), phase=(phase, "*"))
     check_float("complex_gate", magnitude=magnitude, phase=phase)
@@ -192,9 +226,16 @@ def complex_gate(magnitude: Tensor, phase: Tensor) -> Tensor:
 def polar_gate(real: Tensor, imag: Tensor) -> Tensor:
     """Complex log decay read from one complex number c: a = sigmoid(|c|) c / |c|, so |a| lies in [0.5, 1).
 
-    Args: real, imag: [*] the two parts of c. At c = 0 the angle is 0 and so are both gradients.
+    Args:
+        real: [*] the real part of c.
+        imag: [*] its imaginary part. At c = 0 the angle is 0 and so are both gradients.
+
     Returns: [*] complex64 (complex128 for float64).   Cost: O(size).
     Source: the released PyTorch GateLoop, after Katsch 2023, arXiv:2311.01927.
+
+    >>> from recur.primitives.gates import polar_gate
+    >>> polar_gate(torch.zeros(1), torch.ones(1)).exp().imag  # c = i
+    tensor([0.7311])
     """
     bind("polar_gate", real=(real, "*"), imag=(imag, "*"))
     check_float("polar_gate", real=real, imag=imag)
@@ -206,15 +247,22 @@ def polar_gate(real: Tensor, imag: Tensor) -> Tensor:
 def signed_gate(real: Tensor, imag: Tensor) -> Tensor:
     """The polar gate of the real part alone: a = sign(c_0) sigmoid(|c_0|), in (-1, -0.5] or [0.5, 1).
 
-    Args: real, imag: [*] the two parts of c; the second is not read.
+    Args:
+        real: [*] the real part of c.
+        imag: [*] not read.
+
     Returns: [*] complex log decay, its phase 0 or pi.   Source: the ablation of the released PyTorch GateLoop.
+
+    >>> from recur.primitives.gates import signed_gate
+    >>> signed_gate(torch.tensor([-1.0]), torch.zeros(1)).exp().real
+    tensor([-0.7311])
     """
     bind("signed_gate", real=(real, "*"), imag=(imag, "*"))
     return complex_gate(real.abs(), torch.where(real < 0, math.pi, torch.zeros_like(real)))
 
 
 def output_gate(y: Tensor, z: Tensor, *, act: str = "silu", form: str = "auto") -> Tensor:
-    """Let a second branch decide how much of the result leaves: y * act(z).
+    """Multiply the result by a gate from a second branch: y * act(z).
 
     Args:
         y:   [*] what the recurrence read.
@@ -224,6 +272,10 @@ def output_gate(y: Tensor, z: Tensor, *, act: str = "silu", form: str = "auto") 
 
     Returns: [*] in y's dtype.   Raises: ShapeError if the shapes differ.   Cost: O(size).
     Source: Hua et al. 2022, arXiv:2202.10447 (gated attention unit); Mehta et al. 2022, arXiv:2206.13947.
+
+    >>> from recur.primitives.gates import output_gate
+    >>> output_gate(torch.tensor([2.0]), torch.zeros(1), act="sigmoid")
+    tensor([1.])
     """
     bind("output_gate", y=(y, "*"), z=(z, "*"))
     fn = activation(act)
@@ -236,8 +288,16 @@ def output_gate(y: Tensor, z: Tensor, *, act: str = "silu", form: str = "auto") 
 def weigh(u: Tensor, w: Tensor, *, form: str = "auto") -> Tensor:
     """A number per head times its channels: w u.
 
-    Args: u: [B T H P]; w: [B T H], or any first axes of u; form: as in `biased`.
+    Args:
+        u: [B T H P].
+        w: [B T H], or any first axes of u.
+        form: as in `biased`.
+
     Returns: [B T H P] in u's dtype.   Raises: ShapeError unless the axes of w are the first ones of u.
+
+    >>> from recur.primitives.gates import weigh
+    >>> weigh(torch.ones(1, 1, 2, 2), torch.tensor([[[2.0, 3.0]]])).flatten()
+    tensor([2., 2., 3., 3.])
     """
     expect("weigh", "w", w, "the first axes of u", tuple(u.shape[: w.ndim]))
     P = u.shape[w.ndim :].numel()
@@ -248,5 +308,16 @@ def weigh(u: Tensor, w: Tensor, *, form: str = "auto") -> Tensor:
 
 
 def scale_gradient(x: Tensor, fraction: float) -> Tensor:
-    """The same value with `fraction` of the gradient: GateLoop's gate learns a little slower than the rest."""
+    """The same value with `fraction` of the gradient: GateLoop's gate learns more slowly than the rest.
+
+    Args:
+        x: [*].
+        fraction: of the gradient that passes.
+
+    >>> from recur.primitives.gates import scale_gradient
+    >>> x = torch.ones(1, requires_grad=True)
+    >>> scale_gradient(x, 0.5).backward()
+    >>> x.grad
+    tensor([0.5000])
+    """
     return fraction * x + (1 - fraction) * x.detach()

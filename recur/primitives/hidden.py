@@ -22,6 +22,11 @@ def dense_fusion(new: Tensor, past: Sequence[Tensor], gate: Tensor) -> Tensor:
 
     Returns: [B T *].   Raises: ShapeError if shapes differ.   Cost: O(m B T *), no state.
     Source: He et al. 2024, arXiv:2403.00818.
+
+    >>> from recur.primitives.hidden import dense_fusion
+    >>> one = torch.ones(1, 1, 2)
+    >>> dense_fusion(one, [one, one], gate=0.5 * one)
+    tensor([[[2., 2.]]])
     """
     lane = {f"past_{i}": (p, "B T *") for i, p in enumerate(past)}
     bind("dense_fusion", new=(new, "B T *"), gate=(gate, "B T *"), **lane)

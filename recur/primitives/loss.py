@@ -28,13 +28,13 @@ def linear_cross_entropy(
     """Cross-entropy, in nats, of softmax(W x + b) at the targets: mean_i (log sum_v exp(z_iv) - z_i,target).
 
     Args:
-        x:      [N D] what the head reads.
+        x: [N D] what the head reads.
         weight: [V D] of the head.
         target: [N] classes; those equal to `ignore` do not count.
-        bias:   [V] of the head.
+        bias: [V] of the head.
         ignore: the target that does not count.
         reduction: "mean" over the targets that count, or their "sum".
-        chunk:  rows whose logits are there at once; by default as many as have 2^26 logits together.
+        chunk: rows whose logits are there at once; by default as many as have 2^26 logits together.
 
     Returns: a number, float32 or wider; the mean is NaN if nothing counts, the sum 0.
     Raises: ShapeError, TypeError, ValueError.
@@ -42,6 +42,7 @@ def linear_cross_entropy(
         chunk after another; kept are the gradient of x and, in float32, those of weight and bias. So it is in graphs of
         torch.compile and under torch.func as well. Second derivatives, and tangents of gradients, form all logits.
 
+    >>> from recur.primitives.loss import linear_cross_entropy
     >>> x, weight = torch.randn(6, 4), torch.randn(10, 4)
     >>> linear_cross_entropy(x, weight, torch.arange(6), chunk=2).shape
     torch.Size([])

@@ -34,14 +34,21 @@ def normalise(
     "smooth_unit": x / sqrt(|x|^2 + eps), vectors a little shorter than 1.
 
     Args:
-        x:            [* N...].
-        groups:       how many equal stretches of the N... entries are normalised, each by itself.
-        eps:          a number, or a tensor that broadcasts against the reduced x (one value a token or head).
-        weight, bias: [N...] applied last.
-        form:         "auto" takes one kernel on a GPU where torch.compile does not do better (recur.kernel.fused);
-                      "recurrent", "chunked" and "parallel" the formula in torch.
+        x: [* N...].
+        kind: which of these.
+        axes: how many trailing axes are normalised together.
+        groups: how many equal groups of the N... entries are normalised, each by itself.
+        eps: a number, or a tensor that broadcasts against the reduced x (one value per token or head).
+        weight: [N...] applied last.
+        bias: [N...] applied last.
+        form: "auto" takes one kernel on a GPU where torch.compile does not do better (recur.kernel.fused); "recurrent",
+            "chunked" and "parallel" the formula in torch.
 
     Returns: [* N...] in x's dtype.   Raises: ValueError for another kind.
+
+    >>> from recur.primitives.norms import normalise
+    >>> normalise(torch.tensor([[3.0, 4.0]]), "unit")
+    tensor([[0.6000, 0.8000]])
     """
     if kind not in KINDS:
         raise ValueError(f"normalise: kind must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -11,8 +11,15 @@ from recur.shapes import accumulation_dtype, bind
 def poles(log_rate: Tensor, frequency: Tensor) -> Tensor:
     """Complex log decay of constant poles: -exp(rho) + i omega.
 
-    Args: log_rate: [* N] rho, any real number; frequency: [* N] omega in radians a token.
+    Args:
+        log_rate: [* N] rho, any real number.
+        frequency: [* N] omega in radians per token.
+
     Returns: [* N] complex64 (complex128 for float64).   Source: Gupta et al. 2022, arXiv:2203.14343.
+
+    >>> from recur.primitives.poles import poles
+    >>> poles(torch.zeros(1), torch.tensor([2.0]))
+    tensor([-1.+2.j])
     """
     bind("poles", log_rate=(log_rate, "*"), frequency=(frequency, "*"))
     dtype = accumulation_dtype(log_rate, frequency)
@@ -24,7 +31,14 @@ def zero_order_hold(log_decay: Tensor) -> Tensor:
 
     exp(z) - 1 is formed without cancellation and small z by its series, so slow modes keep all their digits.
 
-    Args: log_decay: [*] real or complex z.   Returns: [*] of the same dtype.
+    Args:
+        log_decay: [*] real or complex z.
+
+    Returns: [*] of the same dtype.
+
+    >>> from recur.primitives.poles import zero_order_hold
+    >>> zero_order_hold(torch.tensor([0.0, -1.0]))
+    tensor([1.0000, 0.6321])
     """
     z = log_decay if log_decay.is_complex() else torch.complex(log_decay, torch.zeros_like(log_decay))
     small = z.real.square() + z.imag.square() < 1e-4

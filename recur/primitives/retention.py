@@ -13,7 +13,15 @@ from recur.shapes import bind
 def retention_decay(heads: int, device: torch.device | None = None) -> Tensor:
     """[H] float64 log(1 - 2^(-5-h)), as float32 has it (which published code stores) while that is not 0.
 
+    Args:
+        heads: H.
+        device: of the result.
+
     Source: Sun et al. 2023, arXiv:2307.08621.
+
+    >>> from recur.primitives.retention import retention_decay
+    >>> retention_decay(2).exp()
+    tensor([0.9688, 0.9844], dtype=torch.float64)
     """
     gap = 2.0 ** (-5 - torch.arange(heads, dtype=torch.float64, device=device))
     stored = torch.log(1 - gap.float()).double()

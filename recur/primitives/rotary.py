@@ -14,10 +14,20 @@ from recur.shapes import accumulation_dtype
 def rotary_frequencies(
     dim: int, *, base: float = 10000.0, inclusive: bool = False, device: torch.device | None = None
 ) -> Tensor:
-    """[dim/2] radians a token: base^(-2j/dim); if inclusive base^(-j/(dim/2 - 1)), the last being 1/base.
+    """[dim/2] radians per token: base^(-2j/dim); if inclusive base^(-j/(dim/2 - 1)), the last being 1/base.
 
     They are float32 numbers, found by the operations that published code uses, so that its angles are ours at any
     position; as float64, in which positions multiply them.
+
+    Args:
+        dim: K, even.
+        base: of the powers.
+        inclusive: whether the last frequency is 1/base exactly.
+        device: of the result.
+
+    >>> from recur.primitives.rotary import rotary_frequencies
+    >>> rotary_frequencies(4)
+    tensor([1.0000, 0.0100], dtype=torch.float64)
     """
     if dim % 2:
         raise ValueError(f"rotary_frequencies: dim must be even, got {dim}")
@@ -29,7 +39,7 @@ def rotary_frequencies(
 def rotate(
     x: Tensor, position: Tensor, frequencies: Tensor, *, layout: str = "interleaved", form: str = "auto"
 ) -> Tensor:
-    """Turn pair j of every head by the angle position * frequencies[j].
+    """Rotate pair j of every head by the angle position * frequencies[j].
 
     Args:
         x:           [B T H K].
@@ -41,6 +51,11 @@ def rotate(
 
     Returns: [B T H K] in x's dtype.   Raises: ValueError for another layout.
     Cost: O(B T H K).   Source: Su et al. 2021, arXiv:2104.09864.
+
+    >>> from recur.primitives.rotary import rotate
+    >>> x, quarter = torch.tensor([1.0, 0.0]).reshape(1, 1, 1, 2), torch.tensor([torch.pi / 2])
+    >>> rotate(x, torch.tensor([[1]]), quarter).round().long().flatten()
+    tensor([0, 1])
     """
     if (paired := 2 * frequencies.shape[-1]) < x.shape[-1]:
         rotated = rotate(x[..., :paired], position, frequencies, layout=layout, form=form)

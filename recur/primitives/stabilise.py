@@ -32,6 +32,11 @@ def largest_log(
 
     Returns: m_t and m_{t-1} [B T H], and the last m [B H], float32 or wider.
     Cost: O(B T H log T), of sums and maxima alone, so nothing cancels.   Source: Beck et al. 2024, arXiv:2405.04517.
+
+    >>> from recur.primitives.stabilise import largest_log
+    >>> m, before, last = largest_log(torch.full((1, 3, 1), -1.0), torch.tensor([2.0, 0.0, 5.0]).reshape(1, 3, 1))
+    >>> m.flatten()
+    tensor([2., 1., 5.])
     """
     bind("largest_log", log_keep=(log_keep, "B T H"), log_write=(log_write, "B T H"))
     check_float("largest_log", log_keep=log_keep, log_write=log_write)

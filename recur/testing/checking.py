@@ -46,6 +46,10 @@ def check(
     Returns: the names of the laws that were tried and hold.
     Raises: LawBroken with the smallest counter-example found; ValueError for a law that does not exist or apply;
         ModuleNotFoundError if hypothesis is missing: pip install -e '.[test]' in a clone.
+
+    >>> held = recur.testing.check(recur.presets.min_gru(), dim=4, laws=["splits"], examples=2)
+    >>> held
+    ['splits']
     """
     from recur.testing import laws as book  # draws with hypothesis, which `import recur` must not need
     from recur.testing.subjects import subject_of

@@ -16,7 +16,12 @@ ROUNDING = 1e-13  # of the largest entry among all tensors compared: what is lef
 
 
 class LawBroken(AssertionError):
-    """A law does not hold; the text names the law, the sizes and the seed, and the largest difference."""
+    """A law does not hold; the message names the law, the sizes, the seed and the largest difference.
+
+    >>> raise recur.testing.LawBroken("splits: y differs by 0.5 at B=1, T=2")
+    Traceback (most recent call last):
+    recur.testing.compare.LawBroken: splits: y differs by 0.5 at B=1, T=2
+    """
 
 
 class Result(NamedTuple):
@@ -30,17 +35,22 @@ class Result(NamedTuple):
 class Inputs:
     """One valid call of a subject, and what the laws may know of it.
 
-    tokens:    [B T ...] by argument name.
-    constants: what all rows and tokens share, by argument name: a constant decay, the weights of a layer.
-    state:     [B ...] before the first token, a tensor or a tree of them; None starts afresh.
-    sizes:     what the counter-example is to say: letters, regime.
-    seed:      what the tensors, and whatever random numbers a law needs, were made from.
-    like:      the token whose shape and dtype y takes.
-    turns:     whether y is complex although that token is real.
-    linear:    tokens in which, together with the state, y is linear; none if unknown.
-    idle:      values that make a token leave the state alone; none if there are no such values.
-    decay:     the token that holds the log decay, -inf being an exact reset; None if there is none.
-    heads:     the axis along which tokens, constants ("state", "y" too) are n independent recurrences, by name.
+    Args:
+        tokens: [B T ...] by argument name.
+        constants: what all rows and tokens share, by argument name: a constant decay, the weights of a layer.
+        state: [B ...] before the first token, a tensor or a tree of them; None starts afresh.
+        sizes: what the counter-example is to say: letters, regime.
+        seed: what the tensors, and whatever random numbers a law needs, were made from.
+        like: the token whose shape and dtype y takes.
+        turns: whether y is complex although that token is real.
+        linear: tokens in which, together with the state, y is linear; none if unknown.
+        idle: values that make a token leave the state alone; none if there are no such values.
+        decay: the token that holds the log decay, -inf being an exact reset; None if there is none.
+        heads: the axis along which tokens, constants ("state", "y" too) are n independent recurrences, by name.
+
+    >>> x = torch.ones(1, 3, 2, dtype=torch.float64)
+    >>> recur.testing.Inputs({"x": x, "log_decay": -x}, linear=("x",), decay="log_decay").sizes
+    {}
     """
 
     tokens: Mapping[str, Tensor]

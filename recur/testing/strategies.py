@@ -102,8 +102,16 @@ def scans(
 ) -> Inputs:
     """Arguments of `recur.scan`.
 
-    Args: decay: its axes, None, "H", "H K", "B T H" or "B T H K"; complex: whether it turns; tied: without k, which is
-        1 - exp(log_decay); delta: with beta in (0, 1) and keys of length at most 1; bonus: its axes, "H" or "H K".
+    Args:
+        decay: its axes, None, "H", "H K", "B T H" or "B T H K".
+        complex: whether it rotates.
+        tied: without k, which is 1 - exp(log_decay).
+        delta: with beta in (0, 1) and keys of length at most 1.
+        bonus: its axes, "H" or "H K".
+
+    >>> from recur.testing import strategies
+    >>> recur.testing.check(recur.scan, strategies.scans(decay="B T H"), laws=["splits"], examples=2)
+    ['splits']
     """
     B, T, G = draw(batches()), draw(lengths()), draw(st.integers(1, 3))
     H, K, V = G * draw(st.integers(1, 3)), draw(_axis()), draw(_axis())
@@ -135,7 +143,17 @@ def scans(
 
 @st.composite
 def gated_scans(draw: DrawFn, *, constant: bool = False, complex: bool = False, complex_input: bool = False) -> Inputs:
-    """Arguments of `recur.gated_scan`, with no, one or two axes after B T."""
+    """Arguments of `recur.gated_scan`, with no, one or two axes after B T.
+
+    Args:
+        constant: whether the decay is the same at every token.
+        complex: whether it rotates.
+        complex_input: whether x is complex.
+
+    >>> from recur.testing import strategies
+    >>> recur.testing.check(recur.gated_scan, strategies.gated_scans(), laws=["splits"], examples=2)
+    ['splits']
+    """
     B, T, regime = draw(batches()), draw(lengths()), draw(regimes())
     trailing = tuple(draw(st.lists(_axis(), max_size=2)))
     numbers = Numbers(draw(seeds()))
@@ -152,7 +170,15 @@ def gated_scans(draw: DrawFn, *, constant: bool = False, complex: bool = False, 
 
 @st.composite
 def selective_scans(draw: DrawFn, *, weights: str = "B T N") -> Inputs:
-    """Arguments of `recur.selective_scan`; weights: axes of B and C, "B T N", "B T G N" or "V N"."""
+    """Arguments of `recur.selective_scan`.
+
+    Args:
+        weights: axes of B and C, "B T N", "B T G N" or "V N".
+
+    >>> from recur.testing import strategies
+    >>> recur.testing.check(recur.selective_scan, strategies.selective_scans(), laws=["splits"], examples=2)
+    ['splits']
+    """
     B, T, G = draw(batches()), draw(lengths()), draw(st.integers(1, 3)) if weights == "B T G N" else 1
     V, N = G * draw(st.integers(1, 3)), draw(_axis())
     regime = draw(st.sampled_from(["leaks", "keeps all", "forgets", "mixed"]))
@@ -173,7 +199,15 @@ def selective_scans(draw: DrawFn, *, weights: str = "B T N") -> Inputs:
 
 @st.composite
 def online_scans(draw: DrawFn, *, groups: bool = False) -> Inputs:
-    """Arguments of `recur.online_scan`, k and q [B T N], or [B T G N] with groups; keys short, long or 0."""
+    """Arguments of `recur.online_scan`; keys short, long or 0.
+
+    Args:
+        groups: whether k and q are [B T G N]; else [B T N].
+
+    >>> from recur.testing import strategies
+    >>> recur.testing.check(recur.online_scan, strategies.online_scans(), laws=["splits"], examples=2)
+    ['splits']
+    """
     B, T, G = draw(batches()), draw(lengths()), draw(st.integers(1, 3)) if groups else 1
     V, N = G * draw(st.integers(1, 3)), draw(_axis())
     regime = draw(st.sampled_from(["medium", "no keys", "hardly writes", "long keys", "fast"]))
@@ -192,7 +226,17 @@ def online_scans(draw: DrawFn, *, groups: bool = False) -> Inputs:
 
 @st.composite
 def fixed_scans(draw: DrawFn, *, poles: str = "N", write: bool = False, complex: bool = True) -> Inputs:
-    """Arguments of `recur.fixed_scan`, with poles [N] or [V N], complex or real, and write weights [V N] if wanted."""
+    """Arguments of `recur.fixed_scan`.
+
+    Args:
+        poles: their axes, "N" or "V N".
+        write: whether there are write weights [V N].
+        complex: whether the poles rotate.
+
+    >>> from recur.testing import strategies
+    >>> recur.testing.check(recur.fixed_scan, strategies.fixed_scans(), laws=["splits"], examples=2)
+    ['splits']
+    """
     B, T, V, N, regime = draw(batches()), draw(lengths()), draw(_axis()), draw(_axis()), draw(regimes())
     numbers = Numbers(draw(seeds()))
     sizes: dict[str, Any] = {"B": B, "T": T, "V": V, "N": N}

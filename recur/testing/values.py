@@ -23,15 +23,21 @@ def check_inputs(
     """Look at the values of a scan's or model's inputs, wherever they lie; copies one number a check from a GPU.
 
     Args:
-        log_decay:  real part <= 0; -inf is allowed, NaN and an infinite phase are not.
-        rate:       within (0, 1).
-        delta:      positive and finite.
-        A:          negative.
+        log_decay: real part <= 0; -inf is allowed, NaN and an infinite phase are not.
+        rate: within (0, 1).
+        delta: positive and finite.
+        A: negative.
         cu_seqlens: rises from 0, to `length` if that is given, without falling.
-        ids:        within 0 .. vocab_size - 1.
-        finite:     any further tensors by name (q, k, v, x, beta, state ...): finite numbers.
+        length: T, where the last of cu_seqlens must be it.
+        ids: within 0 .. vocab_size - 1.
+        vocab_size: number of tokens.
+        finite: any further tensors by name (q, k, v, x, beta, state ...): finite numbers.
 
     Raises: ValueError naming the argument, the rule, the first offender and where it is.
+
+    >>> recur.testing.check_inputs(log_decay=torch.tensor([-1.0, 0.5]))
+    Traceback (most recent call last):
+    ValueError: check_inputs: log_decay must be <= 0, got 0.5 at [1]
     """
     if log_decay is not None:
         real, phase = (log_decay.real, log_decay.imag) if log_decay.is_complex() else (log_decay, None)

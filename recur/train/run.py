@@ -20,7 +20,21 @@ from recur.train.trainer import Training, evaluate, prepare, recorded_recipes
 def start(task: str, out: Path, choices: Mapping[str, Any], *, resume: bool = False) -> Training:
     """Start the run of a task in the empty folder `out`, or take up the one in it; `choices` are options by name.
 
+    Args:
+        task: a name of `TASKS`.
+        out: the folder of the run, empty unless it is resumed.
+        choices: options by name, as on the command line.
+        resume: whether the run in `out` goes on.
+
     Raises: InputError if a choice cannot be met, or contradicts the run that is taken up.
+
+    >>> from pathlib import Path
+    >>> from recur.train import finish, fit, start
+    >>> toy = {"recipe": "min_gru", "dim": 8, "depth": 1, "steps": 2, "length": 8, "evaluate": 2, "device": "cpu"}
+    >>> run = start("lm", Path("run"), toy)
+    >>> fit(run)
+    >>> sorted(finish(run))
+    ['valid']
     """
     settings, made = configured(task, choices)
     return prepare(made, settings, out, resume=chosen(task, choices) if resume else None)
@@ -48,7 +62,11 @@ def setup(task: str, name: str | None) -> Mapping[str, Any]:
 
 
 def finish(run: Training) -> dict[str, dict[str, float]]:
-    """The final evaluations, split by split; the history and the picture in the run's folder."""
+    """The final evaluations, split by split; the history and the picture in the run's folder.
+
+    Args:
+        run: which has been fitted.
+    """
     task = run.task
     finals = {split: evaluate(run, split, full=task.rows(split) is not None) for split in task.finals}
     if run.is_main:
@@ -103,6 +121,12 @@ def load_model(
         imports: a file with the parts of one's own in its recipe, where it is not the one that the run names.
 
     Raises: InputError if there is none, none is whole, its task has no text, or that file is not there.
+
+    >>> from pathlib import Path
+    >>> from recur.train import load_model
+    >>> load_model(Path("no-run"))
+    Traceback (most recent call last):
+    recur.reading.InputError: ...
     """
     folder, record = checkpoint.read_record(out, which, say)
     if "tokenizer" not in record.task:

@@ -159,8 +159,12 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def fit(run: Training, report: Report = lambda loss, speed: None) -> None:
     """Train to the last step; a checkpoint and an evaluation every `settings.every` steps and at the end.
 
-    `report` hears the mean loss and the speed in tokens per second after every step (every ten on a GPU, where looking
-    at a number makes the processor wait). Once `run.signal` is set, the run is saved and stops.
+    Once `run.signal` is set, the run is saved and stops.
+
+    Args:
+        run: as `start` returns it.
+        report: called with the mean loss and the speed in tokens per second after every step (every ten on a GPU, where
+            looking at a number makes the processor wait).
 
     Raises: InputError, and saves nothing, once a loss, a weight or a moment of the optimiser is not finite.
     """
@@ -226,7 +230,13 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 @torch.no_grad()
 def evaluate(run: Training, split: str, *, full: bool = False) -> dict[str, float]:
-    """The means over a split (over at most `settings.evaluate` rows unless `full`): loss and the task's metrics."""
+    """The means over a split: loss and the task's metrics.
+
+    Args:
+        run: as `start` returns it.
+        split: "train", or one of the task's.
+        full: whether all rows are read, not at most `settings.evaluate`.
+    """
     task, settings, accelerator = run.task, run.settings, run.accelerator
     have, model = task.rows(split), run.plain_model
     # a split without end is drawn from in whole batches
