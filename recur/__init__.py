@@ -10,7 +10,7 @@ from recur.primitives.fixed import fixed_scan, fixed_step
 from recur.primitives.forms import ScanOut
 from recur.primitives.scan import scan, step
 from recur.primitives.summary import Summary, advance, combine, summary
-from recur.recipe import Axes, Flow, Part, Recipe, Site
+from recur.recipe import Axes, Flow, Frame, Part, Recipe, Site
 from recur.shapes import ShapeError
 from recur.weights import Param
 
@@ -19,6 +19,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Axes",
     "Flow",
+    "Frame",
     "LanguageModel",
     "Mixer",
     "Param",
