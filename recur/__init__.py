@@ -11,7 +11,7 @@ from recur.primitives.fixed import fixed_scan, fixed_step
 from recur.primitives.forms import ScanOut, SlowPath
 from recur.primitives.scan import scan, step
 from recur.primitives.summary import Summary, advance, combine, summary
-from recur.recipe import Axes, Flow, Part, Recipe, Site
+from recur.recipe import Axes, Flow, Frame, Part, Recipe, Site
 from recur.shapes import ShapeError
 from recur.weights import Param
 
@@ -21,6 +21,7 @@ __all__ = [
     "Axes",
     "Explanation",
     "Flow",
+    "Frame",
     "LanguageModel",
     "Mixer",
     "Param",

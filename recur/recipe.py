@@ -412,6 +412,23 @@ class Around(Part):
         return self.body.build(dataclasses.replace(site, axes=self.inside(site.axes)))
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What stands around a layer where it is published; `LanguageModel` reads it for what its call does not say.
+
+    Args:
+        ffn: feed-forward of every layer, by a name that LanguageModel knows; None for none.
+        norm: of the residual stream, "rms", "layer" or "l2"; None for a recipe that normalises its own input.
+        positions: None, "sinusoidal", or the number of learned positions.
+        embed_norm: of the embedded tokens, as `norm`; None for none.
+    """
+
+    ffn: str | None = None
+    norm: str | None = "rms"
+    positions: str | int | None = None
+    embed_norm: str | None = None
+
+
 class Recipe:
     """A frozen sequence of parts from "x" [B T D] to "y" [B T D] (or another width `out`), checked when built.
 
@@ -421,6 +438,7 @@ class Recipe:
         inputs: further tensors a call must bring, name -> axes ("H K").
         source: where the architecture was published.
         out:    axes of y; only a layer that stands alone may have others than "D".
+        frame:  feed-forward, norm and positions around it, as published.
 
     Raises: RecipeError naming the part, the name or axis that does not fit, and what was available.
 
@@ -438,12 +456,15 @@ class Recipe:
         inputs: Mapping[str, str] | None = None,
         source: str = "",
         out: str = "D",
+        frame: Frame = Frame(),
     ) -> None:
+        if not isinstance(frame, Frame):
+            raise TypeError(f"Recipe: frame must be a Frame, got {type(frame).__name__}")
         for part in parts:
             if not isinstance(part, Part):
                 raise TypeError(f"Recipe: parts must be of class Part, got {type(part).__name__}")
         values = {"body": Chain(tuple(parts)), "_axes": tuple((axes or {}).items()), "source": source, "out": out}
-        for name, value in {**values, "_inputs": tuple((inputs or {}).items())}.items():
+        for name, value in {**values, "_inputs": tuple((inputs or {}).items()), "frame": frame}.items():
             object.__setattr__(self, name, value)
         if len(self.axes) > LETTERS:
             raise RecipeError(f"Recipe: axes must name at most {LETTERS} letters, got {len(self.axes)}")
@@ -484,6 +505,7 @@ class Recipe:
     body: Chain
     source: str
     out: str
+    frame: Frame
     _axes: tuple[tuple[str, str | int], ...]
     _inputs: tuple[tuple[str, str], ...]
 
@@ -526,31 +548,33 @@ class Recipe:
     def replace(self, which: type[Part] | str, *new: Part) -> Recipe:
         """With these parts in the place of the one part of that class or name."""
         at = self._find("replace", which)
-        return self._with(self.parts[:at] + new + self.parts[at + 1 :])
+        return self.like(*self.parts[:at], *new, *self.parts[at + 1 :])
 
     def insert_before(self, which: type[Part] | str, *new: Part) -> Recipe:
         """With these parts before the one part of that class or name."""
         at = self._find("insert_before", which)
-        return self._with(self.parts[:at] + new + self.parts[at:])
+        return self.like(*self.parts[:at], *new, *self.parts[at:])
 
     def insert_after(self, which: type[Part] | str, *new: Part) -> Recipe:
         """With these parts after the one part of that class or name."""
         at = self._find("insert_after", which) + 1
-        return self._with(self.parts[:at] + new + self.parts[at:])
+        return self.like(*self.parts[:at], *new, *self.parts[at:])
 
     def remove(self, which: type[Part] | str) -> Recipe:
         """Without the one part of that class or name."""
         at = self._find("remove", which)
-        return self._with(self.parts[:at] + self.parts[at + 1 :])
+        return self.like(*self.parts[:at], *self.parts[at + 1 :])
 
     def reverse(self) -> Recipe:
         """The same parts from the last token to the first."""
         from recur.blocks.glue import Reverse
 
-        return self._with((Reverse(self.parts),))
+        return self.like(Reverse(self.parts))
 
-    def _with(self, parts: tuple[Part, ...]) -> Recipe:
-        return Recipe(*parts, axes=self.axes, inputs=self.inputs, source=self.source, out=self.out)
+    def like(self, *parts: Part, **changes: Any) -> Recipe:
+        """These parts with this recipe's axes, inputs, source, width and frame, but for what `changes` says."""
+        kept = {"axes": self.axes, "inputs": self.inputs, "source": self.source, "out": self.out, "frame": self.frame}
+        return Recipe(*parts, **{**kept, **changes})
 
     def _find(self, verb: str, which: type[Part] | str) -> int:
         def fits(key: str, part: Part) -> bool:
@@ -569,7 +593,7 @@ class Recipe:
         """A JSON value that `from_dict` turns back into this recipe. Raises: RecipeError if a part holds a function."""
         parts = [part.to_dict() for part in self.parts]
         values = {"axes": dict(self.axes), "inputs": dict(self.inputs), "source": self.source, "out": self.out}
-        return {**values, "parts": parts}
+        return {**values, "frame": dataclasses.asdict(self.frame), "parts": parts}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], parts: Iterable[type] = ()) -> Recipe:
@@ -580,8 +604,10 @@ class Recipe:
         from recur.blocks import PARTS
 
         known = {kind.__name__: kind for kind in (*PARTS, *parts)}
-        keys = {"axes": Mapping, "inputs": Mapping, "source": str, "out": str, "parts": list}
-        read = read_keys(data, keys, optional=("out",))
+        keys = {"axes": Mapping, "inputs": Mapping, "source": str, "out": str, "frame": Mapping, "parts": list}
+        read = read_keys(data, keys, optional=("out", "frame"))
+        if "frame" in read:
+            read["frame"] = read_part({**read["frame"], "part": "Frame"}, {"Frame": Frame}, "frame")
         built = [read_part(entry, known, f"parts[{i}]") for i, entry in enumerate(read.pop("parts"))]
         return cls(*built, **read)
 
@@ -589,10 +615,10 @@ class Recipe:
         return isinstance(other, Recipe) and self._values() == other._values()
 
     def __hash__(self) -> int:
-        return hash((self.parts, frozenset(self._axes), frozenset(self._inputs), self.source, self.out))
+        return hash((self.parts, frozenset(self._axes), frozenset(self._inputs), self.source, self.out, self.frame))
 
     def _values(self) -> tuple[Any, ...]:
-        return self.parts, self.axes, self.inputs, self.source, self.out
+        return self.parts, self.axes, self.inputs, self.source, self.out, self.frame
 
     def __repr__(self) -> str:
         """Stages, what each writes, and its equation."""

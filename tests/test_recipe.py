@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import recur
-from recur import Mixer, Recipe, RecipeError, presets
+from recur import Frame, LanguageModel, Mixer, Recipe, RecipeError, presets
 from recur.axes import evaluate, size
 from recur.blocks import (
     Act,
@@ -333,3 +333,52 @@ def test_lower_bounds_are_one_table_a_model():
     assert grad[1:].abs().sum() > 0
     assert "lower_bounds" in Mixer(presets.hgrn2(heads=2), 8).shared
     assert LowerBounds("H K").scope == "model"
+
+
+FRAMED = {
+    **dict.fromkeys(("gla", "hgrn", "hgrn2", "llama", "retnet"), Frame(ffn="swiglu")),
+    **dict.fromkeys(("dss", "gated_smoothing", "gated_tap_conv", "gss", "smoothing", "tap_conv"), Frame(norm=None)),
+    "gateloop": Frame(ffn="gelu"),
+    "rwkv": Frame(ffn="channel_mix", norm="layer"),
+    "simple_gateloop": Frame(ffn="gelu", norm=None),
+}
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_language_model_has_the_frame_of_its_paper(name: str) -> None:
+    recipe, sizes = getattr(presets, name)(), {"vocab_size": 7, "dim": 64, "depth": 1, "tie": False}
+    frame = FRAMED.get(name, Frame())
+    assert recipe.frame == frame
+    with torch.device("meta"):
+        model = LanguageModel(recipe, **sizes)
+        said = LanguageModel(recipe, **sizes, ffn=frame.ffn, norm=frame.norm, positions=frame.positions)
+    assert model.arguments == said.arguments
+    assert list(model.state_dict()) == list(said.state_dict())
+    assert (frame.ffn is None) == (model.blocks[0].ffn is None)
+    assert (frame.norm is None) == (not any("norm.weights" in key for key in model.state_dict()))
+
+
+def test_a_frame_is_read_from_the_first_recipe_unless_the_call_says_otherwise() -> None:
+    sizes = {"vocab_size": 7, "dim": 64, "depth": 2}
+    framed = presets.rwkv().like(*presets.rwkv().parts, frame=Frame(ffn="gelu", norm="l2", positions=9))
+    model = LanguageModel([framed, presets.gla()], **sizes)
+    assert [model.arguments[name] for name in ("ffn", "norm", "positions")] == ["gelu", "l2", 9]
+    model = LanguageModel(framed, **sizes, ffn=None, norm="rms", positions=None)
+    assert [model.arguments[name] for name in ("ffn", "norm", "positions")] == [None, "rms", None]
+
+
+def test_a_frame_stays_in_edits_and_in_json() -> None:
+    recipe = presets.gss().remove(Skip)
+    assert recipe.frame == recipe.reverse().frame == Frame(norm=None)
+    assert recipe != recipe.like(*recipe.parts, frame=Frame())
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    older = {key: value for key, value in recipe.to_dict().items() if key != "frame"}
+    assert Recipe.from_dict(older).frame == Frame()
+    for frame, words in (
+        ({"fnn": None}, r"frame Frame has no 'fnn'; did you mean 'ffn'\?"),
+        ({"norm": 3}, r"frame Frame: 'norm' must be .*, got 3"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            Recipe.from_dict({**older, "frame": frame})
+    with pytest.raises(TypeError, match="Recipe: frame must be a Frame, got dict"):
+        Recipe(*recipe.parts, axes=recipe.axes, frame={"norm": None})

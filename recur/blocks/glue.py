@@ -897,7 +897,7 @@ def in_series(recipe: Recipe) -> Recipe:
     shared = tuple(part for part in recipe.parts if part.scope == "model")
     body = tuple(part for part in recipe.parts if part.scope == "layer")
     lines = Along(0, body, name="body"), Along(1, body, reads="y", name="body")
-    return Recipe(*shared, *lines, axes=recipe.axes, inputs=recipe.inputs, source=recipe.source, out=recipe.out)
+    return recipe.like(*shared, *lines)
 
 
 def _there_and_back(scan: Any, back: Any, there: str, home: str) -> tuple[Part, Part]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from recur.blocks.mixer import Mixer, Published
 from recur.blocks.state import POSITION, Layout, detach, fitting, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
 from recur.primitives.loss import linear_cross_entropy
-from recur.recipe import Common, Flow, Recipe, State
+from recur.recipe import Common, Flow, Frame, Recipe, State
 from recur.shapes import accumulation_dtype, bind, expect, readable
 from recur.weights import Embedding, Init, Linear, Param, bias_init, call, declared, matrix_init, normal, watched
 
@@ -184,13 +185,14 @@ class LanguageModel(nn.Module):
         dim:        D, width of the residual stream.
         depth:      number of layers.
         ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", "channel_mix", "key_mix", or any
-                    recipe.
+                    recipe; "paper", like "paper" below, is what the frame of the (first) recipe says.
         block:      "pre" or "post": which side of the residual sum is normalised.
-        norm:       "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by themselves.
+        norm:       "paper", "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by
+                    themselves.
         final_norm: the norm before the head; by default `norm` for "pre" and none for "post".
         tie:        whether the head is the embedding.
         outputs:    number of logits, where a head of its own has another number than one per token.
-        positions:  None, "sinusoidal", or the number of learned positions.
+        positions:  "paper", None, "sinusoidal", or the number of learned positions.
         dropout:    of the embedding and of every branch, or three numbers: of the embedding, mixers, feed-forwards.
         drop:       "branch", or "sum" to zero the stream after every branch was added to it.
         checkpoint: recompute each layer in the backward pass instead of keeping its activations.
@@ -215,19 +217,19 @@ class LanguageModel(nn.Module):
         vocab_size: int,
         dim: int,
         depth: int,
-        ffn: Recipe | str | None = None,
+        ffn: Recipe | str | None = "paper",
         block: str = "pre",
-        norm: Norm | str | None = "rms",
+        norm: Norm | str | None = "paper",
         final_norm: Norm | str | None = "same",
         tie: bool = True,
         outputs: int | None = None,
-        positions: str | int | None = None,
+        positions: str | int | None = "paper",
         dropout: float | tuple[float, float, float] = 0.0,
         drop: str = "branch",
         checkpoint: bool = False,
         embed_std: float = 0.02,
         embed_scale: float = 1.0,
-        embed_norm: Norm | str | None = None,
+        embed_norm: Norm | str | None = "paper",
         padding: int | None = None,
         head_init: str = "lecun",
         head_bias: bool = False,
@@ -236,8 +238,12 @@ class LanguageModel(nn.Module):
         recipe = recipe if isinstance(recipe, Recipe) else _recipes(recipe)
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.arguments = arguments  # all of them, to build its like
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
+        frame = recipes[0].frame if recipes else Frame()
+        framed = {field.name: getattr(frame, field.name) for field in fields(Frame)}
+        framed = {name: value for name, value in framed.items() if arguments[name] == "paper"}
+        self.arguments = arguments | framed  # all of them, to build its like
+        ffn, norm, positions, embed_norm = (self.arguments[field.name] for field in fields(Frame))
         for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("recipes", len(recipes))):
             if number < 1:
                 raise ValueError(f"LanguageModel: {name} must be at least 1, got {number}")

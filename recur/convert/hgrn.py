@@ -35,7 +35,7 @@ def alone(recipe: Recipe, layer: int | None = None) -> Recipe:
     (bounds,) = (part for part in recipe.parts if isinstance(part, LowerBounds))
     parts = [part for part in recipe.parts if part is not bounds]
     ignored = [Scale("bound", "0")] if layer == 0 else []
-    return Recipe(*ignored, *parts, axes=recipe.axes, inputs={"bound": bounds.axes}, source=recipe.source)
+    return recipe.like(*ignored, *parts, inputs={"bound": bounds.axes})
 
 
 def activation_of(name: str) -> str:

@@ -103,7 +103,7 @@ class Settings:
     norm: str = option("paper", one_of("paper", "none", "rms", "layer", "l2"), "norm of the residual stream")
     block: str = option("pre", one_of("pre", "post"), "side of the residual sum that is normalised")
     head: str = option("tied", one_of("tied", "own"), "read-out of a language model: the embedding, or its own")
-    positions: str = option("none", one_of("none", "sinusoidal"), "positions added to the embedding")
+    positions: str = option("paper", one_of("paper", "none", "sinusoidal"), "positions added to the embedding")
     dropout: float = option(0.0, fraction, "probability")
 
     length: int = option(128, count, "tokens in a row")
