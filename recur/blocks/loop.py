@@ -38,6 +38,10 @@ class Loop(Around):
     def causal(self) -> bool:
         return self.body.causal
 
+    @property
+    def unrolled(self) -> bool:
+        return True
+
     def inside(self, axes: Axes) -> Axes:
         return dataclasses.replace(axes, written={**axes.written, self.last: spec(self.axes)})
 
