@@ -221,6 +221,25 @@ def test_the_hubs_rwkv7_is_the_demos_under_other_names() -> None:
     assert set(convert.to_official("rwkv7_hub", hub)) == set(state)
 
 
+@pytest.mark.parametrize(("kind", "own"), [("comba", {}), ("gated_delta_product", {"use_forget_gate": True})])
+def test_models_of_the_hub_are_made_of_its_layers(kind: str, own: dict[str, bool]) -> None:
+    """What a model does not hand to its layers has their default, whatever its configuration says."""
+    sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 4, "norm_eps": 1e-3, **own}
+    reach = {} if kind == "comba" else {"num_householder": 3, "allow_neg_eigval": True}
+    idle = {"use_output_correction": False} if kind == "comba" else {}
+    config = {**sizes, **reach, **idle, "num_hidden_layers": 2, "vocab_size": 8}
+    model = convert.build(f"{kind}_hub", config)
+    prefix = "model.layers.1.attn."
+    state = {
+        name.removeprefix(prefix): t
+        for name, t in convert.to_official(f"{kind}_hub", model).items()
+        if name.startswith(prefix)
+    }
+    layer = convert.from_official(f"{kind}_hub_layer", state, {**sizes, **reach})
+    x = drawn(0, 1, 6, 16).float()
+    assert_close(layer(x).y, model.blocks[1].mixer(x).y)
+
+
 def test_official_checkpoints_of_rwkv7_need_no_configuration() -> None:
     config = {"n_embd": 8, "n_layer": 3, "vocab_size": 9, "head_size": 4, "dim_ffn": 12}
     lora = {"decay": 4, "a": 3, "v": 2, "gate": 5}

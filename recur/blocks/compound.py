@@ -175,6 +175,10 @@ class MomentumScan(Part):
     scale: float | str = 1.0
     out: str = "y"
 
+    @property
+    def unrolled(self) -> bool:
+        return True
+
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         H, _ = axes.same(self.q, self.k, self.p)
         axes.must(self.beta, (H,))
@@ -217,6 +221,10 @@ class LogLinearScan(Part):
     decay: str = "log_a"
     weights: str = "w"
     out: str = "y"
+
+    @property
+    def unrolled(self) -> bool:
+        return True  # where it goes on from a state
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         axes.rank(self.q, 2)

@@ -1,15 +1,17 @@
-"""Gated DeltaNet-2, Comba and (gated) DeltaProduct: the layers of the hub."""
+"""Gated DeltaNet-2, Comba and (gated) DeltaProduct: the layers and models of the hub."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
 
-from recur.blocks import Act, FeedbackKey, Mixer, Norm, OutputGate, Project, Scale, ShortConv
+from recur.blocks import Act, FeedbackKey, LanguageModel, Mixer, Norm, OutputGate, Project, Scale, ShortConv
+from recur.convert import hub
 from recur.convert.keys import Keys, Place, merged, rows, under
-from recur.convert.official import Official
+from recur.convert.official import Official, unless_misspelt
 from recur.presets.comba import comba
 from recur.presets.delta_product import delta_product, gated_delta_product
 from recur.presets.gated_delta_net2 import gated_delta_net2
@@ -112,6 +114,46 @@ def layer(recipe: Callable[[Any], Recipe], keys: Keys, **config: Any) -> Officia
     return Official(build, under("parts.", "", keys), config={**CONFIG, **config}, inert=("mode", "layer_idx"))
 
 
+def model(
+    kind: str, recipe: Callable[[Any], Recipe], keys: Keys, *, inert: tuple[str, ...] = (), **config: Any
+) -> Official:
+    """The layer's options that a model does not hand to it have their defaults, whatever its configuration says."""
+    handed = {**HUB, **config}
+
+    def build(c: Any) -> LanguageModel:
+        given = {name: value for name, value in vars(c).items() if name in handed}
+        return hub.model(recipe(SimpleNamespace(**{**CONFIG, **OF_COMBA, **OF_PRODUCT, **given})), c)
+
+    return Official(
+        build,
+        hub.keys(under("parts.", "", keys)),
+        config=handed,
+        base="model.",
+        inert=(*hub.INERT, *inert),
+        only={**hub.ONLY, "model_type": (kind,)},
+        ignores=unless_misspelt,
+    )
+
+
+HUB = {
+    **hub.CONFIG, "num_hidden_layers": 21, "conv_size": 4, "head_dim": 256, "num_heads": 6, "expand_v": 2.0,
+    "use_output_gate": True, "use_short_conv": True,
+}  # fmt: skip
 GATED_DELTA_NET2 = layer(recipe_2, KEYS_2, head_dim=128, num_heads=16, expand_v=1.0, allow_neg_eigval=False)
 COMBA = layer(recipe_comba, KEYS_COMBA, **OF_COMBA)
 GATED_DELTA_PRODUCT = layer(recipe_product, KEYS_PRODUCT, **OF_PRODUCT)
+COMBA_MODEL = model(
+    "comba",
+    recipe_comba,
+    KEYS_COMBA,
+    inert=("use_output_correction", "use_inner_decay", "correction_factor"),
+    num_v_heads=None,
+)
+GATED_DELTA_PRODUCT_MODEL = model(
+    "gated_deltaproduct",
+    recipe_product,
+    KEYS_PRODUCT,
+    use_forget_gate=False,
+    allow_neg_eigval=False,
+    num_householder=1,
+)

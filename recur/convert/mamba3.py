@@ -26,7 +26,7 @@ KEYS: Keys = {
     "B_bias.value": per_head("B_bias"),
     "C_bias.value": per_head("C_bias"),
     **{f"{name}.weight": per_head(name) for name in ("mimo_x", "mimo_z", "mimo_o")},
-    "skip.D": "D",
+    "skip.D": merged("D"),
     "read_norm.weight": merged("norm.weight"),
     "leave.weight": "out_proj.weight",
 }
@@ -50,4 +50,4 @@ INERT = (
     *("dt_min", "dt_max", "dt_init_floor", "chunk_size", "layer_idx", "n_layer", "device", "dtype"),
     *("dropout", "fuse_pregate_headwise_norm"),
 )
-MIXER = Official(mixer, under("parts.", "", KEYS), ("d_model",), CONFIG, inert=INERT)
+MIXER = Official(mixer, under("parts.", "", KEYS), ("d_model",), CONFIG, inert=INERT, only={"layer": ("Mamba3",)})

@@ -22,6 +22,7 @@ from recur.convert import (
 from recur.convert.official import Official
 
 OFFICIAL: dict[str, Official] = {
+    "comba_hub": delta.COMBA_MODEL,
     "comba_hub_layer": delta.COMBA,
     "dense_gau_retnet": dense_retnet.MODEL,
     "densessm_layer": dense_retnet.LAYER,
@@ -33,6 +34,7 @@ OFFICIAL: dict[str, Official] = {
     "gated_ds_conv": gss.GATED_DSCONV,
     "gated_ds_conv_lm": gss.DSCONV_MODEL,
     "gated_delta_net2_hub_layer": delta.GATED_DELTA_NET2,
+    "gated_delta_product_hub": delta.GATED_DELTA_PRODUCT_MODEL,
     "gated_delta_product_hub_layer": delta.GATED_DELTA_PRODUCT,
     "gated_exponential_smoothing": gss.GATED_MHESA,
     "gated_exponential_smoothing_lm": gss.MHESA_MODEL,

@@ -13,7 +13,7 @@ from recur.blocks import (
     WideScan,
 )
 from recur.presets.delta_net import smooth_unit
-from recur.recipe import Part, Recipe
+from recur.recipe import Frame, Part, Recipe
 
 CONV = ShortConv("q k v", bias=False)
 FEEDBACK = FeedbackKey()
@@ -50,4 +50,5 @@ def comba(
         Project("y", y="D", name="leave"),
         axes={"H": heads, "G": groups, "K": key, "V": value},
         source="Hu et al. 2025, arXiv:2506.02475",
+        frame=Frame(ffn="swiglu"),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from recur.blocks import Act, DeltaScan, Norm, OutputGate, Project, ShortConv, StepDecay
 from recur.presets.delta_net import REFLECTING, smooth_unit
-from recur.recipe import Part, Recipe
+from recur.recipe import Frame, Part, Recipe
 
 CONV = ShortConv("q k v", bias=False)
 LEAVE = (Project("x", g="H V", name="gate"), Norm("y", over="V", name="read_norm"), OutputGate("g"))
@@ -36,6 +36,7 @@ def delta_product(
         Project("y", y="D", name="leave"),
         axes={"M": writes, "H": heads, "G": groups, "K": key, "V": value},
         source="Siems et al. 2025, arXiv:2502.10297",
+        frame=Frame(ffn="swiglu"),
     )  # fmt: skip
 
 

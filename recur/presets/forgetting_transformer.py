@@ -1,7 +1,7 @@
 """The forgetting transformer: softmax attention whose scores a gate per head lets fade."""
 
 from recur.blocks import Decay, ForgettingAttention, Project
-from recur.recipe import Part, Recipe
+from recur.recipe import Frame, Part, Recipe
 
 
 def forgetting_transformer(
@@ -28,4 +28,5 @@ def forgetting_transformer(
         Project("y", y="D", name="leave"),
         axes={"H": heads, "G": groups, "K": "D/H"},
         source="Lin et al. 2025, arXiv:2503.02130",
+        frame=Frame(ffn="swiglu"),
     )  # fmt: skip

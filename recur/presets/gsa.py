@@ -1,7 +1,7 @@
 """Gated slot attention: softmax attention over a fixed number of slots, filled and emptied by gates."""
 
 from recur.blocks import Act, Decay, Norm, Project, SlotScan
-from recur.recipe import Recipe
+from recur.recipe import Frame, Recipe
 
 
 def gsa(
@@ -23,4 +23,5 @@ def gsa(
         Project("y", y="D", name="leave"),
         axes={"H": heads, "G": groups, "K": "D/H", "V": "D/H", "M": slots},
         source="Zhang et al. 2024, arXiv:2409.07146",
+        frame=Frame(ffn="swiglu"),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from recur.blocks import (
     Sum,
     Trapezoid,
 )
-from recur.recipe import Part, Recipe
+from recur.recipe import Frame, Part, Recipe
 
 GATE = (OutputGate("z"),)
 NORM_THEN_GATE = (Norm("y", over="H P", groups="H", name="read_norm"), OutputGate("z"))
@@ -53,6 +53,7 @@ def mamba3(
         Project("y", y="D", name="leave"),
         axes={"P": head, "H": f"{expand}*D/P", "G": groups, "N": state, "A": f"int(N*{rope})//2"},
         source="Lahoti et al. 2026, arXiv:2603.15569",
+        frame=Frame(ffn="swiglu"),
     )  # fmt: skip
 
 
@@ -89,4 +90,5 @@ def mamba3_mimo(
         Project("y", y="D", name="leave"),
         axes={"P": head, "H": f"{expand}*D/P", "G": groups, "R": rank, "N": state, "A": f"int(N*{rope})//2"},
         source="Lahoti et al. 2026, arXiv:2603.15569",
+        frame=Frame(ffn="swiglu"),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from recur.blocks import Act, Decay, MesaScan, Norm, Project, ShortConv
 from recur.presets.delta_net import smooth_unit
-from recur.recipe import Part, Recipe
+from recur.recipe import Frame, Part, Recipe
 
 
 def mesa_net(
@@ -29,4 +29,5 @@ def mesa_net(
         Project("y", y="D", name="leave"),
         axes={"H": heads, "K": "D/H"},
         source="von Oswald et al. 2025, arXiv:2506.05233",
+        frame=Frame(ffn="swiglu"),
     )  # fmt: skip

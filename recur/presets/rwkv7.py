@@ -13,7 +13,7 @@ from recur.blocks import (
     ValueResidual,
     WideScan,
 )
-from recur.recipe import Recipe
+from recur.recipe import Frame, Recipe
 
 MIXES = tuple(f"1-(i/D)**({share}*(1-layer/depth))" for share in (0.2, 0.9, 0.7, 0.7, 0.9, 0.2))  # r w k v a g
 RISING = "(2*(i-i//K*K)-K+1)/max(K-1,1)"  # from -1 to 1 in each head
@@ -63,4 +63,5 @@ def rwkv7(
         axes={"H": heads, "K": "D/H", "E": value, "V": "E/H",
               "RW": ranks[0], "RA": ranks[1], "RV": ranks[2], "RG": ranks[3]},
         source="Peng et al. 2025, arXiv:2503.14456",
+        frame=Frame(ffn="key_mix", norm="layer", embed_norm="layer"),
     )  # fmt: skip

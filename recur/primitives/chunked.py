@@ -170,7 +170,7 @@ def _erasing(
         A_qu, writer, given = A_qk, to_end(k_out), v
     else:
         z = v if beta is None else beta * v
-        A_qu, writer, given = A_qb, to_end(b_out), -lower_product(A_ek, z)
+        A_qu, writer, given = A_qb, to_end(b_out), -lower_product(A_ek.tril(-1), z)
         written = to_end(k_out).mT @ z
         added = written if added is None else added + written.masked_fill(like_batch(chunks.sealed, written), 0)
     lead = (chunks.n, *v.shape[1:4])

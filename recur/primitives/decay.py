@@ -29,7 +29,7 @@ class ChunkDecays(NamedTuple):
 
     A_qk, A_ek, A_qb, A_eb: [... C·n C·m] decayed products, Σ_K reader_t writer_s Π_{s<r≤t} a_r, without a_t for a row
         that skips it. A query sees the writes up to its token, or up to the one before if it skips the gate; an erase
-        key sees all writes before its own.
+        key sees all writes before its own: of A_ek and A_eb only what is below the diagonal counts.
     q_in, e_in: [... C·n K] the readers, decayed from the start of the chunk: they read the state that enters it.
     k_out, b_out: [... C·m K] the writers, decayed to the end of the chunk: they are added to the state that leaves it.
     decay_total: [... K | 1] the product of all gates.
@@ -143,7 +143,7 @@ def _pairs(q: Tensor, k: Tensor, e: Tensor | None, b: Tensor | None, q_skips: in
 def _seen(pair: _Pair, scores: Tensor, tokens: int) -> Tensor:
     """Scores [... C·n C·m], 0 where the reader does not see the write: what overflows there would be NaN times 0."""
     if pair.erases:
-        return scores.tril(-1)
+        return scores.tril()
     if scores.shape[-2:] == (tokens, tokens):
         return scores.tril(-pair.skips)
     row, column = (torch.arange(n, device=scores.device) // (n // tokens) for n in scores.shape[-2:])
@@ -208,7 +208,8 @@ def _gradients_scores(ctx: Any, grad_in: Tensor, grad_out: Tensor, *given: Tenso
         reader, _, erases, writer = pair
         shape = torch.broadcast_shapes(reader.shape[:-2], writer.shape[:-2])
         plain = given[i] * _for_rows(between, pair)
-        plain = (plain.tril(-1) if erases else plain).sum_to_size(*shape, *plain.shape[-2:])
+        plain = plain.tril() if erases and plain.shape[-1] > tokens else plain  # within a token no gate is 0
+        plain = plain.sum_to_size(*shape, *plain.shape[-2:])
         readers[i % 2].append((plain @ writer).sum_to_size(reader.shape))
         writers[i // 2].append((plain.mT @ reader).sum_to_size(writer.shape))
         grad_between.append(_for_tokens(given[i] * scores[i], pair, tokens))
@@ -334,15 +335,16 @@ def _key_wise(
     ins = [None if x is None else _own_gate(blocks(x), total, n) for x, n in ((q, q_skips), (e, e_skips))]
     outs = [None if x is None else blocks(x) for x in (k, b)]
     while total.shape[-3] > 1:
+        halves = [x if x is None else _halves(x) for x in (*ins, *outs)]
         for i, score in enumerate(scores):
-            reader, writer = ins[i % 2], outs[i // 2]
+            reader, writer = halves[i % 2], halves[2 + i // 2]
             if score is not None and reader is not None and writer is not None:
-                (top, bottom), cross = _halves(score), _halves(reader)[1] @ _halves(writer)[0].mT
-                right = torch.cat([cross, bottom], -1)
-                scores[i] = torch.cat([F.pad(top, (0, top.shape[-1])), right], -2)
+                (top, bottom), cross = _halves(score), reader[1] @ writer[0].mT
+                above = torch.cat([top, torch.zeros_like(top)], -1)
+                scores[i] = torch.cat([above, torch.cat([cross, bottom], -1)], -2)
         left_total, right_total = _halves(total)
-        ins = [x if x is None else _joined(*_halves(x), 1.0, left_total) for x in ins]
-        outs = [x if x is None else _joined(*_halves(x), right_total, 1.0) for x in outs]
+        ins = [x if x is None else torch.cat([x[0], x[1] * left_total], -2) for x in halves[:2]]
+        outs = [x if x is None else torch.cat([x[0] * right_total, x[1]], -2) for x in halves[2:]]
         total = left_total * right_total
     whole = [x if x is None else x.squeeze(-3) for x in (*scores, *ins, *outs)]
     return ChunkDecays(*whole, total.squeeze(-3).squeeze(-2))
@@ -362,11 +364,6 @@ def _own_gate(reader: Tensor, gates: Tensor, skips: int) -> Tensor:
     if skips == 0:
         return reader * gates
     return torch.cat([reader[..., :skips, :], reader[..., skips:, :] * gates], -2)
-
-
-def _joined(left: Tensor, right: Tensor, left_decay: Tensor | float, right_decay: Tensor | float) -> Tensor:
-    """Rows of two neighbouring blocks, each times its decay."""
-    return torch.cat([left * left_decay, right * right_decay], -2)
 
 
 def _halves(blocks: Tensor) -> tuple[Tensor, ...]:

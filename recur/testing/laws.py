@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -265,7 +265,10 @@ def resets(subject: Subject, draw: Draw) -> None:
     assert inputs.decay is not None
     log_decay = inputs.tokens[inputs.decay].clone()
     log_decay[:, at] = complex(-math.inf, 1) if log_decay.is_complex() else -math.inf
-    inputs = inputs.replace(tokens={**inputs.tokens, inputs.decay: log_decay})
+    forgetting = {name: inputs.tokens[name].clone() for name in inputs.forgets}
+    for name, value in inputs.forgets.items():
+        forgetting[name][:, at] = value
+    inputs = inputs.replace(tokens={**inputs.tokens, **forgetting, inputs.decay: log_decay})
     found = values_and_gradients(lambda inputs: subject.run(inputs, form=form), inputs)
     slope = found[f"gradient of {inputs.decay}"][:, at]
     if not bool((slope == 0).all()):
@@ -424,7 +427,8 @@ def promises(subject: Subject, draw: Draw) -> None:
     low = inputs if dtype == torch.float64 else subject.rounded(inputs, dtype)
     x = low.tokens[low.like]
     y, state = subject.run(low)
-    _promised("y", y, x.shape, low.output_dtype, x.device)
+    shape = x.shape if low.shape is None else (*x.shape[:2], *low.shape)
+    _promised("y", y, shape, low.output_dtype, x.device)
     want = named("state", subject.promised_state(inputs, state, dtype))
     for name, leaf in named("state", state).items():
         _promised(name, leaf, want[name].shape, want[name].dtype, x.device)
@@ -438,13 +442,13 @@ def summaries(subject: Subject, draw: Draw) -> None:
     inputs = draw(subject.inputs.filter(lambda inputs: inputs.length >= 1))
     one, two = sorted((draw(cuts(inputs.length), "cut"), draw(cuts(inputs.length), "second cut")))
     start = inputs.state if inputs.state is not None else _zero_state(subject, inputs)
-    summarise, reads = subject.summary, ("k", "v", "log_decay", "beta")
+    summarise, reads, wide = subject.summary, ("k", "v", "log_decay", "beta"), ("erase", "remove", "write")
     assert summarise is not None
 
     def of(begin: int, end: int) -> Any:
         stretch = inputs.between(begin, end)
         given = {**stretch.tokens, **stretch.constants}
-        return summarise(**{name: given.get(name) for name in reads})
+        return summarise(**{name: given.get(name) for name in (*reads, *(name for name in wide if name in given))})
 
     left, middle, right = of(0, one), of(one, two), of(two, inputs.length)
     grouped, other = combine(combine(left, middle), right), combine(left, combine(middle, right))
@@ -553,7 +557,7 @@ def _slopes(subject: Subject, draw: Draw, of: Callable[[Tensor, list[Tensor]], T
         raise LawBroken(f"along a random direction the derivative by {name} {wrong}")
 
 
-def _promised(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+def _promised(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     got, want = (tuple(tensor.shape), tensor.dtype, tensor.device), (tuple(shape), dtype, device)
     if got != want:
         raise LawBroken(f"{name} must be {want[0]} {want[1]} on {want[2]}, got {got[0]} {got[1]} on {got[2]}")

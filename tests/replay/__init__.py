@@ -250,7 +250,8 @@ class Mismatch(Exception):
 
 
 def compare(case: Case, vectors: Vectors, run: Run, *, only: Collection[str] | None = None) -> dict[str, float]:
-    """Every recorded result, and every gradient if there is a cotangent, to its distance from ours.
+    """Every recorded result, and every gradient if there are cotangents (of the output, of states), to its distance
+    from ours.
 
     only: the results to look at, for a run that has no others (and no gradients).
     """
@@ -261,10 +262,9 @@ def compare(case: Case, vectors: Vectors, run: Run, *, only: Collection[str] | N
         found[key] = _distance(key, run.results.get(key), case.recorded(key, want))
     if only is not None or "cotangent" not in vectors.tensors:
         return found
-    ends = {"output": vectors.tensors["cotangent"]}
-    for key in vectors.config.get("state_cotangents", []):  # the loss reads final states as well
-        ends[key] = vectors.tensors[f"cotangent.{key.removeprefix('state.')}"]
-    torch.autograd.backward([run.results[key] for key in ends], list(ends.values()))
+    cotangents = {f"state.{key}": tensor for key, tensor in vectors.section("cotangent").items()}
+    cotangents["output"] = vectors.tensors["cotangent"]
+    torch.autograd.backward([run.results[key] for key in cotangents], list(cotangents.values()))
     wanted = vectors.section("grad.input")
     if "grad.input" in vectors.tensors:
         wanted["0"] = vectors.tensors["grad.input"]  # of the only input
