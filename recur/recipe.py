@@ -246,7 +246,7 @@ class Part:
         return True
 
     @property
-    def honest(self) -> bool:
+    def exact_gradients(self) -> bool:
         """Whether its gradients are the derivatives of its values."""
         return True
 

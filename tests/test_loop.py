@@ -74,7 +74,7 @@ def test_a_node_equals_the_loop(name: str, packed: bool) -> None:
 
 def test_weights_that_are_computed_are_those_of_the_node() -> None:
     mixer, x = layer(presets.gated_rnn()), torch.randn(2, 5, 6)
-    parametrizations.weight_norm(mixer.parts["loop"]["recurrent"], "weight")
+    parametrizations.weight_norm(mixer.get_submodule("parts.loop.recurrent"), "weight")
     graph, operators = in_graphs(lambda x: mixer(x).y)
     torch.testing.assert_close(graph(x), mixer(x).y)
     assert has_node(operators)
@@ -119,7 +119,7 @@ def test_what_a_node_cannot_hold_is_unrolled(name: str) -> None:
 def test_a_hook_inside_fires_in_a_graph() -> None:
     mixer, x = layer(nonlinear()), torch.randn(2, 5, 6)
     plain = mixer(x).y
-    mixer.parts["loop"]["project"].register_forward_hook(lambda module, args, out: (0.5 * out[0],))
+    mixer.get_submodule("parts.loop.project").register_forward_hook(lambda module, args, out: (0.5 * out[0],))
     graph, operators = in_graphs(lambda x: mixer(x).y)
     torch.testing.assert_close(graph(x), mixer(x).y)
     assert not torch.allclose(mixer(x).y, plain)

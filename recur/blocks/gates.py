@@ -231,7 +231,7 @@ class RetentionScale(Part):
     out: str = "eps"
 
     @property
-    def honest(self) -> bool:
+    def exact_gradients(self) -> bool:
         return False
 
     @property

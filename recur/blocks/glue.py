@@ -516,7 +516,7 @@ class ScaleGrad(Part):
     fraction: float
 
     @property
-    def honest(self) -> bool:
+    def exact_gradients(self) -> bool:
         return self.fraction == 1
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:

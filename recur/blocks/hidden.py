@@ -181,7 +181,8 @@ class DenseCarry(_OfStates):
         return self.scan.shapes(axes)
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        x, delta, A, B = self.scan.written(flow, weights).values()
+        written = self.scan.written(flow, weights)
+        x, delta, A, B = (written[name] for name in ("x", "delta", "A", "B"))
         wide = accumulation_dtype(x, delta, A, B)
         write = torch.einsum("bte,btn->bten", (delta * x).to(wide), B.to(wide))
         past = [layer["DenseCarry"] for layer in flow.past[-self.layers :] if "DenseCarry" in layer]

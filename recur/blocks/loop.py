@@ -160,7 +160,7 @@ def _between(flow: Flow, begin: int, end: int) -> Flow:
 
 
 @functools.lru_cache(maxsize=256)
-def _read(description: str) -> tuple[Loop, nn.ModuleDict]:
+def _read(description: str) -> tuple[Loop, Any]:
     """The loop that `_describe` described, and its modules without numbers."""
     from recur.blocks import PARTS
 
@@ -176,7 +176,7 @@ def _owners(weights: nn.Module) -> list[Weights]:
     return [module for module in weights.modules() if isinstance(module, Weights)]
 
 
-def _holding(module: nn.Module, weights: dict[int, dict[str, Tensor]]) -> nn.Module:
+def _holding(module: Any, weights: dict[int, dict[str, Tensor]]) -> Any:
     """A copy of a module, and of those in it, with these tensors in the place of the weights of each."""
     twin = copy.copy(module)
     twin._modules = {name: _holding(inner, weights) for name, inner in module._modules.items()}

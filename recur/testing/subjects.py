@@ -76,7 +76,7 @@ class Scan(_Subject):
     step: Callable[..., Tensor] | None = None
     summary: Callable[..., Any] | None = None
     causal: bool = True
-    honest = True
+    exact_gradients = True
 
     @property
     def smooth_inputs(self) -> SearchStrategy[Inputs]:
@@ -165,7 +165,7 @@ class Layer(_Subject):
         self.causal = recipe.causal
         self.name = f"this recipe ({recipe.source})" if recipe.source else "this recipe"
         parts = list(parts_of(recipe.parts))
-        self.honest = all(part.honest for part in parts)
+        self.exact_gradients = all(part.exact_gradients for part in parts)
         self.in_grid = any(isinstance(part, Along) for part in parts)
         self.unrolled = any(part.unrolled for part in parts)
         self.inputs = strategies.layers(self)

@@ -23,7 +23,7 @@ from recur.train.config import InputError, Settings, known
 from recur.train.lock import hold
 from recur.train.machine import use_compiler, use_threads, with_threads
 from recur.train.models import parameters, read_recipes
-from recur.train.run import TASKS, chosen, configured, finish, load_model, setup, told
+from recur.train.run import TASKS, chosen, configured, finish, load_model, report, setup
 from recur.train.tokenize import pieces
 from recur.train.trainer import Training, fit, mfu, prepare
 
@@ -170,7 +170,7 @@ def _task(arguments: argparse.Namespace) -> int:
         total=settings.steps, desc=settings.recipe, initial=run.step, unit="step", disable=not run.is_main
     ) as bar:
 
-        def report(loss: float, speed: float) -> None:
+        def advance(loss: float, speed: float) -> None:
             used = mfu(run, speed)
             share = "" if used is None else f", {used:.1%} MFU"
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s{share}", refresh=False)
@@ -178,7 +178,7 @@ def _task(arguments: argparse.Namespace) -> int:
 
         try:
             with _saved_on_signals(run):
-                fit(run, report)
+                fit(run, advance)
         except KeyboardInterrupt:  # a second one
             run.signal = signal.SIGINT
     if run.signal is not None:
@@ -188,7 +188,7 @@ def _task(arguments: argparse.Namespace) -> int:
     if run.stopped:
         show(f"\nstopped after --seconds {settings.seconds:g}, at step {run.step} of {settings.steps}; {again}")
     finals = finish(run)
-    show("\n" + told(run, finals))
+    show("\n" + report(run, finals))
     if run.is_main:
         sharded = getattr(run.accelerator, "is_fsdp2", False)  # one process cannot write with its shard alone
         with torch.compiler.set_stance("force_eager"):  # a sample is shorter than the compilation of a step
@@ -255,10 +255,10 @@ def _compare(arguments: argparse.Namespace) -> int:
     threads = use_threads(with_threads(configured(arguments.task, *layers)[0]))
     print(f"{arguments.task}: {', '.join(arguments.recipes)}{threads}", flush=True)
     with hold(out, _say):
-        report = compare(
+        compared = compare(
             arguments.task, arguments.recipes, layers, out, **sizes, report=lambda line: print(line, flush=True)
         )
-    print(report)
+    print(compared)
     return 0
 
 
