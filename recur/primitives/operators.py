@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-
 RUNS: dict[str, Callable[..., Any]] = {}  # what operators run, by their names, for `recur.counting`
 
 
