@@ -1,8 +1,8 @@
 """`recur.explain` beside a profiler on a GPU: `python tests/gpu_explain.py [PART OF A NAME...]`.
 
-One line per model: kernels of ours that the profiler saw and that were named, all launches, and bytes at the peak. Exits
-with 1 where a kernel differs, where torch launched fewer kernels than operators were named, or where the peak is more
-than a tenth off.
+One line per model: kernels of ours that the profiler saw and that were named, those of torch and operators, the peak.
+Exits with 1 where a kernel of ours differs, where torch launched fewer kernels than 0.8 per operator, or where the peak
+is more than a tenth off.
 """
 
 from __future__ import annotations

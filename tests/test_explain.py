@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import re
+import shlex
 import sys
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -23,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import recur
 from recur import LanguageModel, Mixer, presets
 from recur.blocks.state import nbytes
+from recur.cli import main
 from recur.explain import CARDS, Card, binary, decimal, duration, explain
 from recur.primitives.operators import RUNS
 
@@ -133,14 +139,14 @@ def test_recomputed_layers_keep_less() -> None:
 
 def test_a_gpu_is_asked_about_where_there_is_none() -> None:
     pytest.importorskip("triton")
-    q = torch.empty(8, 2048, 4, 128, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(32, 2048, 4, 128, dtype=torch.bfloat16, device="meta")  # heads enough for one segment each
     found = explain(recur.scan, q, q, q, card="H200")
-    assert (found.device, found.dtype, found.batch, found.length) == ("cuda", "bfloat16", 8, 2048)
+    assert (found.device, found.dtype, found.batch, found.length) == ("cuda", "bfloat16", 32, 2048)
     assert [(choice.form, choice.refusal) for choice in found.choices] == [("triton", None)]
     assert found.state == 4 * 128 * 128 * 4
     forward = found.phase("forward")
     assert (forward.floor, forward.kernels) == (4 * q.nbytes, Counter(["chunk_scan.forward"]))  # three are read
-    assert forward.bytes == 4 * q.nbytes + 8 * found.state
+    assert forward.bytes == 4 * q.nbytes + 32 * found.state
     assert forward.seconds(CARDS["H200"]) == max(forward.bytes / 4.2e12, forward.flops / 713e12)
     assert not found.remedies
 
@@ -170,9 +176,7 @@ def test_explaining_leaves_no_trace() -> None:
 def test_what_cannot_be_explained_is_refused() -> None:
     with pytest.raises(TypeError, match="explain: dim must be given with a recipe, got None"):
         explain("gla")
-    with pytest.raises(
-        TypeError, match="explain: target must be a scan with its tensors, a layer, a model or a recipe"
-    ):
+    with pytest.raises(TypeError, match="explain: target must be a scan with its tensors, a layer"):
         explain(recur.scan)
     with pytest.raises(TypeError, match="explain: target must be a Mixer or a LanguageModel, got Linear"):
         explain(torch.nn.Linear(2, 2))
@@ -188,6 +192,36 @@ def test_numbers_are_printed_in_their_units() -> None:
     assert [duration(s) for s in (1.5e-6, 2e-3)] == ["1.5 µs", "2.00 ms"]
     card = Card("mine", 1e12, 1e14, "by hand")
     assert "times: mine, by hand" in str(explain("gla:heads=2", dim=16, length=8, device="cuda", card=card))
+
+
+def test_its_page_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    page = (Path(__file__).parents[1] / "docs" / "explain.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    ran = 0
+    with warnings.catch_warnings():
+        for (language, code), (following, text) in pairwise([*blocks, ("", "")]):
+            if language == "bash":
+                assert main(shlex.split(code)[1:]) == 0
+            elif language == "python":
+                exec(code, names)
+            printed = capsys.readouterr().out
+            if following == "text":
+                assert printed == text
+                ran += 1
+    assert ran == 2
+
+
+def test_the_command_explains_models_and_refuses_widths(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--dim", "16", "--depth", "2", "--vocab", "50", "--ffn", "swiglu", "--length", "8", "--device", "cpu"]
+    assert main(["explain", "gla:heads=2+mamba", *sizes, "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "LanguageModel at D=16, 2 layers of 2 kinds\ncpu, float32, batch 1 x 8 tokens"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        main(["explain", "gla:heads=3", "--dim", "16"])
+    assert "gla:heads=3 cannot be built with --dim 16" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- kernels, in Triton's interpreter
