@@ -122,7 +122,7 @@ def differentiable(
     LIBRARY.impl(name, call, "Autograd")
 
 
-# For `recur.explain`: launches are noted instead of made, with what a launcher plans for the device that is asked about.
+# For `recur.explain`: launches are noted instead of made, as a launcher plans them for the device that is asked about.
 _NOTE: ContextVar[tuple[Callable[..., None], torch.device] | None] = ContextVar("note", default=None)
 _LOCK = Lock()
 

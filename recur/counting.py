@@ -7,6 +7,7 @@ and hand over their launches, and only the launches themselves are left out. So 
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import weakref
 from collections import Counter
@@ -206,6 +207,7 @@ def train(device: torch.device, run: Callable[[], Tensor], leaves: list[Tensor])
     counting = Counting(device)
     with counting:
         y = run()
+        gc.collect()  # of what only the state was made of
         own = y.untyped_storage()._cdata
         kept = {where: size for where, size in counting.kept().items() if size}
         if y.numel() > 1 and own in counting.made:  # the output is the caller's

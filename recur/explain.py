@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -147,28 +148,27 @@ class Explanation:
 def _table(rows: list[tuple[str, ...]], right: Iterable[int] = ()) -> list[str]:
     wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     flush = set(right)
-    cells = [
-        [cell.rjust(w) if i in flush else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, wide))] for row in rows
-    ]
-    return ["  ".join(row).rstrip() for row in cells]
+
+    def cell(i: int, text: str) -> str:
+        return text.rjust(wide[i]) if i in flush else text.ljust(wide[i])
+
+    return ["  ".join(cell(i, text) for i, text in enumerate(row)).rstrip() for row in rows]
 
 
 def binary(size: float) -> str:
     """Bytes in the largest unit of 1024 that leaves at least 1."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, {"B": "KiB", "KiB": "MiB", "MiB": "GiB", "GiB": "TiB"}[unit]
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+    if size < 1024:
+        return f"{size:.0f} B"
+    power = min(int(math.log2(size)) // 10, 4)
+    return f"{size / 1024**power:.1f} {('', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def decimal(count: float) -> str:
     """A number in thousands, millions, ...: 1.5 G."""
-    for unit in ("", "k", "M", "G", "T", "P"):
-        if count < 1000 or unit == "P":
-            return f"{count:.0f}" if unit == "" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
+    if count < 1000:
+        return f"{count:.0f}"
+    power = min(int(math.log10(count)) // 3, 5)
+    return f"{count / 1000**power:.1f} {' kMGTP'[power]}"
 
 
 def duration(seconds: float) -> str:
@@ -192,7 +192,7 @@ def explain(
     operator of torch counts as one launch.
 
     Args:
-        target: a scan (recur.scan, recur.gated_scan, ...), a Mixer, a LanguageModel, or a Recipe, or its words, with dim.
+        target: a scan (recur.scan, ...), a Mixer, a LanguageModel; or a Recipe, or its words, with dim.
         args, options: of a scan its arguments, of a Mixer its further inputs; only shapes, dtypes and strides count.
         dim: D of a recipe.
         batch, length: B and T of a layer or model; a scan's tensors have their own.

@@ -13,6 +13,7 @@ SCRIPTS = {
     "gpu_scan.py": [],
     "gpu_walk.py": [],
     "gpu_glue.py": [],
+    "gpu_explain.py": [],
     "gpu_laws.py": [],
     "gpu_step.py": ["check"],
     "gpu_generate.py": [],

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-
 RUNS: dict[str, Callable[..., Any]] = {}  # what operators run, by their names, for `recur.counting`
 
 
