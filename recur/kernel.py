@@ -156,6 +156,8 @@ def fused(form: str, *tensors: Tensor | None, compiler: bool = False) -> bool:
     """
     if form not in ("auto", "triton") or TRITON is None or TRITON < OLDEST:
         return False
+    if form == "auto" and tensors[0] is not None and not tensors[0].is_cuda:
+        return False
     given = [x for x in tensors if x is not None]
     on_gpu, compiling = given[0].is_cuda, torch.compiler.is_compiling()
     if not on_gpu and form == "auto":

@@ -7,6 +7,7 @@ A pattern names one letter an axis, "*" any number of further axes, "|" separate
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +36,7 @@ def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor [{patterns}], got {type(tensor).__name__}")
         shape = tensor.shape
-        letters = _fitting(patterns, len(shape))
+        letters = _letters(patterns, len(shape))
         if not letters:
             raise ShapeError(f"{function}: {name} must be [{patterns}], got shape {tuple(shape)}")
         for letter, size in zip(letters, _split(letters, shape) if "*" in letters else shape, strict=True):
@@ -50,6 +51,19 @@ def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any
         elif tensor.device != device:
             raise ValueError(f"{function}: {device_of} is on {device} but {name} is on {tensor.device}")
     return sizes
+
+
+_KNOWN: dict[tuple[str, int], str] = {}  # of the patterns that functions have: as many as there are in their code
+
+
+def _letters(patterns: str, rank: int) -> str:
+    """`_fitting`, found once. Not by a decorator of functools, of which torch.compile warns."""
+    if torch.compiler.is_compiling():
+        return _fitting(patterns, rank)
+    letters = _KNOWN.get((patterns, rank))
+    if letters is None:
+        letters = _KNOWN[patterns, rank] = _fitting(patterns, rank)
+    return letters
 
 
 def _fitting(patterns: str, rank: int) -> str:
@@ -124,10 +138,11 @@ def all_finite(tensor: Tensor) -> bool:
     return readable(tensor) and bool(tensor.detach().sum().isfinite())
 
 
-def without_autocast(tensor: Tensor) -> torch.autocast:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which nothing is cast on the tensor's device; the meta device knows no autocast of its own."""
     kind = tensor.device.type
-    return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
+    kind = "cpu" if kind == "meta" else kind
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def pick(function: str, argument: str, value: Any, choices: Mapping[Any, T]) -> T:

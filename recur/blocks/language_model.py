@@ -94,9 +94,9 @@ class Block(nn.Module):
         assert norm is not None
         drops, form = self.training and not options["evaluate"], options.get("form", "auto")
         y, state = branch(norm(x, form) if self.order == "pre" else x, state, **options)
-        y = y if self.drop == "sum" else F.dropout(y, p, drops)
+        y = F.dropout(y, p) if drops and p and self.drop == "branch" else y
         x = x + y.to(x.dtype)
-        x = x if self.drop == "branch" else F.dropout(x, p, drops)
+        x = F.dropout(x, p) if drops and p and self.drop == "sum" else x
         return (x if self.order == "pre" else norm(x, form)), state
 
     def layout(self) -> Layout:
@@ -144,9 +144,9 @@ class StreamNorm(nn.Module):
     def forward(self, x: Tensor, form: str = "auto") -> Tensor:
         if self.norm is None:
             return x
-        nowhere = x.new_empty(0, dtype=torch.long)  # norms read no positions
         assert self.weights is not None
-        flow, _ = self.weights(self.norm.__call__, Flow({"x": x}, nowhere, form), None)
+        flow = Flow({"x": x}, x, form)  # norms read no positions: any tensor stands in their place
+        flow, _ = self.weights(self.norm.__call__, flow, None)
         return flow[self.norm.to or "x"]
 
 
@@ -297,8 +297,8 @@ class LanguageModel(nn.Module):
     def _hidden(self, ids: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
         self._check_ids(ids)
-        x = self.embedding(ids) * self.embed_scale
-        return self.hidden(x, state, **options)
+        x = self.embedding(ids)
+        return self.hidden(x if self.embed_scale == 1 else x * self.embed_scale, state, **options)
 
     def hidden(
         self,
@@ -323,7 +323,7 @@ class LanguageModel(nn.Module):
             state = fitting("LanguageModel", self.layout(), state, rows, x, step=in_place, letter=letter)
         position = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state["position"]
         x = self._add_positions(x, position, cu_seqlens)
-        x = F.dropout(x, self._dropped, self.training and not evaluate)
+        x = F.dropout(x, self._dropped) if self._dropped and self.training and not evaluate else x
         past: tuple[Mapping[str, Tensor], ...] = ()
         layers: list[State] = []
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form}
@@ -387,7 +387,7 @@ class LanguageModel(nn.Module):
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"LanguageModel: ids must be int32 or int64, got {ids.dtype}")
         if readable(ids):
-            low, high = int(ids.min()), int(ids.max())
+            low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.vocab_size:
                 bad = low if low < 0 else high
                 raise ValueError(f"LanguageModel: ids must lie in 0 .. {self.vocab_size - 1}, got {bad}")
@@ -519,7 +519,7 @@ class LanguageModel(nn.Module):
                 token = torch.where(done, eos, token)
                 done |= token == eos
             text[rows, own + new] = token
-            if bool(done.all()) or new + 1 == max_new_tokens:
+            if new + 1 == max_new_tokens or (eos is not None and bool(done.all())):
                 break
             if window is None or int(own.max()) + new + 1 <= window:
                 logits = self.step(token, state)
