@@ -342,7 +342,7 @@ class LanguageModel(nn.Module):
         return self.final_norm(x, form), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
 
     def _own(self, position: Tensor, T: int, cu_seqlens: Tensor | None, state: State) -> dict[str, Sequence[Any]]:
-        """Further arguments of every layer's call: what they have in common, and what would set one apart in a graph."""
+        """Further arguments of each layer's call: what layers have in common, what would set one apart in a graph."""
         if torch.compiler.is_compiling():
             return {}
         own: dict[str, Sequence[Any]] = {"common": [Common()] * self.depth}
@@ -403,8 +403,9 @@ class LanguageModel(nn.Module):
     def compile_layers(self, **options: Any) -> LanguageModel:
         """Compile one layer and use it for all of its kind, so that start-up does not grow with the depth.
 
-        A hybrid has one graph per recipe, DenseSSM one per number of layers below. Weights keep their names, and gradients, hooks and generation work as
-        before; `torch.compile` and `model.compile()` would compile the whole model into one graph instead.
+        A hybrid has one graph per recipe, DenseSSM one per number of layers below. Weights keep their names; gradients,
+        hooks and generation work as before. `torch.compile(model)` and `model.compile()` would compile all layers into
+        one graph instead.
 
         Args:
             options: of torch.compile: backend, mode, dynamic, ...
