@@ -7,6 +7,7 @@ A pattern names one letter an axis, "*" any number of further axes, "|" separate
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -59,11 +60,24 @@ def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any
     return sizes
 
 
+_KNOWN: dict[tuple[str, int], list[str]] = {}  # of the patterns in our code: a few dozen
+
+
+def _of_rank(patterns: str, rank: int) -> list[str]:
+    """The alternatives that have this rank, found once. Not by a decorator of functools, of which torch.compile warns."""
+    known = None if torch.compiler.is_compiling() else _KNOWN.get((patterns, rank))
+    if known is None:
+        known = [pattern[::2] for pattern in patterns.split(" | ")]
+        known = [letters for letters in known if len(letters) == rank or ("*" in letters and rank >= len(letters) - 1)]
+        if not torch.compiler.is_compiling():
+            _KNOWN[patterns, rank] = known
+    return known
+
+
 def _fitting(patterns: str, shape: torch.Size, sizes: dict[str, Any]) -> str:
     """The letters of the first alternative that has this rank and the sizes known so far; if none has those, of the
     first that has this rank, or none."""
-    found = [pattern[::2] for pattern in patterns.split(" | ")]
-    found = [x for x in found if len(x) == len(shape) or ("*" in x and len(shape) >= len(x) - 1)]
+    found = _of_rank(patterns, len(shape))
     for letters in found[1:] and found:
         if "*" in letters or all(sizes.get(letter, n) == n for letter, n in zip(letters, shape, strict=True)):
             return letters
@@ -133,10 +147,11 @@ def all_finite(tensor: Tensor) -> bool:
     return readable(tensor) and bool(tensor.detach().sum().isfinite())
 
 
-def without_autocast(tensor: Tensor) -> torch.autocast:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which nothing is cast on the tensor's device; the meta device knows no autocast of its own."""
     kind = tensor.device.type
-    return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
+    kind = "cpu" if kind == "meta" else kind
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def pick(function: str, argument: str, value: Any, choices: Mapping[Any, T]) -> T:

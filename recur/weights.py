@@ -62,6 +62,10 @@ class Weights(nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def declared_or_none(self, name: str) -> Tensor | None:
+        """The weight of that name, if it is declared."""
+        return getattr(self, name) if name in self.declared else None
+
     def reset_parameters(self) -> None:
         """Draw every weight anew from its declared law."""
         with torch.no_grad():
@@ -100,7 +104,7 @@ class Linear(Weights):
     """y = W x (+ b), of a `weight` and maybe a `bias` that are declared."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x, self.weight, getattr(self, "bias", None))
+        return F.linear(x, self.weight, self.declared_or_none("bias"))
 
 
 class Embedding(Weights):

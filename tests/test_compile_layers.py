@@ -1,4 +1,4 @@
-"""Layers that share a compiled graph: as many graphs as kinds, whatever the depth; values and gradients of the eager model."""
+"""Layers that share a compiled graph: as many graphs as kinds, whatever the depth; the eager values and gradients."""
 
 from __future__ import annotations
 

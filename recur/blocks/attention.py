@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,9 @@ class Rotary(Part):
         for name in self.names.split():
             K, device = flow[name].shape[-1], flow.position.device
             if K not in frequencies:
-                frequencies[K] = weights.frequencies if self.stored else self._frequencies(K, device)
+                found = partial(self._frequencies, K, device)
+                shared = ("Rotary", K, self.base, self.inclusive)
+                frequencies[K] = weights.frequencies if self.stored else flow.once(shared, found)
             turned[name] = rotate(flow[name], positions, frequencies[K], layout=self.layout, form=flow.form)
         return flow.set(**turned), None
 

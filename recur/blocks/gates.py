@@ -185,11 +185,17 @@ class FixedDecay(Part):
         return {"heads": site.size(self.heads)[0]}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        heads: int = weights.heads
+        log_a, eps = flow.once(("FixedDecay", heads, self.eps), partial(self._found, flow, heads))
+        return flow.set(**{self.out: log_a, self.eps_out: eps}), None
+
+    def _found(self, flow: Flow, heads: int) -> tuple[Tensor, Tensor]:
+        """log_a [1 1 H] and eps [B T H]."""
         position = flow.positions()
-        log_a = retention_decay(weights.heads, position.device)
+        log_a = retention_decay(heads, position.device)
         grown = torch.expm1(log_a * (position[..., None] + 1)) / torch.expm1(log_a)  # [B T H]
         wide = torch.float64 if flow["x"].dtype == torch.float64 else torch.float32
-        return flow.set(**{self.out: log_a.to(wide)[None, None], self.eps_out: (self.eps * grown).to(wide)}), None
+        return log_a.to(wide)[None, None], (self.eps * grown).to(wide)
 
     def formula(self) -> str:
         return f"{self.out} = log(1 - 2^(-5-h)), {self.eps_out} = {self.eps:g} sum_{{s<=t}} a^(t-s)"

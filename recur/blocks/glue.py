@@ -55,13 +55,14 @@ class Projection(Weights):
     """The matrices of a Project: x [B T F] to all its outputs, in their order."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        pieces = F.linear(x, self.weight, getattr(self, "bias", None)).split(self.splits, dim=-1)
+        joined = F.linear(x, self.weight, self.declared_or_none("bias"))
+        pieces = torch.split_with_sizes(joined, self.splits, -1) if len(self.splits) > 1 else (joined,)
         made = []
         for (name, out), piece, shape in zip(self.outs, pieces, self.shapes, strict=True):
             if isinstance(out, LowRank):
-                bias = getattr(self, f"{name}_bias", None)
+                bias = getattr(self, f"{name}_bias") if out.bias else None
                 piece = F.linear(activation(out.act)(piece), getattr(self, f"{name}_up"), bias)
-            made.append(piece.unflatten(-1, shape))
+            made.append(piece if len(shape) == 1 else piece.unflatten(-1, shape))
         return tuple(made)
 
 
@@ -403,7 +404,8 @@ class Norm(Part):
         return flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        scale, shift, eps = getattr(weights, "weight", None), getattr(weights, "bias", None), self.eps_of(flow, weights)
+        scale, shift = weights.declared_or_none("weight"), weights.declared_or_none("bias")
+        eps = self.eps_of(flow, weights)
         options: dict[str, Any] = {"axes": weights.rank, "groups": weights.groups, "eps": eps, "form": flow.form}
         y = normalise(flow[self.source], self.kind, weight=scale, bias=shift, **options)
         return flow.set(**{self.to or self.source: y}), None

@@ -108,9 +108,9 @@ class Block(nn.Module):
         assert norm is not None
         drops, form = self.training and not options["evaluate"], options.get("form", "auto")
         y, state = branch(norm(x, form) if self.order == "pre" else x, state, **options)
-        y = y if self.drop == "sum" else F.dropout(y, p, drops)
+        y = F.dropout(y, p) if drops and p and self.drop == "branch" else y
         x = x + y.to(x.dtype)
-        x = x if self.drop == "branch" else F.dropout(x, p, drops)
+        x = F.dropout(x, p) if drops and p and self.drop == "sum" else x
         return (x if self.order == "pre" else norm(x, form)), state
 
     def layout(self) -> Layout:
@@ -146,9 +146,9 @@ class StreamNorm(nn.Module):
     def forward(self, x: Tensor, form: str = "auto") -> Tensor:
         if self.norm is None:
             return x
-        nowhere = x.new_empty(0, dtype=torch.long)  # norms read no positions
         assert self.weights is not None
-        flow, _ = call(self.weights, self.norm.__call__, Flow({"x": x}, nowhere, form), None)
+        flow = Flow({"x": x}, x, form)  # norms read no positions: any tensor stands in their place
+        flow, _ = call(self.weights, self.norm.__call__, flow, None)
         return flow[self.norm.to or "x"]
 
 
@@ -313,7 +313,8 @@ class LanguageModel(nn.Module):
     def _hidden(self, ids: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
         self._check_ids(ids)
-        x = self.embedding_norm(self.embedding(ids) * self.embed_scale, options.get("form", "auto"))
+        x = self.embedding(ids)
+        x = self.embedding_norm(x if self.embed_scale == 1 else x * self.embed_scale, options.get("form", "auto"))
         return self.hidden(x, state, **options)
 
     def hidden(
@@ -339,7 +340,7 @@ class LanguageModel(nn.Module):
             state = fitting("LanguageModel", self.layout(), state, rows, x, step=in_place, letter=letter)
         position = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state["position"]
         x = self._add_positions(x, position, cu_seqlens)
-        x = F.dropout(x, self._dropped, self.training and not evaluate)
+        x = F.dropout(x, self._dropped) if self._dropped and self.training and not evaluate else x
         past: tuple[Mapping[str, Tensor], ...] = ()
         layers: list[State] = []
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form}
@@ -358,7 +359,7 @@ class LanguageModel(nn.Module):
         return self.final_norm(x, form), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
 
     def _own(self, position: Tensor, T: int, cu_seqlens: Tensor | None, state: State) -> dict[str, Sequence[Any]]:
-        """Further arguments of every layer's call: what they have in common, and what would set one apart in a graph."""
+        """Further arguments of each layer's call: what layers have in common, what would set one apart in a graph."""
         if torch.compiler.is_compiling():
             return {}
         own: dict[str, Sequence[Any]] = {"common": [Common()] * self.depth}
@@ -403,7 +404,7 @@ class LanguageModel(nn.Module):
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"LanguageModel: ids must be int32 or int64, got {ids.dtype}")
         if readable(ids):
-            low, high = int(ids.min()), int(ids.max())
+            low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.vocab_size:
                 bad = low if low < 0 else high
                 raise ValueError(f"LanguageModel: ids must lie in 0 .. {self.vocab_size - 1}, got {bad}")
@@ -419,8 +420,9 @@ class LanguageModel(nn.Module):
     def compile_layers(self, **options: Any) -> LanguageModel:
         """Compile one layer and use it for all of its kind, so that start-up does not grow with the depth.
 
-        A hybrid has one graph per recipe, DenseSSM one per number of layers below. Weights keep their names, and gradients, hooks and generation work as
-        before; `torch.compile` and `model.compile()` would compile the whole model into one graph instead.
+        A hybrid has one graph per recipe, DenseSSM one per number of layers below. Weights keep their names; gradients,
+        hooks and generation work as before. `torch.compile(model)` and `model.compile()` would compile all layers into
+        one graph instead.
 
         Args:
             options: of torch.compile: backend, mode, dynamic, ...

@@ -27,7 +27,8 @@ class Leave(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         name = _written(self.parts[0]) or ""
-        options = None if any(map(watched, weights)) else self._options(flow, weights, flow[name])
+        joined = kernel.fused(flow.form, flow[name], compiler=True) and not any(map(watched, weights))
+        options = self._options(flow, weights, flow[name]) if joined else None
         if options is not None:
             return flow.set(**{name: kernel.norm(**options)}), None
         for part, own in zip(self.parts, weights, strict=True):
@@ -52,7 +53,7 @@ class Leave(Part):
                 sizes = kernel.rows(y, own.rank, own.groups, eps)
                 if sizes is None:
                     return None
-                scale, shift = getattr(own, "weight", None), getattr(own, "bias", None)
+                scale, shift = own.declared_or_none("weight"), own.declared_or_none("bias")
                 options |= {"N": sizes[1], "kind": part.kind, "eps": eps, "weight": scale, "bias": shift}
                 tensors += [weight for weight in (scale, shift) if weight is not None]
         alike = all(options[name].shape == y.shape for name in ("u", "z") if name in options)

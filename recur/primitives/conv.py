@@ -9,7 +9,7 @@ from torch import Tensor
 from recur import kernel
 from recur.primitives.forms import ScanOut, check_packing, document_of, first_state, state_count
 from recur.primitives.gates import activation
-from recur.shapes import bind, expect
+from recur.shapes import accumulation_dtype, bind, expect
 
 
 def causal_conv(
@@ -75,7 +75,12 @@ def causal_convs(
     initial_state = first_state(x, (W - 1, D), x.dtype, initial_state, cu_seqlens)
     if T == 0:
         return xs, initial_state
-    if cu_seqlens is None:
+    if cu_seqlens is None and T == 1:  # for one token a convolution costs more to prepare than to compute
+        context, wide = torch.cat([initial_state, x], dim=1), accumulation_dtype(x, weight)
+        y = (context.to(wide) * weight.to(wide).mT).sum(1, keepdim=True)
+        y = (y if bias is None else y + bias.to(wide)).to(x.dtype)
+        state = context[:, 1:]
+    elif cu_seqlens is None:
         context = torch.cat([initial_state, x], dim=1)
         y = F.conv1d(context.mT, weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), groups=D).mT
         state = context[:, T:]

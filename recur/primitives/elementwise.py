@@ -85,7 +85,8 @@ def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     [1.0, 1.5, 1.75]
     """
     check_given("selective_step", x=x, delta=delta, A=A, B=B, C=C, state=state)
-    bind("selective_step", x=(x, "B V"))
+    if x.ndim != 2:
+        bind("selective_step", x=(x, "B V"))
     k, q = ("B N | B G N" if w.ndim != 2 or w.shape[0] == x.shape[0] else "V N" for w in (B, C))
     given = {"x": (x, "B V"), "delta": (delta, "B V"), "A": (A, "V N"), "B": (B, k), "C": (C, q)}
     sizes = _check("selective_step", given, None, state=(state, "B V N"))

@@ -95,7 +95,7 @@ def _run(
     wants_weight: bool,
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum, and its gradients by x, weight and bias: those that are wanted, where the logits of a chunk are there."""
+    """The sum, and those of its gradients by x, weight and bias that are wanted, one chunk of logits after another."""
     total, dx, dweight, dbias = _outputs(x, weight, bias, wants_x, wants_weight, wants_bias)
     total.zero_()
     dweight.zero_()

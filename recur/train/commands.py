@@ -158,14 +158,12 @@ def _task(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / (name if arguments.task == "lm" else f"{arguments.task}-{name}")
     run = prepare(task, settings, out, resume=chosen(arguments.task, *layers) if arguments.resume else None, say=_say)
     settings, task = run.settings, run.task
-    threads = use_threads(settings)
+    machine = use_threads(settings) + use_compiler(settings)
     show: Callable[..., None] = print if run.is_main else lambda *words: None
     again = f"go on with: {_resuming(arguments, out)}"
     for recipe in task.recipes(settings):
         show(recipe)
-    show(
-        f"\ndepth {settings.depth}, width {settings.dim}: {parameters(run.plain_model):,} parameters{threads}{use_compiler(settings)}\n"
-    )
+    show(f"\ndepth {settings.depth}, width {settings.dim}: {parameters(run.plain_model):,} parameters{machine}\n")
     with tqdm(
         total=settings.steps, desc=settings.recipe, initial=run.step, unit="step", disable=not run.is_main
     ) as bar:

@@ -13,7 +13,6 @@ from recur.kernel import installed
 from recur.reading import InputError, unknown
 from recur.train.config import Settings
 
-
 LONG = 1000  # steps that pay for the compilation of a layer
 
 
