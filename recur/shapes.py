@@ -58,9 +58,12 @@ def _fitting(patterns: str, shape: torch.Size, sizes: dict[str, Any]) -> str:
     """The letters of the alternative that has this rank, or none: of several the first that agrees with most sizes."""
     found = [pattern[::2] for pattern in patterns.split(" | ")]
     found = [x for x in found if len(x) == len(shape) or ("*" in x and len(shape) >= len(x) - 1)]
-    if len(found) < 2:
-        return found[0] if found else ""
-    return max(found, key=lambda letters: sum(sizes.get(x, n) == n for x, n in zip(letters, shape, strict=False)))
+    best, most = "", -1
+    for letters in found:
+        agreeing = sum([sizes.get(x, n) == n for x, n in zip(letters, shape, strict=False)]) if found[1:] else 0
+        if agreeing > most:
+            best, most = letters, agreeing
+    return best
 
 
 def _split(letters: str, shape: torch.Size) -> list[Any]:
