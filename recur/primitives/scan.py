@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ def scan(
     (B, T, H, V), K = (*v.shape[:2], *v.shape[-2:]), q.shape[-1]
     real = accumulation_dtype(*given, initial_state)
     number = state_number("scan", real, "log_decay is not complex", (log_decay,), initial_state=initial_state)
-    refusal = partial(kernel.refusal, number, lacks=_wide(given, previous), K=K)
+    refusal = partial(kernel.refusal, number, lacks=_wide(given, previous, rank=4), K=K)
     form = choose_form("scan", form, ("recurrent", "chunked", "parallel", "triton"), kernel.device_of(v), refusal)
     check_packing("scan", cu_seqlens, B, T, initial_state)
     if T == 0:
@@ -121,8 +121,7 @@ def scan(
     if log_decay is not None and log_decay.ndim <= 2:
         given = given._replace(log_decay=log_decay[None, None])
     if form == "triton":
-        q, k, v, log_decay, beta, bonus, *_ = given
-        tensors = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "bonus": bonus}
+        tensors: Any = dict(zip(Given._fields[:6], given, strict=False))
         return kernel.scan(initial_state, cu_seqlens, **tensors, scale=scale, reverse=reverse)
     with without_autocast(v):
         tokens = _tokens(real, given, scale)
@@ -185,7 +184,7 @@ def step(
     check_state("step", state, number)
     if log_decay is not None and not token_decay:
         given = given._replace(log_decay=log_decay[None])
-    if kernel.takes_step(q.shape[-1], state, lacks=_wide(given, previous)):
+    if kernel.takes_step(q.shape[-1], state, lacks=_wide(given, previous, rank=3)):
         return _launch(given, state, scale)
     with torch.no_grad(), without_autocast(state):
         present = {name: x for name, x in given._asdict().items() if x is not None and name != "bonus"}
@@ -211,18 +210,17 @@ def _launch(given: Given, state: Tensor, scale: float) -> Tensor:
     return kernel.step(rule, state, v.unsqueeze(2), **operands, scale=scale, tied=k is None)
 
 
-def _wide(given: Given, previous: bool) -> tuple[str, str] | None:
+def _wide(given: Given, previous: bool, rank: int) -> tuple[str, str] | None:
     """What a call needs that no kernel computes, by the name of the argument, and the remedy; None if kernels have it
-    all."""
-    lead = given.v.ndim - 1
+    all. q and v with one read and one write per token have this rank."""
     names = [name for name in ("erase", "remove", "write") if getattr(given, name) is not None]
     if previous and given.beta is not None:
         lacks = "erase_from='previous'"
     elif names:
         lacks = f"{names[0]}="
-    elif given.k is not None and given.k.ndim > lead:
+    elif given.v.ndim > rank:
         lacks = "several writes per token"
-    elif given.q.ndim > lead:
+    elif given.q.ndim > rank:
         lacks = "several reads per token"
     else:
         return None
@@ -256,23 +254,24 @@ def _check(
     if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
         raise ShapeError(f"{function}: G must divide H, got G={sizes['G']} (q) and H={sizes['H']} (v)")
     if sizes.get("M", 1) == 0 or sizes.get("R", 1) == 0:
-        raise ShapeError(f"{function}: a token must be written and read at least once, got M=0 (k) or R=0 (q)")
+        got = f"M={sizes.get('M', 1)} (k) and R={sizes.get('R', 1)} (q)"
+        raise ShapeError(f"{function}: a token must be written and read at least once, got {got}")
     previous = pick(function, "erase_from", erase_from, {"decayed": False, "previous": True})
-    excluded = {"beta": beta, "erase": erase, "remove": remove, "write": write}
+    excluded: dict[str, Any] = {"beta": beta, "erase": erase, "remove": remove, "write": write}
     excluded |= {"several writes per token": writes != lead or None, "several reads per token": reads != lead or None}
     if bonus is not None:
         for name, x in excluded.items():
             if x is not None:
                 raise ValueError(f"{function}: bonus must be None with {name}: it is read before the write, got both")
-    for name, x in (("erase", erase), ("write", write)):
-        if beta is not None and x is not None:
+    for name in ("erase", "write"):
+        if beta is not None and excluded[name] is not None:
             raise ValueError(
                 f"{function}: beta must be None with {name}: it stands for erase = beta k and write = beta, got both"
             )
     if remove is not None and beta is None and erase is None:
         raise ValueError(f"{function}: remove must be None without erase or beta: nothing is read to be removed")
     if k is None and (log_decay is None or log_decay.is_complex() or log_decay.shape[-2:] != (sizes["H"], sizes["K"])):
-        got = None if log_decay is None else f"{log_decay.dtype} {tuple(log_decay.shape)}"
+        got = "None" if log_decay is None else f"{log_decay.dtype} {tuple(log_decay.shape)}"
         raise ValueError(
             f"{function}: k=None is 1 − exp(log_decay), so log_decay must be real and end in [H K]; "
             f"expected H={sizes['H']}, K={sizes['K']}, got {got}"
@@ -294,8 +293,10 @@ def _tokens(real: torch.dtype, given: Given, scale: float) -> dict[str, Tensor]:
     if log_decay is not None:
         log_decay = log_decay.to(number_of(real, log_decay))
         tokens["log_decay"] = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
-    tied = k is None
-    tokens["k"] = -torch.expm1(tokens["log_decay"]).expand(*v.shape[:3], -1).unsqueeze(2) if tied else several(k)
+    if k is None:
+        tokens["k"] = -torch.expm1(tokens["log_decay"]).expand(*v.shape[:3], -1).unsqueeze(2)
+    else:
+        tokens["k"] = several(k)
     if beta is not None:
         tokens["beta"] = several(beta, 4)
     if write is not None:
