@@ -184,7 +184,7 @@ def hub_recipe(c: Any, value: int, affine: str) -> Recipe:
 
 
 def hub_layer(c: Any) -> Mixer:
-    layer = c.layer_idx or 0
+    layer = 1 if c.layer_idx is None else c.layer_idx  # only the first one mixes no values
     value = c.hidden_size if c.value_dim is None else c.value_dim
     made = hub_recipe(c, value, "full" if c.elementwise_affine else "none")
     return Mixer(made, c.hidden_size, depth=max(c.num_hidden_layers or 1, layer + 1), layer=layer)
