@@ -87,6 +87,8 @@ def model(c: Any) -> LanguageModel:
         embed_norm="layer",
         tie=False,
         head_init="orthogonal_half",
+        embed_std=1e-4,
+        embed_law="uniform",
     )
 
 
@@ -207,6 +209,8 @@ def hub_model(c: Any) -> LanguageModel:
         embed_norm=norm if c.norm_first else None,
         tie=c.tie_word_embeddings,
         head_init="orthogonal_half",
+        embed_std=1e-4,
+        embed_law="uniform",
         padding=c.pad_token_id,
     )
 
