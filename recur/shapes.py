@@ -55,14 +55,15 @@ def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any
 
 
 def _fitting(patterns: str, shape: torch.Size, sizes: dict[str, Any]) -> str:
-    """The letters of the first alternative that has this rank and the sizes known so far; if none has those, of the
-    first that has this rank, or none."""
+    """The letters of the alternative that has this rank, or none: of several the first that agrees with most sizes."""
     found = [pattern[::2] for pattern in patterns.split(" | ")]
     found = [x for x in found if len(x) == len(shape) or ("*" in x and len(shape) >= len(x) - 1)]
-    for letters in found[1:] and found:
-        if "*" in letters or all(sizes.get(letter, n) == n for letter, n in zip(letters, shape, strict=True)):
-            return letters
-    return found[0] if found else ""
+    best, most = "", -1
+    for letters in found:
+        agreeing = sum([sizes.get(x, n) == n for x, n in zip(letters, shape, strict=False)]) if found[1:] else 0
+        if agreeing > most:
+            best, most = letters, agreeing
+    return best
 
 
 def _split(letters: str, shape: torch.Size) -> list[Any]:

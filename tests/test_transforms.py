@@ -39,6 +39,14 @@ def delta(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, stat
     return recur.scan(q, k, v, log_decay, beta=beta, initial_state=state, **options)
 
 
+def wide(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, erase: Tensor, remove: Tensor, write: Tensor, state: Tensor,
+    **options: Any,
+) -> Any:  # fmt: skip
+    given = {"erase": erase, "remove": remove, "write": write, "erase_from": "previous", "initial_state": state}
+    return recur.scan(q, k, v, log_decay, **given, **options)
+
+
 def gated(x: Tensor, log_decay: Tensor, state: Tensor, **options: Any) -> Any:
     return recur.gated_scan(x, log_decay, initial_state=state, **options)
 
@@ -59,6 +67,11 @@ def qkv(rows: int) -> tuple[Tensor, ...]:
     return draw(rows, T, G, K), draw(rows, T, G, K), draw(rows, T, H, V)
 
 
+def keys(rows: int, *writes: int) -> tuple[Tensor, ...]:
+    """erase per group, remove per head."""
+    return draw(rows, T, *writes, G, K) / 2, draw(rows, T, *writes, H, K) / 2
+
+
 def cases() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str, Any]]]:
     """A scan, its tensors, and options."""
     torch.manual_seed(0)
@@ -67,7 +80,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str,
     inputs = draw(B, T, 4), draw(B, T, 4)
     row = draw(1, T, 4), draw(1, T, 4)
     A, slots, states = -draw(4, 3).exp(), (draw(B, T, 2, 3), draw(B, T, 3)), draw(B, 4, 3)
-    poles = turning(3)
+    poles, several = turning(3), (draw(B, T, 3, G, K), draw(B, T, 2, G, K), draw(B, T, 2, H, V))
     return {
         "scan": (scan, (*qkv(B), decay(B, T, H), draw(B, H, K, V)), {}),
         "scan, constant": (scan, (*qkv(B), decay(H), draw(B, H, K, V)), {"reverse": True}),
@@ -77,6 +90,17 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str,
         "delta": (delta, (*qkv(B), decay(B, T, H), beta, draw(B, H, K, V)), {}),
         "delta, complex": (delta, (*qkv(B), turning(B, T, H, K), beta, complex_state), {}),
         "delta, packed": (delta, (*qkv(1), decay(1, T, H, K), beta[:1], draw(3, H, K, V)), packed),
+        "wide": (wide, (*qkv(B), decay(B, T, H), *keys(B), draw(B, T, H, V), draw(B, H, K, V)), {}),
+        "wide, key-wise, packed": (
+            wide,
+            (*qkv(1), decay(1, T, H, K), *keys(1), draw(1, T, H), draw(3, H, K, V)),
+            packed,
+        ),
+        "wide, several": (
+            wide,
+            (*several, decay(B, T, H), *keys(B, 2), draw(B, T, 2, H), draw(B, H, K, V)),
+            {"reverse": True},
+        ),
         "gated": (gated, (draw(B, T, 3), decay(B, T, 3), draw(B, 3)), {}),
         "gated, constant": (gated, (draw(B, T, 3), decay(3), draw(B, 3)), {}),
         "gated, packed": (gated, (draw(1, T, 3), decay(1, T, 3), draw(3, 3)), packed),

@@ -108,7 +108,7 @@ def scan(
     (B, T, H, V), K = (*v.shape[:2], *v.shape[-2:]), q.shape[-1]
     real = accumulation_dtype(*given, initial_state)
     number = state_number("scan", real, "log_decay is not complex", (log_decay,), initial_state=initial_state)
-    refusal = partial(kernel.refusal, number, v.device, lacks=_wide(given, previous), K=K)
+    refusal = partial(kernel.refusal, number, v.device, lacks=_wide(given, previous, rank=4), K=K)
     form = choose_form("scan", form, ("recurrent", "chunked", "parallel", "triton"), v.device, refusal)
     check_packing("scan", cu_seqlens, B, T, initial_state)
     if T == 0:
@@ -184,7 +184,7 @@ def step(
     check_state("step", state, number)
     if log_decay is not None and not token_decay:
         given = given._replace(log_decay=log_decay[None])
-    if kernel.takes_step(q.shape[-1], state, lacks=_wide(given, previous)):
+    if kernel.takes_step(q.shape[-1], state, lacks=_wide(given, previous, rank=3)):
         return _launch(given, state, scale)
     with torch.no_grad(), without_autocast(state):
         present = {name: x for name, x in given._asdict().items() if x is not None and name != "bonus"}
@@ -210,17 +210,17 @@ def _launch(given: Given, state: Tensor, scale: float) -> Tensor:
     return kernel.step(rule, state, v.unsqueeze(2), **operands, scale=scale, tied=k is None)
 
 
-def _wide(given: Given, previous: bool) -> str | None:
-    """What a call asks for that no kernel computes, by the name of the argument; None if kernels have it all."""
+def _wide(given: Given, previous: bool, rank: int) -> str | None:
+    """What a call asks for that no kernel computes, by the name of the argument; None if kernels have it all. q and v
+    with one read and one write per token have this rank."""
     if previous and given.beta is not None:
         return "erase_from='previous'"
     for name in ("erase", "remove", "write"):
         if getattr(given, name) is not None:
             return f"{name}="
-    lead = given.v.ndim - 1
-    if given.k is not None and given.k.ndim > lead:
+    if given.v.ndim > rank:
         return "several writes per token"
-    return "several reads per token" if given.q.ndim > lead else None
+    return "several reads per token" if given.q.ndim > rank else None
 
 
 def _check(
@@ -250,7 +250,8 @@ def _check(
     if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
         raise ShapeError(f"{function}: G must divide H, got G={sizes['G']} (q) and H={sizes['H']} (v)")
     if sizes.get("M", 1) == 0 or sizes.get("R", 1) == 0:
-        raise ShapeError(f"{function}: a token must be written and read at least once, got M=0 (k) or R=0 (q)")
+        got = f"M={sizes.get('M', 1)} (k) and R={sizes.get('R', 1)} (q)"
+        raise ShapeError(f"{function}: a token must be written and read at least once, got {got}")
     previous = pick(function, "erase_from", erase_from, {"decayed": False, "previous": True})
     excluded = {"beta": beta, "erase": erase, "remove": remove, "write": write}
     excluded |= {"several writes per token": writes != lead or None, "several reads per token": reads != lead or None}
