@@ -79,12 +79,14 @@ def test_the_first_matrices_of_rwkv7_are_orthogonal() -> None:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         parts = Mixer(presets.rwkv7(heads=2, ranks=(4, 3, 2, 5)), 8, depth=2, layer=1).parts
-        head = convert.build("rwkv7", {"n_embd": 8, "n_layer": 2, "vocab_size": 32, "head_size": 4}).head.weight
+        model = convert.build("rwkv7", {"n_embd": 8, "n_layer": 2, "vocab_size": 32, "head_size": 4})
+    head, table = model.head.weight, model.embedding.weight
     for name, gain in (("project", 1.0), ("project_2", 0.1), ("project_3", 1.0)):
         weight = parts.get_parameter(f"{name}.weight")
         assert_close(weight @ weight.mT, gain**2 * torch.eye(8), atol=1e-5, rtol=1e-5)
     up = parts.get_parameter("project_4.w_up")  # [D rank], fewer ranks than channels
     assert_close(up.mT @ up, 0.01 * torch.eye(4), atol=1e-5, rtol=1e-5)
+    assert 0.9e-4 < float(table.abs().max()) < 1.00001e-4
     assert_close(head.mT @ head, 0.25 * 32 / 8 * torch.eye(8), atol=1e-5, rtol=1e-5)
 
 

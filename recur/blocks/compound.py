@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -137,7 +138,7 @@ class MesaScan(Part):
         return {self.out: (heads, V)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        first = float(torch.tensor(1 - self.floor, dtype=torch.float64).expm1().log())  # softplus of it is 1 - floor
+        first = math.log(math.expm1(1 - self.floor))  # softplus of it is 1 - floor
         return {"ridge": Param(site.of(self.k), constant(first), decay=False, float32=True)}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:

@@ -22,8 +22,20 @@ from recur.blocks.state import POSITION, Layout, detach, fitting, overwrite, pas
 from recur.primitives.forms import check_packing, state_count
 from recur.primitives.loss import linear_cross_entropy
 from recur.recipe import Common, Flow, Frame, Recipe, State
-from recur.shapes import accumulation_dtype, bind, expect, readable
-from recur.weights import Embedding, Init, Linear, Param, bias_init, call, declared, matrix_init, normal, watched
+from recur.shapes import accumulation_dtype, bind, expect, pick, readable
+from recur.weights import (
+    Embedding,
+    Init,
+    Linear,
+    Param,
+    bias_init,
+    call,
+    declared,
+    matrix_init,
+    normal,
+    uniform,
+    watched,
+)
 
 
 class Block(nn.Module):
@@ -157,13 +169,14 @@ def stream_norm(norm: Norm | str | None) -> Norm | None:
     return Norm("x", kind=norm, to="y") if isinstance(norm, str) else norm
 
 
-def embedding_init(std: float, padding: int | None) -> Init:
-    """N(0, std^2), and 0 for the token that pads, if there is one."""
-    return partial(_fill_embedding, std=std, padding=padding)
+def embedding_init(std: float, padding: int | None, law: str = "normal") -> Init:
+    """N(0, std^2), or with "uniform" U(-std, std), and 0 for the token that pads, if there is one."""
+    fill = pick("embedding_init", "law", law, {"normal": normal(std), "uniform": uniform(std)})
+    return partial(_fill_embedding, fill=fill, padding=padding)
 
 
-def _fill_embedding(weight: Tensor, std: float, padding: int | None) -> None:
-    weight.normal_(0, std)
+def _fill_embedding(weight: Tensor, fill: Init, padding: int | None) -> None:
+    fill(weight)
     if padding is not None:
         weight[padding] = 0
 
@@ -197,6 +210,7 @@ class LanguageModel(nn.Module):
         drop:       "branch", or "sum" to zero the stream after every branch was added to it.
         checkpoint: recompute each layer in the backward pass instead of keeping its activations.
         embed_std:  standard deviation of the embedding's first values.
+        embed_law:  "normal", or "uniform" for values between -embed_std and embed_std.
         embed_scale: factor on embedded tokens.
         embed_norm: norm of embedded tokens, as `norm`; None for none.
         padding:    a token that embeds as zero at first, and learns nothing by being read.
@@ -228,6 +242,7 @@ class LanguageModel(nn.Module):
         drop: str = "branch",
         checkpoint: bool = False,
         embed_std: float = 0.02,
+        embed_law: str = "normal",
         embed_scale: float = 1.0,
         embed_norm: Norm | str | None = "paper",
         padding: int | None = None,
@@ -254,7 +269,7 @@ class LanguageModel(nn.Module):
         self.vocab_size, self.dim, self.depth, self.checkpoint = vocab_size, dim, depth, checkpoint
         self.embed_scale, self.padding = embed_scale, padding
         self._dropped, *inside = dropout if isinstance(dropout, (tuple, list)) else (dropout,) * 3
-        table = Param((vocab_size, dim), embedding_init(embed_std, padding), trainable=not frozen)
+        table = Param((vocab_size, dim), embedding_init(embed_std, padding, embed_law), trainable=not frozen)
         self.embedding = Embedding(table, padding)
         self.embedding_norm = StreamNorm(stream_norm(embed_norm), dim)
         if not (positions is None or positions == "sinusoidal" or isinstance(positions, int)):

@@ -87,6 +87,8 @@ def model(c: Any) -> LanguageModel:
         embed_norm="layer",
         tie=False,
         head_init="orthogonal_half",
+        embed_std=1e-4,
+        embed_law="uniform",
     )
 
 
@@ -184,7 +186,7 @@ def hub_recipe(c: Any, value: int, affine: str) -> Recipe:
 
 
 def hub_layer(c: Any) -> Mixer:
-    layer = c.layer_idx or 0
+    layer = 1 if c.layer_idx is None else c.layer_idx  # only the first one mixes no values
     value = c.hidden_size if c.value_dim is None else c.value_dim
     made = hub_recipe(c, value, "full" if c.elementwise_affine else "none")
     return Mixer(made, c.hidden_size, depth=max(c.num_hidden_layers or 1, layer + 1), layer=layer)
@@ -207,6 +209,8 @@ def hub_model(c: Any) -> LanguageModel:
         embed_norm=norm if c.norm_first else None,
         tie=c.tie_word_embeddings,
         head_init="orthogonal_half",
+        embed_std=1e-4,
+        embed_law="uniform",
         padding=c.pad_token_id,
     )
 

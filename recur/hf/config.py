@@ -51,7 +51,7 @@ class RecurConfig(PretrainedConfig):
         several = isinstance(recipe, Sequence) and not isinstance(recipe, str)
         self.recipe = [self._plain(one) for one in recipe] if several else self._plain(recipe)
         given = {name: settings.pop(name, default) for name, default in _settings().items()}
-        given |= {name: _norm(given[name]) for name in ("norm", "final_norm")}
+        given |= {name: _norm(given[name]) for name in ("norm", "final_norm", "embed_norm")}
         given["ffn"] = given["ffn"] if isinstance(given["ffn"], str) else self._plain(given["ffn"])
         for name, value in given.items():
             setattr(self, name, value)
@@ -66,7 +66,7 @@ class RecurConfig(PretrainedConfig):
         plain: Any = self.recipe
         recipe = [self._recipe(one) for one in plain] if isinstance(plain, list) else self._recipe(plain)
         settings = {name: getattr(self, name) for name in _settings()}
-        settings |= {name: self._norm(settings[name]) for name in ("norm", "final_norm")}
+        settings |= {name: self._norm(settings[name]) for name in ("norm", "final_norm", "embed_norm")}
         settings["ffn"] = self._recipe(settings["ffn"]) if isinstance(settings["ffn"], dict) else settings["ffn"]
         settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         return LanguageModel(recipe, tie=self.tie_word_embeddings, **settings)

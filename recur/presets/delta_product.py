@@ -51,7 +51,9 @@ def gated_delta_product(
     reach: tuple[Part, ...] = REFLECTING,
     leave: tuple[Part, ...] = LEAVE,
 ) -> Recipe:
-    """The same from S_0 = a_t S_{t-1}, decayed before the first write; log a = -exp(A) softplus(dt + b).
+    """S_0 = a_t S_{t-1}, S_m = S_{m-1} + beta_m k_m (v_m - S_{m-1}^T k_m)^T for m = 1 .. M, y = norm(S_M^T q) silu(g).
+
+    `delta_product` with a decay before the first write, log a = -exp(A) softplus(dt + b).
 
     Args: as `delta_product`.
     Source: Siems et al. 2025, arXiv:2502.10297.

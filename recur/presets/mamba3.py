@@ -69,7 +69,7 @@ def mamba3_mimo(
     layout: str = "half",
     leave: tuple[Part, ...] = GATE,
 ) -> Recipe:
-    """The same with R inputs and outputs per head: u_r = x_r * u, R keys and queries, y = sum_r o_r y_r silu(z_r z).
+    """`mamba3` with R inputs and outputs per head: u_r = x_r * u, R keys and queries, y = sum_r o_r y_r silu(z_r z).
 
     Args: rank: R; layout: which channels rotate together (see `DataRotary`), "half" as in the published kernels; the
         rest as in `mamba3`.
