@@ -2,13 +2,14 @@
 #   make demo PIP_ARGS="--extra-index-url URL"
 PYTHON := python3
 PIP_ARGS :=
+TRITONS := 3.4.0 3.9.0# the oldest that the kernels take and the newest there is
 BIN := .venv/bin
 
 .PHONY: help demo test test-all test-tritons check docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 demo: .venv/train.stamp  ## train a small Longhorn on Python's own documentation (under 3 minutes on 2 cores)
 	@rm -rf runs/demo
@@ -17,7 +18,7 @@ demo: .venv/train.stamp  ## train a small Longhorn on Python's own documentation
 test: .venv/test.stamp  ## run the suite
 	@$(BIN)/pytest -n 2 --hypothesis-profile ci
 
-test-all: .venv/test.stamp  ## run the suite with many more examples a law
+test-all: .venv/test.stamp  ## run the suite with many more examples per law
 	@$(BIN)/pytest -n 2 --hypothesis-profile nightly
 
 check: .venv/test.stamp  ## formatter, linter and type checker
@@ -25,11 +26,22 @@ check: .venv/test.stamp  ## formatter, linter and type checker
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 
+test-tritons: $(TRITONS:%=.venv/triton-%.stamp)  ## compile and interpret some kernels with the oldest and the newest Triton
+	@$(MAKE) --no-print-directory -j 2 $(TRITONS:%=triton-%)
+
+triton-%: .venv/triton-%.stamp
+	@PYTHONPATH=$(CURDIR)/.venv/triton-$* $(BIN)/python -W ignore tests/tritons.py
+
 docs: .venv/docs.stamp  ## build the site into build/site; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 clean:  ## remove the environment and everything that was built
 	rm -rf .venv build *.egg-info runs
+
+.venv/triton-%.stamp: .venv/test.stamp
+	@echo "installing Triton $* into a folder of its own"
+	@$(BIN)/python -m pip install -qq $(PIP_ARGS) --no-deps --upgrade --target .venv/triton-$* triton==$*
+	@touch $@
 
 .venv/%.stamp: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -190,6 +190,7 @@ def _tile(x: Tensor, W: int, backward: bool) -> dict[str, int]:
         "BLOCK_C": min(128, power_of_2(x.shape[2])),
         "BLOCK_W": power_of_2(W - 1),
         "num_warps": 8,
+        "enable_fp_fusion": True,
     }
 
 

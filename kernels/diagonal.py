@@ -326,7 +326,7 @@ class DiagonalPlan(NamedTuple):
     @property
     def tile(self) -> dict[str, int | None]:
         tile = {"ROWS": self.ROWS, "UNROLL": self.UNROLL, "BLOCK_D": self.BLOCK_D, "STAGES": self.stages}
-        return tile | {"num_warps": WARPS, "maxnreg": self.registers}
+        return tile | {"num_warps": WARPS, "enable_fp_fusion": True, "maxnreg": self.registers}
 
 
 def plan_diagonal(

@@ -54,7 +54,9 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     N, V = logits.shape
     losses = _fake(logits, target)
     block = min(BLOCK, power_of_2(V))
-    _cross_entropy[(N,)](logits, target, losses, V, logits.stride(0), block, num_warps=max(4, block // 512))
+    _cross_entropy[(N,)](
+        logits, target, losses, V, logits.stride(0), block, num_warps=max(4, block // 512), enable_fp_fusion=True
+    )
     return losses
 
 

@@ -177,7 +177,12 @@ def _tile(N: int, kind: str) -> dict[str, int]:
     """Whole rows where they are normalised, else columns as they come."""
     BLOCK_N = power_of_2(N) if kind != "none" else min(BLOCK, power_of_2(N))
     BLOCK_R = max(1, TILE // BLOCK_N)
-    return {"BLOCK_R": BLOCK_R, "BLOCK_N": BLOCK_N, "num_warps": min(16, max(4, BLOCK_R * BLOCK_N // 256))}
+    return {
+        "BLOCK_R": BLOCK_R,
+        "BLOCK_N": BLOCK_N,
+        "num_warps": min(16, max(4, BLOCK_R * BLOCK_N // 256)),
+        "enable_fp_fusion": True,
+    }
 
 
 def _strides(width: int, *tensors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:

@@ -213,7 +213,9 @@ def like(x: Tensor | None, other: Tensor) -> Tensor:
 def column_sums(x: Tensor, out: Tensor) -> None:
     """Sums of the rows of x [rows D] into out, whose entries are as many and may be of another dtype."""
     rows, D = x.shape
-    _column_sums[(cdiv(D, 32),)](x, out, rows, D, x.stride(0), BLOCK_R=64, BLOCK_D=32, num_warps=4)
+    _column_sums[(cdiv(D, 32),)](
+        x, out, rows, D, x.stride(0), BLOCK_R=64, BLOCK_D=32, num_warps=4, enable_fp_fusion=True
+    )
 
 
 def _width(x: Tensor) -> int:
@@ -221,7 +223,7 @@ def _width(x: Tensor) -> int:
 
 
 def _tile(D: int) -> dict[str, int]:
-    return {"BLOCK_T": BLOCK_T, "BLOCK_D": min(BLOCK_D, power_of_2(D)), "num_warps": 4}
+    return {"BLOCK_T": BLOCK_T, "BLOCK_D": min(BLOCK_D, power_of_2(D)), "num_warps": 4, "enable_fp_fusion": True}
 
 
 def _grid(count: int, D: int, device: torch.device, summed: bool, BLOCK_D: int) -> tuple[int, int]:
@@ -333,7 +335,7 @@ def _heads(u: Tensor, w: Tensor) -> tuple[int, int, dict[str, int]]:
     H = w.shape[2:].numel()
     P = u.shape[2:].numel() // H
     BLOCK_P = power_of_2(P)
-    return H, P, {"BLOCK_R": max(1, 1024 // BLOCK_P), "BLOCK_P": BLOCK_P, "num_warps": 4}
+    return H, P, {"BLOCK_R": max(1, 1024 // BLOCK_P), "BLOCK_P": BLOCK_P, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @operator("weigh", given=as_it_is)

@@ -63,7 +63,9 @@ def rotate(x: Tensor, position: Tensor, frequencies: Tensor, halves: bool, inver
     BLOCK_T = max(1, 1024 // BLOCK_K)
     sizes = (len(rows), position.numel(), H, K, rows.stride(0))
     tensors = (rows, position.contiguous(), frequencies.contiguous(), y)
-    _rotate[(cdiv(len(rows), BLOCK_T),)](*tensors, *sizes, halves, inverse, BLOCK_T, BLOCK_K, num_warps=4)
+    _rotate[(cdiv(len(rows), BLOCK_T),)](
+        *tensors, *sizes, halves, inverse, BLOCK_T, BLOCK_K, num_warps=4, enable_fp_fusion=True
+    )
     return y
 
 

@@ -262,7 +262,7 @@ class _Scan:
                 x.log_decay, *self.found("rates", "whole"), x.cu_seqlens, T, self.documents,
                 self.gates["gate_sb"], self.gates["gate_sh"],
                 H=H, gate_st=self.gates["gate_st"], FLIP=self.flip, BEFORE=self.before,
-                BLOCK_C=self.plan.chunk, BLOCK_H=block_h, num_warps=1,
+                BLOCK_C=self.plan.chunk, BLOCK_H=block_h, num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
         registers = {"maxnreg": 128} if self.decay == "key" and x.beta is not None else {}  # of bfloat16 on Hopper
         if first and "turned" in self.made:
@@ -276,6 +276,7 @@ class _Scan:
                 *self.found("rates"), overlap, documents=self.documents, chunks=self.chunks, GROUPS=x.q.shape[2],
                 COLS=self.cols, DECAY=self.decay, BEFORE=self.before, LIMIT=self.limit, LOOK=turn.LOOK,
                 BLOCK_K=self.plan.block_k, PART=32 if self.decay == "key" or words is not None else 64, num_warps=4,
+                enable_fp_fusion=True,
                 **(registers | self.common | self.dots),
             )  # fmt: skip
         if self.decay == "key":
@@ -283,12 +284,12 @@ class _Scan:
             kernels.exact[(cdiv(self.chunks * H, FEW),)](
                 x.q, x.k, x.log_decay, *self.found("turned", "calm"), self.scores, overlap, documents=self.documents,
                 squares=self.chunks * H, GROUPS=x.q.shape[2], COLS=self.cols, BEFORE=self.before, FEW=FEW,
-                BLOCK_K=block_k, num_warps=4 if block_k <= 256 else 8, **self.common,
+                BLOCK_K=block_k, num_warps=4 if block_k <= 256 else 8, enable_fp_fusion=True, **self.common,
             )  # fmt: skip
         if overlap is not None:
             kernels.solve[(self.chunks * H,)](
                 overlap, x.beta, solved, x.cu_seqlens, T, self.documents,
-                H=H, FLIP=self.flip, BLOCK_C=self.plan.chunk, num_warps=1, maxnreg=128,
+                H=H, FLIP=self.flip, BLOCK_C=self.plan.chunk, num_warps=1, enable_fp_fusion=True, maxnreg=128,
             )  # fmt: skip
 
     def _walk(self, tiles: Tiles) -> dict[str, Any]:
@@ -297,7 +298,7 @@ class _Scan:
             "BEFORE": self.before, "tiles": tiles.parts, "segments": self.plan.segments,
             "span": self.plan.span, "BLOCK_K": self.plan.part, "PARTS": cdiv(self.sizes[3], self.plan.part),
             "BLOCK_V": tiles.block, "STAGES": tiles.stages,
-            "num_warps": tiles.warps,
+            "num_warps": tiles.warps, "enable_fp_fusion": True,
         }  # fmt: skip
 
     def forward(
@@ -342,7 +343,8 @@ class _Scan:
             B=B, tiles=tiles.parts, documents=self.documents, chunks=self.chunks, GROUPS=self.groups,
             GROUPS_PLAIN=x.q.shape[2], COLS=self.cols, V=V, DECAY=self.decay, BEFORE=self.before, TIED=x.k is None,
             BLOCKS=self.plan.blocks,
-            BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v, num_warps=tiles.warps, **self.common, **self.dots,
+            BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v, num_warps=tiles.warps, enable_fp_fusion=True,
+            **self.common, **self.dots,
         )  # fmt: skip
         if self.decay == "key":
             kernels.repair[(cdiv(self.chunks * H, FEW),)](
@@ -350,7 +352,7 @@ class _Scan:
                 self.squares(torch.float32), self.squares(torch.float32) if x.beta is not None else None, dq, dk, dgate,
                 documents=self.documents, squares=self.chunks * H, GROUPS=x.q.shape[2], COLS=self.cols, V=V,
                 BEFORE=self.before, FEW=FEW, BLOCK_K=min(self.plan.block_k, 256), BLOCK_V=self.plan.block_v,
-                num_warps=8, **self.common, **self.dots,
+                num_warps=8, enable_fp_fusion=True, **self.common, **self.dots,
             )  # fmt: skip
 
     def turn_back(self, dq: Tensor, dk: Tensor, dgate: Tensor | None, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -362,7 +364,7 @@ class _Scan:
         turn.turn_backward[(self.chunks * H * cdiv(self.cols, block),)](
             x.q, x.k, x.log_decay, *self.found("turned"), dq, dk, dgate, dturned, *outs,
             documents=self.documents, GROUPS=x.q.shape[2], COLS=self.cols, DECAY=self.decay, BEFORE=self.before,
-            DOT=self.dots["DOT"], BLOCK_D=block, num_warps=4, maxnreg=128, **self.laid,
+            DOT=self.dots["DOT"], BLOCK_D=block, num_warps=4, enable_fp_fusion=True, maxnreg=128, **self.laid,
         )  # fmt: skip
         return outs[0], outs[1], outs[2]
 
@@ -396,7 +398,7 @@ class _Scan:
         kernels.combine[(B * H, cdiv(K, block_k), cdiv(V, block_v))](
             left, self.share, initial, states, K, V, segments, left.stride(3), self.share.stride(3) if delta else 1,
             LEFT=self.flip != (back is not None), DELTA=delta, TURN=back is not None, BLOCK_K=block_k, BLOCK_V=block_v,
-            num_warps=max(4, block_k // 32),
+            num_warps=max(4, block_k // 32), enable_fp_fusion=True,
         )  # fmt: skip
         return states
 

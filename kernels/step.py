@@ -235,6 +235,7 @@ def step(
         *(map(_numbers, tensors) if state.is_complex() else tensors), *state.stride(), *qs, *ks, *vs, v_v, *decays,
         *rates, *weights, scale, q_v, k_v, a_v, rate_v,
         group, H, K, V, RULE=rule, TIED=tied, BLOCK_K=tile.block_k, BLOCK_V=tile.block_v, num_warps=tile.warps,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return y
 

@@ -634,7 +634,14 @@ class Plan(NamedTuple):
     def tile(self) -> dict[str, int]:
         """What every program takes by name."""
         tile = {"R": self.R, "Q": self.Q, "BLOCK_N": self.BLOCK_N, "W": self.W, "UNROLL": self.UNROLL}
-        return {**tile, "AHEAD": self.AHEAD, "STRETCH": STRETCH, "num_warps": self.warps, "maxnreg": self.registers}
+        return {
+            **tile,
+            "AHEAD": self.AHEAD,
+            "STRETCH": STRETCH,
+            "num_warps": self.warps,
+            "enable_fp_fusion": True,
+            "maxnreg": self.registers,
+        }
 
 
 def plan(
@@ -697,7 +704,9 @@ class _Walk:
         tensors = (value, self.rate, self.a, write, self.others, self.norm, self.cu_seqlens, initial, P, R)
         _summary[self.grid](*tensors, *self.sizes, self.gate, fixed, self.adjoint, **self.known)
         size, block = self.N * self.V, 256
-        _combine[(self.B * cdiv(size, block),)](P, R, size, self.plan.segments, self.adjoint, block, num_warps=2)
+        _combine[(self.B * cdiv(size, block),)](
+            P, R, size, self.plan.segments, self.adjoint, block, num_warps=2, enable_fp_fusion=True
+        )
         return R
 
 
@@ -707,7 +716,7 @@ def _key_norms(k: Tensor) -> tuple[Tensor, Tensor]:
     others, norm = torch.empty_like(k, dtype=torch.float32), k.new_empty(k.shape[:3], dtype=torch.float32)
     BLOCK_N = power_of_2(N)
     BLOCK_C, warps = max(1, 4096 // BLOCK_N**2), max(4, BLOCK_N // 16)
-    _others[(cdiv(rows, BLOCK_C),)](k, others, norm, rows, N, BLOCK_C, BLOCK_N, num_warps=warps)
+    _others[(cdiv(rows, BLOCK_C),)](k, others, norm, rows, N, BLOCK_C, BLOCK_N, num_warps=warps, enable_fp_fusion=True)
     return others, norm
 
 

@@ -64,7 +64,7 @@ _KNOWN: dict[tuple[str, int], list[str]] = {}  # of the patterns in our code: a 
 
 
 def _of_rank(patterns: str, rank: int) -> list[str]:
-    """The alternatives that have this rank, found once. Not by a decorator of functools, of which torch.compile warns."""
+    """The alternatives that have this rank, found once; torch.compile warns of a cache of functools."""
     known = None if torch.compiler.is_compiling() else _KNOWN.get((patterns, rank))
     if known is None:
         known = [pattern[::2] for pattern in patterns.split(" | ")]

@@ -42,7 +42,13 @@ class Recorder:
         self.kernel, self.log = kernel, log
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: self.log.append((self.kernel, args, kwargs))
+        return self.launch
+
+    def launch(self, *args: Any, **kwargs: Any) -> None:
+        assert kwargs["enable_fp_fusion"], (
+            "Triton's default of enable_fp_fusion changes with its version: launches say it"
+        )
+        self.log.append((self.kernel, args, kwargs))
 
 
 @contextmanager
@@ -78,7 +84,8 @@ def compiled(launch: Launch, capability: int) -> Any:
     types = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
     types |= {torch.int64: "*i64", torch.float64: "*fp64"}
     values = dict(zip(kernel.arg_names, args, strict=False))
-    options = {"num_warps": 4, **{name: kwargs[name] for name in ("num_warps", "maxnreg") if name in kwargs}}
+    stated = ("num_warps", "maxnreg", "enable_fp_fusion")
+    options = {"num_warps": 4, **{name: kwargs[name] for name in stated if name in kwargs}}
     values.update({name: value for name, value in kwargs.items() if name in kernel.arg_names})
     signature, constants, hints = {}, {}, {}
     for i, param in enumerate(kernel.params):
