@@ -542,7 +542,7 @@ differentiable("scan_backward")
 
 
 def products(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> int:
-    """FLOPs of a launch's products of queries, keys, values and states, 2 per multiplication and addition; 0 where there
+    """FLOPs of a launch's products of queries, keys, values and states, 2 per multiply and add; 0 where there
     are none. Tiles count whole, also what lies beyond the edges of the tensors."""
     walks = kernel is kernels.forward or kernel is kernels.adjoint
     if not walks and kernel is not kernels.gradient:

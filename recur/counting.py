@@ -11,8 +11,9 @@ import gc
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -110,14 +111,14 @@ class Counting(TorchDispatchMode):
                 key, size = storage._cdata, storage.nbytes()
                 if key not in self.made:
                     self.made[key] = (
-                        weakref.ref(storage, lambda _, key=key, size=size: self._drop(key, size)),
+                        weakref.ref(storage, partial(self._drop, key, size)),
                         size,
                         part(),
                     )
                     self.live += size
                     self.peak = max(self.peak, self.live)
 
-    def _drop(self, key: int, size: int) -> None:
+    def _drop(self, key: int, size: int, _: Any) -> None:
         self.live -= size
         del self.made[key]
 
@@ -202,7 +203,7 @@ class Trained(NamedTuple):
     peak: int
 
 
-def train(device: torch.device, run: Callable[[], Tensor], leaves: list[Tensor]) -> Trained:
+def train(device: torch.device, run: Callable[[], Tensor], leaves: Sequence[Tensor]) -> Trained:
     """Count run() and its backward, in an `Asked`; leaves are those whose gradients stay."""
     counting = Counting(device)
     with counting:

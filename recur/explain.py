@@ -113,7 +113,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.target}", f"{self.device}, {self.dtype}, batch {self.batch} x {self.length} tokens", ""]
-        rows = [("runs", "form", "times", "why")]
+        rows: list[tuple[str, ...]] = [("runs", "form", "times", "why")]
         for choice, times in self.choices.items():
             rows.append((choice.function, choice.form, str(times), choice.refusal.reason if choice.refusal else ""))
         lines += [*_table(rows), ""]

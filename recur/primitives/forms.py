@@ -77,7 +77,7 @@ def chosen(function: str, form: str, refusal: Refusal | None, on_gpu: bool) -> s
     return form
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _warn(function: str, form: str, reason: str, nearest: str, remedy: str) -> None:
     """While a graph is traced this runs then and there, and leaves nothing in the graph."""
     lacks = reason.rpartition("does not cover ")[2]
