@@ -13,7 +13,7 @@ help:  ## list the targets
 
 demo: .venv/train.stamp  ## train a small Longhorn on Python's own documentation (under 3 minutes on 2 cores)
 	@rm -rf runs/demo
-	@$(BIN)/recur train longhorn --out runs/demo
+	@$(BIN)/recur train longhorn --batch 8 --steps 400 --out runs/demo
 
 test: .venv/test.stamp  ## run the suite
 	@$(BIN)/pytest -n 2 --hypothesis-profile ci

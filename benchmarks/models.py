@@ -1,12 +1,13 @@
 """A training step of whole language models on a GPU: tokens per second, launches, GPU time, peak memory.
 
     python benchmarks/models.py --check --out benchmarks/results
-    python benchmarks/models.py --models gla mamba2 --compile
+    python benchmarks/models.py --models gla mamba2 --compile layers
 
 Models have 24 layers of 1024 channels (48 without feed-forward), bfloat16 weights, a vocabulary of 32,000 and a batch
 of 8 x 2048 tokens, trained by fused AdamW. A step is timed on the host, the best of three runs of six steps; launches,
 GPU time and the longest kernels are those of one forward and backward under torch's profiler; the peak is what torch
-had allocated. flash-linear-attention's models are measured beside ours where it is installed. --check first runs
+had allocated. flash-linear-attention's models are measured beside ours where it is installed. "layers" is a model whose
+layers share one compiled graph (compile_layers), "compiled" one that is compiled whole. --check first runs
 tests/gpu_glue.py, which compares the kernels around the scans with their formulas. Writes models.json and models.md to
 --out after every model.
 """
@@ -130,6 +131,9 @@ def record_of(name: str, what: str, o: argparse.Namespace) -> dict[str, Any]:
         model = model.to(dtype).train()
         if what == "fla":
             return {"model": name, "what": what, **measure(model, lambda ids: model(input_ids=ids, labels=ids).loss, o)}
+        torch.compiler.reset()  # each starts as a process of its own would
+        if what == "layers":
+            model.compile_layers()
         loss_of = torch.compile(model.loss) if what == "compiled" else model.loss
         return {"model": name, "what": what, **measure(model, loss_of, o)}
     except Exception as failure:
@@ -157,15 +161,18 @@ def table(found: dict[str, Any]) -> str:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=OURS, default=list(OURS), metavar="NAME")
-    parser.add_argument("--what", nargs="+", choices=("recur", "compiled", "fla"), default=["recur", "fla"])
-    parser.add_argument("--compile", dest="what", action="store_const", const=["recur", "compiled"])
+    parser.add_argument("--what", nargs="+", choices=("recur", "layers", "compiled", "fla"), default=["recur", "fla"])
+    parser.add_argument("--compile", choices=("layers", "whole"), help="instead of --what: eager, then compiled so")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, number in (("batch", 8), ("length", 2048), ("dim", 1024), ("layers", 24), ("vocabulary", 32000)):
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so long")
     parser.add_argument("--check", action="store_true", help="run tests/gpu_glue.py first")
     parser.add_argument("--out", type=Path, help="folder for models.json and models.md")
-    return parser.parse_args()
+    o = parser.parse_args()
+    if o.compile is not None:
+        o.what = ["recur", "layers" if o.compile == "layers" else "compiled"]
+    return o
 
 
 def main() -> int:

@@ -6,13 +6,20 @@ recorded or an argument is overwritten, most of it to look for defaults that the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
+from threading import Lock
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from recur.primitives.operators import RUNS
 
 LIBRARY = torch.library.Library("recur", "FRAGMENT")
 
@@ -60,6 +67,7 @@ def operator(
 
         LIBRARY.define(name + (schema or torch.library.infer_schema(run, mutates_args=mutates)))
         LIBRARY.impl(name, here, "CompositeExplicitAutograd")
+        RUNS[f"recur::{name}"] = lambda *inputs: run(*map(contiguous if given is readable else given, inputs))
         return getattr(torch.ops.recur, name).default
 
     return register
@@ -114,15 +122,48 @@ def differentiable(
     LIBRARY.impl(name, call, "Autograd")
 
 
-@cache
+# For `recur.explain`: launches are noted instead of made, as a launcher plans them for the device that is asked about.
+_NOTE: ContextVar[tuple[Callable[..., None], torch.device] | None] = ContextVar("note", default=None)
+_LOCK = Lock()
+
+
+@contextmanager
+def noting(note: Callable[..., None], device: torch.device) -> Iterator[None]:
+    """Inside, this thread's launches call note(kernel, grid, arguments, options); those of other threads are made."""
+    launch = triton.runtime.jit.KernelInterface.__getitem__
+
+    def get(kernel: Any, grid: Any) -> Any:
+        if _NOTE.get() is None:
+            return launch(kernel, grid)
+        return lambda *arguments, **options: note(kernel, grid, arguments, options)
+
+    with _LOCK, patch.object(triton.runtime.jit.KernelInterface, "__getitem__", get):
+        token = _NOTE.set((note, device if torch.cuda.is_available() else torch.device("cpu")))
+        try:
+            yield
+        finally:
+            _NOTE.reset(token)
+
+
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU, those of an H100 for what is not one."""
+    noted = _NOTE.get()
+    return _processors(device if noted is None else noted[1])
+
+
+def capability(device: torch.device) -> int:
+    """Of a GPU, ten times the major plus the minor; an H100's for what is not one."""
+    noted = _NOTE.get()
+    return _capability(device if noted is None else noted[1])
+
+
+@cache
+def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @cache
-def capability(device: torch.device) -> int:
-    """Of a GPU, ten times the major plus the minor; an H100's for what is not one."""
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     return 10 * major + minor
 

@@ -539,3 +539,31 @@ def _gradients(ctx, dy: Tensor | None, dstate: Tensor | None, _):
 
 differentiable("scan", _gradients, _remember)
 differentiable("scan_backward")
+
+
+def products(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> int:
+    """FLOPs of a launch's products of queries, keys, values and states, 2 per multiplication and addition; 0 where there
+    are none. Tiles count whole, also what lies beyond the edges of the tensors."""
+    walks = kernel is kernels.forward or kernel is kernels.adjoint
+    if not walks and kernel is not kernels.gradient:
+        return 0
+    x = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+    C, rows, V, delta = x["BLOCK_C"], x["BLOCK_K"] * x.get("PARTS", 1), x["BLOCK_V"], x["beta_ptr"] is not None
+    state, scores, values = 2 * C * rows * V, 2 * C * C * rows, 2 * C * C * V
+    if not walks:
+        each = 2 * (state + scores) + values + delta * (state + 2 * scores + values)
+        return grid[0] * each
+    T, segments, per, packed = x["T"], x["segments"], cdiv(x["span"], C), x["cu_ptr"] is not None
+    strands, chunks = grid[0] // segments, T // C if packed else cdiv(T, C)
+    if packed:
+        strands //= x["cu_ptr"].shape[0] - 1
+    if kernel is kernels.adjoint:
+        each, alone = 2 * state + scores + values + delta * (state + values), x["dv_ptr"] is None
+    else:
+        each = state + x["EMIT"] * (state + scores + values) + delta * (state + values)
+        each, alone = each + delta * (x["e_ptr"] is not None) * values, not x["EMIT"] and x["keep_ptr"] is None
+    if alone:  # no segment but those before the last
+        chunks = (segments - 1) * per
+        if delta and kernel is kernels.forward:  # the first gives no Q
+            return strands * each * (chunks - per) + strands // x["tiles"] * cdiv(x["V"], V) * per * each
+    return strands * chunks * each

@@ -18,6 +18,7 @@ FUNCTIONS: dict[str, Callable[..., int | float]] = {
     "int": int,
     "max": max,
     "min": min,
+    "round": round,
     "sqrt": math.sqrt,
 }
 # A recipe may come from a file that someone else wrote. Characters of an expression, letters of a recipe, letters and

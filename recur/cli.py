@@ -1,4 +1,4 @@
-"""The command line: `recur list | show | check | convert | bench`, and the commands of training; with examples."""
+"""The command line: `recur list | show | explain | check | convert | bench`, and those of training; with examples."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 import recur
 from recur import own
 from recur.convert import files
+from recur.explain import CARDS
 from recur.presets import words
 from recur.reading import InputError, one_line, read_json, reason
 from recur.train import commands as commands_of_training
@@ -81,6 +82,24 @@ def _show(arguments: argparse.Namespace) -> int:
                 print(recur.Mixer(recipe, arguments.dim))
         except ValueError as error:
             raise InputError(f"{arguments.recipe} cannot be built with --dim {arguments.dim}: {error}") from error
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    dtype: torch.dtype = getattr(torch, arguments.dtype)
+    options = {"batch": arguments.batch, "length": arguments.length, "dtype": dtype, "device": arguments.device}
+    recipes = words.read(arguments.recipe, own.load(arguments.imports))
+    try:
+        with torch.device("meta"):  # shapes alone, as in `show`
+            if arguments.depth is None:
+                targets: list[recur.Mixer | recur.LanguageModel] = [recur.Mixer(r, arguments.dim) for r in recipes]
+            else:
+                sizes = {"vocab_size": arguments.vocab, "dim": arguments.dim, "depth": arguments.depth}
+                targets = [recur.LanguageModel(recipes, ffn=arguments.ffn, **sizes)]
+    except ValueError as error:
+        raise InputError(f"{arguments.recipe} cannot be built with --dim {arguments.dim}: {error}") from error
+    for number, target in enumerate(targets):
+        print("\n" * (number > 0) + str(recur.explain(target, card=arguments.card, **options)))
     return 0
 
 
@@ -163,6 +182,24 @@ def _parser() -> argparse.ArgumentParser:
     show = command("show", _show, "Print a recipe's stages and equation.", f"recur show gla:heads=2; {sizes}")
     commands_of_training.add_recipe(show)
     show.add_argument("--dim", type=count, help="width; adds the number of parameters and the bytes of state")
+
+    layer = "recur explain hgrn2:heads=4 --dim 512 --batch 8 --length 2048 --device cuda --dtype bfloat16"
+    model = "recur explain gla --dim 1024 --depth 24 --vocab 32000 --ffn swiglu --card H200"
+    about = "Print which forms run on a device and why, what they launch, move and keep; nothing is run."
+    explained = command("explain", _explain, about, f"{layer}; {model}")
+    commands_of_training.add_recipe(explained)
+    explained.add_argument("--dim", type=count, required=True, help="width of the layer")
+    explained.add_argument("--batch", type=count, default=1, help="sequences (1)")
+    explained.add_argument("--length", type=count, default=1024, help="tokens of each (1024)")
+    explained.add_argument("--depth", type=count, help="layers: explains a language model in the place of one layer")
+    explained.add_argument("--vocab", type=count, default=32000, help="tokens of a model's vocabulary (32000)")
+    explained.add_argument("--ffn", help="feed-forward of a model's layers: gelu, swiglu, gated, channel_mix (none)")
+    explained.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="asked about; need not exist (cuda)"
+    )
+    kinds = ("bfloat16", "float16", "float32", "float64")
+    explained.add_argument("--dtype", choices=kinds, default="bfloat16", help="of weights and inputs (bfloat16)")
+    explained.add_argument("--card", choices=tuple(CARDS), help="reckon times for this card")
 
     mine = "recur check my_recipe --import my_parts.py"
     check = command("check", _check, "Run every law that applies to a recipe.", f"recur check longhorn; {mine}")

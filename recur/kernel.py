@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recur.primitives.forms import ScanOut
+from recur.primitives.forms import NO_GPU, Refusal, ScanOut, chosen
 from recur.primitives.operators import transformed
 
 OLDEST = (3, 4)  # the first Triton that compiles all kernels
@@ -35,26 +35,48 @@ def rows_of(keys: int, number: torch.dtype) -> int:
     return 2 * keys if number.is_complex else keys
 
 
-def refusal(number: torch.dtype, device: torch.device, **sizes: int) -> str | None:
-    """Why form="triton" cannot compute a scan whose states are of these numbers and sizes, in words that name a form
-    which can; None if it can. K is counted in rows of the state: see `rows_of`."""
-    lacks = ["forward-mode derivatives and torch.func transforms"] * transformed() + ["float64"] * (number in WIDE)
+def device_of(x: Tensor) -> torch.device:
+    """Where a call on x runs: the device of x, or the one that `recur.explain` asks about with tensors without data."""
+    if torch.compiler.is_compiling():
+        return x.device
+    return getattr(getattr(x, "fake_mode", None), "asked", None) or x.device
+
+
+def uncovered(number: torch.dtype) -> tuple[str, str] | None:
+    """What the kernels do not cover, whatever the sizes, and the remedy; None if nothing stands against them."""
+    if transformed():
+        return (
+            "forward-mode derivatives and torch.func transforms",
+            "call it outside of them; first derivatives suffice",
+        )
+    if number in WIDE:
+        return "float64", "pass float32, bfloat16 or float16"
+    if TRITON is None:
+        return "a machine without Triton", "pip install triton"
+    if TRITON < OLDEST:
+        return "Triton {}.{}, older than {}.{}".format(*TRITON, *OLDEST), "pip install -U triton"
+    return None
+
+
+def refusal(
+    number: torch.dtype, device: torch.device, lacks: tuple[str, str] | None = None, **sizes: int
+) -> Refusal | None:
+    """Why form="triton" cannot compute a scan whose states are of these numbers and sizes; None if it can.
+
+    `lacks` is what no kernel has, and the remedy. K is counted in rows of the state: see `rows_of`.
+    """
+    lacks = lacks or uncovered(number)
     for axis, size in sizes.items():
         rows = rows_of(size, number) if axis == "K" else size
-        if rows > WIDEST[axis]:
+        if lacks is None and rows > WIDEST[axis]:
             two = f", for a complex state {rows} rows" if rows > size else ""
-            lacks.append(f"{axis}={size}{two}, more than {WIDEST[axis]}")
-    if TRITON is None:
-        lacks.append("a machine without Triton")
-    elif TRITON < OLDEST:
-        lacks.append("Triton {}.{}, older than {}.{}".format(*TRITON, *OLDEST))
-    if lacks:
-        return f"form='triton' does not cover {lacks[0]}; form='chunked' does"
-    if device.type != "cuda":
-        from recur.kernels.scan import INTERPRETED
-
-        if not INTERPRETED:
-            return f"form='triton' needs a GPU, got tensors on {device.type}; form='chunked' runs anywhere"
+            most = WIDEST[axis] * size // rows
+            heads = ": more heads of fewer keys" if axis == "K" else ""
+            lacks = f"{axis}={size}{two}, more than {WIDEST[axis]}", f"{axis} at most {most}{heads}"
+    if lacks is not None:
+        return Refusal(f"form='triton' does not cover {lacks[0]}", "form='chunked' does", lacks[1])
+    if device.type != "cuda" and not _interpreted():
+        return NO_GPU._replace(reason=f"{NO_GPU.reason}, got tensors on {device.type}")
     return None
 
 
@@ -66,12 +88,24 @@ def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, re
     return ScanOut(*scans[rule](*inputs, cu_seqlens, reverse))
 
 
-def takes_step(keys: int, state: Tensor) -> bool:
-    """Whether one launch computes a step: on a GPU, nothing in float64 (the state would be), few enough rows, no
-    forward-mode derivative and no torch.func transform."""
-    if TRITON is None or TRITON < OLDEST or not state.is_cuda or state.dtype in WIDE:
+def takes_step(keys: int, state: Tensor, lacks: tuple[str, str] | None = None) -> bool:
+    """Whether one launch computes a step: on a GPU, nothing that no kernel has, nothing in float64 (the state would
+    be), few enough rows, no forward-mode derivative and no torch.func transform."""
+    if device_of(state).type != "cuda":
         return False
-    return rows_of(keys, state.dtype) <= STEPPED and not transformed()
+    lacks, rows = lacks or uncovered(state.dtype), rows_of(keys, state.dtype)
+    if lacks is None and rows > STEPPED:
+        lacks = f"a step of states with {rows} rows, more than {STEPPED}", "more heads of fewer keys"
+    return _covered("step", lacks, True)
+
+
+def _covered(function: str, lacks: tuple[str, str] | None, on_gpu: bool) -> bool:
+    """Whether a kernel that is no scan lacks nothing; if it does, that is said together with the remedy."""
+    if lacks is None:
+        return True
+    refused = Refusal(f"its kernel does not cover {lacks[0]}", "the formula in torch does", lacks[1])
+    chosen(function, "torch", refused, on_gpu)
+    return False
 
 
 def step(
@@ -114,8 +148,8 @@ def scan(
     """
     from recur.kernels.operators import recorded
     from recur.kernels.scan import scan_forward
-    from recur.primitives.outer import to_heads
-    from recur.primitives.within import joined, stacked
+    from recur.primitives.decay import as_complex, as_real
+    from recur.primitives.reference import to_heads
 
     dtype = v.dtype
     for x in (q, k):
@@ -131,7 +165,7 @@ def scan(
     before, turned, now = bonus is not None, log_decay is not None and log_decay.is_complex(), None
     if log_decay is not None and turned:
         log_decay = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj())
-        initial_state = None if initial_state is None else stacked(initial_state)
+        initial_state = None if initial_state is None else as_real(initial_state)
         if bonus is not None and k is not None:  # of plain keys and queries
             now = (to_heads(q, v.shape[2]).float() * to_heads(k, v.shape[2]) * bonus).sum(-1, keepdim=True) * scale * w
             bonus = None
@@ -139,35 +173,51 @@ def scan(
     tensors = (q, k, w, log_decay, beta, bonus, initial_state)
     y, state, _ = scan_forward(*tensors, cu_seqlens, scale, reverse, before, recorded(*tensors))
     y = y if now is None else y + now
-    return ScanOut(y.to(v.dtype), joined(state) if turned else state)
+    return ScanOut(y.to(v.dtype), as_complex(state) if turned else state)
 
 
 GATES = ("identity", "silu", "sigmoid", "gelu")  # activations that kernels around the scans know
+ROWS = "rows that are too long, or an eps per row that wants a gradient", "norm in groups, detach eps"
 FUSED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def fused(form: str, *tensors: Tensor | None, compiler: bool = False) -> bool:
+def fused(
+    form: str, *tensors: Tensor | None, of: str = "", lacks: tuple[str, str] | None = None, compiler: bool = False
+) -> bool:
     """Whether the kernels around the scans (norms, gates, short convolutions) compute a call.
 
     They do in form="auto" on a GPU and in form="triton" wherever kernels run, for real numbers up to float32. All other
     calls take the formula in torch, which has second derivatives and torch.func's transforms as well.
 
-    Args: compiler: whether torch.compile does better with the formula, which it fuses with what surrounds it.
+    Args:
+        of:       the function that is called, for who asks what was taken; nothing is said without it.
+        lacks:    what the kernel does not cover of this call, and the remedy.
+        compiler: whether torch.compile does better with the formula, which it fuses with what surrounds it.
     """
-    if form not in ("auto", "triton") or TRITON is None or TRITON < OLDEST:
+    if form not in ("auto", "triton"):
+        return False
+    if form == "auto" and tensors[0] is not None and not tensors[0].is_cuda:
         return False
     given = [x for x in tensors if x is not None]
-    on_gpu, compiling = given[0].is_cuda, torch.compiler.is_compiling()
-    if not on_gpu and form == "auto":
+    on_gpu, compiling = device_of(given[0]).type == "cuda", torch.compiler.is_compiling()
+    if (not on_gpu and form == "auto") or (compiling and compiler and on_gpu) or given[0].numel() == 0:
         return False
-    if compiling and compiler and on_gpu:
+    other = next((x.dtype for x in given if x.dtype not in FUSED), None)
+    if not on_gpu and (TRITON is None or TRITON < OLDEST or not _interpreted()):
         return False
-    if not compiling and transformed():
-        return False
-    if any(x.dtype not in FUSED for x in given) or given[0].numel() == 0:
-        return False
-    if on_gpu:
-        return True
+    if lacks is None and (other is not None or not compiling):
+        lacks = uncovered(torch.float32 if other is None else other)
+    if lacks is None and other is not None:
+        lacks = str(other).removeprefix("torch."), "pass float32, bfloat16 or float16"
+    return _covered(of, lacks, on_gpu) if of else lacks is None
+
+
+def lacks_act(act: str) -> tuple[str, str] | None:
+    """For `fused`: of activations, what kernels do not cover."""
+    return None if act in GATES else (f"act={act!r}", f"act one of {', '.join(GATES)}")
+
+
+def _interpreted() -> bool:
     from recur.kernels.scan import INTERPRETED
 
     return INTERPRETED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -14,9 +14,19 @@ from torch import Tensor, nn
 
 from recur.axes import LETTERS, RecipeError, Spec, evaluate, letters, size, spec
 from recur.fields import read_keys, read_part
-from recur.weights import Param, Weights
+from recur.weights import Param, Weights, call
 
 State = Any  # None, a tensor, or a dict of states
+
+
+class Common:
+    """What the layers of one forward have in common, computed by the first of them that asks: see `Flow.once`.
+
+    No dict, which hooks that move arguments between devices would copy.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[Any, tuple[Any, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -28,12 +38,14 @@ class Flow:
         position: [B] tokens each sequence has seen before these ([n] if packed).
         form: of the scans.
         cu_seqlens: [n+1] borders of packed documents, or None.
-        layer: the number of the layer, from 0.
+        layer: which layer of the model this is, from 0; a tensor [] where layers share one compiled graph.
         grid: (rows, columns) of the tokens, where a call names one.
-        past: what each shallower layer published, oldest first.
+        past: what each shallower layer published, oldest first, of as many as some part of the recipe reads
+            (`Part.layers_below`).
         in_place: whether this is the one token of a step, which overwrites the states it is given.
         evaluate: whether there is no dropout, even in a module in training mode.
         published: what this layer hands down so far; `publish` adds to it.
+        common: what `once` has computed for the layers before.
 
     >>> flow = recur.Flow({"x": torch.ones(1, 2, 3)}, position=torch.zeros(1, dtype=torch.long))
     >>> flow.set(u=2 * flow["x"])["u"].sum().item(), flow.positions()
@@ -44,11 +56,12 @@ class Flow:
     position: Tensor
     form: str = "auto"
     cu_seqlens: Tensor | None = None
-    layer: int = 0
+    layer: int | Tensor = 0
     grid: tuple[int, ...] | None = None
     past: tuple[Mapping[str, Tensor], ...] = ()
     in_place: bool = False
     evaluate: bool = False
+    common: Common | None = None
     published: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -61,13 +74,29 @@ class Flow:
     def _around(self) -> tuple[Any, ...]:
         """All fields after `tensors`."""
         place = (self.position, self.form, self.cu_seqlens, self.layer, self.grid, self.past)
-        return (*place, self.in_place, self.evaluate, self.published)
+        return (*place, self.in_place, self.evaluate, self.common, self.published)
 
     def publish(self, **tensors: Tensor) -> Flow:
         return dataclasses.replace(self, published={**self.published, **tensors})
 
+    def once(self, name: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        """compute(), which all layers of a model share: it follows from `name`, the positions and the type of x alone.
+
+        Nothing of it may want a gradient. In a graph every layer computes it, and the compiler finds what is the same.
+        """
+        if self.common is None or torch.compiler.is_compiling():
+            return compute()
+        x, found = self["x"], self.common.found
+        key = (name, id(self.position), id(self.cu_seqlens), x.shape[1], x.dtype, x.device)
+        if key not in found:
+            found[key] = (compute(), self.position, self.cu_seqlens)  # held, so that no others take their addresses
+        return found[key][0]
+
     def positions(self) -> Tensor:
         """[B T] the position of every token in its own sequence."""
+        return self.once(("positions",), self._positions)
+
+    def _positions(self) -> Tensor:
         token = torch.arange(self["x"].shape[1], device=self["x"].device)
         if self.cu_seqlens is None:
             return self.position[:, None] + token
@@ -217,9 +246,19 @@ class Part:
         return True
 
     @property
-    def honest(self) -> bool:
+    def exact_gradients(self) -> bool:
         """Whether its gradients are the derivatives of its values."""
         return True
+
+    @property
+    def layers_below(self) -> int:
+        """How many shallower layers it reads in `flow.past`."""
+        return 0
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether it runs token by token, so that a compiler makes another graph of every length."""
+        return False
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         """Axes of what it writes, from the axes of what it reads."""
@@ -349,7 +388,7 @@ class Chain(Part):
             if more:
                 flow, new = part(flow, (module, *(weights[other] for other in more)), old)
             elif type(part).build is Part.build:  # its module is called, so that its hooks run
-                flow, new = module(part.__call__, flow, old)
+                flow, new = call(module, part.__call__, flow, old)
             else:  # which calls its module by itself
                 flow, new = part(flow, module, old)
             if new is not None:
@@ -378,6 +417,23 @@ class Around(Part):
         return self.body.build(dataclasses.replace(site, axes=self.inside(site.axes)))
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What stands around a layer where it is published; `LanguageModel` reads it for what its call does not say.
+
+    Args:
+        ffn: feed-forward of every layer, by a name that LanguageModel knows; None for none.
+        norm: of the residual stream, "rms", "layer" or "l2"; None for a recipe that normalises its own input.
+        positions: None, "sinusoidal", or the number of learned positions.
+        embed_norm: of the embedded tokens, as `norm`; None for none.
+    """
+
+    ffn: str | None = None
+    norm: str | None = "rms"
+    positions: str | int | None = None
+    embed_norm: str | None = None
+
+
 class Recipe:
     """A frozen sequence of parts from "x" [B T D] to "y" [B T D] (or another width `out`), checked when built.
 
@@ -387,6 +443,7 @@ class Recipe:
         inputs: further tensors a call must bring, name -> axes ("H K").
         source: where the architecture was published.
         out:    axes of y; only a layer that stands alone may have others than "D".
+        frame:  feed-forward, norm and positions around it, as published.
 
     Raises: RecipeError naming the part, the name or axis that does not fit, and what was available.
 
@@ -404,12 +461,15 @@ class Recipe:
         inputs: Mapping[str, str] | None = None,
         source: str = "",
         out: str = "D",
+        frame: Frame = Frame(),
     ) -> None:
+        if not isinstance(frame, Frame):
+            raise TypeError(f"Recipe: frame must be a Frame, got {type(frame).__name__}")
         for part in parts:
             if not isinstance(part, Part):
                 raise TypeError(f"Recipe: parts must be of class Part, got {type(part).__name__}")
         values = {"body": Chain(tuple(parts)), "_axes": tuple((axes or {}).items()), "source": source, "out": out}
-        for name, value in {**values, "_inputs": tuple((inputs or {}).items())}.items():
+        for name, value in {**values, "_inputs": tuple((inputs or {}).items()), "frame": frame}.items():
             object.__setattr__(self, name, value)
         if len(self.axes) > LETTERS:
             raise RecipeError(f"Recipe: axes must name at most {LETTERS} letters, got {len(self.axes)}")
@@ -436,7 +496,7 @@ class Recipe:
                     f"{found.reader} is called {key!r}, as is a {owners[key]}; weights cannot be shared across classes"
                 )
             written |= wrote
-            for inner in _inside(part):
+            for inner in inside(part):
                 kind = type(inner).__name__
                 if inner.name is not None and owners.setdefault(inner.name, kind) != kind:
                     raise RecipeError(
@@ -450,6 +510,7 @@ class Recipe:
     body: Chain
     source: str
     out: str
+    frame: Frame
     _axes: tuple[tuple[str, str | int], ...]
     _inputs: tuple[tuple[str, str], ...]
 
@@ -477,6 +538,11 @@ class Recipe:
     def causal(self) -> bool:
         return self.body.causal
 
+    @property
+    def layers_below(self) -> int:
+        """How many shallower layers hand something to one of this recipe."""
+        return max((part.layers_below for part in inside(self.body)), default=0)
+
     def site(self, dim: int, **place: Any) -> Site:
         """The place of this recipe's parts at width D = dim."""
         axes = Axes({"x": ("D",), **{name: spec(axes) for name, axes in self.inputs.items()}})
@@ -487,31 +553,33 @@ class Recipe:
     def replace(self, which: type[Part] | str, *new: Part) -> Recipe:
         """With these parts in the place of the one part of that class or name."""
         at = self._find("replace", which)
-        return self._with(self.parts[:at] + new + self.parts[at + 1 :])
+        return self.like(*self.parts[:at], *new, *self.parts[at + 1 :])
 
     def insert_before(self, which: type[Part] | str, *new: Part) -> Recipe:
         """With these parts before the one part of that class or name."""
         at = self._find("insert_before", which)
-        return self._with(self.parts[:at] + new + self.parts[at:])
+        return self.like(*self.parts[:at], *new, *self.parts[at:])
 
     def insert_after(self, which: type[Part] | str, *new: Part) -> Recipe:
         """With these parts after the one part of that class or name."""
         at = self._find("insert_after", which) + 1
-        return self._with(self.parts[:at] + new + self.parts[at:])
+        return self.like(*self.parts[:at], *new, *self.parts[at:])
 
     def remove(self, which: type[Part] | str) -> Recipe:
         """Without the one part of that class or name."""
         at = self._find("remove", which)
-        return self._with(self.parts[:at] + self.parts[at + 1 :])
+        return self.like(*self.parts[:at], *self.parts[at + 1 :])
 
     def reverse(self) -> Recipe:
         """The same parts from the last token to the first."""
         from recur.blocks.glue import Reverse
 
-        return self._with((Reverse(self.parts),))
+        return self.like(Reverse(self.parts))
 
-    def _with(self, parts: tuple[Part, ...]) -> Recipe:
-        return Recipe(*parts, axes=self.axes, inputs=self.inputs, source=self.source, out=self.out)
+    def like(self, *parts: Part, **changes: Any) -> Recipe:
+        """These parts with this recipe's axes, inputs, source, width and frame, but for what `changes` says."""
+        kept = {"axes": self.axes, "inputs": self.inputs, "source": self.source, "out": self.out, "frame": self.frame}
+        return Recipe(*parts, **{**kept, **changes})
 
     def _find(self, verb: str, which: type[Part] | str) -> int:
         def fits(key: str, part: Part) -> bool:
@@ -530,7 +598,7 @@ class Recipe:
         """A JSON value that `from_dict` turns back into this recipe. Raises: RecipeError if a part holds a function."""
         parts = [part.to_dict() for part in self.parts]
         values = {"axes": dict(self.axes), "inputs": dict(self.inputs), "source": self.source, "out": self.out}
-        return {**values, "parts": parts}
+        return {**values, "frame": dataclasses.asdict(self.frame), "parts": parts}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], parts: Iterable[type] = ()) -> Recipe:
@@ -541,8 +609,10 @@ class Recipe:
         from recur.blocks import PARTS
 
         known = {kind.__name__: kind for kind in (*PARTS, *parts)}
-        keys = {"axes": Mapping, "inputs": Mapping, "source": str, "out": str, "parts": list}
-        read = read_keys(data, keys, optional=("out",))
+        keys = {"axes": Mapping, "inputs": Mapping, "source": str, "out": str, "frame": Mapping, "parts": list}
+        read = read_keys(data, keys, optional=("out", "frame"))
+        if "frame" in read:
+            read["frame"] = read_part({**read["frame"], "part": "Frame"}, {"Frame": Frame}, "frame")
         built = [read_part(entry, known, f"parts[{i}]") for i, entry in enumerate(read.pop("parts"))]
         return cls(*built, **read)
 
@@ -550,10 +620,10 @@ class Recipe:
         return isinstance(other, Recipe) and self._values() == other._values()
 
     def __hash__(self) -> int:
-        return hash((self.parts, frozenset(self._axes), frozenset(self._inputs), self.source, self.out))
+        return hash((self.parts, frozenset(self._axes), frozenset(self._inputs), self.source, self.out, self.frame))
 
     def _values(self) -> tuple[Any, ...]:
-        return self.parts, self.axes, self.inputs, self.source, self.out
+        return self.parts, self.axes, self.inputs, self.source, self.out, self.frame
 
     def __repr__(self) -> str:
         """Stages, what each writes, and its equation."""
@@ -568,11 +638,11 @@ class Recipe:
         return "\n".join(([head] if head else []) + lines)
 
 
-def _inside(part: Part) -> Iterable[Part]:
+def inside(part: Part) -> Iterable[Part]:
     """All parts inside a combinator."""
     for inner in getattr(part, "parts", ()):
         yield inner
-        yield from _inside(inner)
+        yield from inside(inner)
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ A pattern names one letter an axis, "*" any number of further axes, "|" separate
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +29,8 @@ class ShapeError(ValueError):
 def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any]:
     """Match every tensor with its pattern and return the size of each letter ("*" as a tuple).
 
-    `bind("gated_scan", x=(x, "B T *"))` returns {"B": 2, "T": 128, "*": (64,)}. A tensor that is None is skipped.
+    `bind("gated_scan", x=(x, "B T *"))` returns {"B": 2, "T": 128, "*": (64,)}. A tensor that is None is skipped. Of
+    alternatives with as many axes, the first whose sizes are those of the arguments before it is taken.
 
     Raises: TypeError if an argument is no tensor, ShapeError if ranks or sizes disagree, ValueError if devices do.
     """
@@ -40,12 +42,13 @@ def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor [{patterns}], got {type(tensor).__name__}")
         shape = tensor.shape
-        letters = _fitting(patterns, len(shape))
+        letters = _fitting(patterns, shape, sizes)
         if not letters:
             raise ShapeError(f"{function}: {name} must be [{patterns}], got shape {tuple(shape)}")
         for letter, size in zip(letters, _split(letters, shape) if "*" in letters else shape, strict=True):
             if sizes.setdefault(letter, size) != size:
-                other = next(o for o, (x, p) in arguments.items() if x is not None and letter in _fitting(p, x.ndim))
+                fitting = {o: _fitting(p, x.shape, sizes) for o, (x, p) in arguments.items() if isinstance(x, Tensor)}
+                other = next(o for o, found in fitting.items() if letter in found)
                 raise ShapeError(
                     f"{function}: {other} has {letter}={sizes[letter]} but {name} has {letter}={size}; expected "
                     f"{other}: [{arguments[other][1]}] and {name}: [{patterns}], got {name} of shape {tuple(shape)}"
@@ -57,13 +60,29 @@ def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any
     return sizes
 
 
-def _fitting(patterns: str, rank: int) -> str:
-    """The letters of the first alternative that has this rank, or none."""
-    for pattern in patterns.split(" | "):
-        letters = pattern[::2]
-        if len(letters) == rank or ("*" in letters and rank >= len(letters) - 1):
-            return letters
-    return ""
+_KNOWN: dict[tuple[str, int], list[str]] = {}  # of the patterns in our code: a few dozen
+
+
+def _of_rank(patterns: str, rank: int) -> list[str]:
+    """The alternatives that have this rank, found once; torch.compile warns of a cache of functools."""
+    known = None if torch.compiler.is_compiling() else _KNOWN.get((patterns, rank))
+    if known is None:
+        known = [pattern[::2] for pattern in patterns.split(" | ")]
+        known = [letters for letters in known if len(letters) == rank or ("*" in letters and rank >= len(letters) - 1)]
+        if not torch.compiler.is_compiling():
+            _KNOWN[patterns, rank] = known
+    return known
+
+
+def _fitting(patterns: str, shape: torch.Size, sizes: dict[str, Any]) -> str:
+    """The letters of the alternative that has this rank, or none: of several the first that agrees with most sizes."""
+    found = _of_rank(patterns, len(shape))
+    best, most = "", -1
+    for letters in found:
+        agreeing = sum([sizes.get(x, n) == n for x, n in zip(letters, shape, strict=False)]) if found[1:] else 0
+        if agreeing > most:
+            best, most = letters, agreeing
+    return best
 
 
 def _split(letters: str, shape: torch.Size) -> list[Any]:
@@ -129,10 +148,11 @@ def all_finite(tensor: Tensor) -> bool:
     return readable(tensor) and bool(tensor.detach().sum().isfinite())
 
 
-def without_autocast(tensor: Tensor) -> torch.autocast:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which nothing is cast on the tensor's device; the meta device knows no autocast of its own."""
     kind = tensor.device.type
-    return torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
+    kind = "cpu" if kind == "meta" else kind
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def pick(function: str, argument: str, value: Any, choices: Mapping[Any, T]) -> T:

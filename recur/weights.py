@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -62,14 +62,23 @@ class Weights(nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
+    def declared_or_none(self, name: str) -> Tensor | None:
+        """The weight of that name, if it is declared."""
+        return getattr(self, name) if name in self.declared else None
+
     def reset_parameters(self) -> None:
         """Draw every weight anew from its declared law."""
         with torch.no_grad():
             for name, param in self.declared.items():
                 param.init(getattr(self, name))
 
-    def forward(self, act: Callable[..., Any], flow: Any, state: Any) -> Any:
-        return act(flow, self, state)
+    def forward(self, act: Callable[..., Any], flow: Any, state: Any, *tensors: Tensor) -> Any:
+        if not tensors:
+            return act(flow, self, state)
+        before = flow.set(**dict(zip(flow.tensors, tensors, strict=True)))
+        after, state = act(before, self, state)
+        written = {name: tensor for name, tensor in after.tensors.items() if tensor is not before.tensors.get(name)}
+        return *written.values(), tuple(written), after, state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weights:
         pinned = [weight for weight, param in _own(self) if param.float32]
@@ -95,7 +104,7 @@ class Linear(Weights):
     """y = W x (+ b), of a `weight` and maybe a `bias` that are declared."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x, self.weight, getattr(self, "bias", None))
+        return F.linear(x, self.weight, self.declared_or_none("bias"))
 
 
 class Embedding(Weights):
@@ -106,6 +115,19 @@ class Embedding(Weights):
 
     def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
         return F.embedding(ids, self.weight, self.padding)
+
+
+def call(module: nn.Module, act: Callable[..., Any], flow: Any, state: Any) -> tuple[Any, Any]:
+    """(flow, state) after `act` of these, through the module of a part, so that its hooks run.
+
+    Backward hooks see the tensors among arguments and results alone. If there are any, the tensors of the flow are
+    further arguments, and the results begin with the tensors that the part writes. Parts that read none of them, such
+    as Learned, have a gradient of outputs alone, which a backward pre-hook sees.
+    """
+    if not (module._backward_hooks or module._backward_pre_hooks):
+        return module(act, flow, state)  # type: ignore[no-any-return]
+    *written, names, after, state = module(act, flow, state, *flow.tensors.values())
+    return replace(after, tensors={**flow.tensors, **dict(zip(names, written, strict=True))}), state
 
 
 def watched(module: nn.Module) -> bool:
@@ -173,6 +195,10 @@ def _by_index(weight: Tensor, expression: str, place: Mapping[str, Any]) -> None
     weight.copy_(torch.tensor(values, dtype=torch.float64, device=weight.device))
 
 
+def _orthogonal(weight: Tensor, gain: float) -> None:
+    torch.nn.init.orthogonal_(weight, gain)
+
+
 def constant(value: float) -> Init:
     return partial(_fill, value=value)
 
@@ -196,6 +222,11 @@ def between(low: float, high: float) -> Init:
 def cut_normal(std: float) -> Init:
     """A normal law without what lies beyond two of its deviations, of standard deviation `std` after the cut."""
     return partial(_cut_normal, std=std / 0.87962566103423978)  # the deviation of N(0, 1) between -2 and 2
+
+
+def orthogonal(gain: float) -> Init:
+    """Rows or columns, whichever are fewer, orthogonal and of length `gain`."""
+    return partial(_orthogonal, gain=gain)
 
 
 def by_index(expression: str, site: Any) -> Init:
@@ -222,6 +253,8 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
     "glorot":   uniform Xavier.
     "lecun":    N(0, 1/fan_in) cut off at two deviations, as Flax's Dense.
     "unscaled": N(0, 1).
+    "orthogonal": orthogonal; "orthogonal_tenth": 0.1 max(1, sqrt(fan_in/fan_out)) times that; "orthogonal_half":
+                0.5 max(1, sqrt(fan_out/fan_in)) times that.
     "zeros":    0.
 
     Raises: ValueError for another name.
@@ -237,6 +270,9 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
         "glorot": uniform(math.sqrt(6 / (fan_in + fan_out))),
         "lecun": cut_normal(fan_in**-0.5),
         "unscaled": normal(),
+        "orthogonal": orthogonal(1.0),
+        "orthogonal_tenth": orthogonal(0.1 * max(1, (fan_in / fan_out) ** 0.5)),
+        "orthogonal_half": orthogonal(0.5 * max(1, (fan_out / fan_in) ** 0.5)),
         "zeros": zeros,
     }
     return pick("init", "law", law, laws)

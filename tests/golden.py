@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from replay import Case, Vectors, compare, gateloop, hgrn, longhorn
+from replay import Case, Vectors, compare, gateloop, hgrn, longhorn, wide_ops, wider
 
-CASES: dict[str, Case] = {**longhorn.CASES, **gateloop.CASES, **hgrn.CASES}
+CASES: dict[str, Case] = {**longhorn.CASES, **gateloop.CASES, **hgrn.CASES, **wide_ops.CASES, **wider.CASES}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ EXCEPTIONS = (
         lambda v: v.case.startswith("densessm_lm") and not is_float64(v),
         lambda v: 2e-5,
         least=1.5,
+    ),
+    Wider(
+        "ten times what float32 and float64 differ by in the original",
+        lambda v: v.path.stem.startswith("wider_") and not is_float64(v),
+        measured,
     ),
     Wider("slow modes sum many tokens", lambda v: v.config.get("slow_modes", False) and not is_float64(v), measured),
 )

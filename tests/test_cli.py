@@ -66,6 +66,9 @@ def test_generate_is_decided_by_its_seed(capsys: pytest.CaptureFixture[str], run
     assert written[0].startswith("the ")
     assert len(written[0]) == 4 + 40 + 1  # prompt, new characters, end of line
     assert written[0] == written[1] != written[2]
+    letter = written[0][14]
+    assert main(["generate", str(run_folder), "--prompt", "the ", "--seed", "0", "--stop", letter]) == 0
+    assert capsys.readouterr().out == written[0][: written[0].index(letter, 4) + 1] + "\n"
 
 
 def test_list_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ OF_EACH_NAME = {case.name: vectors for vectors, case in MODULES.items() if vecto
 CONFIG = {"d_model": 8, "n_layer": 2, "vocab_size": 10, "ssm_cfg": {"d_state": 2}}
 BUFFERS = ("retnet_rel_pos.angle", "retnet_rel_pos.decay", "rope.inv_freq")  # computed, not learned
 WRITTEN_OUT = {"hgru1_1d_v2", "hgru1_1d_v3", "hgru1_2d", "hgru1_real_2d"}  # compared with loops in test_hgrn.py
+FRAMED = {"comba_hub", "gated_delta_product_hub", "rwkv7_hub"}  # compared with layers and the demo in test_wider.py
 HEAD, EMBEDDING = "lm_head.weight", "backbone.embedding.weight"
 
 
@@ -47,7 +48,7 @@ def test_what_goes_in_comes_out(stem: str) -> None:
 
 
 def test_every_official_name_is_covered_by_a_recorded_file() -> None:
-    assert {case.name for case in MODULES.values()} | WRITTEN_OUT == set(convert.names())
+    assert {case.name for case in MODULES.values()} | WRITTEN_OUT | FRAMED == set(convert.names())
 
 
 def test_all_that_does_not_fit_is_listed_at_once() -> None:
@@ -152,6 +153,10 @@ SMALL: dict[str, dict[str, Any]] = {
         "hidden_size": 16, "query_key_dim": 8, "num_attention_heads": 2, "num_hidden_layers": 2,
         "dense_block_layers": 1, "vocab_size": 8,
     },
+    "comba_hub": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "num_heads": 2, "head_dim": 4},
+    "gated_delta_product_hub": {
+        "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "num_heads": 2, "head_dim": 4,
+    },
     "hgrn2_hub": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "expand_ratio": 8},
     "hgrn2_lm": {"decoder_embed_dim": 16, "decoder_layers": 2, "vocab_size": 8, "glu_dim": 8},
     "hgrn_hub": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8},
@@ -159,6 +164,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "num_heads": 4, "head_dim": 8, "n_groups": 1,
     },
     "mamba_hf": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "state_size": 4},
+    "rwkv7_hub": {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 8, "head_dim": 8},
 }  # fmt: skip
 OF_TRANSFORMERS = pytest.mark.parametrize("name", SMALL)
 

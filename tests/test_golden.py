@@ -83,5 +83,12 @@ def test_the_tool_says_what_is_wrong_and_leaves_with_1(
     assert second.endswith(" ok")
 
 
+def test_cotangents_of_states_count(tmp_path: Path) -> None:
+    stem = "wider_dplr_op_T64_statecot"
+    other = {"cotangent.final": torch.ones(1, 1, 6, 5, dtype=torch.float64)}
+    assert golden.line(FOLDER / f"{stem}.safetensors").endswith(" ok")
+    assert "FAIL above 1.0e-09: gradients" in golden.line(changed(tmp_path, stem, **other))
+
+
 def test_the_tool_finds_no_agreement_in_no_files() -> None:
     assert golden.main([]) == 1

@@ -13,8 +13,10 @@ SCRIPTS = {
     "gpu_scan.py": [],
     "gpu_walk.py": [],
     "gpu_glue.py": [],
+    "gpu_explain.py": [],
     "gpu_laws.py": [],
     "gpu_step.py": ["check"],
+    "gpu_generate.py": [],
     "gpu_large.py": [],
     "gpu_compile.py": [],
 }

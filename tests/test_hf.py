@@ -207,6 +207,25 @@ def test_the_loss_is_the_cross_entropy_of_the_next_token():
     assert out.state is None
 
 
+def test_training_makes_no_logits_unless_they_are_asked_for():
+    lm, ids = model(), some_ids(2, 6)
+    want = lm(ids, labels=ids)
+    assert want.logits is not None
+    out = lm.train()(ids, labels=ids)
+    torch.testing.assert_close(out.loss, want.loss)
+    assert out.logits is None
+    torch.testing.assert_close(lm(ids, labels=ids, logits_to_keep=2).logits, want.logits[:, -2:])
+    lm.config.logits_in_training = True
+    torch.testing.assert_close(lm(ids, labels=ids).logits, want.logits)
+    assert not RecurConfig(recipe="gla").logits_in_training
+
+
+def test_a_loss_function_of_ones_own_is_called_with_logits():
+    lm, ids = model(), some_ids(2, 6)
+    lm.loss_function = lambda logits, labels, vocab_size, num_items_in_batch: logits.sum() * 0 + vocab_size
+    assert lm(ids, labels=ids).loss == lm.config.vocab_size
+
+
 def test_a_configuration_may_ask_for_tuples():
     lm, ids = model(return_dict=False), some_ids(2, 6)
     (logits,) = lm(ids)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -12,7 +10,6 @@ import recur
 from recur import LanguageModel, Recipe, RecipeError, presets
 from recur.blocks import Attention, Block, GatedAttention, Norm, Project, Rotary
 from recur.blocks.feedforward import gelu
-from recur.blocks.sampling import sample_token
 from recur.presets.gateloop import relative
 
 ATTENTION = Recipe(
@@ -180,39 +177,6 @@ def test_generation_draws_anew_without_a_seed_and_as_torch_is_seeded():
     assert len({tuple(lm.generate(ids, 12)[0].tolist()) for _ in range(4)}) > 1
 
 
-def generators(rows: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(row) for row in range(rows)]
-
-
-@pytest.mark.parametrize(
-    ("options", "kept"),
-    [
-        ({}, {0, 1, 2, 3}),
-        ({"top_k": 2}, {0, 1}),
-        ({"top_p": 0.6}, {0, 1}),
-        ({"top_p": 0.5}, {0}),
-        ({"min_p": 0.3}, {0, 1}),
-    ],
-)
-def test_sampling_keeps_what_it_promises(options, kept):
-    logits = torch.tensor([0.5, 0.3, 0.1, 0.1]).log().expand(400, 4)
-    assert set(sample_token(logits, generators(400), **options).tolist()) == kept
-
-
-@pytest.mark.parametrize("temperature", [1e-308, 1e308])
-def test_sampling_bears_any_temperature(temperature):
-    logits = torch.tensor([[3.0, 2.0, -torch.inf, 3.5]]).expand(400, 4)
-    kept = {3} if temperature < 1 else {0, 1, 3}
-    assert set(sample_token(logits, generators(400), temperature=temperature).tolist()) == kept
-
-
-def test_sampling_follows_the_distribution():
-    chance = torch.tensor([0.5, 0.3, 0.2])
-    tokens = sample_token(chance.log().expand(4000, 3), generators(4000))
-    found = tokens.bincount(minlength=3) / 4000
-    assert (found - chance).abs().max() < 4 * 0.5 / 4000**0.5  # four standard deviations of a fair coin
-
-
 IDS = torch.ones(1, 2, dtype=torch.long)
 
 
@@ -235,22 +199,11 @@ IDS = torch.ones(1, 2, dtype=torch.long)
             TypeError,
             r"lengths must be an int32 or int64 tensor \[B\], got \[1\]",
         ),
-        (lambda lm: sample_token(torch.full((1, 2), torch.nan), []), ValueError, "logits must be numbers"),
-        (lambda lm: sample_token(torch.tensor([[0.0, torch.inf]]), []), ValueError, "the largest of a row finite"),
-        (lambda lm: sample_token(torch.full((1, 2), -torch.inf), []), ValueError, "the largest of a row finite"),
-        (
-            lambda lm: sample_token(torch.ones(1, 2), [], temperature=math.nan),
-            ValueError,
-            "temperature must be >= 0, got nan",
-        ),
         (
             lambda lm: lm.generate(IDS, 3, lengths=torch.tensor([3])),
             ValueError,
             r"lengths must be \[B\] within 1 .. T=2, got \[3\]",
         ),
-        (lambda lm: sample_token(torch.ones(1, 2), [], temperature=-1), ValueError, "temperature must be >= 0, got -1"),
-        (lambda lm: sample_token(torch.ones(1, 2), [], top_k=0), ValueError, "top_k must be >= 1, got 0"),
-        (lambda lm: sample_token(torch.ones(1, 2), [], top_p=1.5), ValueError, r"top_p must lie in \(0, 1\], got 1.5"),
         (lambda lm: model(depth=0), ValueError, "depth must be at least 1, got 0"),
         (lambda lm: model(recipe=[]), ValueError, "recipes must be at least 1, got 0"),
         (lambda lm: lm.generate(IDS, 1, window=0), ValueError, "window must be at least 1, got 0"),
@@ -270,7 +223,7 @@ IDS = torch.ones(1, 2, dtype=torch.long)
         (
             lambda lm: model(ffn="moe"),
             RecipeError,
-            "ffn must be None, a Recipe or one of gelu, swiglu, gated, channel_mix, got 'moe'",
+            "ffn must be None, a Recipe or one of gelu, swiglu, gated, channel_mix, key_mix, got 'moe'",
         ),
         (lambda lm: model(positions="rotary"), ValueError, "positions must be None"),
         (

@@ -12,14 +12,14 @@ from recur import Recipe, presets
 
 TOKENS = 8 * 2048
 MODELS: dict[str, tuple[Recipe, str | None, int, int, int]] = {  # at most: forward, backward, bytes a token
-    "gla": (presets.gla(heads=4), "swiglu", 22, 37, 42_000),
-    "hgrn2": (presets.hgrn2(heads=8), "swiglu", 20, 24, 50_000),
-    "gated_delta_net": (presets.gated_delta_net(heads=8), "swiglu", 23, 29, 62_000),
-    "retnet": (presets.retnet(heads=8), "swiglu", 47, 22, 54_000),
-    "mamba2": (presets.mamba2(), None, 14, 20, 31_000),
-    "mamba": (presets.mamba(), None, 14, 21, 42_000),
-    "longhorn": (presets.longhorn(), None, 12, 19, 42_000),
-    "llama": (presets.llama(heads=16), "swiglu", 51, 24, 38_000),
+    "gla": (presets.gla(heads=4), "swiglu", 17, 32, 42_000),
+    "hgrn2": (presets.hgrn2(heads=8), "swiglu", 15, 22, 50_000),
+    "gated_delta_net": (presets.gated_delta_net(heads=8), "swiglu", 19, 27, 62_000),
+    "retnet": (presets.retnet(heads=8), "swiglu", 14, 20, 54_000),
+    "mamba2": (presets.mamba2(), None, 12, 19, 31_000),
+    "mamba": (presets.mamba(), None, 12, 20, 42_000),
+    "longhorn": (presets.longhorn(), None, 10, 18, 42_000),
+    "llama": (presets.llama(heads=16), "swiglu", 39, 22, 38_000),
 }
 
 

@@ -17,8 +17,8 @@ from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 import recur
+from recur.primitives import chunked as scan_module
 from recur.primitives import diagonal, fixed, segments
-from recur.primitives import scan as scan_module
 from recur.testing import check, strategies
 from recur.testing.compare import Inputs, same
 
@@ -60,40 +60,67 @@ def loop_scan(
     log_decay: Tensor | None = None,
     beta: Tensor | None = None,
     bonus: Tensor | None = None,
+    erase: Tensor | None = None,
+    remove: Tensor | None = None,
+    write: Tensor | None = None,
     initial_state: Tensor | None = None,
+    previous: bool = False,
 ) -> dict[str, Tensor]:
-    """S = A S + k u^T, u = v or beta (v - Re(A S)^T k); y = Re(S)^T q, or read before the write with a bonus."""
-    (B, T, H, V), (G, K) = v.shape, q.shape[2:]
+    """S' = A S; S = S' + k (w v)^T - b (Re(S' or S)^T e)^T, write after write; y = Re(S)^T q for every read.
+
+    beta is e = beta k and w = beta; with a bonus y is read before the write.
+    """
+    H, K, V = v.shape[-2], q.shape[-1], v.shape[-1]
+    reads, (B, T) = q.ndim == 5, q.shape[:2]
+    writes = v.ndim == 5
+    M, R = v.shape[2] if writes else 1, q.shape[2] if reads else 1
     per_key = log_decay is not None and log_decay.shape[-2:] == (H, K) and log_decay.ndim in (2, 4)
-    ys, states = torch.zeros(B, T, H, V, dtype=torch.float64), []
+    ys, states = torch.zeros(B, T, R, H, V, dtype=torch.float64), []
+
+    def at(x: Tensor | None, b: int, t: int) -> Any:
+        """The lists [M ...] of a token."""
+        return None if x is None else x[b, t].tolist() if writes else [x[b, t].tolist()]
+
     for b in range(B):
         S = [[[entry(None if initial_state is None else initial_state[b].tolist(), h, i, j) for j in range(V)]
               for i in range(K)] for h in range(H)]  # fmt: skip
         for t in range(T):
-            q_t, v_t, k_t = q[b, t].tolist(), v[b, t].tolist(), None if k is None else k[b, t].tolist()
+            q_t = q[b, t].tolist() if reads else [q[b, t].tolist()]
+            k_t, v_t, beta_t, e_t, b_t, w_t = (at(x, b, t) for x in (k, v, beta, erase, remove, write))
             a_t = token(log_decay, b, t, leading=2 if per_key else 1)
+
+            def of(x: Any, h: int) -> Any:
+                """What belongs to head h, of heads or groups."""
+                return x[h * len(x) // H]
+
             for h in range(H):
-                g = h // (H // G)
                 a = [1.0 if a_t is None else exp(entry(a_t, h, i) if per_key else entry(a_t, h)) for i in range(K)]
-                key = [-math.expm1(a_t[h][i]) if k_t is None else k_t[g][i] for i in range(K)]
                 for j in range(V):
                     before = [S[h][i][j] for i in range(K)]
-                    kept = [a[i] * before[i] for i in range(K)]
-                    u = v_t[h][j]
-                    if beta is not None:
-                        u = beta[b, t, h].item() * (u - sum(kept[i].real * key[i] for i in range(K)))
-                    after = [kept[i] + key[i] * u for i in range(K)]
-                    y = sum(after[i].real * q_t[g][i] for i in range(K))
-                    if bonus is not None:
-                        w = bonus[h].expand(K).tolist()
-                        y = sum((before[i] + w[i] * key[i] * u).real * q_t[g][i] for i in range(K))
-                    ys[b, t, h, j] = complex(y).real
+                    after = [a[i] * before[i] for i in range(K)]
+                    for m in range(M):
+                        key = [-math.expm1(a_t[h][i]) for i in range(K)] if k_t is None else of(k_t[m], h)
+                        strength = 1.0 if beta_t is None else beta_t[m][h]
+                        eraser = [0.0] * K if beta is None and erase is None else key if e_t is None else of(e_t[m], h)
+                        removal = key if b_t is None else of(b_t[m], h)
+                        gate = 1.0 if w_t is None else w_t[m][h] if write.ndim < v.ndim else w_t[m][h][j]
+                        seen = before if previous and m == 0 else after
+                        found = strength * sum(seen[i].real * eraser[i] for i in range(K))
+                        u = strength * gate * v_t[m][h][j]
+                        after = [after[i] + key[i] * u - removal[i] * found for i in range(K)]
+                    for r in range(R):
+                        query = of(q_t[r], h)
+                        y = sum(after[i].real * query[i] for i in range(K))
+                        if bonus is not None:
+                            w = bonus[h].expand(K).tolist()
+                            y = sum((before[i] + w[i] * key[i] * u).real * query[i] for i in range(K))
+                        ys[b, t, r, h, j] = complex(y).real
                     for i in range(K):
                         S[h][i][j] = after[i]
         states.append(S)
     turns = log_decay is not None and log_decay.is_complex()
     state = torch.tensor(states, dtype=torch.complex128).reshape(B, H, K, V)
-    return {"y": ys, "state": state if turns else state.real}
+    return {"y": ys if reads else ys.squeeze(2), "state": state if turns else state.real}
 
 
 def loop_gated_scan(x: Tensor, log_decay: Tensor, initial_state: Tensor | None = None) -> dict[str, Tensor]:
@@ -231,13 +258,15 @@ class Case(NamedTuple):
 
 def outer(*further: str, step: bool = True, **options: Any) -> Case:
     """A row for recur.scan; `recur.step` reads a constant [H K] as [B H] where both fit, so there it has no part."""
-    left_out = {"k": None} if options.get("tied") else {}
+    left_out: dict[str, Any] = {"k": None} if options.get("tied") else {}
     left_out |= {"log_decay": None} if options.get("decay", "") is None else {}
-    summary = None if "bonus" in options else recur.summary
+    mode = {"erase_from": "previous"} if options.get("previous") else {}
+    left_out |= mode
+    summary = None if "bonus" in options else partial(recur.summary, **mode)
     return Case(
         partial(recur.scan, **left_out),
         strategies.scans(**options),
-        loop_scan,
+        partial(loop_scan, previous=bool(mode)),
         partial(recur.step, **left_out) if step else None,
         summary,
         (*further, *(("steps",) if step else ()), *(("summaries",) if summary else ())),
@@ -260,6 +289,32 @@ CASES = {
     "gated delta rule": outer("padding", "resets", decay="B T H", delta=True),
     "key-wise delta rule": outer("padding", "resets", delta=True),
     "complex delta rule": outer("padding", "resets", delta=True, complex=True),
+    "erase key": outer("padding", "resets", erase="G", decay="B T H"),
+    "erase key from the previous state": outer("padding", "resets", erase="H", previous=True),
+    "delta rule on the previous state": outer("padding", "resets", delta=True, previous=True, decay="B T H"),
+    "delta rule with a removal key": outer("padding", "resets", delta=True, remove="H"),
+    "removal key, previous, scalar": outer(
+        "padding", "resets", erase="G", remove="H", previous=True, decay="B T H", write="H"
+    ),
+    "removal key, previous, key-wise": outer("padding", "resets", erase="H", remove="G", previous=True),
+    "removal key, constant decay": outer(erase="H", remove="G", decay="H K", write="V", step=False),
+    "erase key without a decay": outer("padding", erase="G", decay=None, write="V"),
+    "complex removal key, previous": outer(
+        "padding", "resets", erase="H", remove="H", previous=True, complex=True, write="V"
+    ),
+    "write gate": outer("padding", "resets", write="V", decay="B T H"),
+    "several writes and reads": outer("padding", "resets", several=True, write="H"),
+    "several writes and reads, complex": outer("padding", "resets", several=True, decay="B T H", complex=True),
+    "delta product": outer("padding", "resets", delta=True, several=True, decay="B T H"),
+    "several erasing writes, previous": outer(
+        "padding", "resets", erase="H", remove="G", previous=True, several=True, decay="B T H"
+    ),
+    "several erasing writes, previous, key-wise": outer(
+        "padding", "resets", erase="G", remove="H", write="V", previous=True, several=True
+    ),
+    "several erasing writes, previous, complex": outer(
+        "padding", "resets", erase="G", previous=True, several=True, complex=True
+    ),
     "gated": Case(
         recur.gated_scan,
         strategies.gated_scans(),
@@ -368,6 +423,12 @@ CHUNKED = {
     "scan, complex": (recur.scan, scan_module, "CHUNK", strategies.scans(decay="B T H", complex=True)),
     "scan, bonus": (recur.scan, scan_module, "CHUNK", strategies.scans(bonus="H K")),
     "delta rule": (recur.scan, scan_module, "CHUNK", strategies.scans(delta=True)),
+    "several erasing writes": (
+        partial(recur.scan, erase_from="previous"),
+        scan_module,
+        "CHUNK",
+        strategies.scans(erase="H", remove="G", previous=True, several=True),
+    ),
     "gated": (recur.gated_scan, diagonal, "SIDE_BY_SIDE", strategies.gated_scans()),
     "selective": (recur.selective_scan, segments, "SEGMENT", strategies.selective_scans()),
     "online": (recur.online_scan, segments, "SEGMENT", strategies.online_scans()),

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recur import LanguageModel, Mixer, Part, Recipe, RecipeError, ShapeError, presets
-from recur.blocks import Along, Dropout, Project, in_series
+from recur.blocks import Along, Dropout, Learned, LowerBounds, Project, Scale, Sum, in_series
 from recur.blocks.language_model import Block, StreamNorm
 from recur.shapes import readable
 from recur.train.trainer import decay_groups
@@ -103,6 +103,50 @@ def test_backward_hooks_fire_at_every_layer(checkpoint: bool) -> None:
     lm.loss(IDS).backward()
     assert set(fired) == set(LAYERS)
     assert min(fired.values()) > 0
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize("name", CAUSAL)
+def test_backward_hooks_fire_at_every_module_with_weights(name: str) -> None:
+    """And change no gradient. What reads nothing of the flow has no input whose gradient could fire the second kind."""
+    torch.manual_seed(0)
+    lm = LanguageModel(preset(name), vocab_size=11, dim=32, depth=2, tie=False)
+    lm.loss(IDS).backward()
+    want = {key: weight.grad for key, weight in lm.named_parameters()}
+    lm.zero_grad(set_to_none=True)
+    fired: set[str] = set()
+    owners = [key for key, module in lm.named_modules() if isinstance(module, Weights) and list(module.parameters())]
+    for owner in owners:
+        module = lm.get_submodule(owner)
+        module.register_full_backward_hook(lambda module, into, out, owner=owner: fired.add(owner))
+        module.register_full_backward_pre_hook(lambda module, out, owner=owner: fired.add(owner + ", before"))
+    lm.loss(IDS).backward()
+    learning = {key for key in owners if any(want[f"{key}.{n}"] is not None for n in lm.get_submodule(key).declared)}
+    parts = dict(zip(preset(name).body.keys(), preset(name).parts, strict=True))
+    reading = {key for key in learning if not isinstance(parts.get(key.rpartition(".")[2]), (Learned, LowerBounds))}
+    assert reading
+    assert reading | {f"{key}, before" for key in learning} <= fired
+    for key, weight in lm.named_parameters():
+        if want[key] is not None:
+            torch.testing.assert_close(weight.grad, want[key])
+
+
+def test_a_backward_hook_at_a_part_sees_its_gradients() -> None:
+    """Those of what it writes, and of what it reads through this part alone."""
+    recipe = Recipe(Project("x", u="D"), Scale("u", "3"), Project("u", y="D"), Project("x u", w="D"), Sum("y w"))
+    mixer, seen = Mixer(recipe, 4), {}
+
+    def keep(module: nn.Module, into: Any, out: Any) -> None:
+        seen["into"], seen["out"] = ([grad for grad in grads if grad is not None] for grads in (into, out))
+
+    mixer.parts["scale"].register_full_backward_hook(keep)
+    mixer.parts["scale"].register_full_backward_pre_hook(lambda module, out: (out[0] * 2, *out[1:]))
+    y = mixer(torch.randn(1, 2, 4, requires_grad=True)).y
+    y.sum().backward()
+    _, second, third = (mixer.parts[name].weight for name in ("project", "project_2", "project_3"))
+    slope = (second.sum(0) + third.sum(0)[4:]).detach().expand(1, 2, 4)
+    torch.testing.assert_close(seen["out"], [2 * slope])
+    torch.testing.assert_close(seen["into"], [torch.zeros_like(slope), 6 * slope])  # of x, and of u
 
 
 def test_a_loss_is_of_the_logits_that_a_hook_at_the_head_returns() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-import recur.primitives.scan as door
+import recur.primitives.chunked as door
 from recur.primitives.scan import scan, step
 from recur.primitives.summary import advance, combine, summary
 from recur.shapes import ShapeError
@@ -323,6 +323,45 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k": None, "log_decay": torch.zeros(2, 4, 4)}, ValueError, "k=None is 1 − exp"),
     ({"beta": torch.zeros(2, 4, 4), "bonus": torch.zeros(4)}, ValueError, "bonus must be None with beta"),
     ({"form": "fast"}, ValueError, "form must be one of"),
+    ({"k": torch.zeros(2, 4, 3, 2, 3)}, ShapeError, r"v must be \[B T M H V\], got shape"),
+    ({"v": torch.zeros(2, 4, 3, 4, 5)}, ShapeError, r"v must be \[B T H V\], got shape"),
+    ({"q": torch.zeros(2, 4, 0, 2, 3)}, ShapeError, r"must be written and read at least once, got M=1 \(k\) and R=0"),
+    ({"erase": torch.zeros(2, 4, 3, 3)}, ShapeError, r"q has G=2 but erase has G=3; .* erase: \[B T G K \| B T H K\]"),
+    ({"erase": torch.zeros(2, 4, 3)}, ShapeError, r"erase must be \[B T G K \| B T H K\], got shape"),
+    ({"remove": torch.zeros(2, 4, 4, 2), "erase": q_}, ShapeError, "q has K=3 but remove has K=2"),
+    ({"write": torch.zeros(2, 4, 4, 3)}, ShapeError, r"v has V=5 but write has V=3; .* write: \[B T H \| B T H V\]"),
+    ({"write": torch.zeros(2, 4, 2)}, ShapeError, "v has H=4 but write has H=2"),
+    ({"beta": torch.zeros(2, 4, 2, 4)}, ShapeError, r"beta must be \[B T H\]"),
+    ({"erase": q_.long()}, TypeError, "erase must be real and floating"),
+    ({"erase": q_, "remove": q_ + 0j}, TypeError, "remove must be real and floating"),
+    ({"write": v_[..., 0].long()}, TypeError, "write must be real and floating"),
+    ({"erase": 1.0}, TypeError, "erase must be a tensor"),
+    ({"erase": q_, "erase_from": "both"}, ValueError, "erase_from must be one of decayed, previous, got 'both'"),
+    ({"remove": q_}, ValueError, "remove must be None without erase or beta"),
+    *(
+        ({"beta": torch.zeros(2, 4, 4), name: x}, ValueError, f"beta must be None with {name}: it stands for erase")
+        for name, x in (("erase", q_), ("write", v_))
+    ),
+    *(
+        ({"bonus": torch.zeros(4), **more}, ValueError, f"bonus must be None with {name}: it is read before")
+        for name, more in (
+            ("erase", {"erase": q_}),
+            ("write", {"write": v_}),
+            ("several writes per token", {"k": q_[:, :, None], "v": v_[:, :, None]}),
+            ("several reads per token", {"q": q_[:, :, None]}),
+        )
+    ),
+    *(
+        ({"form": "triton", **more}, NotImplementedError, f"form='triton' does not cover {name}.*; form='chunked' does")
+        for name, more in (
+            ("erase=", {"erase": q_}),
+            ("write=", {"write": v_}),
+            ("several writes per token", {"k": q_[:, :, None], "v": v_[:, :, None]}),
+            ("several reads per token", {"q": q_[:, :, None]}),
+            ("remove=", {"beta": torch.zeros(2, 4, 4), "remove": q_}),
+            ("erase_from='previous'", {"beta": torch.zeros(2, 4, 4), "erase_from": "previous"}),
+        )
+    ),
 ]
 
 
@@ -331,6 +370,59 @@ def test_bad_input_is_refused_in_the_letters_of_the_docstring(change: dict, erro
     with pytest.raises(error, match=words):
         scan(**{"q": q_, "k": q_, "v": v_, **change})
     scan(q_, q_, v_)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"erase": torch.zeros(2, 3, 3)}, r"step: q has G=2 but erase has G=3; .* erase: \[B G K \| B H K\]"),
+        ({"k": torch.zeros(2, 3, 2, 3)}, r"step: v must be \[B M H V\]"),
+        ({"beta": torch.zeros(2, 4), "write": torch.zeros(2, 4)}, "step: beta must be None with write"),
+        ({"erase_from": "now"}, "step: erase_from must be one of decayed, previous, got 'now'"),
+    ],
+)
+def test_a_step_refuses_in_its_own_letters(change: dict[str, Any], words: str) -> None:
+    given = {"q": q_[:, 0], "k": q_[:, 0], "v": v_[:, 0], "log_decay": None, "state": torch.zeros(2, 4, 3, 5)}
+    with pytest.raises(ValueError, match=words):
+        step(**{**given, **change})
+    step(**given)
+
+
+@pytest.mark.parametrize("decay", ["B T H", "B T H K"])
+@pytest.mark.parametrize("form", ["recurrent", "chunked", "parallel"])
+def test_what_is_erased_from_the_previous_state_meets_no_gate_of_its_token(decay: str, form: str) -> None:
+    """Gates of exactly 0 and of e^-300 (0 in float32 once multiplied): no quotient, no NaN, and the exact result."""
+    torch.manual_seed(0)
+    q, k, e, b = (torch.randn(1, 40, 2, 3) / 2 for _ in range(4))
+    v, state = torch.randn(1, 40, 2, 4), torch.randn(1, 2, 3, 4)
+    log = torch.where(torch.rand(1, 40, 2, 3) < 0.3, -INF, -300.0)[..., : 3 if decay.endswith("K") else 1]
+    log = (log if decay.endswith("K") else log.squeeze(-1)).requires_grad_()
+    y, final = scan(q, k, v, log, erase=e, remove=b, erase_from="previous", initial_state=state, form=form)
+    # whatever was in the state but one token before is gone
+    S, want = state, []
+    for t in range(40):
+        found = torch.einsum("bhkv,bhk->bhv", S, e[:, t])
+        S = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t]) - torch.einsum("bhk,bhv->bhkv", b[:, t], found)
+        want.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
+    assert_close(y, torch.stack(want, 1))
+    assert_close(final, S)
+    (grad,) = torch.autograd.grad(y.sum() + final.sum(), log)
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_several_writes_are_tokens_that_share_a_gate_and_several_reads_are_queries() -> None:
+    torch.manual_seed(0)
+    normal = partial(torch.randn, dtype=torch.float64)
+    q, k, v = normal(2, 5, 2, 1, 3), normal(2, 5, 3, 1, 3) / 3, normal(2, 5, 3, 2, 4)
+    beta, log = normal(2, 5, 3, 2).sigmoid(), -normal(2, 5, 2).abs()
+    y, state = scan(q, k, v, log, beta=beta)
+    later = torch.stack([log, torch.zeros_like(log), torch.zeros_like(log)], 2).flatten(1, 2)
+    flat = [x.flatten(1, 2) for x in (k, v)]
+    for r in range(2):
+        each = q[:, :, r].repeat_interleave(3, 1)
+        one = scan(each, *flat, later, beta=beta.flatten(1, 2))
+        close(y[:, :, r], one.y[:, 2::3])
+    close(state, one.state)
 
 
 @pytest.mark.parametrize(

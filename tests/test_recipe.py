@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import recur
-from recur import Mixer, Recipe, RecipeError, presets
+from recur import Frame, LanguageModel, Mixer, Recipe, RecipeError, presets
 from recur.axes import evaluate, size
 from recur.blocks import (
     Act,
@@ -92,7 +93,7 @@ def test_axes_that_make_no_sense_are_refused(expression, words):
             (Project("x", q="H K", k="H K", v="H K", log_a="K"), OuterScan(), OUT),
             r"needs a decay log_a \[H\] or \[H K\]",
         ),
-        ((Project("x", q="K", k="K", v="H K"), OuterScan(decay=None), OUT), "needs 'q' with 2 axes after B T"),
+        ((Project("x", q="K", k="K", v="H K"), OuterScan(decay=None), OUT), "needs 'q' with 2 or 3 axes after B T"),
         (
             (Project("x", q="H K", k="H K", v="H K", beta="K"), DeltaScan(decay=None), OUT),
             r"DeltaScan needs beta \[H\], got \[K\]",
@@ -107,7 +108,7 @@ def test_axes_that_make_no_sense_are_refused(expression, words):
             "has a Skip called 'a', as is a Norm",
         ),
         ((IN, Project("x", b="E"), Weigh("b", by="x"), OUT), r"part 3 Weigh needs b with first axes \[D\], got \[E\]"),
-        ((IN, Skip("u", out="u", over="D"), OUT), r"part 2 Skip needs u with first axes \[D\], got \[E\]"),
+        ((IN, Skip("u", out="u", over="D"), OUT), r"part 2 Skip needs u with the axes \[D\], got \[E\]"),
         (
             (Project("x", q="H K", k="H K", v="H K", b="K"), OuterScan(decay=None, bonus="b"), OUT),
             r"needs a bonus b \[H\] or \[H K\], got \[K\]",
@@ -126,7 +127,7 @@ def test_what_does_not_fit_is_named(parts, words):
         (lambda: RelPos(law="absolute"), RecipeError, 'law must be "intended" or "literal", got \'absolute\''),
         (lambda: Recipe("Project"), TypeError, "parts must be of class Part, got str"),
         (lambda: Recipe(IN, OUT, axes={"E": "2*Q"}), RecipeError, r"axis E=2\*Q mentions Q"),
-        (lambda: Norm("y", kind="batch"), RecipeError, "kind must be one of rms, layer, l2, unit, got 'batch'"),
+        (lambda: Norm("y", kind="batch"), RecipeError, "kind must be one of rms, .*, got 'batch'"),
         (lambda: Norm("y", affine="bias"), RecipeError, "affine must be"),
         (lambda: ComplexGate(law="cartesian"), RecipeError, "law must be"),
         (lambda: FixedScan("u", frequency="log"), RecipeError, "frequency must be"),
@@ -141,7 +142,7 @@ def test_what_does_not_fit_is_named(parts, words):
             "Norm: groups must divide the 8 entries, got 3",
         ),
         (lambda: Act("u", "swish"), ValueError, "name must be one of identity, silu"),
-        (lambda: matrix_init("orthogonal", 1, 1, 1), ValueError, "law must be one of linear, residual"),
+        (lambda: matrix_init("orthodox", 1, 1, 1), ValueError, "law must be one of linear, residual"),
         (lambda: Part().shapes(None), NotImplementedError, "define shapes"),
         (lambda: Part()(None, None, None), NotImplementedError, "define __call__"),
     ],
@@ -333,3 +334,56 @@ def test_lower_bounds_are_one_table_a_model():
     assert grad[1:].abs().sum() > 0
     assert "lower_bounds" in Mixer(presets.hgrn2(heads=2), 8).shared
     assert LowerBounds("H K").scope == "model"
+
+
+FRAMED = {
+    **dict.fromkeys(("gla", "hgrn", "hgrn2", "llama", "retnet"), Frame(ffn="swiglu")),
+    **dict.fromkeys(("dss", "gated_smoothing", "gated_tap_conv", "gss", "smoothing", "tap_conv"), Frame(norm=None)),
+    **dict.fromkeys(("comba", "gated_delta_net2", "mamba3", "mamba3_mimo"), Frame(ffn="swiglu")),
+    **dict.fromkeys(("delta_product", "gated_delta_product", "gsa", "mesa_net"), Frame(ffn="swiglu")),
+    "forgetting_transformer": Frame(ffn="swiglu"),
+    "gateloop": Frame(ffn="gelu"),
+    "rwkv": Frame(ffn="channel_mix", norm="layer"),
+    "rwkv7": Frame(ffn="key_mix", norm="layer", embed_norm="layer"),
+    "simple_gateloop": Frame(ffn="gelu", norm=None),
+}
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_a_language_model_has_the_frame_of_its_paper(name: str) -> None:
+    recipe, sizes = getattr(presets, name)(), {"vocab_size": 7, "dim": 64, "depth": 1, "tie": False}
+    frame = FRAMED.get(name, Frame())
+    assert recipe.frame == frame
+    with torch.device("meta"):
+        model = LanguageModel(recipe, **sizes)
+        said = LanguageModel(recipe, **sizes, **dataclasses.asdict(frame))
+    assert model.arguments == said.arguments
+    assert list(model.state_dict()) == list(said.state_dict())
+    assert (frame.ffn is None) == (model.blocks[0].ffn is None)
+    assert (frame.norm is None) == (not any("norm.weights" in key for key in model.state_dict()))
+
+
+def test_a_frame_is_read_from_the_first_recipe_unless_the_call_says_otherwise() -> None:
+    sizes = {"vocab_size": 7, "dim": 64, "depth": 2}
+    framed = presets.rwkv().like(*presets.rwkv().parts, frame=Frame(ffn="gelu", norm="l2", positions=9))
+    model = LanguageModel([framed, presets.gla()], **sizes)
+    assert [model.arguments[name] for name in ("ffn", "norm", "positions")] == ["gelu", "l2", 9]
+    model = LanguageModel(framed, **sizes, ffn=None, norm="rms", positions=None)
+    assert [model.arguments[name] for name in ("ffn", "norm", "positions")] == [None, "rms", None]
+
+
+def test_a_frame_stays_in_edits_and_in_json() -> None:
+    recipe = presets.gss().remove(Skip)
+    assert recipe.frame == recipe.reverse().frame == Frame(norm=None)
+    assert recipe != recipe.like(*recipe.parts, frame=Frame())
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    older = {key: value for key, value in recipe.to_dict().items() if key != "frame"}
+    assert Recipe.from_dict(older).frame == Frame()
+    for frame, words in (
+        ({"fnn": None}, r"frame Frame has no 'fnn'; did you mean 'ffn'\?"),
+        ({"norm": 3}, r"frame Frame: 'norm' must be .*, got 3"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            Recipe.from_dict({**older, "frame": frame})
+    with pytest.raises(TypeError, match="Recipe: frame must be a Frame, got dict"):
+        Recipe(*recipe.parts, axes=recipe.axes, frame={"norm": None})

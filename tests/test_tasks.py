@@ -19,7 +19,7 @@ from recur import train
 from recur.train import TASKS, InputError
 from recur.train.compare import compare
 from recur.train.config import Settings
-from recur.train.models import PAPER, parameters, read_recipes, solve_width, with_paper_depth
+from recur.train.models import parameters, read_recipes, solve_width, with_paper_depth
 from recur.train.run import configured
 from recur.train.tasks.lra import OPERATORS, SYMBOLS, symbols, tree
 from recur.train.tasks.synthetic import group_table
@@ -441,7 +441,6 @@ def test_recipes_by_words(tmp_path: Path) -> None:
         read_recipes("gla:size=3")
     with pytest.raises(InputError, match="cannot read a recipe from nowhere"):
         read_recipes("@nowhere")
-    assert set(PAPER) <= {*presets.names(), "llama", "hgrn", "rwkv"}
 
 
 def test_the_width_for_a_size() -> None:
@@ -456,8 +455,10 @@ def test_the_width_for_a_size() -> None:
 
 
 def test_a_mixer_without_feed_forward_has_twice_the_layers() -> None:
-    assert with_paper_depth(Settings(recipe="longhorn", depth=3)).depth == 6
-    assert with_paper_depth(Settings(recipe="hgrn2", depth=3)).depth == 3
+    for words, depth in (("longhorn", 6), ("hgrn2", 3)):
+        assert with_paper_depth(Settings(recipe=words, depth=3), read_recipes(words)).depth == depth
+        assert with_paper_depth(Settings(recipe=words, depth=3, ffn="none"), read_recipes(words)).depth == 6
+        assert with_paper_depth(Settings(recipe=words, depth=3, ffn="gelu"), read_recipes(words)).depth == 3
 
 
 def test_comparisons(tmp_path: Path) -> None:

@@ -226,6 +226,19 @@ def test_each_law_catches_what_breaks_it(law: str) -> None:
         check(BROKEN[law], strategies.gated_scans(), laws=[law])
 
 
+def test_the_law_of_containment_names_the_forms_that_hold_it() -> None:
+    leaking = ["chunked"]
+
+    def leaks(x: Tensor, log_decay: Tensor, form: str = "auto", **options: Any) -> Any:
+        scan = adds_nothing_of_all_tokens if form in leaking else recur.gated_scan
+        return scan(x, log_decay, form=form, **options)
+
+    for words in ("form='recurrent'$", "none of its forms$"):
+        with pytest.raises(LawBroken, match=rf"breaks the law of containment: .*\n.*\n.*; it holds with {words}"):
+            check(leaks, strategies.gated_scans(), laws=["containment"])
+        leaking.append("recurrent")
+
+
 def test_the_law_of_steps_catches_a_lazy_step() -> None:
     with pytest.raises(LawBroken, match="breaks the law of steps"):
         check(recur.gated_scan, strategies.gated_scans(), step=lazy_step, laws=["steps"])

@@ -1,12 +1,15 @@
 """Bricks that own weights, and what is built from them."""
 
-from recur.blocks.attention import Attention, GatedAttention, RelPos, Rotary
+from recur.blocks.attention import Attention, ForgettingAttention, GatedAttention, RelPos, Rotary
+from recur.blocks.compound import LogLinearScan, MesaScan, MomentumScan, OjaScan, SlotScan
 from recur.blocks.gates import (
     BoundedDecay,
     Complex,
     ComplexGate,
     Decay,
     FixedDecay,
+    FlooredDecay,
+    KeyedRate,
     Learned,
     LowerBounds,
     OutputGate,
@@ -47,17 +50,33 @@ from recur.blocks.hidden import DenseCarry, DenseFusion, DenseRead
 from recur.blocks.language_model import Block, LanguageModel
 from recur.blocks.loop import Loop
 from recur.blocks.mixer import Mixer, MixerOut
-from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, PoleScan, SelectiveScan
+from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, PoleScan, SelectiveScan, WideScan
 from recur.blocks.stabilise import Count, Normalise, Stabilise
 from recur.blocks.state import detach, nbytes
+from recur.blocks.wide import (
+    DataDecay,
+    DataRotary,
+    FeedbackKey,
+    Gather,
+    Previous,
+    RemovalKeys,
+    Repeat,
+    SelfTerm,
+    Spread,
+    Trapezoid,
+    ValueResidual,
+)
 from recur.recipe import Chain
 
 PARTS = (
-    Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, Decay, DeltaScan, DenseCarry, DenseFusion,
-    DenseRead, Dropout, FixedDecay, FixedScan, GatedAttention, GatedScan, Learned, Loop, LowerBounds, LowRank, Map,
-    Norm, Normalise, OnlineScan, OuterScan, OutputGate, Phase, PoleScan, PositionTaps, PowerDecay, Project, RealImag,
-    RelPos, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, ShortConv, Skip, Smoothing,
-    Stabilise, StepDecay, Sum, TapConv, TokenShift, Unbind, Weigh,
+    Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, DataDecay, DataRotary, Decay,
+    DeltaScan, DenseCarry, DenseFusion, DenseRead, Dropout, FeedbackKey, FixedDecay, FixedScan, FlooredDecay,
+    ForgettingAttention, GatedAttention, GatedScan, Gather, KeyedRate, Learned, LogLinearScan, Loop, LowerBounds,
+    LowRank, Map, MesaScan, MomentumScan, Norm, Normalise, OjaScan, OnlineScan, OuterScan, OutputGate, Phase,
+    PoleScan, PositionTaps, PowerDecay, Previous, Project, RealImag, RelPos, RemovalKeys, Repeat, Reshape,
+    RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, SelfTerm, ShortConv, Skip, SlotScan,
+    Smoothing, Spread, Stabilise, StepDecay, Sum, TapConv, TokenShift, Trapezoid, Unbind, ValueResidual, Weigh,
+    WideScan,
 )  # fmt: skip
 
 WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)

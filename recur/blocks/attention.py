@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recur.axes import RecipeError, Spec
 from recur.blocks.cache import empty, extend, fresh, row_of
+from recur.primitives.attention import forgetting_softmax, visible
 from recur.primitives.forms import document_of
 from recur.primitives.operators import transformed
 from recur.primitives.rotary import rotary_frequencies, rotate
@@ -66,7 +68,9 @@ class Rotary(Part):
         for name in self.names.split():
             K, device = flow[name].shape[-1], flow.position.device
             if K not in frequencies:
-                frequencies[K] = weights.frequencies if self.stored else self._frequencies(K, device)
+                found = partial(self._frequencies, K, device)
+                shared = ("Rotary", K, self.base, self.inclusive)
+                frequencies[K] = weights.frequencies if self.stored else flow.once(shared, found)
             turned[name] = rotate(flow[name], positions, frequencies[K], layout=self.layout, form=flow.form)
         return flow.set(**turned), None
 
@@ -224,16 +228,7 @@ class GatedAttention(Attention):
         q, k, v, log_a = (flow[name] for name in (self.q, self.k, self.v, self.decay))
         good = log_a.isfinite() & log_a.real.exp().isfinite()  # running sums would hand on what is not
         log_a, k = torch.where(good, log_a, 0), k.masked_fill(~good, math.nan)
-        before = log_a.new_zeros(len(flow.position), *log_a.shape[2:]) if state is None else state["total"]
-        reached = log_a.cumsum(1)
-        if flow.cu_seqlens is None:
-            since = before[:, None] + reached
-            total = since[:, -1] if since.shape[1] else before
-        else:
-            reached = torch.cat([torch.zeros_like(before[:1]), reached[0]])
-            start, end = reached[flow.cu_seqlens[:-1]], reached[flow.cu_seqlens[1:]]
-            since = reached[None, 1:] + (before - start)[row_of(flow)]
-            total = before + end - start
+        since, total = _summed(flow, log_a, None if state is None else state["total"])
         tokens = {"k": k, "v": v, "since": since}
         new = extend("GatedAttention", flow, state, **tokens)
         if flow.cu_seqlens is not None:
@@ -252,6 +247,70 @@ class GatedAttention(Attention):
     def formula(self) -> str:
         seen = f"Re({self.k}_s prod_{{s<r<=t}} exp({self.decay}_r))"
         return f"{self.out}_t = sum_{{s<=t}} softmax({self.q}_t . {seen} / sqrt(K)) {self.v}_s"
+
+
+def _summed(flow: Flow, log_a: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Running sums of log decays [B T *] in every document, from `before` [B *] on, and the last ones."""
+    before = log_a.new_zeros(len(flow.position), *log_a.shape[2:]) if before is None else before
+    reached = log_a.cumsum(1)
+    if flow.cu_seqlens is None:
+        since = before[:, None] + reached
+        return since, since[:, -1] if since.shape[1] else before
+    reached = torch.cat([torch.zeros_like(before[:1]), reached[0]])
+    start, end = reached[flow.cu_seqlens[:-1]], reached[flow.cu_seqlens[1:]]
+    return reached[None, 1:] + (before - start)[row_of(flow)], before + end - start
+
+
+@dataclass(frozen=True)
+class ForgettingAttention(Attention):
+    """Softmax attention with a forget gate: y_t = sum_s softmax_s(q_t . k_s / sqrt(K) + sum_{s<r<=t} log_f_r) v_s.
+
+    Args: decay: log f [H], real, one per query head; window: how many tokens a query sees, its own included; None sees
+        all before it.
+    """
+
+    decay: str = "log_f"
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise RecipeError(f"ForgettingAttention: window must be at least 1, got {self.window}")
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        written = super().shapes(axes)
+        axes.must(self.decay, axes[self.q][:1])
+        return written
+
+    def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
+        none = site.memory(batch, *site.of(self.decay))
+        since = none[:, None].expand(-1, max_len or 0, -1).clone()
+        return super().init_state(site, batch, max_len) | {"since": since, "total": none}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        q, k, v, log_f = (flow[name] for name in (self.q, self.k, self.v, self.decay))
+        log_f = log_f.to(accumulation_dtype(log_f))
+        good = log_f.isfinite() & log_f.exp().isfinite()
+        shared = good.unflatten(2, (k.shape[2], -1)).all(-1)  # [B T G]
+        log_f, k = torch.where(good, log_f, 0), k.masked_fill(~shared[..., None], math.nan)
+        since, total = _summed(flow, log_f, None if state is None else state["total"])
+        tokens, at = {"k": k, "v": v, "since": since}, flow.positions()
+        new = extend("ForgettingAttention", flow, state, **tokens)
+        if flow.cu_seqlens is not None:
+            old = state or empty(len(flow.position), **tokens)
+            (k, v, reach), mask = _packed(flow, old, **tokens)
+            slots = torch.arange(old["k"].shape[1], device=at.device).expand(len(flow.position), -1)
+            mask = mask & visible(at, torch.cat([slots.flatten(), at[0]])[None], self.window)
+        else:
+            k, v, reach = new["k"], new["v"], new["since"]
+            mask = visible(at, torch.arange(k.shape[1], device=at.device), self.window)
+        (q, k, v), lost = _finite(flow, q, k, v, mask)
+        y = forgetting_softmax(q, k, v, since, reach, mask.expand(len(q), -1, -1))
+        return flow.set(**{self.out: y.masked_fill(lost, math.nan)}), new | {"total": total}
+
+    def formula(self) -> str:
+        scores = f"{self.q}_t . {self.k}_s / sqrt(K) + sum_{{s<r<=t}} {self.decay}_r"
+        within = "" if self.window is None else f", s > t - {self.window}"
+        return f"{self.out}_t = sum_{{s<=t{within}}} softmax({scores}) {self.v}_s"
 
 
 def _finite(

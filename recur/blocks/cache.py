@@ -65,7 +65,11 @@ def _appended(
 def _packed(seen: Tensor, borders: Tensor, tokens: dict[str, Tensor], state: dict[str, Any]) -> dict[str, Any]:
     first = next(iter(tokens))
     T, L, length = tokens[first].shape[1], state[first].shape[1], borders.diff()
-    room = L + int(length.max()) if state["grows"] and len(seen) else L
+    room = L
+    if state["grows"] and len(
+        seen
+    ):  # no shape in a graph depends on borders: there every document may be the whole row
+        room += T if torch.compiler.is_compiling() else int(length.max())
     at = torch.arange(room, device=seen.device)
     source = (borders[:-1, None] + at - seen[:, None]).clamp(0, max(T - 1, 0))  # [n room]
     is_new = (at >= seen[:, None]) & (at < (seen + length)[:, None])

@@ -58,12 +58,30 @@ def channel_mix(*, hidden: str = "3*D", bias: bool = False) -> Recipe:
     )
 
 
+def key_mix(*, hidden: str = "4*D") -> Recipe:
+    """y_t = W_v relu(W_k k_t)^2, k being x mixed with the token before: RWKV-7's channel mix, with state.
+
+    Source: Peng et al. 2025, arXiv:2503.14456.
+    """
+    return Recipe(
+        TokenShift("x", to="xk", init=("1-(i/D)**((1-layer/depth)**4)",)),
+        Project("xk", h="F", init="orthogonal"),
+        Act("h", "relu2"),
+        Project("h", y="D", init="zeros"),
+        axes={"F": hidden},
+        source="arXiv:2503.14456",
+    )
+
+
 def feedforward(ffn: Recipe | str | None) -> Recipe | None:
-    """A recipe, or the one a name stands for: "gelu", "swiglu", "gated" (GELU gate, width 2 D), "channel_mix"."""
+    """A recipe, or the one a name stands for: "gelu", "swiglu", "gated" (GELU gate, width 2 D), "channel_mix",
+    "key_mix".
+    """
     if ffn is None or isinstance(ffn, Recipe):
         return ffn
     wide = partial(gated, hidden="2*D", act="gelu")
-    named: dict[str, Callable[[], Recipe]] = {"gelu": gelu, "swiglu": swiglu, "gated": wide, "channel_mix": channel_mix}
+    named: dict[str, Callable[[], Recipe]] = {"gelu": gelu, "swiglu": swiglu, "gated": wide}
+    named |= {"channel_mix": channel_mix, "key_mix": key_mix}
     if ffn not in named:
         raise RecipeError(f"feedforward: ffn must be None, a Recipe or one of {', '.join(named)}, got {ffn!r}")
     return named[ffn]()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -18,6 +19,7 @@ from recur.primitives.gates import (
     activation,
     biased,
     complex_gate,
+    decayed_mean,
     lower_bounded_decay,
     lower_bounds,
     output_gate,
@@ -58,6 +60,25 @@ class Decay(Part):
 
     def formula(self) -> str:
         return f"{self.out} = log sigmoid({self.source}){f' / {self.tau:g}' if self.tau != 1 else ''}"
+
+
+@dataclass(frozen=True)
+class FlooredDecay(Part):
+    """Log decay of a sigmoid gate between -rate and 0, so that no token forgets more: log_a = -rate sigmoid(z)."""
+
+    source: str = "z"
+    rate: float = math.exp(-0.5)
+    out: str = "log_a"
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.out: axes[self.source]}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        z = flow[self.source]
+        return flow.set(**{self.out: -self.rate * torch.sigmoid(z.to(accumulation_dtype(z)))}), None
+
+    def formula(self) -> str:
+        return f"{self.out} = -{self.rate:g} sigmoid({self.source})"
 
 
 @dataclass(frozen=True)
@@ -164,11 +185,17 @@ class FixedDecay(Part):
         return {"heads": site.size(self.heads)[0]}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        heads: int = weights.heads
+        log_a, eps = flow.once(("FixedDecay", heads, self.eps), partial(self._found, flow, heads))
+        return flow.set(**{self.out: log_a, self.eps_out: eps}), None
+
+    def _found(self, flow: Flow, heads: int) -> tuple[Tensor, Tensor]:
+        """log_a [1 1 H] and eps [B T H]."""
         position = flow.positions()
-        log_a = retention_decay(weights.heads, position.device)
+        log_a = retention_decay(heads, position.device)
         grown = torch.expm1(log_a * (position[..., None] + 1)) / torch.expm1(log_a)  # [B T H]
         wide = torch.float64 if flow["x"].dtype == torch.float64 else torch.float32
-        return flow.set(**{self.out: log_a.to(wide)[None, None], self.eps_out: (self.eps * grown).to(wide)}), None
+        return log_a.to(wide)[None, None], (self.eps * grown).to(wide)
 
     def formula(self) -> str:
         return f"{self.out} = log(1 - 2^(-5-h)), {self.eps_out} = {self.eps:g} sum_{{s<=t}} a^(t-s)"
@@ -210,7 +237,7 @@ class RetentionScale(Part):
     out: str = "eps"
 
     @property
-    def honest(self) -> bool:
+    def exact_gradients(self) -> bool:
         return False
 
     @property
@@ -488,6 +515,43 @@ class OutputGate(Part):
     def formula(self) -> str:
         gate = self.gate if self.act == "identity" else f"{self.act}({self.gate})"
         return f"{self.out} <- {self.out} * {gate}"
+
+
+RATES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {  # law -> of beta and |k|^2; its formula
+    "exponential": (lambda beta, n: beta * decayed_mean(beta * n), "(1 - exp(-beta |k|^2)) / |k|^2"),
+    "projection": (lambda beta, n: beta / (n + 1e-6), "beta / (|k|^2 + 1e-6)"),
+    "implicit": (lambda beta, n: beta / (1 + beta * n), "beta / (1 + beta |k|^2)"),
+}
+
+
+@dataclass(frozen=True)
+class KeyedRate(Part):
+    """The write strength of a delta rule for keys of any length: beta [H], k [H K].
+
+    law: "exponential", (1 - exp(-beta |k|^2)) / |k|^2, the error's exact decay over a time beta; "projection",
+        beta / |k|^2, a Kaczmarz step; "implicit", beta / (1 + beta |k|^2), the step that minimises a proximal loss.
+    """
+
+    beta: str = "beta"
+    k: str = "k"
+    law: str = "exponential"
+
+    def __post_init__(self) -> None:
+        if self.law not in RATES:
+            raise RecipeError(f"KeyedRate: law must be one of {', '.join(RATES)}, got {self.law!r}")
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        axes.must(self.beta, axes[self.k][:-1])
+        return {self.beta: axes[self.beta]}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        beta, k = flow[self.beta], flow[self.k]
+        wide = accumulation_dtype(beta, k)
+        rate = RATES[self.law][0](beta.to(wide), k.to(wide).square().sum(-1))
+        return flow.set(**{self.beta: rate.to(beta.dtype)}), None
+
+    def formula(self) -> str:
+        return f"{self.beta} <- {RATES[self.law][1].replace('beta', self.beta).replace('k', self.k)}"
 
 
 @dataclass(frozen=True)

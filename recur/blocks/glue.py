@@ -34,7 +34,8 @@ class LowRank:
         rank: the number of channels between the two maps, an axis or an expression.
         bias: whether the output has one.
         act: activation between the two maps.
-        init: law of the first weights (recur.weights.matrix_init).
+        init: law of W2 (recur.weights.matrix_init).
+        first: first values of b, an expression over the index i of its channels (see `Learned`).
 
     >>> from recur.blocks import LowRank, Project
     >>> recur.Recipe(Project("x", y=LowRank("D", rank="R")), axes={"R": 4})
@@ -47,19 +48,21 @@ class LowRank:
     bias: bool = False
     act: str = "identity"
     init: str = "linear"
+    first: str | None = None
 
 
 class Projection(Weights):
     """The matrices of a Project: x [B T F] to all its outputs, in their order."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        pieces = F.linear(x, self.weight, getattr(self, "bias", None)).split(self.splits, dim=-1)
+        joined = F.linear(x, self.weight, self.declared_or_none("bias"))
+        pieces = torch.split_with_sizes(joined, self.splits, -1) if len(self.splits) > 1 else (joined,)
         made = []
         for (name, out), piece, shape in zip(self.outs, pieces, self.shapes, strict=True):
             if isinstance(out, LowRank):
-                bias = getattr(self, f"{name}_bias", None)
+                bias = getattr(self, f"{name}_bias") if out.bias else None
                 piece = F.linear(activation(out.act)(piece), getattr(self, f"{name}_up"), bias)
-            made.append(piece.unflatten(-1, shape))
+            made.append(piece if len(shape) == 1 else piece.unflatten(-1, shape))
         return tuple(made)
 
 
@@ -127,7 +130,8 @@ class Project(Part):
                 width = math.prod(site.size(out.axes))
                 made[f"{name}_up"] = Param((width, rank), matrix_init(out.init, rank, width, site.depth))
                 if out.bias:
-                    made[f"{name}_bias"] = Param((width,), bias_init(out.init, rank), decay=False)
+                    law = bias_init(out.init, rank) if out.first is None else by_index(out.first, site)
+                    made[f"{name}_bias"] = Param((width,), law, decay=False)
         return made
 
     def _fill(self, rows: list[int], fan_in: int, depth: int) -> Init:
@@ -338,11 +342,12 @@ class Norm(Part):
 
     Args:
         source: the tensor; the result goes to `to`, or takes its place.
-        kind: "rms", "layer", "l2" or "unit".
+        kind: "rms", "layer", "l2", "unit" or "smooth_unit".
         over: the trailing axes normalised together, such as "V" for each head alone; all of them when omitted.
         eps: a number, or the name of a tensor [B T H] that holds one value per head.
         affine: "full" (a weight, and a bias if kind is "layer"), "weight", or "none".
         groups: how many equal groups of these entries are normalised, each by itself.
+        first: first value of the weight, an expression over axes, `layer` and `depth`.
         to: where the result goes.
 
     >>> recur.blocks.Norm("y", kind="layer", over="V", affine="none").formula()
@@ -356,6 +361,7 @@ class Norm(Part):
     affine: str = "full"
     groups: str | int = 1
     to: str | None = None
+    first: str = "1"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -382,7 +388,8 @@ class Norm(Part):
 
     def params(self, site: Site) -> Mapping[str, Param]:
         shape = site.size(self._axes(site.axes))
-        weight = {"weight": Param(shape, ones, decay=False)} if self.affine != "none" else {}
+        law = ones if self.first == "1" else by_index(self.first, site)
+        weight = {"weight": Param(shape, law, decay=False)} if self.affine != "none" else {}
         bias = {"bias": Param(shape, zeros, decay=False)} if self.affine == "full" and self.kind == "layer" else {}
         return weight | bias
 
@@ -397,7 +404,8 @@ class Norm(Part):
         return flow[self.eps][(...,) + (None,) * weights.rank] if isinstance(self.eps, str) else self.eps
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        scale, shift, eps = getattr(weights, "weight", None), getattr(weights, "bias", None), self.eps_of(flow, weights)
+        scale, shift = weights.declared_or_none("weight"), weights.declared_or_none("bias")
+        eps = self.eps_of(flow, weights)
         options: dict[str, Any] = {"axes": weights.rank, "groups": weights.groups, "eps": eps, "form": flow.form}
         y = normalise(flow[self.source], self.kind, weight=scale, bias=shift, **options)
         return flow.set(**{self.to or self.source: y}), None
@@ -510,7 +518,7 @@ class ScaleGrad(Part):
     fraction: float
 
     @property
-    def honest(self) -> bool:
+    def exact_gradients(self) -> bool:
         return self.fraction == 1
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
@@ -532,7 +540,7 @@ class Skip(Part):
         out: y, what it is added to.
         mean: of the first values of D.
         std: of the first values of D.
-        over: the axes of D, the first ones of u; all of them when omitted.
+        over: the axes of D, such as "H" for one per head; all those of u when omitted.
 
     >>> recur.blocks.Skip("u").formula()
     'y <- y + D * u'
@@ -549,9 +557,22 @@ class Skip(Part):
             raise RecipeError(f"Skip: std must be a number of at least 0, got {self.std}")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        if self.over is not None:
-            _leading(axes, self.source, spec(self.over))
+        self._after(axes)
         return {self.out: axes.same(self.out, self.source)}
+
+    def _after(self, axes: Axes) -> int:
+        """How many axes of u follow those of D."""
+        found = axes[self.source]
+        over = found if self.over is None else spec(self.over)
+        starts = [at for at in range(len(found)) if over and found[at : at + len(over)] == over]
+        if not starts:
+            raise RecipeError(
+                f"{axes.reader} needs {self.source} with the axes [{' '.join(over)}], got [{' '.join(found)}]"
+            )
+        return len(found) - starts[0] - len(over)
+
+    def facts(self, site: Site) -> Mapping[str, Any]:
+        return {"after": self._after(site.axes)}
 
     def params(self, site: Site) -> Mapping[str, Param]:
         shape = site.of(self.source) if self.over is None else site.size(self.over)
@@ -559,7 +580,7 @@ class Skip(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         y, u = flow[self.out], flow[self.source]
-        D = weights.D[(...,) + (None,) * (u.ndim - 2 - weights.D.ndim)]
+        D = weights.D[(...,) + (None,) * weights.after]
         return flow.set(**{self.out: (y + D * u).to(y.dtype)}), None
 
     def formula(self) -> str:
@@ -878,7 +899,7 @@ def in_series(recipe: Recipe) -> Recipe:
     shared = tuple(part for part in recipe.parts if part.scope == "model")
     body = tuple(part for part in recipe.parts if part.scope == "layer")
     lines = Along(0, body, name="body"), Along(1, body, reads="y", name="body")
-    return Recipe(*shared, *lines, axes=recipe.axes, inputs=recipe.inputs, source=recipe.source, out=recipe.out)
+    return recipe.like(*shared, *lines)
 
 
 def _there_and_back(scan: Any, back: Any, there: str, home: str) -> tuple[Part, Part]:

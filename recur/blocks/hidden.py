@@ -52,6 +52,10 @@ class DenseFusion(Part):
     def __post_init__(self) -> None:
         at_least_one("DenseFusion", self.layers)
 
+    @property
+    def layers_below(self) -> int:
+        return self.layers
+
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.source: axes.same(self.source, self.gate)}
 
@@ -86,6 +90,10 @@ class _OfStates(Part):
         at_least_one(type(self).__name__, self.layers)
         if not isinstance(self.scan, StateScan):
             raise RecipeError(f"{type(self).__name__}: scan must be a part such as OuterScan, got {shown(self.scan)}")
+
+    @property
+    def layers_below(self) -> int:
+        return self.layers
 
     def params(self, site: Site) -> Mapping[str, Param]:
         return self.scan.params(site)
@@ -173,7 +181,8 @@ class DenseCarry(_OfStates):
         return self.scan.shapes(axes)
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        x, delta, A, B = self.scan.written(flow, weights).values()
+        written = self.scan.written(flow, weights)
+        x, delta, A, B = (written[name] for name in ("x", "delta", "A", "B"))
         wide = accumulation_dtype(x, delta, A, B)
         write = torch.einsum("bte,btn->bten", (delta * x).to(wide), B.to(wide))
         past = [layer["DenseCarry"] for layer in flow.past[-self.layers :] if "DenseCarry" in layer]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -13,16 +14,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recur.axes import RecipeError
+from recur.blocks import generation
 from recur.blocks.feedforward import feedforward
 from recur.blocks.glue import Norm
 from recur.blocks.mixer import Mixer, Published
-from recur.blocks.sampling import sample_token
 from recur.blocks.state import POSITION, Layout, detach, fitting, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
 from recur.primitives.loss import linear_cross_entropy
-from recur.recipe import Flow, Recipe, State
-from recur.shapes import accumulation_dtype, bind, expect, readable
-from recur.weights import Embedding, Init, Linear, Param, bias_init, declared, matrix_init, normal, watched
+from recur.recipe import Common, Flow, Frame, Recipe, State
+from recur.shapes import accumulation_dtype, bind, expect, pick, readable
+from recur.weights import (
+    Embedding,
+    Init,
+    Linear,
+    Param,
+    bias_init,
+    call,
+    declared,
+    matrix_init,
+    normal,
+    uniform,
+    watched,
+)
 
 
 class Block(nn.Module):
@@ -67,21 +80,32 @@ class Block(nn.Module):
         for kind, part in (("mixer", recipe), ("ffn", ffn)):
             if part is not None and (width := part.site(dim).size(part.out)) != (dim,):
                 raise RecipeError(f"Block: {kind} must write y [D] to be added to x, got {list(width)} for D={dim}")
-        self.order, self.dropout, self.drop = order, dropout, drop
+        self.order, self.dropout, self.drop, self.layers_below = order, dropout, drop, recipe.layers_below
         self.mixer = Mixer(recipe, dim, depth=depth, layer=layer, shared=shared)
         self.mixer_norm = StreamNorm(norm, dim)
         self.ffn = None if ffn is None else Mixer(ffn, dim, depth=depth, layer=layer, shared=shared)
         self.ffn_norm = None if ffn is None else StreamNorm(norm, dim)
 
     def forward(
-        self, x: Tensor, state: State = None, *, evaluate: bool = False, **options: Any
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        evaluate: bool = False,
+        positions: tuple[Tensor, ...] | None = None,
+        **options: Any,
     ) -> tuple[Tensor, State, Mapping[str, Tensor]]:
-        """The stream after this layer, its state, and what it publishes for deeper layers."""
+        """The stream after this layer, its state, and what it publishes for deeper layers.
+
+        positions: [B] those before these tokens, and after them, of the mixer and of the feed-forward.
+        """
         after: dict[str, State] = {}
         published = Published()
         options["evaluate"] = evaluate
         p, q = self.dropout
         lane = {**options, "published": published}
+        if positions is not None:
+            lane["positions"], options["positions"] = positions[:2], (positions[0], positions[-1])
         before = None if state is None else state["mixer"]
         x, after["mixer"] = self._branch(self.mixer, self.mixer_norm, p, x, before, lane)
         if self.ffn is not None:
@@ -96,9 +120,9 @@ class Block(nn.Module):
         assert norm is not None
         drops, form = self.training and not options["evaluate"], options.get("form", "auto")
         y, state = branch(norm(x, form) if self.order == "pre" else x, state, **options)
-        y = y if self.drop == "sum" else F.dropout(y, p, drops)
+        y = F.dropout(y, p) if drops and p and self.drop == "branch" else y
         x = x + y.to(x.dtype)
-        x = x if self.drop == "branch" else F.dropout(x, p, drops)
+        x = F.dropout(x, p) if drops and p and self.drop == "sum" else x
         return (x if self.order == "pre" else norm(x, form)), state
 
     def layout(self) -> Layout:
@@ -123,18 +147,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def _check_lengths(function: str, lengths: Tensor) -> None:
-    if not (isinstance(lengths, Tensor) and lengths.dtype in (torch.int32, torch.int64)):
-        raise TypeError(f"{function}: lengths must be an int32 or int64 tensor [B], got {lengths!r}")
-
-
-def _last(text: Tensor, length: Tensor, window: int, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The last `window` tokens of each row of text [B L], of which `length` [B] are there; how many, if they differ."""
-    begin, W = (length - window).clamp(min=0), min(window, int(length.max()))
-    index = (begin[:, None] + torch.arange(W, device=text.device)).clamp(max=text.shape[1] - 1)
-    return text.gather(1, index), None if lengths is None else length.clamp(max=window)
-
-
 class StreamNorm(nn.Module):
     """A Norm part applied to the residual stream; the identity when there is none."""
 
@@ -146,9 +158,9 @@ class StreamNorm(nn.Module):
     def forward(self, x: Tensor, form: str = "auto") -> Tensor:
         if self.norm is None:
             return x
-        nowhere = x.new_empty(0, dtype=torch.long)  # norms read no positions
         assert self.weights is not None
-        flow, _ = self.weights(self.norm.__call__, Flow({"x": x}, nowhere, form), None)
+        flow = Flow({"x": x}, x, form)  # norms read no positions: any tensor stands in their place
+        flow, _ = call(self.weights, self.norm.__call__, flow, None)
         return flow[self.norm.to or "x"]
 
 
@@ -157,13 +169,14 @@ def stream_norm(norm: Norm | str | None) -> Norm | None:
     return Norm("x", kind=norm, to="y") if isinstance(norm, str) else norm
 
 
-def embedding_init(std: float, padding: int | None) -> Init:
-    """N(0, std^2), and 0 for the token that pads, if there is one."""
-    return partial(_fill_embedding, std=std, padding=padding)
+def embedding_init(std: float, padding: int | None, law: str = "normal") -> Init:
+    """N(0, std^2), or with "uniform" U(-std, std), and 0 for the token that pads, if there is one."""
+    fill = pick("embedding_init", "law", law, {"normal": normal(std), "uniform": uniform(std)})
+    return partial(_fill_embedding, fill=fill, padding=padding)
 
 
-def _fill_embedding(weight: Tensor, std: float, padding: int | None) -> None:
-    weight.normal_(0, std)
+def _fill_embedding(weight: Tensor, fill: Init, padding: int | None) -> None:
+    fill(weight)
     if padding is not None:
         weight[padding] = 0
 
@@ -184,18 +197,22 @@ class LanguageModel(nn.Module):
         vocab_size: number of tokens.
         dim:        D, width of the residual stream.
         depth:      number of layers.
-        ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", "channel_mix", or any recipe.
+        ffn:        feed-forward of every layer: None, "gelu", "swiglu", "gated", "channel_mix", "key_mix", or any
+                    recipe; "paper", like "paper" below, is what the frame of the (first) recipe says.
         block:      "pre" or "post": which side of the residual sum is normalised.
-        norm:       "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by themselves.
+        norm:       "paper", "rms", "layer", "l2", a Norm("x", to="y", ...), or None for recipes that normalise by
+                    themselves.
         final_norm: the norm before the head; by default `norm` for "pre" and none for "post".
         tie:        whether the head is the embedding.
         outputs:    number of logits, where a head of its own has another number than one per token.
-        positions:  None, "sinusoidal", or the number of learned positions.
+        positions:  "paper", None, "sinusoidal", or the number of learned positions.
         dropout:    of the embedding and of every branch, or three numbers: of the embedding, mixers, feed-forwards.
         drop:       "branch", or "sum" to zero the stream after every branch was added to it.
         checkpoint: recompute each layer in the backward pass instead of keeping its activations.
         embed_std:  standard deviation of the embedding's first values.
+        embed_law:  "normal", or "uniform" for values between -embed_std and embed_std.
         embed_scale: factor on embedded tokens.
+        embed_norm: norm of embedded tokens, as `norm`; None for none.
         padding:    a token that embeds as zero at first, and learns nothing by being read.
         head_init:  law of a head of its own (recur.weights.matrix_init).
         head_bias:  whether it has a bias.
@@ -214,18 +231,20 @@ class LanguageModel(nn.Module):
         vocab_size: int,
         dim: int,
         depth: int,
-        ffn: Recipe | str | None = None,
+        ffn: Recipe | str | None = "paper",
         block: str = "pre",
-        norm: Norm | str | None = "rms",
+        norm: Norm | str | None = "paper",
         final_norm: Norm | str | None = "same",
         tie: bool = True,
         outputs: int | None = None,
-        positions: str | int | None = None,
+        positions: str | int | None = "paper",
         dropout: float | tuple[float, float, float] = 0.0,
         drop: str = "branch",
         checkpoint: bool = False,
         embed_std: float = 0.02,
+        embed_law: str = "normal",
         embed_scale: float = 1.0,
+        embed_norm: Norm | str | None = "paper",
         padding: int | None = None,
         head_init: str = "lecun",
         head_bias: bool = False,
@@ -234,8 +253,12 @@ class LanguageModel(nn.Module):
         recipe = recipe if isinstance(recipe, Recipe) else _recipes(recipe)
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.arguments = arguments  # all of them, to build its like
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
+        frame = recipes[0].frame if recipes else Frame()
+        framed = {field.name: getattr(frame, field.name) for field in fields(Frame)}
+        framed = {name: value for name, value in framed.items() if arguments[name] == "paper"}
+        self.arguments = arguments | framed  # all of them, to build its like
+        ffn, norm, positions, embed_norm = (self.arguments[field.name] for field in fields(Frame))
         for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("recipes", len(recipes))):
             if number < 1:
                 raise ValueError(f"LanguageModel: {name} must be at least 1, got {number}")
@@ -246,8 +269,9 @@ class LanguageModel(nn.Module):
         self.vocab_size, self.dim, self.depth, self.checkpoint = vocab_size, dim, depth, checkpoint
         self.embed_scale, self.padding = embed_scale, padding
         self._dropped, *inside = dropout if isinstance(dropout, (tuple, list)) else (dropout,) * 3
-        table = Param((vocab_size, dim), embedding_init(embed_std, padding), trainable=not frozen)
+        table = Param((vocab_size, dim), embedding_init(embed_std, padding, embed_law), trainable=not frozen)
         self.embedding = Embedding(table, padding)
+        self.embedding_norm = StreamNorm(stream_norm(embed_norm), dim)
         if not (positions is None or positions == "sinusoidal" or isinstance(positions, int)):
             raise ValueError(f'LanguageModel: positions must be None, "sinusoidal" or a number, got {positions!r}')
         self.sinusoidal = positions == "sinusoidal"
@@ -284,12 +308,13 @@ class LanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
         form: str = "auto",
         targets: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Any:
         """Logits [B T vocab_size]; with return_state also the state to go on from. cu_seqlens [n+1] packs n documents.
 
-        With targets [B T], the classes to predict, their mean cross-entropy in float32 or wider takes the place of the
-        logits, of which there is only a chunk of tokens at a time (recur.primitives.loss), or all if a hook wants a
-        head of its own to be called. Targets of -100 do not count.
+        With targets [B T], the classes to predict, their cross-entropy in float32 or wider, its "mean" or its "sum",
+        takes the place of the logits, of which there is only a chunk of tokens at a time (recur.primitives.loss), or
+        all if a hook wants a head of its own to be called. Targets of -100 do not count.
 
         Raises: ShapeError, TypeError if ids are no [B T] integers, ValueError for an id out of vocabulary (on a CPU).
         """
@@ -297,13 +322,14 @@ class LanguageModel(nn.Module):
             bind("LanguageModel", targets=(targets, "B T"))
             expect("LanguageModel", "targets", targets, "B T", tuple(ids.shape))
         x, state = self._hidden(ids, state, cu_seqlens=cu_seqlens, form=form)
-        y = self._logits(x) if targets is None else self._loss(x.flatten(0, 1), targets.flatten())
+        y = self._logits(x) if targets is None else self._loss(x.flatten(0, 1), targets.flatten(), reduction)
         return (y, state) if return_state else y
 
     def _hidden(self, ids: Tensor, state: State, **options: Any) -> tuple[Tensor, State]:
         """The normalised stream after the last layer [B T D], and the state after the last token."""
         self._check_ids(ids)
-        x = self.embedding(ids) * self.embed_scale
+        x = self.embedding(ids)
+        x = self.embedding_norm(x if self.embed_scale == 1 else x * self.embed_scale, options.get("form", "auto"))
         return self.hidden(x, state, **options)
 
     def hidden(
@@ -329,14 +355,16 @@ class LanguageModel(nn.Module):
             state = fitting("LanguageModel", self.layout(), state, rows, x, step=in_place, letter=letter)
         position = torch.zeros(rows, dtype=torch.long, device=x.device) if state is None else state["position"]
         x = self._add_positions(x, position, cu_seqlens)
-        x = F.dropout(x, self._dropped, self.training and not evaluate)
+        x = F.dropout(x, self._dropped) if self._dropped and self.training and not evaluate else x
         past: tuple[Mapping[str, Tensor], ...] = ()
-        layers = []
+        layers: list[State] = []
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form}
         options |= {"in_place": in_place, "evaluate": evaluate}
+        own = self._own(position, T, cu_seqlens, state)
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
-            options["past"] = past
+            options |= {name: each[layer] for name, each in own.items()}
+            options["past"] = past[max(0, len(past) - block.layers_below) :]
             if self.checkpoint and torch.is_grad_enabled():
                 x, after, published = checkpoint(block, x, before, use_reentrant=False, **options)
             else:
@@ -345,13 +373,27 @@ class LanguageModel(nn.Module):
             layers.append(after)
         return self.final_norm(x, form), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
 
-    def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy at the targets [N] of what the head makes of x [N D]."""
+    def _own(self, position: Tensor, T: int, cu_seqlens: Tensor | None, state: State) -> dict[str, Sequence[Any]]:
+        """Further arguments of each layer's call: what layers have in common, what would set one apart in a graph."""
+        if torch.compiler.is_compiling():
+            return {}
+        own: dict[str, Sequence[Any]] = {"common": [Common()] * self.depth}
+        if any(block._compiled_call_impl is not None for block in self.blocks):
+            own = {"layer": torch.arange(self.depth, device=position.device).unbind(0)}
+        if state is None:
+            seen = passed(position, T, cu_seqlens, False)
+            rows = seen.expand(2 * self.depth, -1).clone().unbind(0)  # a step overwrites each
+            own["positions"] = [(position, *rows[2 * i : 2 * i + 2]) for i in range(self.depth)]
+        return own
+
+    def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Cross-entropy at the targets [N] of what the head makes of x [N D]."""
         if self.head is not None and watched(self.head):  # whose logits are there at once
             logits = self.head(x)
-            return F.cross_entropy(logits.to(accumulation_dtype(logits)), targets.long())
+            return F.cross_entropy(logits.to(accumulation_dtype(logits)), targets.long(), reduction=reduction)
         head = self.embedding if self.head is None else self.head
-        return linear_cross_entropy(x, head.weight, targets, getattr(self.head, "bias", None))
+        bias = getattr(self.head, "bias", None)
+        return linear_cross_entropy(x, head.weight, targets, bias, reduction=reduction)
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)
@@ -377,7 +419,7 @@ class LanguageModel(nn.Module):
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"LanguageModel: ids must be int32 or int64, got {ids.dtype}")
         if readable(ids):
-            low, high = int(ids.min()), int(ids.max())
+            low, high = (int(bound) for bound in ids.aminmax())
             if low < 0 or high >= self.vocab_size:
                 bad = low if low < 0 else high
                 raise ValueError(f"LanguageModel: ids must lie in 0 .. {self.vocab_size - 1}, got {bad}")
@@ -389,6 +431,29 @@ class LanguageModel(nn.Module):
         weight = self.embedding.weight
         position = torch.zeros(batch, dtype=torch.long, device=weight.device)
         return {"position": position, "layers": [block.init_state(batch, max_len) for block in self._layers()]}
+
+    def compile_layers(self, **options: Any) -> LanguageModel:
+        """Compile one layer and use it for all of its kind, so that start-up does not grow with the depth.
+
+        A hybrid has one graph per recipe, DenseSSM one per number of layers below. Weights keep their names; gradients,
+        hooks and generation work as before. `torch.compile(model)` and `model.compile()` would compile all layers into
+        one graph instead.
+
+        Args:
+            options: of torch.compile: backend, mode, dynamic, ...
+
+        Returns: the model itself.
+        Cost: the first call of every kind compiles, as does one of another mode (training, no gradient, one token), or
+            of another length, after which lengths are dynamic. torch compiles at most
+            torch._dynamo.config.recompile_limit graphs, and runs what is beyond them eagerly.
+
+        >>> lm = LanguageModel("gla", vocab_size=10, dim=16, depth=4).compile_layers(backend="eager")
+        >>> lm(torch.zeros(1, 3, dtype=torch.long)).shape
+        torch.Size([1, 3, 10])
+        """
+        for block in self._layers():
+            block.compile(**options)
+        return self
 
     def layout(self) -> Layout:
         """What a state of this model must look like."""
@@ -407,19 +472,25 @@ class LanguageModel(nn.Module):
         return self._logits(x[:, 0])
 
     @torch.no_grad()
-    def prefill(self, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, State]:
-        """Read prompts [B T] in one pass, right-padded if `lengths` [B] are given: last logits and state.
+    def prefill(
+        self, ids: Tensor, lengths: Tensor | None = None, *, max_len: int | None = None
+    ) -> tuple[Tensor, State]:
+        """Read prompts in one pass: the last logits and the state. No gradient and no dropout.
 
-        No gradient and no dropout.
+        Args:
+            ids:     [B T] prompts, right-padded if `lengths` [B] are given.
+            lengths: [B] tokens of each prompt.
+            max_len: fixes the length of attention caches.
         """
+        fresh = None if max_len is None else self.init_state(len(ids), max_len)
         if lengths is None:
-            x, state = self._hidden(ids, None, evaluate=True)
+            x, state = self._hidden(ids, fresh, evaluate=True)
             return self._logits(x[:, -1]), detach(state)
         bind("prefill", ids=(ids, "B T"))
-        _check_lengths("prefill", lengths)
+        generation.check_lengths("prefill", lengths)
         inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         borders = F.pad(lengths.cumsum(0), (1, 0))
-        x, state = self._hidden(ids[inside][None], None, cu_seqlens=borders, evaluate=True)
+        x, state = self._hidden(ids[inside][None], fresh, cu_seqlens=borders, evaluate=True)
         return self._logits(x[0, borders[1:] - 1]), detach(state)
 
     @torch.no_grad()
@@ -436,8 +507,14 @@ class LanguageModel(nn.Module):
         seed: int | None = None,
         lengths: Tensor | None = None,
         window: int | None = None,
+        stop: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
     ) -> Tensor:
         """Continue prompts: the prompt is read in one pass, then every token costs one step. Nothing is dropped.
+
+        On a GPU one step with its sampling is captured as a CUDA graph, at the first call for each batch size, and
+        replayed for every token. Weights changed in place are seen; weights that were replaced are captured anew. What
+        cannot be captured (forward hooks, a window shorter than the text) runs step by step, and a warning says why.
 
         The mode of the model is neither asked nor changed, so threads may generate side by side; a module or hook of
         one's own that asks whether it is in training mode wants model.eval() first.
@@ -450,52 +527,50 @@ class LanguageModel(nn.Module):
             top_p: keep the fewest tokens with probability p together, after top_k.
             min_p: keep tokens with at least min_p times the probability of the likeliest, after top_p.
             eos: a row that has produced this token repeats it.
-            seed: row i draws from its own generator (seed, i), so a batch equals its rows; None takes a seed from
+            seed: row i draws from its own sequence (seed, i), so a batch equals its rows; None takes a seed from
                 torch's own generator, which torch.manual_seed sets.
             lengths: [B] tokens of each prompt; all of them when omitted.
             window: forget what lies more than so many tokens back: the last `window` are read anew each time.
+            stop: strings; a row ends with the token that completes one of them in what it has generated.
+            decode: from a list of ids to a string, as a tokenizer has it; needed for `stop`.
 
         Returns: [B T + max_new_tokens], each row its prompt, its new tokens, then (for shorter prompts) `eos` or 0.
         """
-        bind("generate", ids=(ids, "B T"))
-        if ids.shape[1] == 0 or max_new_tokens < 0:
-            raise ValueError(
-                f"generate: needs a prompt and max_new_tokens >= 0, got {ids.shape[1]} tokens and {max_new_tokens}"
-            )
-        if eos is not None and not (isinstance(eos, int) and 0 <= eos < self.vocab_size):
-            raise ValueError(f"generate: eos must be one id in 0 .. {self.vocab_size - 1}, got {eos!r}")
-        if window is not None and window < 1:
-            raise ValueError(f"generate: window must be at least 1, got {window}")
-        if lengths is not None:
-            _check_lengths("generate", lengths)
-        own = torch.full((len(ids),), ids.shape[1], device=ids.device) if lengths is None else lengths.to(ids.device)
-        if len(ids) == 0:
-            return ids.new_zeros(0, ids.shape[1] + max_new_tokens)
-        if tuple(own.shape) != (len(ids),) or int(own.min()) < 1 or int(own.max()) > ids.shape[1]:
-            raise ValueError(f"generate: lengths must be [B] within 1 .. T={ids.shape[1]}, got {own.tolist()}")
-        rows, length = torch.arange(len(ids), device=ids.device), ids.shape[1]
-        inside = torch.arange(length, device=ids.device) < own[:, None]
-        self._check_ids(ids.where(inside, 0))  # whatever pads is not read
-        first = int(torch.randint(2**63 - 1, (), device="cpu")) if seed is None else seed
-        draws = [torch.Generator("cpu").manual_seed((first + (row << 32)) % 2**63) for row in range(len(ids))]
-        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        text = torch.full((len(ids), length + max_new_tokens), eos or 0, device=ids.device, dtype=ids.dtype)
-        text[:, :length] = torch.where(inside, ids, text[:, :length])
-        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-        logits, state = self.prefill(*_last(text, own, window or length, lengths))
-        for new in range(max_new_tokens):
-            token = sample_token(logits, draws, **options).to(ids.dtype)
-            if eos is not None:
-                token = torch.where(done, eos, token)
-                done |= token == eos
-            text[rows, own + new] = token
-            if bool(done.all()) or new + 1 == max_new_tokens:
-                break
-            if window is None or int(own.max()) + new + 1 <= window:
-                logits = self.step(token, state)
-            else:
-                logits, state = self.prefill(*_last(text, own + new + 1, window, lengths))
-        return text
+        return generation.generate(
+            self,
+            generation.request(
+                self,
+                ids,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                eos=eos,
+                seed=seed,
+                lengths=lengths,
+                window=window,
+                stop=stop,
+                decode=decode,
+            ),
+        )
+
+    def stream(self, ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+        """The tokens of `generate`, each as soon as it is there.
+
+        Args:
+            ids:            [B T] prompts.
+            max_new_tokens: how many tokens to add at most.
+            options:        those of `generate`.
+
+        Yields: [B] ids on the CPU; a row that has ended repeats its end; nothing more when all rows have.
+        Raises: as `generate`, at the call.
+
+            >>> model = recur.LanguageModel(recur.presets.gla(heads=2), vocab_size=11, dim=16, depth=1)
+            >>> len(list(model.stream(torch.tensor([[1, 2, 3]]), 5)))
+            5
+        """
+        return generation.stream(self, generation.request(self, ids, max_new_tokens, **options))
 
     # ------------------------------------------------------------------ training
 

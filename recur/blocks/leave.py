@@ -12,7 +12,7 @@ from recur import kernel
 from recur.blocks.gates import OutputGate
 from recur.blocks.glue import Norm, Skip
 from recur.recipe import Flow, Part, State
-from recur.weights import watched
+from recur.weights import call, watched
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,12 @@ class Leave(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         name = _written(self.parts[0]) or ""
-        options = None if any(map(watched, weights)) else self._options(flow, weights, flow[name])
+        joined = kernel.fused(flow.form, flow[name], compiler=True) and not any(map(watched, weights))
+        options = self._options(flow, weights, flow[name]) if joined else None
         if options is not None:
             return flow.set(**{name: kernel.norm(**options)}), None
         for part, own in zip(self.parts, weights, strict=True):
-            flow, _ = own(part.__call__, flow, None)
+            flow, _ = call(own, part.__call__, flow, None)
         return flow, None
 
     def _options(self, flow: Flow, weights: Any, y: Tensor) -> dict[str, Any] | None:
@@ -40,6 +41,8 @@ class Leave(Part):
         tensors = [y]
         for part, own in zip(self.parts, weights, strict=True):
             if isinstance(part, Skip):
+                if own.D.ndim + own.after != y.ndim - 2:  # the kernel wants the first axes of u
+                    return None
                 options |= {"u": flow[part.source], "skip": own.D}
                 tensors += [flow[part.source], own.D]
             elif isinstance(part, OutputGate):
@@ -48,9 +51,9 @@ class Leave(Part):
             elif isinstance(part, Norm):
                 eps = part.eps_of(flow, own)
                 sizes = kernel.rows(y, own.rank, own.groups, eps)
-                if sizes is None:
+                if sizes is None or part.kind == "smooth_unit":  # which normalise turns into another kind
                     return None
-                scale, shift = getattr(own, "weight", None), getattr(own, "bias", None)
+                scale, shift = own.declared_or_none("weight"), own.declared_or_none("bias")
                 options |= {"N": sizes[1], "kind": part.kind, "eps": eps, "weight": scale, "bias": shift}
                 tensors += [weight for weight in (scale, shift) if weight is not None]
         alike = all(options[name].shape == y.shape for name in ("u", "z") if name in options)

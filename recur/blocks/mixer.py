@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recur.axes import RecipeError
 from recur.blocks.state import POSITION, Layout, fitting, layout, nbytes, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
-from recur.recipe import Flow, Recipe, State
+from recur.recipe import Common, Flow, Recipe, State
 from recur.shapes import bind, expect
 from recur.weights import declared
 
@@ -105,11 +105,15 @@ class Mixer(nn.Module):
         published: Published | None = None,
         in_place: bool = False,
         evaluate: bool = False,
+        layer: Tensor | None = None,
+        common: Common | None = None,
+        positions: tuple[Tensor, Tensor] | None = None,
         **inputs: Tensor,
     ) -> MixerOut:
-        """For models: `past`, `in_place` and `evaluate` as in Flow; `published` is filled with what is handed down."""
+        """For models: the last seven are those of `run`; `published` is filled with what is handed down."""
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form, "past": past}
-        flow, state = self.run(x, state, inputs, **options, in_place=in_place, evaluate=evaluate)
+        options |= {"in_place": in_place, "evaluate": evaluate}
+        flow, state = self.run(x, state, inputs, **options, layer=layer, common=common, positions=positions)
         if published is not None:
             published.tensors = flow.published
         return MixerOut(flow["y"], state)
@@ -126,11 +130,16 @@ class Mixer(nn.Module):
         past: tuple[Mapping[str, Tensor], ...] = (),
         in_place: bool = False,
         evaluate: bool = False,
+        layer: Tensor | None = None,
+        common: Common | None = None,
+        positions: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Flow, State]:
         """The whole flow after the last part, for what wants more than "y" (tests).
 
         in_place: x is one token [B 1 D], and parts may overwrite the state they are given, which has been checked.
         evaluate: no dropout, even in training mode.
+        layer, common: as in Flow.
+        positions: [B] those before and after these tokens, where a model has found them for all its layers.
         """
         bind("Mixer", x=(x, "B T D"))
         B, T, _ = x.shape
@@ -142,10 +151,15 @@ class Mixer(nn.Module):
         if state is not None and not in_place and not torch.compiler.is_compiling():
             letter = "B" if cu_seqlens is None else "n"
             state = fitting("Mixer", self.layout(), state, rows, x, step=False, letter=letter)
-        position = x.new_zeros(rows, dtype=torch.long) if state is None else state["position"]
-        flow = Flow({"x": x, **inputs}, position, form, cu_seqlens, self.layer, grid, past, in_place, evaluate)
+        if positions is None:
+            before = x.new_zeros(rows, dtype=torch.long) if state is None else state["position"]
+        else:
+            before, _ = positions
+        at = self.layer if layer is None else layer
+        flow = Flow({"x": x, **inputs}, before, form, cu_seqlens, at, grid, past, in_place, evaluate, common)
         flow, parts = self.recipe.body(flow, self._weights(), (state or {}).get("parts"))
-        return flow, {"position": passed(position, T, cu_seqlens, in_place), "parts": parts}
+        after = passed(before, T, cu_seqlens, in_place) if positions is None else positions[1]
+        return flow, {"position": after, "parts": parts}
 
     def _weights(self) -> dict[str, nn.Module]:
         """The module of every part, own and shared."""

@@ -1,57 +1,105 @@
-"""One token from logits, every row by its own generator."""
+"""One token per row from logits and one uniform number per row: tensor operations only, nothing is read by the host."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# splitmix64 (Steele, Lea and Flood 2014), in the two's complement of int64
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
-def sample_token(
-    logits: Tensor,
-    generators: Sequence[torch.Generator],
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-) -> Tensor:
-    """Draw one token a row: softmax(logits / temperature), cut to top_k, then top_p, then min_p.
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: from softmax(logits / temperature), cut to top_k, then top_p, then min_p.
 
     Args:
-        logits:     [B vocab].
-        generators: one a row; a row's draw does not depend on the others.
+        temperature: 0 takes the likeliest token.
+        top_k:       keep the k likeliest tokens.
+        top_p:       keep the fewest tokens whose probabilities sum to top_p.
+        min_p:       keep the tokens with at least min_p times the probability of the likeliest.
 
-    Returns: [B] ids.   Raises: ValueError naming the setting that is out of range.
+    Raises: ValueError naming the setting that is out of range.
     """
-    if not temperature >= 0:  # NaN as well
-        raise ValueError(f"sample_token: temperature must be >= 0, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"sample_token: top_k must be >= 1, got {top_k}")
-    for name, share in (("top_p", top_p), ("min_p", min_p)):
-        if share is not None and not 0 < share <= 1:
-            raise ValueError(f"sample_token: {name} must lie in (0, 1], got {share}")
-    best = logits.amax(-1, keepdim=True)  # NaN if one is there
-    if not bool(torch.isfinite(best).all()):
-        raise ValueError("sample_token: logits must be numbers, the largest of a row finite, got NaN or infinities")
-    if temperature == 0:
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:  # NaN as well
+            raise ValueError(f"generate: temperature must be >= 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"generate: top_k must be >= 1, got {self.top_k}")
+        for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"generate: {name} must lie in (0, 1], got {share}")
+
+    @property
+    def kind(self) -> str:
+        """Which operations draw a token: "greedy", "plain" or "sorted"; settings of one kind differ in `numbers`."""
+        if self.temperature == 0:
+            return "greedy"
+        return "plain" if self.top_k is None and self.top_p is None else "sorted"
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """[4] float64: temperature, top_k, top_p and min_p, those not given as bounds that keep every token."""
+        bounds = (self.temperature, self.top_k or torch.inf, self.top_p or torch.inf, self.min_p or 0.0)
+        return torch.tensor(bounds, dtype=torch.float64, device=device)
+
+
+def sample_token(kind: str, logits: Tensor, uniform: Tensor, numbers: Tensor) -> Tensor:
+    """One token per row, by inversion of the cumulative distribution: the first whose cumulative probability exceeds
+    the row's uniform number.
+
+    Args:
+        kind:    of a `Sampling`.
+        logits:  [B vocab], the largest of a row finite.
+        uniform: [B] float64 in [0, 1); not read by "greedy".
+        numbers: [4] of a `Sampling` of this kind.
+
+    Returns: [B] ids.
+    """
+    if kind == "greedy":
         return logits.argmax(-1)
-    chance = ((logits.double() - best) / temperature).softmax(-1)
-    chance, token = torch.sort(chance, dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(chance, dtype=torch.bool)
-    if top_k is not None:
-        keep[:, top_k:] = False
-    chance = chance * keep
-    if top_p is not None:
+    temperature, top_k, top_p, min_p = numbers.unbind()
+    chance = ((logits.double() - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    token = None
+    if kind == "sorted":
+        chance, token = torch.sort(chance, dim=-1, descending=True, stable=True)
+        chance = chance * (torch.arange(chance.shape[-1], device=chance.device) < top_k)
         chance = chance / chance.sum(-1, keepdim=True)
         chance = chance * (chance.cumsum(-1) - chance < top_p)
-    if min_p is not None:
-        chance = chance * (chance >= min_p * chance[:, :1])
+    chance = chance * (chance >= min_p * chance.amax(-1, keepdim=True))
     reached = chance.cumsum(-1)
-    draw = torch.cat([torch.rand(1, generator=g, dtype=torch.float64, device=g.device) for g in generators]).to(
-        logits.device
-    )
-    place = torch.searchsorted(reached, draw[:, None] * reached[:, -1:], right=True)
-    last = (chance > 0).sum(-1, keepdim=True) - 1
-    return token.gather(-1, torch.minimum(place, last))[:, 0]
+    total = reached[:, -1:].contiguous()
+    place = torch.searchsorted(reached, uniform[:, None] * total, right=True)
+    last = torch.searchsorted(reached, total)  # rounding may take uniform * total up to the total
+    place = torch.minimum(place, last).clamp(max=chance.shape[-1] - 1)  # NaN must not become an id out of range
+    return (place if token is None else token.gather(-1, place))[:, 0]
+
+
+def uniforms(seeds: Tensor, counts: Tensor) -> Tensor:
+    """[n B] float64 in [0, 1): number counts[i] of the sequence of each seed, whatever else is drawn.
+
+    Args:
+        seeds:  [B] int64.
+        counts: [n] int64.
+    """
+    mixed = _mixed(_mixed(seeds + _GOLDEN) + (counts[:, None] + 1) * _GOLDEN)
+    return _shifted(mixed, 11).double() * 2.0**-53
+
+
+def _mixed(x: Tensor) -> Tensor:
+    for bits, factor in _MIX:
+        x = (x ^ _shifted(x, bits)) * factor
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """The 64 bits of x moved to the right, zeros coming in from the left."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -115,8 +115,9 @@ class OuterScan(StateScan):
     """Write the product of key and value, read with the query: S_t = A_t S_{t-1} + k v^T, y = scale S^T q.
 
     Args:
-        q: queries [G K]; G divides H.
-        k: keys [G K]; None ties them to a real key-wise decay, k = 1 - a.
+        q: queries [G K], G divides H; [R G K] reads R times per token, and y is [R H V].
+        k: keys [G K]; None ties them to a real key-wise decay, k = 1 - a. [M G K], with v [M H V], writes M times per
+            token, one after another, after the decay and before the read.
         v: values [H V].
         decay: log decay [H] or [H K], real or complex; None keeps everything.
         scale: a number, or an expression over axes such as "1/sqrt(K)".
@@ -138,37 +139,38 @@ class OuterScan(StateScan):
     out: str = "y"
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        (_, K), (H, V) = axes.rank(self.q, 2), axes.rank(self.v, 2)
-        if self.k is not None:
+        (*reads, G, K), (*writes, H, V) = axes.rank(self.q, 2, 3), axes.rank(self.v, 2, 3)
+        if self.k is not None and not (reads or writes):
             axes.same(self.q, self.k)
+        elif self.k is not None:
+            axes.must(self.k, (*writes, G, K))
         for role, name in (("decay", self.decay), ("bonus", self.bonus)):
             if name is not None and axes[name] not in ((H,), (H, K)):
                 raise RecipeError(
                     f"{axes.reader} needs a {role} {name} [{H}] or [{H} {K}], got [{' '.join(axes[name])}]"
                 )
-        return {self.out: (H, V)}
+        return {self.out: (*reads, H, V)}
 
     def facts(self, site: Site) -> Mapping[str, Any]:
         return {"scale": site.number(self.scale)}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
-        (_, K), (H, V) = site.of(self.q), site.of(self.v)
-        memory = site.memory(batch, H, K, V)
+        memory = site.memory(batch, site.of(self.v)[-2], site.of(self.q)[-1], site.of(self.v)[-1])
         return _complex(memory) if self.rotates else memory
 
-    def write(self, flow: Flow) -> dict[str, Tensor]:
+    def further(self, flow: Flow) -> dict[str, Any]:
         """Further arguments of the scan that say how it writes."""
         return {} if self.bonus is None else {"bonus": flow[self.bonus][0, 0]}
 
     def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
         k = None if self.k is None else flow[self.k]
         log_a = None if self.decay is None else _decay(flow, self.decay)
-        return {"k": k, "v": flow[self.v], "log_decay": log_a, **self.write(flow)}
+        return {"k": k, "v": flow[self.v], "log_decay": log_a, **self.further(flow)}
 
     def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
         tokens = {"q": flow[self.q], "k": None, "log_decay": None, **written}
-        bonus = tokens.pop("bonus", None)
-        return _run(flow, state, scan, step, tokens, bonus=bonus, scale=weights.scale)
+        always = {name: tokens.pop(name) for name in ("bonus", "erase_from") if name in tokens}
+        return _run(flow, state, scan, step, tokens, **always, scale=weights.scale)
 
     def formula(self) -> str:
         k = self.k or "(1 - a)"
@@ -185,6 +187,8 @@ class OuterScan(StateScan):
 class DeltaScan(OuterScan):
     """Write the error instead of the value: S_t = A S_{t-1} + k u^T, u = beta (v - (A S_{t-1})^T k); beta [H].
 
+    With several writes per token (see `OuterScan`), beta [M H], each corrects what those before it left.
+
     Args:
         q: queries [G K]; G divides H.
         k: keys [G K]; None ties them to a real key-wise decay, k = 1 - a.
@@ -194,7 +198,7 @@ class DeltaScan(OuterScan):
         rotates: whether the decay is complex, which makes the state complex.
         bonus: None: the delta rule reads after the write.
         out: y [H V].
-        beta: write strength [H].
+        beta: write strength [H] or [M H].
 
     >>> recur.blocks.DeltaScan().formula()
     'S = exp(log_a) S_{t-1}, S_t = S + beta k (v - S^T k)^T, y = S_t^T q'
@@ -204,16 +208,66 @@ class DeltaScan(OuterScan):
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         written = super().shapes(axes)
-        axes.must(self.beta, written[self.out][:1])
+        axes.must(self.beta, axes[self.v][:-1])
         return written
 
-    def write(self, flow: Flow) -> dict[str, Tensor]:
+    def further(self, flow: Flow) -> dict[str, Any]:
         return {"beta": flow[self.beta]}
 
     def formula(self) -> str:
         keep = f"exp({self.decay}) " if self.decay else ""
         write = f"S_t = S + {self.beta} {self.k} ({self.v} - S^T {self.k})^T"
         return f"S = {keep}S_{{t-1}}, {write}, {self._read()}"
+
+
+@dataclass(frozen=True)
+class WideScan(OuterScan):
+    """Write under one key, erase what another reads, under a third: S_t = S + k (w v)^T - b (S^T e)^T, S = A S_{t-1}.
+
+    Args:
+        erase:      e [G K] or [H K]; None erases nothing.
+        erase_from: the state that e reads, "decayed", A S_{t-1}, or "previous", S_{t-1}.
+        remove:     b, of the axes of e; None is k.
+        write:      w [H] or [H V]; None is 1.
+    With several writes a token, e, b and w have the axis M as well; the first alone reads the previous state.
+    """
+
+    erase: str | None = None
+    erase_from: str = "decayed"
+    remove: str | None = None
+    write: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.erase_from not in ("decayed", "previous"):
+            raise RecipeError(f'WideScan: erase_from must be "decayed" or "previous", got {self.erase_from!r}')
+        if self.remove is not None and self.erase is None:
+            raise RecipeError(f"WideScan: remove must be None where nothing is erased, got {self.remove!r}")
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        written, (*writes, H, V), (*_, G, K) = super().shapes(axes), axes[self.v], axes[self.q]
+        allowed = {
+            "erase": ((*writes, G, K), (*writes, H, K)),
+            "remove": ((*writes, G, K), (*writes, H, K)),
+            "write": ((*writes, H), (*writes, H, V)),
+        }
+        for role, specs in allowed.items():
+            name = getattr(self, role)
+            if name is not None and axes[name] not in specs:
+                wanted = " or ".join(f"[{' '.join(axes)}]" for axes in dict.fromkeys(specs))
+                raise RecipeError(f"{axes.reader} needs {role} {name} {wanted}, got [{' '.join(axes[name])}]")
+        return written
+
+    def further(self, flow: Flow) -> dict[str, Any]:
+        named = {"erase": self.erase, "remove": self.remove, "write": self.write}
+        given = {role: flow[name] for role, name in named.items() if name is not None}
+        return {**super().further(flow), **given, "erase_from": self.erase_from}
+
+    def formula(self) -> str:
+        keep = f"exp({self.decay}) S_{{t-1}}" if self.decay else "S_{t-1}"
+        value = f"({self.write} {self.v})" if self.write else self.v
+        read = "S" if self.erase_from == "decayed" else "S_{t-1}"
+        erased = f" - {self.remove or self.k} ({read}^T {self.erase})^T" if self.erase else ""
+        return f"S = {keep}, S_t = S + {self.k} {value}^T{erased}, {self._read()}"
 
 
 @dataclass(frozen=True)

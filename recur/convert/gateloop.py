@@ -155,7 +155,7 @@ def _jax_recipe() -> Recipe:
     """All gradients reach the gate; its real parts lie before its imaginary ones; nothing is scaled at first."""
     recipe = gateloop(gate_gradient=1.0).replace("project_2", Project("x", c="2 H"))
     parts = [replace(part, init="unscaled") if isinstance(part, Project) else part for part in recipe.parts]
-    return Recipe(*parts, axes=recipe.axes, source=recipe.source)
+    return recipe.like(*parts)
 
 
 def jax(c: Any) -> Mixer:

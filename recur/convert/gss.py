@@ -108,7 +108,7 @@ def alone(recipe_of: RecipeOf, c: Any) -> Mixer:
 def block(recipe_of: RecipeOf, c: Any) -> Mixer:
     """The released block holds its residual sum."""
     recipe = recipe_of(c)
-    return Mixer(Recipe(*recipe.parts, Sum("x y"), axes=recipe.axes, source=recipe.source), c.dim)
+    return Mixer(recipe.like(*recipe.parts, Sum("x y")), c.dim)
 
 
 def model(recipe_of: RecipeOf, c: Any) -> LanguageModel:

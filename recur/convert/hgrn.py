@@ -21,9 +21,9 @@ from recur.blocks import (
     in_grid,
     one_way,
 )
-from recur.blocks.feedforward import gated
-from recur.convert.keys import Keys, merged, rows, stack, taps, tied, under
-from recur.convert.official import UNQUANTISED, Official, unless_misspelt
+from recur.convert import hub as framed
+from recur.convert.keys import Keys, merged, rows, taps, under
+from recur.convert.official import Official, unless_misspelt
 from recur.presets.hgrn import hgrn, hgrn_complex, without_bounds
 from recur.recipe import Part, Recipe
 
@@ -35,7 +35,7 @@ def alone(recipe: Recipe, layer: int | None = None) -> Recipe:
     (bounds,) = (part for part in recipe.parts if isinstance(part, LowerBounds))
     parts = [part for part in recipe.parts if part is not bounds]
     ignored = [Scale("bound", "0")] if layer == 0 else []
-    return Recipe(*ignored, *parts, axes=recipe.axes, inputs={"bound": bounds.axes}, source=recipe.source)
+    return recipe.like(*ignored, *parts, inputs={"bound": bounds.axes})
 
 
 def activation_of(name: str) -> str:
@@ -129,18 +129,7 @@ def hub_mixer(recipe_of: RecipeOf, c: Any) -> Mixer:
 
 def hub_model(recipe_of: RecipeOf, c: Any) -> LanguageModel:
     recipe = convolved(recipe_of(c), c, False)
-    rule = f"256*ceil(int(D*{c.hidden_ratio}*2/3)/256)"
-    return LanguageModel(
-        recipe if c.use_lower_bound else without_bounds(recipe),
-        vocab_size=c.vocab_size,
-        dim=c.hidden_size,
-        depth=c.num_hidden_layers,
-        ffn=gated(hidden=rule if c.intermediate_size is None else str(c.intermediate_size), init="normal"),
-        norm=Norm("x", eps=c.norm_eps, to="y"),
-        tie=c.tie_word_embeddings,
-        head_init="normal",
-        padding=c.pad_token_id,
-    )
+    return framed.model(recipe if c.use_lower_bound else without_bounds(recipe), c)
 
 
 def convolved(recipe: Recipe, c: Any, bias: bool) -> Recipe:
@@ -171,16 +160,7 @@ def hub(kind: str, recipe_of: RecipeOf, expand: int, *names: str) -> dict[str, O
         "parts.norm.weight": merged("g_norm.weight"),
         "parts.project_2.weight": "o_proj.weight",
     }
-    mlp: Keys = {
-        "parts.project.weight": rows("gate_proj.weight", "up_proj.weight"),
-        "parts.project_2.weight": "down_proj.weight",
-    }
-    model: Keys = {
-        "embedding.weight": tied("model.embeddings.weight", "lm_head.weight"),
-        "head.weight": "lm_head.weight",
-        "shared.lower_bounds.logits": merged("model.lower_bounds", first=1),
-        **stack("model.layers.*.", ("attn.", layer), ("mlp.", mlp), ("attn_norm", "mlp_norm"), "model.norm"),
-    }
+    model: Keys = {"shared.lower_bounds.logits": merged("model.lower_bounds", first=1), **framed.keys(layer)}
     given = {"expand_ratio": expand}
     return {
         "layer": Official(partial(hub_mixer, recipe_of), layer, (), {**HUB_LAYER, **given}, inert=("mode",)),
@@ -189,8 +169,8 @@ def hub(kind: str, recipe_of: RecipeOf, expand: int, *names: str) -> dict[str, O
             model,
             config={**HUB_LM, **given},
             base="model.",
-            inert=HUB_INERT,
-            only={**HUB_ONLY, "model_type": (kind,)},
+            inert=framed.INERT,
+            only={**framed.ONLY, "model_type": (kind,)},
             renamed={"rms_norm_eps": "norm_eps"},
             ignores=unless_misspelt,
         ),
@@ -201,16 +181,5 @@ MIXING = {
     "num_heads": None, "use_short_conv": False, "conv_size": 4, "share_conv_kernel": None, "elementwise_affine": True,
 }  # fmt: skip
 HUB_LAYER = {**MIXING, "hidden_size": 1024, "conv_bias": False, "norm_eps": 1e-5, "layer_idx": None}
-HUB_LM = {
-    **MIXING, "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "use_lower_bound": True,
-    "hidden_ratio": 4, "intermediate_size": None, "norm_eps": 1e-6, "pad_token_id": None,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-HUB_INERT = (
-    *("attn_mode", "max_position_embeddings", "initializer_range", "fuse_norm", "fuse_swiglu"),
-    *("fuse_cross_entropy", "fuse_linear_cross_entropy", "use_l2warp"),
-)
-HUB_ONLY: dict[str, tuple[Any, ...]] = {
-    **UNQUANTISED, "hidden_act": ("swish", "silu"), "attn": (None,), "attnres_block_size": (None,),
-}  # fmt: skip
+HUB_LM = {**MIXING, **framed.CONFIG, "use_lower_bound": True}
 HUB = hub("hgrn", hub_hgrn, 1, "i", "g", "f")

@@ -8,6 +8,7 @@ from typing import Any
 
 from recur.blocks import LanguageModel, Mixer, Norm, OutputGate, Project
 from recur.blocks.feedforward import gated
+from recur.convert import mamba3
 from recur.convert.keys import Keys, merged, stack, taps, tied, under
 from recur.convert.official import UNQUANTISED, Official, unless_misspelt
 from recur.presets.mamba import mamba
@@ -183,7 +184,7 @@ MIXER_2 = Official(
     inert=(*INITIAL, *PLACE, "chunk_size", "use_mem_eff_path", "process_group", "sequence_parallel"),
     only={"activation": ("swish", "silu"), "layer": ("Mamba2",)},
 )
-MODEL = model_of({"Mamba1": MIXER, "Mamba2": MIXER_2}, {**KEYS, **KEYS_2})
+MODEL = model_of({"Mamba1": MIXER, "Mamba2": MIXER_2, "Mamba3": mamba3.MIXER}, {**KEYS, **KEYS_2, **mamba3.KEYS})
 BOTH = {"layer_norm_epsilon": 1e-5, "expand": 2, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True}
 CONFIG = {
     **BOTH, "vocab_size": 50280, "hidden_size": 768, "state_size": 16, "num_hidden_layers": 32,

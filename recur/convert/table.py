@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from recur.convert import dense_retnet, gated_rnn, gateloop, gla, gss, hgrn, hgrn2, llama, longhorn, mamba, retnet, rwkv
+from recur.convert import (
+    delta,
+    dense_retnet,
+    gated_rnn,
+    gateloop,
+    gla,
+    gss,
+    hgrn,
+    hgrn2,
+    llama,
+    longhorn,
+    mamba,
+    mamba3,
+    retnet,
+    rwkv,
+    rwkv7,
+)  # fmt: skip
 from recur.convert.official import Official
 
 OFFICIAL: dict[str, Official] = {
+    "comba_hub": delta.COMBA_MODEL,
+    "comba_hub_layer": delta.COMBA,
     "dense_gau_retnet": dense_retnet.MODEL,
     "densessm_layer": dense_retnet.LAYER,
     "densessm_projection": dense_retnet.PROJECTION,
@@ -15,6 +33,9 @@ OFFICIAL: dict[str, Official] = {
     "exponential_smoothing": gss.MHESA,
     "gated_ds_conv": gss.GATED_DSCONV,
     "gated_ds_conv_lm": gss.DSCONV_MODEL,
+    "gated_delta_net2_hub_layer": delta.GATED_DELTA_NET2,
+    "gated_delta_product_hub": delta.GATED_DELTA_PRODUCT_MODEL,
+    "gated_delta_product_hub_layer": delta.GATED_DELTA_PRODUCT,
     "gated_exponential_smoothing": gss.GATED_MHESA,
     "gated_exponential_smoothing_lm": gss.MHESA_MODEL,
     "gated_state_space_lm": gss.MODEL,
@@ -45,6 +66,7 @@ OFFICIAL: dict[str, Official] = {
     "mamba": mamba.MIXER,
     "mamba2": mamba.MIXER_2,
     "mamba2_hf": mamba.TRANSFORMERS_2,
+    "mamba3": mamba3.MIXER,
     "mamba_hf": mamba.TRANSFORMERS,
     "mamba_lm": mamba.MODEL,
     "retnet": retnet.MODEL,
@@ -53,4 +75,9 @@ OFFICIAL: dict[str, Official] = {
     "rwkv": rwkv.MODEL,
     "rwkv_channel_mix": rwkv.CHANNEL_MIX,
     "rwkv_time_mix": rwkv.TIME_MIX,
+    "rwkv7": rwkv7.MODEL,
+    "rwkv7_channel_mix": rwkv7.CHANNEL_MIX,
+    "rwkv7_hub": rwkv7.HUB,
+    "rwkv7_hub_layer": rwkv7.LAYER,
+    "rwkv7_time_mix": rwkv7.TIME_MIX,
 }

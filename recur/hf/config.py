@@ -24,6 +24,7 @@ class RecurConfig(PretrainedConfig):
         tie_word_embeddings: whether the head is the embedding.
         settings: all other arguments of `LanguageModel`, by its names and with its defaults (vocab_size 256, dim 256,
             depth 2); a feed-forward may be given like a recipe. What is none of them goes to PretrainedConfig.
+        logits_in_training: whether a call with labels returns logits in training mode too, for trainers that read them.
 
     Recipes with parts of one's own load once these are listed: RecurConfig.parts = (MyPart,).
     Raises: ValueError for a preset that is not there; RecipeError for a recipe that does not fit.
@@ -38,11 +39,19 @@ class RecurConfig(PretrainedConfig):
     keys_to_ignore_at_inference = ["state"]  # noqa: RUF012
     parts: ClassVar[tuple[type, ...]] = ()
 
-    def __init__(self, recipe: Any = None, tie_word_embeddings: bool = True, **settings: Any) -> None:
+    def __init__(
+        self,
+        recipe: Any = None,
+        tie_word_embeddings: bool = True,
+        *,
+        logits_in_training: bool = False,
+        **settings: Any,
+    ) -> None:
+        self.logits_in_training = logits_in_training
         several = isinstance(recipe, Sequence) and not isinstance(recipe, str)
         self.recipe = [self._plain(one) for one in recipe] if several else self._plain(recipe)
         given = {name: settings.pop(name, default) for name, default in _settings().items()}
-        given |= {name: _norm(given[name]) for name in ("norm", "final_norm")}
+        given |= {name: _norm(given[name]) for name in ("norm", "final_norm", "embed_norm")}
         given["ffn"] = given["ffn"] if isinstance(given["ffn"], str) else self._plain(given["ffn"])
         for name, value in given.items():
             setattr(self, name, value)
@@ -57,7 +66,7 @@ class RecurConfig(PretrainedConfig):
         plain: Any = self.recipe
         recipe = [self._recipe(one) for one in plain] if isinstance(plain, list) else self._recipe(plain)
         settings = {name: getattr(self, name) for name in _settings()}
-        settings |= {name: self._norm(settings[name]) for name in ("norm", "final_norm")}
+        settings |= {name: self._norm(settings[name]) for name in ("norm", "final_norm", "embed_norm")}
         settings["ffn"] = self._recipe(settings["ffn"]) if isinstance(settings["ffn"], dict) else settings["ffn"]
         settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         return LanguageModel(recipe, tie=self.tie_word_embeddings, **settings)

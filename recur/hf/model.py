@@ -139,6 +139,9 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Logits, the loss if there are labels, and the state if `use_cache`.
 
+        The loss is recur's own, of a chunk of logits at a time. While training with labels there are no logits, unless
+        logits_to_keep or the configuration's `logits_in_training` asks for them.
+
         Args:
             input_ids:      [B T].
             attention_mask: [B T], or [B L + T] after L columns in `state`; a token under 0 is not there: no state, no
@@ -167,21 +170,36 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache
             and state is not None
             and there is None
+            and labels is None
             and input_ids.shape[1] == 1
             and not torch.is_grad_enabled()
         ):
             logits, after = self.model.step(input_ids[:, 0], state.state)[:, None], state.state
+            loss = None
         else:
             x, after = self._read(input_ids, there, None if state is None else state.state, bool(use_cache))
+            loss = None if labels is None else self._loss(x, labels, num_items_in_batch)
+            every = isinstance(logits_to_keep, int) and logits_to_keep == 0
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.model._logits(x[:, kept])
-        loss, sizes = None, {"vocab_size": logits.shape[-1], "num_items_in_batch": num_items_in_batch}
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels.long(), **sizes)
+            unread = loss is not None and self.training and every and not self.config.logits_in_training
+            logits = None if unread else self.model._logits(x[:, kept])
         before, earlier = (0, 0) if state is None else (state.length, state.earlier)
         read = StateCache(after, before + input_ids.shape[1], earlier) if use_cache else None
         output = CausalLMOutput(loss, logits, read)
         return output if return_dict else output.to_tuple()
+
+    def _loss(self, x: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
+        """Cross-entropy of the next labels, from the hidden [B T D]: their mean, or their sum over `count`.
+
+        As transformers computes it, with the function of one's own where `loss_function` was set to one.
+        """
+        if (own := getattr(self, "_loss_function", None)) is not None:
+            logits = self.model._logits(x)
+            made: Tensor = own(logits=logits, labels=labels, vocab_size=logits.shape[-1], num_items_in_batch=count)
+            return made
+        following = F.pad(labels[:, 1:], (0, 1), value=-100).to(x.device)
+        loss = self.model._loss(x.flatten(0, 1), following.flatten(), "mean" if count is None else "sum")
+        return loss if count is None else loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
     def _read(self, ids: Tensor, there: Tensor | None, state: State, use_cache: bool) -> tuple[Tensor, State]:
         """Hidden [B T D] and state. With padding the rows are packed: what is not there is not read."""

@@ -65,4 +65,4 @@ def dense_mamba(*, layers: int = 2, carry: bool = False, **options: Any) -> Reci
     torch.Size([1, 128, 16])
     """
     recipe = dense_states(mamba(**options), layers=layers, carry=carry)
-    return Recipe(*recipe.parts, axes=recipe.axes, source="after He et al. 2024, arXiv:2403.00818")
+    return recipe.like(*recipe.parts, source="after He et al. 2024, arXiv:2403.00818")

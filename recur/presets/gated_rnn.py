@@ -67,4 +67,4 @@ def gated_rnn(**options: int | str) -> Recipe:
     again = Project("last", tuple((f"{name}_last", "E") for name in names), init="zeros", name="recurrent")
     added = (Sum(f"{name} {name}_last", out=name) for name in names)
     loop = Loop((again, *added, *unit), feed="h", axes="E")
-    return Recipe(first, loop, last, axes=linear.axes, source=linear.source, out=linear.out)
+    return linear.like(first, loop, last)

@@ -12,7 +12,7 @@ from recur.blocks import (
     RelPos,
     ScaleGrad,
 )
-from recur.recipe import Part, Recipe
+from recur.recipe import Frame, Part, Recipe
 
 SOFTMAX = Attention()
 LINEAR = OuterScan(decay=None, scale="1/sqrt(K)")  # no softmax
@@ -46,13 +46,12 @@ def gateloop(
         Project("y", y="D", name="out"),
         axes={"I": inner, "H": heads, "K": "I/H"},
         source="Katsch 2023, arXiv:2311.01927",
+        frame=Frame(ffn="gelu"),
     )
 
 
 def simple_gateloop() -> Recipe:
     """h_t = sigmoid(z_t) * h_{t-1} + b_t, y_t = q_t * h_t, all channels apart.
-
-    It normalises its own input, so a LanguageModel of it takes norm=None.
 
     Source: the simplified layer of the released PyTorch GateLoop, after Katsch 2023, arXiv:2311.01927.
 
@@ -66,6 +65,7 @@ def simple_gateloop() -> Recipe:
         GatedScan("b"),
         OutputGate("q", act="identity"),
         source="after Katsch 2023, arXiv:2311.01927",
+        frame=Frame(ffn="gelu", norm=None),  # it normalises its own input
     )
 
 

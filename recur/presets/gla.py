@@ -1,7 +1,7 @@
 """GLA: linear attention with a data-dependent decay for every key channel."""
 
 from recur.blocks import Decay, LowRank, Norm, OuterScan, OutputGate, Project, Scale
-from recur.recipe import Recipe
+from recur.recipe import Frame, Recipe
 
 
 def gla(*, heads: int | str = "max(4,D//256)", rank: int = 16, tau: float = 16.0) -> Recipe:
@@ -30,4 +30,5 @@ def gla(*, heads: int | str = "max(4,D//256)", rank: int = 16, tau: float = 16.0
         Project("y", y="D", init="normal"),
         axes={"H": heads, "K": "D/2/H", "V": "D/H", "R": rank},
         source="Yang et al. 2023, arXiv:2312.06635",
+        frame=Frame(ffn="swiglu"),
     )

@@ -1,16 +1,15 @@
 """GSS: a gated unit around a diagonal state space with constant poles; and its companions with other cores."""
 
 from recur.blocks import Act, FixedScan, GatedScan, Norm, OutputGate, Project, Skip, Smoothing, TapConv
-from recur.recipe import Part, Recipe
+from recur.recipe import Frame, Part, Recipe
 
 GSS = "Mehta et al. 2022, arXiv:2206.13947"
 TAPS = Project("v", tap="H", name="taps")
+NORMED = Frame(norm=None)  # each normalises its own input
 
 
 def gated_unit(*core: Part, width: int | str, expand: float, source: str, **axes: int | str) -> Recipe:
     """y = W core(gelu(W_v x)) * gelu(W_u x): a narrow branch v that mixes tokens, a wide one u that gates.
-
-    It normalises its own input, so a LanguageModel of it takes norm=None.
 
     Args: core: from v [V] to y [V], its own norm included; width: V; expand: width of u over D.
     """
@@ -25,6 +24,7 @@ def gated_unit(*core: Part, width: int | str, expand: float, source: str, **axes
         Project("y", y="D", bias=True),
         axes={"F": f"int({expand}*D)", "V": width, **axes},
         source=source,
+        frame=NORMED,
     )
 
 
@@ -128,4 +128,4 @@ def tap_conv(*, heads: int = 8) -> Recipe:
 def _alone(*core: Part, source: str, **axes: int | str) -> Recipe:
     """A core on the normalised input, with its skip."""
     norm, skip = Norm("x", kind="layer", to="v"), Skip("v", mean=0.0, std=1.0)
-    return Recipe(norm, *core, skip, axes=axes, source=source)
+    return Recipe(norm, *core, skip, axes=axes, source=source, frame=NORMED)

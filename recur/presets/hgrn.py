@@ -17,7 +17,7 @@ from recur.blocks import (
     RealImag,
     one_way,
 )
-from recur.recipe import Part, Recipe
+from recur.recipe import Frame, Part, Recipe
 
 NORM_THEN_GATE = (Norm("y", kind="layer"), OutputGate("g"))
 
@@ -59,6 +59,7 @@ def hgrn(
         Project("y", y="D", bias=bias, init=init),
         axes={"E": f"{expand}*D"},
         source="Qin et al. 2023, arXiv:2311.04823",
+        frame=Frame(ffn="swiglu"),
     )
 
 

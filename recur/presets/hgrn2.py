@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from recur.blocks import Act, BoundedDecay, LowerBounds, Norm, OuterScan, Project, one_way
-from recur.recipe import Part, Recipe
+from recur.recipe import Frame, Part, Recipe
 
 HEADS_TOGETHER = (Norm("y", eps=1e-6, affine="none"),)
 
@@ -51,4 +51,5 @@ def hgrn2(
         Project("y", y="D", bias=bias, init=init),
         axes={"H": heads, "K": "D/H"},
         source="Qin et al. 2024, arXiv:2404.07904",
+        frame=Frame(ffn="swiglu"),
     )

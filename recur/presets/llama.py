@@ -1,7 +1,7 @@
 """LLaMA: softmax attention with rotated queries and keys, the model that recurrences are compared with."""
 
 from recur.blocks import Attention, Project, Rotary
-from recur.recipe import Recipe
+from recur.recipe import Frame, Recipe
 
 
 def llama(*, heads: int | str = "max(8,D//128)", bias: bool = False) -> Recipe:
@@ -24,4 +24,5 @@ def llama(*, heads: int | str = "max(8,D//128)", bias: bool = False) -> Recipe:
         Project("y", y="D", bias=bias, init="normal_residual"),
         axes={"H": heads, "K": "D/H"},
         source="Touvron et al. 2023, arXiv:2302.13971",
+        frame=Frame(ffn="swiglu"),
     )

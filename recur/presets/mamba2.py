@@ -79,4 +79,4 @@ def mamba2_mlp(*, mlp: int | str = "D", bias: bool = False, **options: Any) -> R
     )
     leave = Project("m y", y="D", bias=bias, init="residual", name="leave")
     parts = (enter, *alone.parts[1:-1], OutputGate("g", out="m"), leave)
-    return Recipe(*parts, axes={**alone.axes, "M": mlp}, source=alone.source)
+    return alone.like(*parts, axes={**alone.axes, "M": mlp})

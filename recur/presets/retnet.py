@@ -1,7 +1,7 @@
 """RetNet: attention with rotation and a constant decay in place of softmax."""
 
 from recur.blocks import FixedDecay, Norm, OuterScan, OutputGate, Project, RetentionScale, Rotary, Scale
-from recur.recipe import Recipe
+from recur.recipe import Frame, Recipe
 
 
 def retnet(
@@ -37,4 +37,5 @@ def retnet(
         Project("y", y="D", init="normal"),
         axes={"H": heads, "K": "D/H", "E": value, "V": "E/H"},
         source="Sun et al. 2023, arXiv:2307.08621",
+        frame=Frame(ffn="swiglu"),
     )

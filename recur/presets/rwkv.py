@@ -2,7 +2,7 @@
 
 from recur.blocks import Act, Learned, Norm, OuterScan, OutputGate, Project, TokenShift
 from recur.blocks.feedforward import SHARE
-from recur.recipe import Recipe
+from recur.recipe import Frame, Recipe
 
 SHARE_OF_VALUES = f"{SHARE}-0.3*layer/max(depth-1,1)"
 SHARE_OF_GATES = "1-(i/D)**((1-layer/depth)/2)"
@@ -41,4 +41,5 @@ def rwkv(*, heads: int | str = "max(8,D//64)", bias: bool = False, eps: float = 
         Project("y", y="D", bias=bias, init="normal_residual"),
         axes={"H": heads, "K": "D/H"},
         source="Peng et al. 2024, arXiv:2404.05892",
+        frame=Frame(ffn="channel_mix", norm="layer"),
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from recur import kernel
 from recur.primitives.forms import ScanOut, check_packing, document_of, first_state, state_count
 from recur.primitives.gates import activation
-from recur.shapes import bind, expect
+from recur.shapes import accumulation_dtype, bind, expect
 
 
 def causal_conv(
@@ -67,14 +67,20 @@ def causal_convs(
     check_packing("causal_conv", cu_seqlens, B, T)
     letters, n = ("B W-1 D", B) if cu_seqlens is None else ("n W-1 D", state_count(B, cu_seqlens))
     expect("causal_conv", "initial_state", initial_state, letters, (n, W - 1, D))
-    if W <= 8 and len(xs) <= 3 and act in kernel.GATES and kernel.fused(form, *xs, weight, bias):
+    lacks = (f"W={W}, more than 8", "W at most 8") if W > 8 else kernel.lacks_act(act)
+    if kernel.fused(form, *xs, weight, bias, of="causal_conv", lacks=lacks) and len(xs) <= 3:
         initial = None if initial_state is None else initial_state.to(xs[0].dtype)
         return kernel.conv(xs, weight, bias, initial, cu_seqlens, act)
     x = xs[0] if len(xs) == 1 else torch.cat(xs, -1)
     initial_state = first_state(x, (W - 1, D), x.dtype, initial_state, cu_seqlens)
     if T == 0:
         return xs, initial_state
-    if cu_seqlens is None:
+    if cu_seqlens is None and T == 1:  # for one token a convolution costs more to prepare than to compute
+        context, wide = torch.cat([initial_state, x], dim=1), accumulation_dtype(x, weight)
+        y = (context.to(wide) * weight.to(wide).mT).sum(1, keepdim=True)
+        y = (y if bias is None else y + bias.to(wide)).to(x.dtype)
+        state = context[:, 1:]
+    elif cu_seqlens is None:
         context = torch.cat([initial_state, x], dim=1)
         y = F.conv1d(context.mT, weight[:, None].to(x.dtype), None if bias is None else bias.to(x.dtype), groups=D).mT
         state = context[:, T:]

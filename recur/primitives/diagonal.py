@@ -264,7 +264,8 @@ def gated_scan(
         cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n *].
         reverse: read from the last token to the first: initial_state enters after token T-1, state is h at token 0.
         form: "recurrent", the token loop; "chunked", chunks walked side by side in place; "triton", the kernel; "auto"
-            is "triton" for what that covers on a GPU and "chunked" for all else.
+            is "triton" for what that covers on a GPU and "chunked" for all else. In no form do NaN and infinity reach
+            an earlier token.
 
     Returns: y [B T *] of x's dtype, or complex if the gate is; state [B *] float32 (float64 if an input is), complex if
         x or the gate is.
@@ -281,8 +282,8 @@ def gated_scan(
     bind("gated_scan", x=(x, "B T *"), log_decay=(log_decay, gates), initial_state=(initial_state, states))
     check_packing("gated_scan", cu_seqlens, x.shape[0], x.shape[1], initial_state)
     number = _number("gated_scan", x, log_decay, initial_state=initial_state)
-    refusal = partial(kernel.refusal, number, x.device)
-    form = choose_form("gated_scan", form, ("recurrent", "chunked", "triton"), x.device, refusal)
+    refusal = partial(kernel.refusal, number)
+    form = choose_form("gated_scan", form, ("recurrent", "chunked", "triton"), kernel.device_of(x), refusal)
     if form == "triton":
         return kernel.elementwise("diagonal", x, log_decay, initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
     wide = log_decay.to(number_of(accumulation_dtype(x, log_decay, initial_state), log_decay))

@@ -46,8 +46,9 @@ def selective_scan(
         initial_state: [B V N] S before the first token; zeros when omitted.
         cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n V N].
         reverse: read from the last token to the first: initial_state enters after token T-1, state is S at token 0.
-        form: "recurrent", the token loop; "chunked", segments that the backward computes again; "triton", the
-            kernel; "auto" is "triton" for what that covers on a GPU and "chunked" for all else.
+        form: "recurrent", the token loop; "chunked", segments that the backward computes again; "triton", the kernel;
+            "auto" is "triton" for what that covers on a GPU and "chunked" for all else. In no form do NaN and infinity
+            reach an earlier token.
 
     Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is).
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.
@@ -84,7 +85,8 @@ def selective_step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     [1.0, 1.5, 1.75]
     """
     check_given("selective_step", x=x, delta=delta, A=A, B=B, C=C, state=state)
-    bind("selective_step", x=(x, "B V"))
+    if x.ndim != 2:
+        bind("selective_step", x=(x, "B V"))
     k, q = ("B N | B G N" if w.ndim != 2 or w.shape[0] == x.shape[0] else "V N" for w in (B, C))
     given = {"x": (x, "B V"), "delta": (delta, "B V"), "A": (A, "V N"), "B": (B, k), "C": (C, q)}
     sizes = _check("selective_step", given, None, state=(state, "B V N"))
@@ -350,8 +352,8 @@ def _scan(
 ) -> ScanOut:
     """y [B T V] and the state [B V N]."""
     x, V, N = inputs[0], sizes["V"], sizes["N"]
-    refusal = partial(kernel.refusal, accumulation_dtype(*inputs, initial_state), x.device, N=N)
-    form = choose_form(f"{family}_scan", form, ("recurrent", "chunked", "triton"), x.device, refusal)
+    refusal = partial(kernel.refusal, accumulation_dtype(*inputs, initial_state), N=N)
+    form = choose_form(f"{family}_scan", form, ("recurrent", "chunked", "triton"), kernel.device_of(x), refusal)
     if form == "triton":
         return kernel.elementwise(family, *inputs, initial_state, cu_seqlens=cu_seqlens, reverse=reverse)
     with without_autocast(x):

@@ -77,8 +77,8 @@ def fixed_scan(
     if form == "auto" and cu_seqlens is None:
         form = "parallel"
     real = accumulation_dtype(x, log_decay, readout, write, initial_state)
-    refusal = partial(kernel.refusal, real, x.device)
-    form = choose_form("fixed_scan", form, forms, x.device, refusal)
+    refusal = partial(kernel.refusal, real)
+    form = choose_form("fixed_scan", form, forms, kernel.device_of(x), refusal)
     x_, log_decay, readout, write, number = _prepare(
         "fixed_scan", x, log_decay, readout, write, initial_state=initial_state
     )

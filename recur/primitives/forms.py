@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,25 +30,84 @@ class ScanOut(NamedTuple):
     state: Tensor
 
 
+class SlowPath(UserWarning):
+    """On a GPU, form="auto" did not take the kernel: why, and what would let it. Said once per reason and process.
+
+    `warnings.simplefilter("ignore", recur.SlowPath)` silences it, "error" makes it an exception.
+    """
+
+
+class Refusal(NamedTuple):
+    """Why a kernel does not compute a call, the nearest form that does, and what would let the kernel compute it."""
+
+    reason: str
+    nearest: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.nearest}"
+
+
+class Choice(NamedTuple):
+    """What a function ran: "triton", another form of a scan, or "torch" for the formula of a norm, gate or step.
+
+    refusal: why it is not the kernel, None if it is, or if the form was asked for by name.
+    """
+
+    function: str
+    form: str
+    refusal: Refusal | None
+
+
+NO_GPU = Refusal("form='triton' needs a GPU", "form='chunked' runs anywhere", "move the tensors to a GPU")
+listener: ContextVar[Callable[[Choice], None] | None] = ContextVar("listener", default=None)  # set by recur.explain
+_warned: set[str] = set()  # what the kernels do not cover, as far as it was said
+
+
+def chosen(function: str, form: str, refusal: Refusal | None, on_gpu: bool) -> str:
+    """The form, after it was noted, and the first time for each reason to leave the kernel on a GPU warned about."""
+    if torch.compiler.is_compiling():
+        if on_gpu and refusal is not None:
+            _warn(function, form, *refusal)
+        return form
+    if (note := listener.get()) is not None:
+        note(Choice(function, form, refusal))
+    elif on_gpu and refusal is not None:
+        _warn(function, form, *refusal)
+    return form
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _warn(function: str, form: str, reason: str, nearest: str, remedy: str) -> None:
+    """While a graph is traced this runs then and there, and leaves nothing in the graph."""
+    lacks = reason.rpartition("does not cover ")[2]
+    if lacks not in _warned:
+        _warned.add(lacks)
+        runs = f'form="auto" is {form!r} here' if form != "torch" else "the formula in torch runs here"
+        warnings.warn(f"{function}: {runs}: {reason}. Remedy: {remedy}", SlowPath, stacklevel=4)
+
+
 def choose_form(
-    function: str, form: str, available: tuple[str, ...], device: torch.device, refusal: Callable[[], str | None]
+    function: str, form: str, available: tuple[str, ...], device: torch.device, refusal: Callable[..., Refusal | None]
 ) -> str:
     """The form to run: "auto" is "triton" for what the kernel covers on a GPU and "chunked" for all else; any other
     name is taken or refused.
 
-    Args: available: the forms of this function; refusal: tells why "triton" cannot run this call, None if it can.
+    Args: available: the forms of this function; refusal: why "triton" cannot run this call on a device, None if it can.
     Raises: ValueError for a name that is no form, NotImplementedError for one this function, or this call, lacks.
+    Warns: SlowPath, once per reason, if "auto" is "chunked" on a GPU.
     """
     names = ("auto", "recurrent", "chunked", "parallel", "triton")
     if form not in names:
         raise ValueError(f"{function}: form must be one of {', '.join(names)}, got {form!r}")
     if form == "auto":
-        return "triton" if device.type == "cuda" and refusal() is None else "chunked"
+        refused = refusal(device) if device.type == "cuda" else NO_GPU
+        return chosen(function, "triton" if refused is None else "chunked", refused, device.type == "cuda")
     if form not in available:
         raise NotImplementedError(f"{function}: form={form!r} is not available here; these are: {', '.join(available)}")
-    if form == "triton" and (reason := refusal()) is not None:
+    if form == "triton" and (reason := refusal(device)) is not None:
         raise NotImplementedError(f"{function}: {reason}")
-    return form
+    return chosen(function, form, None, False)
 
 
 def unroll(

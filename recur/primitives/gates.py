@@ -75,7 +75,8 @@ def biased(act: str, z: Tensor, bias: Tensor, *, form: str = "auto") -> Tensor:
     """
     known: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softplus": softplus}
     fn = pick("biased", "act", act, known)
-    if z.shape[2:] == bias.shape and kernel.fused(form, z, bias, compiler=True):
+    lacks = None if z.shape[2:] == bias.shape else ("a bias that is not one per channel", "expand it to z's last axes")
+    if kernel.fused(form, z, bias, of="biased", lacks=lacks, compiler=True):
         return kernel.activate(z, bias, act)
     return fn(z.to(accumulation_dtype(z, bias)) + bias)
 
@@ -95,7 +96,7 @@ def sigmoid_decay(z: Tensor, *, tau: float = 1.0, form: str = "auto") -> Tensor:
     tensor([0.9576])
     """
     check_float("sigmoid_decay", z=z)
-    if kernel.fused(form, z, compiler=True):
+    if kernel.fused(form, z, of="sigmoid_decay", compiler=True):
         return kernel.activate(z, None, "log_sigmoid", 1 / tau)
     log_a = F.logsigmoid(z.to(accumulation_dtype(z)))
     return log_a if tau == 1 else log_a / tau
@@ -120,7 +121,8 @@ def lower_bounded_decay(z: Tensor, bound: Tensor | None, *, form: str = "auto") 
     """
     check_float("lower_bounded_decay", z=z, bound=bound)
     per_channel = bound is None or (z.ndim > 2 and bound.numel() == z.shape[2:].numel() and bound.ndim <= z.ndim)
-    if per_channel and kernel.fused(form, z, bound, compiler=True):
+    lacks = None if per_channel else ("a bound that is not one per channel", "expand it to z's last axes")
+    if kernel.fused(form, z, bound, of="lower_bounded_decay", lacks=lacks, compiler=True):
         return kernel.bounded(z, bound)
     given, dtype = z.dtype, accumulation_dtype(z, bound)
     z = z.to(dtype)
@@ -134,7 +136,7 @@ def lower_bounded_decay(z: Tensor, bound: Tensor | None, *, form: str = "auto") 
     return log_a, ((1 - bound) * torch.sigmoid(-z)).to(given)
 
 
-def lower_bounds(logits: Tensor, *, law: str = "skip_first", layer: int | None = None) -> Tensor:
+def lower_bounds(logits: Tensor, *, law: str = "skip_first", layer: int | Tensor | None = None) -> Tensor:
     """Bounds that rise with depth from g_0 = 0, sums of P = softmax(logits) over the layers.
 
     "skip_first": g_l = sum_{1 <= j <= l} P_j.   "skip_last": g_l = sum_{0 <= j < l} P_j.   They differ once trained.
@@ -142,7 +144,7 @@ def lower_bounds(logits: Tensor, *, law: str = "skip_first", layer: int | None =
     Args:
         logits: [L *] one row per layer.
         law: "skip_first" or "skip_last".
-        layer: the only row that is wanted.
+        layer: the only row that is wanted; an integer tensor [] in graphs that several layers share.
 
     Returns: [L *] bounds in [0, 1), or [*] of one layer.   Raises: ValueError for another law.   Cost: O(size).
     Source: Qin et al. 2024, arXiv:2404.07904 (skip_first); Qin et al. 2023, arXiv:2311.04823 (skip_last).
@@ -155,11 +157,27 @@ def lower_bounds(logits: Tensor, *, law: str = "skip_first", layer: int | None =
     if law not in BOUND_LAWS:
         raise ValueError(f"lower_bounds: law must be one of {', '.join(BOUND_LAWS)}, got {law!r}")
     share = logits.to(accumulation_dtype(logits)).softmax(0)
+    first = int(law == "skip_first")
+    if isinstance(layer, Tensor):
+        at = torch.arange(len(share), device=share.device).reshape(-1, *[1] * (share.ndim - 1))
+        return share.where((at >= first) & (at < first + layer), 0).sum(0)
     if layer is not None:
-        first = int(law == "skip_first")
         return share[first : first + layer].sum(0)
     share = share[1:] if law == "skip_first" else share[:-1]
     return torch.cat([torch.zeros_like(logits[:1], dtype=share.dtype), share.cumsum(0)])
+
+
+def decayed_mean(x: Tensor) -> Tensor:
+    """The mean of exp(-s) for s from 0 to x: (1 - exp(-x)) / x, and 1 at 0.
+
+    Args: x: [*] at least 0.   Returns: [*], without cancellation and with finite gradients at 0.   Cost: O(size).
+
+    >>> decayed_mean(torch.tensor([0.0, 1.0]))
+    tensor([1.0000, 0.6321])
+    """
+    small = x < 1e-3
+    safe = torch.where(small, 1.0, x)
+    return torch.where(small, 1 - x / 2 * (1 - x / 3 * (1 - x / 4)), -torch.expm1(-safe) / safe)
 
 
 def power_decay(r: Tensor, rate: Tensor, *, power: float = 8.0) -> tuple[Tensor, Tensor]:
@@ -261,7 +279,7 @@ def output_gate(y: Tensor, z: Tensor, *, act: str = "silu", form: str = "auto") 
     """
     bind("output_gate", y=(y, "*"), z=(z, "*"))
     fn = activation(act)
-    if act in kernel.GATES and kernel.fused(form, y, z, compiler=True):
+    if kernel.fused(form, y, z, of="output_gate", lacks=kernel.lacks_act(act), compiler=True):
         width = y.shape[min(2, y.ndim - 1) :].numel()
         return kernel.norm(y, z=z, width=width, N=width, gate="before", act=act)
     return y * fn(z).to(y.dtype)
@@ -282,7 +300,9 @@ def weigh(u: Tensor, w: Tensor, *, form: str = "auto") -> Tensor:
     tensor([2., 2., 3., 3.])
     """
     expect("weigh", "w", w, "the first axes of u", tuple(u.shape[: w.ndim]))
-    if w.ndim > 2 and 0 < u.shape[w.ndim :].numel() <= 1024 and kernel.fused(form, u, w, compiler=True):
+    P = u.shape[w.ndim :].numel()
+    lacks = None if w.ndim > 2 and 0 < P <= 1024 else (f"w of {w.ndim} axes times P={P}", "w [B T H], P at most 1024")
+    if kernel.fused(form, u, w, of="weigh", lacks=lacks, compiler=True):
         return kernel.weigh(u, w)
     return (u * w[(...,) + (None,) * (u.ndim - w.ndim)]).to(u.dtype)
 

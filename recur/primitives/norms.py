@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 from recur import kernel
 from recur.shapes import accumulation_dtype
 
-KINDS = ("rms", "layer", "l2", "unit")
+KINDS = ("rms", "layer", "l2", "unit", "smooth_unit")
 
 
 def normalise(
@@ -30,6 +31,7 @@ def normalise(
     "rms":   x / sqrt(mean(x^2) + eps).   "layer": (x - mean) / sqrt(var + eps), biased variance.
     "l2":    sqrt(n) x / max(|x|, eps), n entries: the eps bounds the length instead of joining the mean square.
     "unit":  x / max(|x|, eps), vectors of length 1.
+    "smooth_unit": x / sqrt(|x|^2 + eps), vectors a little shorter than 1.
 
     Args:
         x: [* N...].
@@ -50,10 +52,17 @@ def normalise(
     """
     if kind not in KINDS:
         raise ValueError(f"normalise: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    sizes = kernel.rows(x, axes, groups, eps) if kernel.fused(form, x, weight, bias, compiler=True) else None
-    if sizes is not None:
-        width, N = sizes
-        return kernel.norm(x, weight=weight, bias=bias, eps=eps, width=width, N=N, kind=kind)
+    if kind == "smooth_unit":  # the mean square of n entries instead of their sum, and the factor 1/sqrt(n) as a weight
+        entries = math.prod(x.shape[x.ndim - axes :]) // groups
+        shape = x.shape[x.ndim - axes :]
+        scale = x.new_full(shape, entries**-0.5) if weight is None else weight * entries**-0.5
+        options: dict[str, Any] = {"axes": axes, "groups": groups, "eps": eps / entries, "form": form}
+        return normalise(x, "rms", weight=scale, bias=bias, **options)
+    if kernel.fused(form, x, weight, bias, of="normalise", compiler=True):
+        if (sizes := kernel.rows(x, axes, groups, eps)) is not None:
+            width, N = sizes
+            return kernel.norm(x, weight=weight, bias=bias, eps=eps, width=width, N=N, kind=kind)
+        kernel.fused(form, x, of="normalise", lacks=kernel.ROWS)  # says so
     if kind == "layer" and groups == 1 and not isinstance(eps, Tensor) and _alike(x, weight, bias):
         return F.layer_norm(x, x.shape[-axes:], weight, bias, eps)
     wide = x.to(accumulation_dtype(x))

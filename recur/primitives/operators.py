@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+RUNS: dict[str, Callable[..., Any]] = {}  # what operators run, by their names, for `recur.counting`
 
 
 def transformed() -> bool:
@@ -53,6 +56,7 @@ def operator(
     backward and jvp are made of differentiable operations, and out of place: under vmap any tensor may be batched.
     """
     node = torch.library.custom_op(name, run, mutates_args=())
+    RUNS[name] = run
     node.register_fake(fake)
     node.register_autograd(backward, setup_context=save)
 
@@ -71,7 +75,7 @@ def operator(
     function: Any = type(name.partition("::")[2], bases, {rule: staticmethod(f) for rule, f in rules.items()})
 
     def call(*inputs: Any) -> Any:
-        plain = _in_graph() or not (torch.is_grad_enabled() or transformed())
+        plain = in_graph() or not (torch.is_grad_enabled() or transformed())
         return node(*inputs) if plain else function.apply(*inputs)
 
     return call
@@ -84,41 +88,47 @@ def one_node(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     backward of the node is a node too and computes the forward again.
 
     Args:
-        run: takes tensors, None and numbers; returns tensors, which in a graph are contiguous.
+        run: takes tensors, lists of tensors, None, numbers and strings; returns a tuple or list of tensors, which in a
+            graph are contiguous.
         fake: empty contiguous outputs of the same arguments.
     """
 
-    def moving(inputs: Sequence[Any]) -> list[int]:
-        return [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
+    def moving(leaves: Sequence[Any]) -> list[int]:
+        return [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())]
 
     def forward(*inputs: Any) -> Any:
         with torch.no_grad():
-            return tuple(y.clone(memory_format=torch.contiguous_format) for y in run(*inputs))
+            made = run(*inputs)
+            copies = [y.clone(memory_format=torch.contiguous_format) for y in made]
+        return copies if isinstance(made, list) else tuple(copies)
 
     def slopes(*given: Any) -> list[Tensor]:
         *inputs, grads = given
-        places = moving(inputs)
+        leaves, tree = tree_flatten(inputs)
+        places = moving(leaves)
 
         def run_on(*tensors: Tensor) -> Any:
             replaced = dict(zip(places, tensors, strict=True))
-            return tuple(run(*(replaced.get(i, x) for i, x in enumerate(inputs))))
+            return tuple(run(*tree_unflatten([replaced.get(i, x) for i, x in enumerate(leaves)], tree)))
 
         with torch.no_grad():
-            found = pullback(run_on, [inputs[i] for i in places], grads)
+            found = pullback(run_on, [leaves[i] for i in places], grads)
         return [slope.clone(memory_format=torch.contiguous_format) for slope in found]
 
     def fake_slopes(*given: Any) -> list[Tensor]:
-        *inputs, _ = given
-        return [torch.empty_like(inputs[i], memory_format=torch.contiguous_format) for i in moving(inputs)]
+        leaves = tree_leaves(given[:-1])
+        return [torch.empty_like(leaves[i], memory_format=torch.contiguous_format) for i in moving(leaves)]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        leaves, ctx.tree = tree_flatten(inputs)
+        ctx.others = [None if isinstance(x, Tensor) else x for x in leaves]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in leaves))
 
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        found = dict(zip(moving(inputs), node_slopes(*inputs, list(grads)), strict=True))
-        return tuple(found.get(i) for i in range(len(inputs)))
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        leaves = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        inputs = tree_unflatten(leaves, ctx.tree)
+        found = dict(zip(moving(leaves), node_slopes(*inputs, tree_leaves(grads)), strict=True))
+        return tuple(tree_unflatten([found.get(i) for i in range(len(leaves))], ctx.tree))
 
     schema = torch.library.infer_schema(run, mutates_args=())
     arguments = schema.rpartition(") -> ")[0]
@@ -131,7 +141,7 @@ def one_node(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     node_slopes.register_autograd(_refuse)
 
     def call(*inputs: Any) -> Any:
-        return node(*inputs) if _in_graph() else run(*inputs)
+        return node(*inputs) if in_graph() else run(*inputs)
 
     return call
 
@@ -140,7 +150,7 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     raise NotImplementedError("in a graph this scan has first derivatives only; form='recurrent' has second ones")
 
 
-def _in_graph() -> bool:
+def in_graph() -> bool:
     """Whether a graph is being made.   Raises: NotImplementedError if a torch.func transform is part of it."""
     if not torch.compiler.is_compiling():
         return False

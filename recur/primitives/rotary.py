@@ -63,7 +63,8 @@ def rotate(
     if layout not in ("interleaved", "half"):
         raise ValueError(f'rotate: layout must be "interleaved" or "half", got {layout!r}')
     whole = position.shape[0] in (1, x.shape[0]) and position.shape[1] == x.shape[1]
-    if whole and not frequencies.requires_grad and kernel.fused(form, x, compiler=True):
+    lacks = ("frequencies that want a gradient", "detach them") if frequencies.requires_grad else None
+    if whole and kernel.fused(form, x, of="rotate", lacks=lacks, compiler=True):
         return kernel.rotate(x, position, frequencies, layout == "half")
     dtype = accumulation_dtype(x)
     angle = (position[..., None].double() * frequencies).to(dtype)[:, :, None]  # [B T 1 K/2]

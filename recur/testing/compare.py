@@ -41,11 +41,13 @@ class Inputs:
         state: [B ...] before the first token, a tensor or a tree of them; None starts afresh.
         sizes: what the counter-example is to say: letters, regime.
         seed: what the tensors, and whatever random numbers a law needs, were made from.
-        like: the token whose shape and dtype y takes.
+        like: the token whose dtype, and shape, y takes.
+        shape: of y after B T, where it is not that of this token.
         turns: whether y is complex although that token is real.
         linear: tokens in which, together with the state, y is linear; none if unknown.
         idle: values that make a token leave the state alone; none if there are no such values.
         decay: the token that holds the log decay, -inf being an exact reset; None if there is none.
+        forgets: values that a token needs besides to forget all before it.
         heads: the axis along which tokens, constants ("state", "y" too) are n independent recurrences, by name.
 
     >>> x = torch.ones(1, 3, 2, dtype=torch.float64)
@@ -59,10 +61,12 @@ class Inputs:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     like: str = "x"
+    shape: tuple[int, ...] | None = None
     turns: bool = False
     linear: tuple[str, ...] = ()
     idle: Mapping[str, float] = field(default_factory=dict)
     decay: str | None = None
+    forgets: Mapping[str, float] = field(default_factory=dict)
     heads: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:

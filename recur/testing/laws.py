@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -167,22 +167,40 @@ def containment(subject: Subject, draw: Draw) -> None:
         before = result.y[row, :at] if subject.causal else result.y[row, :0]
         return Result(torch.cat([result.y[others].flatten(0, 1), before]), state)
 
+    def contained(form: str | None) -> None:
+        """Raise LawBroken unless this form holds it where it is."""
+        got, want = (values_and_gradients(lambda each: untouched(run(each, form)), x) for x in (poisoned, inputs))
+        shown = [key for key in want if not key.startswith("gradient")]
+        same({key: got[key] for key in shown}, {key: want[key] for key in shown}, ("beside it", "without it"))
+        for key in inputs.tokens:
+            slopes = (found[f"gradient of {key}"] for found in (got, want))
+            left, right = (torch.cat([slope[:row], slope[row + 1 :]]) for slope in slopes)
+            same({f"gradient of {key}": left}, {f"gradient of {key}": right}, ("beside it", "without it"))
+        met = at > 0 or inputs.state is not None  # the first gate meets a state of zeros, and forms may leave it out
+        if met and form not in (None, "recurrent") and not math.isfinite(poison):
+            with torch.no_grad():
+                lost = ~run(poisoned, "recurrent").y.isfinite() & run(poisoned, form).y.isfinite()
+            if lost.any():
+                raise LawBroken(
+                    f"y is not finite in the token loop at {lost.nonzero()[0].tolist()}, but as {form} it is"
+                )
+
+    def holds(form: str) -> bool:
+        try:
+            contained(form)
+        except LawBroken:
+            return False
+        return True
+
     try:
-        got, want = (values_and_gradients(lambda each: untouched(run(each, form)), each) for each in (poisoned, inputs))
+        contained(form)
     except ValueError:  # refused, as a rate of more than 1 is
         reject()
-    shown = [key for key in want if not key.startswith("gradient")]
-    same({key: got[key] for key in shown}, {key: want[key] for key in shown}, ("beside it", "without it"))
-    for key in inputs.tokens:
-        slopes = (found[f"gradient of {key}"] for found in (got, want))
-        left, right = (torch.cat([slope[:row], slope[row + 1 :]]) for slope in slopes)
-        same({f"gradient of {key}": left}, {f"gradient of {key}": right}, ("beside it", "without it"))
-    met = at > 0 or inputs.state is not None  # the first gate meets a state of zeros, and forms may leave it out
-    if met and form not in (None, "recurrent") and not math.isfinite(poison):
-        with torch.no_grad():
-            lost = ~run(poisoned, "recurrent").y.isfinite() & run(poisoned, form).y.isfinite()
-        if lost.any():
-            raise LawBroken(f"y is not finite in the token loop at {lost.nonzero()[0].tolist()}, but as {form} it is")
+    except LawBroken as broken:
+        if form is None:
+            raise
+        holding = [f"form={other!r}" for other in found if other != form and holds(other)]
+        raise LawBroken(f"{broken}; it holds with {' and '.join(holding) or 'none of its forms'}") from None
 
 
 def linearity(subject: Subject, draw: Draw) -> None:
@@ -247,7 +265,10 @@ def resets(subject: Subject, draw: Draw) -> None:
     assert inputs.decay is not None
     log_decay = inputs.tokens[inputs.decay].clone()
     log_decay[:, at] = complex(-math.inf, 1) if log_decay.is_complex() else -math.inf
-    inputs = inputs.replace(tokens={**inputs.tokens, inputs.decay: log_decay})
+    forgetting = {name: inputs.tokens[name].clone() for name in inputs.forgets}
+    for name, value in inputs.forgets.items():
+        forgetting[name][:, at] = value
+    inputs = inputs.replace(tokens={**inputs.tokens, **forgetting, inputs.decay: log_decay})
     found = values_and_gradients(lambda inputs: subject.run(inputs, form=form), inputs)
     slope = found[f"gradient of {inputs.decay}"][:, at]
     if not bool((slope == 0).all()):
@@ -406,7 +427,8 @@ def promises(subject: Subject, draw: Draw) -> None:
     low = inputs if dtype == torch.float64 else subject.rounded(inputs, dtype)
     x = low.tokens[low.like]
     y, state = subject.run(low)
-    _promised("y", y, x.shape, low.output_dtype, x.device)
+    shape = x.shape if low.shape is None else (*x.shape[:2], *low.shape)
+    _promised("y", y, shape, low.output_dtype, x.device)
     want = named("state", subject.promised_state(inputs, state, dtype))
     for name, leaf in named("state", state).items():
         _promised(name, leaf, want[name].shape, want[name].dtype, x.device)
@@ -420,13 +442,13 @@ def summaries(subject: Subject, draw: Draw) -> None:
     inputs = draw(subject.inputs.filter(lambda inputs: inputs.length >= 1))
     one, two = sorted((draw(cuts(inputs.length), "cut"), draw(cuts(inputs.length), "second cut")))
     start = inputs.state if inputs.state is not None else _zero_state(subject, inputs)
-    summarise, reads = subject.summary, ("k", "v", "log_decay", "beta")
+    summarise, reads, wide = subject.summary, ("k", "v", "log_decay", "beta"), ("erase", "remove", "write")
     assert summarise is not None
 
     def of(begin: int, end: int) -> Any:
         stretch = inputs.between(begin, end)
         given = {**stretch.tokens, **stretch.constants}
-        return summarise(**{name: given.get(name) for name in reads})
+        return summarise(**{name: given.get(name) for name in (*reads, *(name for name in wide if name in given))})
 
     left, middle, right = of(0, one), of(one, two), of(two, inputs.length)
     grouped, other = combine(combine(left, middle), right), combine(left, combine(middle, right))
@@ -535,7 +557,7 @@ def _slopes(subject: Subject, draw: Draw, of: Callable[[Tensor, list[Tensor]], T
         raise LawBroken(f"along a random direction the derivative by {name} {wrong}")
 
 
-def _promised(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+def _promised(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     got, want = (tuple(tensor.shape), tensor.dtype, tensor.device), (tuple(shape), dtype, device)
     if got != want:
         raise LawBroken(f"{name} must be {want[0]} {want[1]} on {want[2]}, got {got[0]} {got[1]} on {got[2]}")
@@ -580,10 +602,10 @@ LAWS: dict[Callable[[Subject, Draw], None], Callable[[Subject], bool]] = {
     padding: lambda subject: subject.draws("idle"),
     finiteness: lambda subject: True,
     resets: lambda subject: subject.draws("decay"),
-    gradients: lambda subject: subject.honest,
+    gradients: lambda subject: subject.exact_gradients,
     tangents: lambda subject: True,
-    lengths: lambda subject: not (isinstance(subject, Layer) and (subject.in_grid or subject.unrolled)),
-    second_gradients: lambda subject: subject.honest and _twice_differentiable(subject),
+    lengths: lambda subject: not (isinstance(subject, Layer) and subject.in_grid),
+    second_gradients: lambda subject: subject.exact_gradients and _twice_differentiable(subject),
     low_precision: lambda subject: len(subject.forms) > 1 and "recurrent" in subject.forms,
     rows: lambda subject: True,
     heads: lambda subject: subject.draws("heads"),

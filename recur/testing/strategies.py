@@ -99,15 +99,25 @@ def scans(
     tied: bool = False,
     delta: bool = False,
     bonus: str | None = None,
+    erase: str | None = None,
+    previous: bool = False,
+    remove: str | None = None,
+    write: str | None = None,
+    several: bool = False,
 ) -> Inputs:
     """Arguments of `recur.scan`.
 
     Args:
         decay: its axes, None, "H", "H K", "B T H" or "B T H K".
-        complex: whether it rotates.
+        complex: whether the gate rotates.
         tied: without k, which is 1 - exp(log_decay).
         delta: with beta in (0, 1) and keys of length at most 1.
         bonus: its axes, "H" or "H K".
+        erase: "G" or "H", an erase key per group or per head.
+        previous: for a scan with erase_from="previous".
+        remove: "G" or "H", a removal key per group or per head.
+        write: "H" or "V", a write gate per head or per channel.
+        several: several writes and reads per token.
 
     >>> from recur.testing import strategies
     >>> recur.testing.check(recur.scan, strategies.scans(decay="B T H"), laws=["splits"], examples=2)
@@ -115,30 +125,45 @@ def scans(
     """
     B, T, G = draw(batches()), draw(lengths()), draw(st.integers(1, 3))
     H, K, V = G * draw(st.integers(1, 3)), draw(_axis()), draw(_axis())
+    M, R = ([draw(st.integers(1, 3))] if several else [] for _ in range(2))
     regime = "none" if decay is None else draw(regimes())
     numbers = Numbers(draw(seeds()))
     sizes = {"B": B, "T": T, "H": H, "G": G, "K": K, "V": V}
-    q, k, v = numbers.normal(B, T, G, K), numbers.normal(B, T, G, K), numbers.normal(B, T, H, V)
-    if delta:
-        k = k / k.norm(dim=-1, keepdim=True).clamp(min=1)  # longer keys would make the delta rule explode
-    tokens, heads = {"q": q, "v": v}, {"q": 2, "v": 2, "state": 1, "y": 2}
+    q, k, v = numbers.normal(B, T, *R, G, K), numbers.normal(B, T, *M, G, K), numbers.normal(B, T, *M, H, V)
+    if delta or erase is not None:
+        k = _shortened(k, 1)
+    writes, reads = 2 + len(M), 2 + len(R)  # where the heads are
+    tokens, heads = {"q": q, "v": v}, {"q": reads, "v": writes, "state": 1, "y": reads}
     constants: dict[str, Tensor] = {}
     if not tied:
-        tokens["k"], heads["k"] = k, 2
+        tokens["k"], heads["k"] = k, writes
     if decay is not None:
         log_decay = numbers.log_decay(regime, *(sizes[letter] for letter in decay.split()), complex=complex)
         (tokens if decay.startswith("B T") else constants)["log_decay"] = log_decay
         heads["log_decay"] = decay.split().index("H")
     if delta:
-        tokens["beta"], heads["beta"] = numbers.uniform(B, T, H), 2
+        tokens["beta"], heads["beta"] = numbers.uniform(B, T, *M, H), writes
     if bonus is not None:
         constants["bonus"], heads["bonus"] = numbers.normal(*(sizes[letter] for letter in bonus.split())), 0
+    for name, axis in (("erase", erase), ("remove", remove)):
+        if axis is not None:
+            tokens[name], heads[name] = _shortened(numbers.normal(B, T, *M, sizes[axis], K), 1.5), writes
+    if write is not None:
+        tokens["write"], heads["write"] = numbers.normal(B, T, *M, H, *([V] if write == "V" else [])), writes
     state = numbers.number(B, H, K, V, complex=complex) if draw(st.booleans()) else None
-    varies = "log_decay" in tokens
-    idle = ({"log_decay": 0.0} if varies else {}) | ({"beta": 0.0} if delta else {} if tied else {"k": 0.0})
-    known: dict[str, Any] = {"idle": {} if "log_decay" in constants else idle, "heads": heads}
+    varies, erases = "log_decay" in tokens, {"erase": 0.0} if erase is not None else {}
+    idle = ({"log_decay": 0.0} if varies else {}) | ({"beta": 0.0} if delta else {} if tied else {"k": 0.0} | erases)
+    forgets = ({"beta": 0.0} if delta else erases) if previous else {}
+    known: dict[str, Any] = {"idle": {} if "log_decay" in constants else idle, "heads": heads, "forgets": forgets}
     known |= {"like": "v", "linear": ("v",), "decay": "log_decay" if varies else None}
-    return Inputs(tokens, constants, state, sizes | {"regime": regime}, numbers.seed, **known)
+    known |= {"shape": (*R, H, V) if several else None}
+    shown: dict[str, Any] = sizes | {"regime": regime} | ({"M": M[0], "R": R[0]} if several else {})
+    return Inputs(tokens, constants, state, shown, numbers.seed, **known)
+
+
+def _shortened(keys: Tensor, divisor: float) -> Tensor:
+    """Keys no longer than 1 / divisor: longer ones would make a scan that erases explode."""
+    return keys / (divisor * keys.norm(dim=-1, keepdim=True).clamp(min=1))
 
 
 @st.composite

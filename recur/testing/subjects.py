@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from recur.blocks.glue import Along
-from recur.blocks.loop import Loop
 from recur.blocks.mixer import Mixer
 from recur.recipe import Part, Recipe
 from recur.testing import strategies
@@ -77,7 +76,7 @@ class Scan(_Subject):
     step: Callable[..., Tensor] | None = None
     summary: Callable[..., Any] | None = None
     causal: bool = True
-    honest = True
+    exact_gradients = True
 
     @property
     def smooth_inputs(self) -> SearchStrategy[Inputs]:
@@ -166,9 +165,9 @@ class Layer(_Subject):
         self.causal = recipe.causal
         self.name = f"this recipe ({recipe.source})" if recipe.source else "this recipe"
         parts = list(parts_of(recipe.parts))
-        self.honest = all(part.honest for part in parts)
+        self.exact_gradients = all(part.exact_gradients for part in parts)
         self.in_grid = any(isinstance(part, Along) for part in parts)
-        self.unrolled = any(isinstance(part, Loop) for part in parts)
+        self.unrolled = any(part.unrolled for part in parts)
         self.inputs = strategies.layers(self)
         self.smooth_inputs = strategies.layers(self, loudness=("plain",))  # silence is a corner of norms
 

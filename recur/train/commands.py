@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,9 +21,10 @@ from recur import own
 from recur.train import checkpoint, config
 from recur.train.config import InputError, Settings, known
 from recur.train.lock import hold
-from recur.train.machine import use_threads, with_threads
+from recur.train.machine import use_compiler, use_threads, with_threads
 from recur.train.models import parameters, read_recipes
-from recur.train.run import TASKS, chosen, configured, finish, load_model, setup, told
+from recur.train.run import TASKS, chosen, configured, finish, load_model, report, setup
+from recur.train.tokenize import pieces
 from recur.train.trainer import Training, fit, mfu, prepare
 
 Command = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
@@ -77,6 +79,7 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     writer.add_argument("--temperature", type=config.at_least_0, default=0.7, help="0 takes the likeliest token (0.7)")
     writer.add_argument("--top-k", type=config.count, help="draw among the k likeliest tokens only")
     writer.add_argument("--top-p", type=config.share, help="draw among the likeliest tokens that hold this probability")
+    writer.add_argument("--stop", metavar="TEXT", nargs="+", help="end with the token that completes one of these")
     writer.add_argument(
         "--checkpoint", metavar="WHICH", type=_which, default="newest", help="best, newest or a step (newest)"
     )
@@ -155,17 +158,17 @@ def _task(arguments: argparse.Namespace) -> int:
     out = arguments.out or Path("runs") / (name if arguments.task == "lm" else f"{arguments.task}-{name}")
     run = prepare(task, settings, out, resume=chosen(arguments.task, *layers) if arguments.resume else None, say=_say)
     settings, task = run.settings, run.task
-    threads = use_threads(settings)
+    machine = use_threads(settings) + use_compiler(settings)
     show: Callable[..., None] = print if run.is_main else lambda *words: None
     again = f"go on with: {_resuming(arguments, out)}"
     for recipe in task.recipes(settings):
         show(recipe)
-    show(f"\ndepth {settings.depth}, width {settings.dim}: {parameters(run.plain_model):,} parameters{threads}\n")
+    show(f"\ndepth {settings.depth}, width {settings.dim}: {parameters(run.plain_model):,} parameters{machine}\n")
     with tqdm(
         total=settings.steps, desc=settings.recipe, initial=run.step, unit="step", disable=not run.is_main
     ) as bar:
 
-        def report(loss: float, speed: float) -> None:
+        def advance(loss: float, speed: float) -> None:
             used = mfu(run, speed)
             share = "" if used is None else f", {used:.1%} MFU"
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s{share}", refresh=False)
@@ -173,7 +176,7 @@ def _task(arguments: argparse.Namespace) -> int:
 
         try:
             with _saved_on_signals(run):
-                fit(run, report)
+                fit(run, advance)
         except KeyboardInterrupt:  # a second one
             run.signal = signal.SIGINT
     if run.signal is not None:
@@ -183,14 +186,16 @@ def _task(arguments: argparse.Namespace) -> int:
     if run.stopped:
         show(f"\nstopped after --seconds {settings.seconds:g}, at step {run.step} of {settings.steps}; {again}")
     finals = finish(run)
-    show("\n" + told(run, finals))
+    show("\n" + report(run, finals))
     if run.is_main:
         sharded = getattr(run.accelerator, "is_fsdp2", False)  # one process cannot write with its shard alone
-        if sample := task.epilogue(
-            load_model(out, imports=settings.imports)[0]
-            if sharded and "tokenizer" in task.record()
-            else run.plain_model
-        ):
+        with torch.compiler.set_stance("force_eager"):  # a sample is shorter than the compilation of a step
+            sample = task.epilogue(
+                load_model(out, imports=settings.imports)[0]
+                if sharded and "tokenizer" in task.record()
+                else run.plain_model
+            )
+        if sample:
             show(f"\n{'-' * 80}\n{sample}\n{'-' * 80}")
     show(f"\nloss curve: {out / 'curve.png'}\ncheckpoint: {out}")
     best = checkpoint.lowest_loss(checkpoint.checkpoints(out), run.curve)
@@ -248,10 +253,10 @@ def _compare(arguments: argparse.Namespace) -> int:
     threads = use_threads(with_threads(configured(arguments.task, *layers)[0]))
     print(f"{arguments.task}: {', '.join(arguments.recipes)}{threads}", flush=True)
     with hold(out, _say):
-        report = compare(
+        compared = compare(
             arguments.task, arguments.recipes, layers, out, **sizes, report=lambda line: print(line, flush=True)
         )
-    print(report)
+    print(compared)
     return 0
 
 
@@ -272,6 +277,12 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise InputError("the prompt must have at least one character, got an empty one")
     ids = torch.from_numpy(tokenizer.encode(arguments.prompt))[None]
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    written = model.generate(ids, **{name: getattr(arguments, name) for name in names})
-    sys.stdout.write(tokenizer.decode(written[0].tolist()) + "\n")
+    options = {name: getattr(arguments, name) for name in names}
+    stop = {"stop": arguments.stop, "decode": tokenizer.decode} if arguments.stop else {}
+    prompt = ids[0].tolist()
+    new = (int(token) for token in model.stream(ids, **options, **stop))
+    for piece in pieces(chain(prompt, new), tokenizer.decode):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
     return 0

@@ -113,7 +113,8 @@ def _before(out: Path, choices: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _sized(task: Task, settings: Settings, recipe: str, target: int | None, width: int | None) -> Settings:
     """The settings of a recipe's runs.   Raises: InputError if its model cannot be built so."""
     dim = settings.dim if width is None else width
-    settings = with_paper_depth(replace(settings, recipe=recipe, dim=dim))
+    settings = replace(settings, recipe=recipe, dim=dim)
+    settings = with_paper_depth(settings, task.recipes(settings))
     if target is not None:
         return solve_width(task, settings, target)
     with torch.device("meta"):

@@ -88,7 +88,7 @@ def option(default: Any, read: Callable[[str], Any], about: str, *, flag: str = 
     return field(default=default, metadata={"read": read, "about": about, "flag": flag})
 
 
-FFN = ("paper", "none", "gelu", "swiglu", "gated", "channel_mix")
+FFN = ("paper", "none", "gelu", "swiglu", "gated", "channel_mix", "key_mix")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Settings:
     norm: str = option("paper", one_of("paper", "none", "rms", "layer", "l2"), "norm of the residual stream")
     block: str = option("pre", one_of("pre", "post"), "side of the residual sum that is normalised")
     head: str = option("tied", one_of("tied", "own"), "read-out of a language model: the embedding, or its own")
-    positions: str = option("none", one_of("none", "sinusoidal"), "positions added to the embedding")
+    positions: str = option("paper", one_of("paper", "none", "sinusoidal"), "positions added to the embedding")
     dropout: float = option(0.0, fraction, "probability")
 
     length: int = option(128, count, "tokens in a row")
@@ -130,7 +130,11 @@ class Settings:
     threads: int = option(0, natural, "of a CPU; 0 leaves out the processors that other work keeps busy")
     precision: str = option("float32", one_of("float32", "bfloat16"), "bfloat16 runs matmuls in it (autocast)")
     recompute: str = option("none", one_of("none", "layers"), "layers: recompute activations in the backward pass")
-    compile: str = option("none", str, "backend of torch.compile, such as inductor")
+    compile: str = option(
+        "auto",
+        str,
+        "none, or the backend of torch.compile for the layers; auto is inductor on a GPU from 1,000 steps on",
+    )
 
 
 def known(*classes: type) -> dict[str, Field[Any]]:

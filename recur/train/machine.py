@@ -6,9 +6,14 @@ import os
 from dataclasses import replace
 
 import torch
+from torch import nn
 
+from recur import LanguageModel
+from recur.kernel import installed
 from recur.reading import InputError, unknown
 from recur.train.config import Settings
+
+LONG = 1000  # steps that pay for the compilation of a layer
 
 
 def with_threads(settings: Settings) -> Settings:
@@ -51,11 +56,33 @@ def check_memory(numbers: int, what: str) -> None:
         raise InputError(f"there is not enough memory for {what}: its {size}")
 
 
-def check_backend(name: str) -> None:
-    """Raise InputError unless torch.compile knows this backend, or it is "none"."""
+def backend(settings: Settings) -> str | None:
+    """The backend that compiles the layers of a run; None if they run eagerly, as short runs do by "auto".
+
+    Raises: InputError unless torch.compile knows it.
+    """
+    name = settings.compile
+    if name == "auto":
+        pays = settings.device == "cuda" and installed() is not None and settings.steps >= LONG
+        name = "inductor" if pays else "none"
     if name == "none":
-        return
+        return None
     from torch._dynamo import list_backends
 
-    if name not in (names := list_backends(exclude_tags=())):
+    if name not in (names := ["none", "auto", *list_backends(exclude_tags=())]):
         raise InputError(f"--compile: {unknown('backend', name, names)}")
+    return name
+
+
+def compile_layers(model: nn.Module, settings: Settings) -> None:
+    """Have every language model in `model` compile its layers, if the run is compiled.   Raises: as `backend`."""
+    if (name := backend(settings)) is not None:
+        for part in model.modules():
+            if isinstance(part, LanguageModel):
+                part.compile_layers(backend=name)
+
+
+def use_compiler(settings: Settings) -> str:
+    """Words for the report."""
+    name = backend(settings)
+    return "" if name is None else f", layers compiled by {name} in their first steps (--compile none: eager)"

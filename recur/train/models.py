@@ -17,19 +17,6 @@ from recur.train.config import InputError, Settings
 from recur.train.machine import check_memory
 from recur.weights import Linear, Param, normal, zeros
 
-# What stands around the mixer in each paper, where it is not an RMS norm and no feed-forward.
-PAPER: dict[str, dict[str, str]] = {
-    "gateloop": {"ffn": "gelu"},
-    "gla": {"ffn": "swiglu"},
-    "gss": {"norm": "none"},
-    "hgrn": {"ffn": "swiglu"},
-    "hgrn2": {"ffn": "swiglu"},
-    "llama": {"ffn": "swiglu"},
-    "retnet": {"ffn": "swiglu"},
-    "rwkv": {"ffn": "channel_mix", "norm": "layer"},
-    "simple_gateloop": {"norm": "none", "ffn": "gelu"},
-}
-
 
 def read_recipes(text: str, own: Own | None = None) -> list[Recipe]:
     """The recipes that "hgrn2:heads=4+llama" or "@recipe.json" names (recur.presets.words).   Raises: InputError."""
@@ -40,17 +27,13 @@ def read_recipes(text: str, own: Own | None = None) -> list[Recipe]:
 
 
 def around(settings: Settings) -> dict[str, Any]:
-    """The arguments of LanguageModel that settings decide, "paper" looked up by the first preset's name."""
-    paper = PAPER.get(settings.recipe.split("+")[0].partition(":")[0], {})
-    norm = paper.get("norm", "rms") if settings.norm == "paper" else settings.norm
-    ffn = paper.get("ffn", "none") if settings.ffn == "paper" else settings.ffn
+    """The arguments of LanguageModel that settings decide; "paper" is what the recipe's frame says."""
+    framed = {name: getattr(settings, name) for name in ("ffn", "norm", "positions")}
     return {
         "dim": settings.dim,
         "depth": settings.depth,
-        "ffn": None if ffn == "none" else ffn,
-        "norm": None if norm == "none" else norm,
+        **{name: None if value == "none" else value for name, value in framed.items()},
         "block": settings.block,
-        "positions": None if settings.positions == "none" else settings.positions,
         "dropout": settings.dropout,
         "checkpoint": settings.recompute == "layers",
     }
@@ -92,7 +75,7 @@ class SequenceModel(nn.Module):
         super().__init__()
         channels = tokens or inputs + 1
         std = 0.02 if tokens else channels**-0.5
-        self.body = language_model(recipes, settings, channels, tie=True, embed_std=std)
+        self.body = language_model(recipes, settings, channels, tie=True, embed_std=std, embed_norm=None)
         self.pool, self.tokens, dim = pool, tokens, settings.dim
         wide = 4 * dim if pool == "pair" else dim
         between = {"weight": Param((dim, wide), normal(wide**-0.5)), "bias": Param((dim,), zeros, decay=False)}
@@ -168,9 +151,10 @@ def _runs(task: Any, settings: Settings) -> bool:
     return True
 
 
-def with_paper_depth(settings: Settings) -> Settings:
+def with_paper_depth(settings: Settings, recipes: Sequence[Recipe]) -> Settings:
     """Twice the layers where there is no feed-forward: a mixer and a feed-forward count as two."""
-    return settings if around(settings)["ffn"] is not None else replace(settings, depth=2 * settings.depth)
+    ffn = recipes[0].frame.ffn if settings.ffn == "paper" else settings.ffn
+    return replace(settings, depth=2 * settings.depth) if ffn in (None, "none") else settings
 
 
 def describe(recipes: Sequence[Recipe]) -> list[dict[str, Any]]:

@@ -98,7 +98,7 @@ def _write_report(run: Training, finals: Mapping[str, Mapping[str, float]]) -> N
         draw_comparison(run.out / "lengths.png", {run.settings.recipe: [points]}, **look)
 
 
-def told(run: Training, finals: Mapping[str, Mapping[str, float]]) -> str:
+def report(run: Training, finals: Mapping[str, Mapping[str, float]]) -> str:
     """The final evaluations in words, one line a split."""
     lines = []
     for split, values in finals.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,3 +108,20 @@ def tokenizer_of(kind: str, vocabulary: str = "") -> Tokenizer:
     if kind == "char":
         return Characters(vocabulary)
     return Bytes() if kind == "byte" else HubTokenizer(kind)
+
+
+def pieces(ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """What the tokens read as, piece by piece as they come; a character waits until all of its bytes are there.
+
+    A token is decoded behind the tokens before it, since tokenizers may write the first one of a text otherwise.
+    """
+    seen: list[int] = []
+    start, end = 0, 0  # of the tokens that were yielded last
+    for token in ids:
+        seen.append(token)
+        before, now = decode(seen[start:end]), decode(seen[start:])
+        if len(now) > len(before) and not now.endswith("\ufffd"):
+            yield now[len(before) :]
+            start, end = end, len(seen)
+    if rest := decode(seen[start:])[len(decode(seen[start:end])) :]:
+        yield rest

@@ -23,7 +23,7 @@ from recur.train.config import InputError, Settings, known, path, plain, read_fi
 from recur.train.digest import changes, differences, digests
 from recur.train.events import Events
 from recur.train.lock import Held, hold
-from recur.train.machine import check_backend
+from recur.train.machine import backend, compile_layers
 from recur.train.models import describe, parameters
 from recur.train.task import Task, part
 from recur.weights import declared
@@ -108,7 +108,7 @@ def prepare(
         if settings.batch % (accelerator.num_processes * settings.accumulate):
             spread = f"{accelerator.num_processes} processes times --accumulate {settings.accumulate}"
             raise InputError(f"--batch must be a multiple of {spread}, got {settings.batch}")
-        check_backend(settings.compile)
+        backend(settings)
         torch.manual_seed(settings.seed)
         model = task.build(settings)
         if settings.init is not None and record is None:
@@ -117,8 +117,7 @@ def prepare(
             held = undo.enter_context(hold(out, notes.append))
             _check_no_run(out)  # since this process looked, another may have come and gone
         model.to(accelerator.device)
-        if settings.compile != "none":
-            model.compile(backend=settings.compile, dynamic=False)
+        compile_layers(model, settings)
         fused = accelerator.device.type == "cuda"
         groups = decay_groups(model, settings.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)

@@ -120,6 +120,30 @@ class Operator(Case):
 
 
 @dataclass(frozen=True)
+class Streaming(Operator):
+    """An operator that goes on from the states that it leaves.
+
+    carried: recorded states -> the inputs that they are for the next token; constant: inputs that have no time.
+    """
+
+    carried: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    constant: tuple[str, ...] = field(default=(), kw_only=True)
+    streams: bool = field(default=True, kw_only=True)
+
+    @torch.no_grad()
+    def stepped(self, vectors: Vectors) -> Run:
+        given, options = dict(vectors.inputs), {key: vectors.config[key] for key in self.options}
+        fixed = {key: given.pop(key) for key in (*self.constant, *self.carried.values()) if key in given}
+        states, ys = fixed, []
+        for t in range(next(iter(given.values())).shape[1]):
+            token = {key: tensor[:, t : t + 1] for key, tensor in given.items()}
+            y, more = self.function("recurrent", **token, **states, **options)
+            states = {**states, **{theirs: more[ours] for ours, theirs in self.carried.items() if ours in more}}
+            ys.append(y)
+        return Run({"output": torch.cat(ys, 1), **more})
+
+
+@dataclass(frozen=True)
 class Module(Case):
     """A module that recur.convert knows as `name`.
 
@@ -226,7 +250,8 @@ class Mismatch(Exception):
 
 
 def compare(case: Case, vectors: Vectors, run: Run, *, only: Collection[str] | None = None) -> dict[str, float]:
-    """Every recorded result, and every gradient if there is a cotangent, to its distance from ours.
+    """Every recorded result, and every gradient if there are cotangents (of the output, of states), to its distance
+    from ours.
 
     only: the results to look at, for a run that has no others (and no gradients).
     """
@@ -237,7 +262,9 @@ def compare(case: Case, vectors: Vectors, run: Run, *, only: Collection[str] | N
         found[key] = _distance(key, run.results.get(key), case.recorded(key, want))
     if only is not None or "cotangent" not in vectors.tensors:
         return found
-    run.results["output"].backward(vectors.tensors["cotangent"])
+    cotangents = {f"state.{key}": tensor for key, tensor in vectors.section("cotangent").items()}
+    cotangents["output"] = vectors.tensors["cotangent"]
+    torch.autograd.backward([run.results[key] for key in cotangents], list(cotangents.values()))
     wanted = vectors.section("grad.input")
     if "grad.input" in vectors.tensors:
         wanted["0"] = vectors.tensors["grad.input"]  # of the only input

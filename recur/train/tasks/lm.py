@@ -16,7 +16,7 @@ from recur.reading import InputError, one_line
 from recur.train.config import Settings, count, fraction, one_of, option, path, positive
 from recur.train.data import Batch, Stream, counting_losses, open_corpus, pack
 from recur.train.models import language_model
-from recur.train.task import Task, cross_entropy_and_hits
+from recur.train.task import Task
 from recur.train.tokenize import Tokenizer, tokenizer_of
 
 
@@ -107,16 +107,17 @@ class LM(Task):
         return None if tokens is None else tokens.count(self.settings.length)
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
+        learn = {"targets": self._labels(batch), "reduction": "sum"}
         if self.packing == "documents":
             packed = pack(batch)
-            return {"ids": packed["ids"], "cu_seqlens": packed["cu_seqlens"]}
-        return {"ids": batch["ids"]}
+            return {"ids": packed["ids"], "cu_seqlens": packed["cu_seqlens"], **learn}
+        return {"ids": batch["ids"], **learn}
 
     def weight(self, batch: Batch) -> int:
         return int((self._labels(batch) != -100).sum())
 
     def score(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": cross_entropy_and_hits(outputs, self._labels(batch))["loss"]}
+        return {"loss": outputs}
 
     def _labels(self, batch: Batch) -> Tensor:
         return pack(batch)["labels"] if self.packing == "documents" else batch["labels"]
@@ -239,6 +240,9 @@ class Distillation(LM):
         batch = super().batch(split, index, rows)
         taught = split == "train" and index % self.alternate == self.alternate - 1
         return batch | {"taught": torch.full((len(batch["ids"]),), taught)}
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        return {"ids": batch["ids"]} if bool(batch["taught"].any()) else super().inputs(batch)
 
     def score(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
         if not bool(batch["taught"].any()):

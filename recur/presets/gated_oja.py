@@ -1,0 +1,25 @@
+"""Gated Oja: a delta rule of transposed roles, whose values are directions and whose keys are what they stand for."""
+
+from recur.blocks import Act, Norm, OjaScan, OutputGate, Project, ShortConv, StepDecay
+from recur.recipe import Recipe
+
+
+def gated_oja(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
+    """S' = S_{t-1} diag(a_t), S_t = S' + beta_t (k_t - S' v_t) v_t^T, y_t = norm(S_t^T q_t) * silu(g_t); |v| = 1.
+
+    log a = -exp(A) softplus(dt + b), one per value channel.
+
+    Args: heads: H; conv: taps of the short convolution.
+    Source: after Oja 1982, doi:10.1007/BF00275687; the layer around the rule is recur's own.
+    """
+    return Recipe(
+        Project("x", q="H K", k="H K", v="H V", beta="H", dt="H V", g="H V"),
+        ShortConv("q k v", width=conv, bias=False),
+        Act("beta", "sigmoid"), StepDecay(),
+        Norm("v", kind="smooth_unit", over="V", eps=1e-6, affine="none"),
+        OjaScan(scale="1/sqrt(K)"),
+        Norm("y", over="V"), OutputGate("g"),
+        Project("y", y="D"),
+        axes={"H": heads, "K": "D/H", "V": "D/H"},
+        source="after Oja 1982, doi:10.1007/BF00275687",
+    )  # fmt: skip

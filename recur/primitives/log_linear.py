@@ -1,0 +1,142 @@
+"""Log-linear attention: a state per level of a binary tree over the past, read with a weight per level."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from recur.primitives.forms import ScanOut, document_of
+from recur.shapes import ShapeError, accumulation_dtype, bind, readable
+
+
+def log_linear_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    weights: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    position: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    form: str = "auto",
+) -> ScanOut:
+    """Linear attention whose weights also depend on how far back a token lies, in powers of two.
+
+        y_t = sum_{s<=t} w_t[l(t, s)] exp(sum_{s<r<=t} log a_r) (q_t . k_s) v_s
+
+    l(t, t) = 0, else l(t, s) is the bit length of (t xor s): the level of the Fenwick tree over 0 .. t that holds s.
+
+    Args:
+        q, k:          [B T G K], G divides H.
+        v:             [B T H V].
+        log_decay:     [B T H] natural log of a.
+        weights:       [B T H L] w; L levels reach 2^(L - 1) tokens.
+        initial_state: [B L H K V] what each level holds before the first token; zeros when omitted.
+        position:      [B] tokens seen before the first; zeros when omitted.
+        cu_seqlens:    [n+1] document borders; states are then [n L H K V].
+        form:          "recurrent", the token loop with L states; "parallel", all pairs of tokens, from an empty state;
+                       "chunked" and "auto" are "parallel" from an empty state and "recurrent" otherwise.
+
+    Returns: y [B T H V] of v's dtype; state [B L H K V].
+    Raises: ShapeError if axes disagree, ValueError if a sequence is longer than the levels reach (on a CPU),
+        NotImplementedError for another form.
+    Cost: "recurrent" O(T L H K V) time and O(L H K V) memory; "parallel" O(T^2).
+    Source: Guo et al. 2025, arXiv:2506.04761.
+    """
+    sizes = bind(
+        "log_linear_scan", q=(q, "B T G K"), k=(k, "B T G K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H")
+    )
+    bind("log_linear_scan", v=(v, "B T H V"), weights=(weights, "B T H L"))
+    H, G, T, L = sizes["H"], sizes["G"], sizes["T"], weights.shape[3]
+    if G == 0 or H % G:
+        raise ShapeError(f"log_linear_scan: G must divide H, got G={G} (q) and H={H} (v)")
+    if form not in ("auto", "recurrent", "chunked", "parallel"):
+        raise NotImplementedError(
+            f"log_linear_scan: form={form!r} is not available here; these are: recurrent, chunked, parallel"
+        )
+    real = accumulation_dtype(q, k, v, log_decay, weights, initial_state)
+    q, k = (x.to(real).repeat_interleave(H // G, 2) for x in (q, k))
+    v_wide, decay, w = v.to(real), log_decay.to(real), weights.to(real)
+    rows = sizes["B"] if cu_seqlens is None else len(cu_seqlens) - 1
+    seen = torch.zeros(rows, dtype=torch.long, device=q.device) if position is None else position
+    document = torch.arange(rows, device=q.device)[:, None].expand(rows, T)
+    at = seen[:, None] + torch.arange(T, device=q.device)
+    if cu_seqlens is not None:
+        document = document_of(cu_seqlens, T)[None]
+        at = (seen[document[0]] + torch.arange(T, device=q.device) - cu_seqlens[document[0]])[None]
+    if readable(at) and at.numel() and int(at.max()) >= 2 ** (L - 1):
+        raise ValueError(f"log_linear_scan: L={L} levels reach {2 ** (L - 1)} tokens, got {int(at.max()) + 1}")
+    start = q.new_zeros(rows, L, H, q.shape[3], v.shape[3]) if initial_state is None else initial_state.to(real)
+    fresh = initial_state is None and position is None
+    if form == "parallel" and not fresh:
+        raise NotImplementedError(
+            "log_linear_scan: form='parallel' begins with an empty state; form='recurrent' goes on"
+        )
+    if form != "recurrent" and fresh and T:
+        y, state = _pairs(q, k, v_wide, decay, w, at, document, rows)
+    else:
+        y, state = _loop(q, k, v_wide, decay, w, at, document, start)
+    return ScanOut(y.to(v.dtype), state)
+
+
+def _pairs(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, w: Tensor, at: Tensor, document: Tensor, rows: int
+) -> tuple[Tensor, Tensor]:
+    """All pairs of tokens; what each level holds at the end.
+
+    What is not finite counts as 0, so that 0 times it reaches no other token, and y and states that see it are NaN.
+    """
+    L, seen = w.shape[3], (at[:, :, None] >= at[:, None]) & (document[:, :, None] == document[:, None])  # [B T S]
+    own = ~(q.isfinite().all(-1) & w.isfinite().all(-1))  # [B T H]
+    bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1) & decay.isfinite() & decay.exp().isfinite())
+    q, w = (x.masked_fill(own[..., None], 0) for x in (q, w))
+    k, v = (x.masked_fill(bad[..., None], 0) for x in (k, v))
+    since = decay.masked_fill(bad, 0).cumsum(1)
+    gap = (since[:, :, None] - since[:, None]).masked_fill(~seen[..., None], -torch.inf)
+    scores = torch.einsum("bthk,bshk->btsh", q, k).masked_fill(~seen[..., None], 0) * gap.exp()
+    level = bit_length(at[:, :, None] ^ at[:, None]).clamp(max=L - 1)
+    weight = w.transpose(2, 3).gather(2, level[..., None].expand(*level.shape, w.shape[2]))  # [B T S H]
+    lost = own | (torch.einsum("bts,bsh->bth", seen.to(k.dtype), bad.to(k.dtype)) > 0)
+    y = torch.einsum("btsh,bshv->bthv", scores * weight, v).masked_fill(lost[..., None], torch.nan)
+    # the levels as the last token of each row or document finds them
+    last = torch.stack([torch.where(document == row, at, -1).flatten().argmax() for row in range(rows)])
+    there = torch.stack([(document == row).any() for row in range(rows)])
+    row, token = last // at.shape[1], last % at.shape[1]
+    held = F.one_hot(level[row, token], L).to(k.dtype) * (seen[row, token] & there[:, None])[..., None]  # [n S L]
+    state = torch.einsum("nshk,nsh,nsl,nshv->nlhkv", k[row], gap[row, token].exp(), held, v[row])
+    return y, state.masked_fill((lost[row, token] & there[:, None])[:, None, :, None, None], torch.nan)
+
+
+def _loop(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, w: Tensor, at: Tensor, document: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token after another; state [n L H K V]."""
+    ys, L = [], w.shape[3]
+    levels = torch.arange(L, device=q.device)
+    for t in range(q.shape[1]):
+        rows = document[:, t]
+        mine = state.index_select(0, rows)
+        mine = _merged(mine, at[:, t], levels) * decay[:, t].exp()[:, None, :, None, None]
+        own = k[:, t, :, :, None] * v[:, t, :, None, :]
+        mine = torch.cat([own[:, None], mine[:, 1:]], 1)
+        ys.append(torch.einsum("blhkv,bhk,bhl->bhv", mine, q[:, t], w[:, t]))
+        state = state.index_copy(0, rows, mine)
+    return torch.stack(ys, 1) if ys else v, state
+
+
+def _merged(state: Tensor, at: Tensor, levels: Tensor) -> Tensor:
+    """What each level holds for the token at this position: the lowest ones join where one ends, in a new block."""
+    zeros = bit_length(at & -at)  # one more than the trailing zeros of the position; 0 for the first token
+    joined = levels < zeros[:, None]
+    new = (levels == zeros[:, None]) & (zeros > 0)[:, None]
+    shape = (*joined.shape, 1, 1, 1)
+    total = (state * joined.view(shape)).sum(1, keepdim=True)
+    kept = state * (~joined).view(shape)
+    return torch.where(new.view(shape), kept + total, kept)
+
+
+def bit_length(n: Tensor) -> Tensor:
+    """Bits of integers below 2^52: 0 for 0, 1 for 1, 2 for 2 and 3, ..."""
+    return torch.frexp(n.double()).exponent.long()

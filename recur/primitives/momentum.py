@@ -1,0 +1,74 @@
+"""The delta rule with momentum: two matrices per head, of which one is the other's velocity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from recur.primitives.forms import ScanOut, first_state, unroll
+from recur.shapes import accumulation_dtype, bind
+
+
+def momentum_scan(
+    q: Tensor,
+    k: Tensor,
+    p: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    log_momentum: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float = 1.0,
+) -> ScanOut:
+    """Gradient descent with momentum on the error of what p reads: a token loop.
+
+        M_t = m_t M_{t-1} − eta_t k_t (v_t − S_{t-1}ᵀ p_t)ᵀ,  S_t = a_t S_{t-1} − beta_t M_t,  y_t = scale S_tᵀ q_t
+
+    Args:
+        q, k, p:       [B T H K].
+        v:             [B T H V].
+        log_decay:     [B T H] log a.
+        log_momentum:  [B T H] log m.
+        step:          [B T H] beta.
+        rate:          [B T H] eta.
+        initial_state: [B 2 H K V] S and M; zeros when omitted.
+        cu_seqlens:    [n+1] document borders; states are then [n 2 H K V].
+        scale:         factor on y.
+
+    Returns: y [B T H V]; state [B 2 H K V].   Raises: ShapeError if axes disagree.
+    Cost: T steps, each O(H K V): an error stays in M for many tokens, so this is no wide step.
+    """
+    numbers = {"log_decay": log_decay, "log_momentum": log_momentum, "step": step, "rate": rate}
+    vectors = {"q": q, "k": k, "p": p}
+    letters = {name: (x, "B T H") for name, x in numbers.items()} | {n: (x, "B T H K") for n, x in vectors.items()}
+    bind("momentum_scan", v=(v, "B T H V"), **letters)
+    real = accumulation_dtype(v, *numbers.values(), *vectors.values(), initial_state)
+    tokens = {name: x.to(real) for name, x in {**numbers, **vectors, "v": v}.items()}
+    start = first_state(v, (2, v.shape[2], q.shape[3], v.shape[3]), real, initial_state, cu_seqlens)
+    if v.shape[1] == 0:
+        return ScanOut(v, start)
+    y, state = unroll(momentum_step, start, cu_seqlens, **{**tokens, "q": tokens["q"] * scale})
+    return ScanOut(y.to(v.dtype), state)
+
+
+def momentum_step(
+    state: Tensor,
+    *,
+    q: Tensor,
+    k: Tensor,
+    p: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    log_momentum: Tensor,
+    step: Tensor,
+    rate: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One token, pure: y [B H V] and the state [B 2 H K V]."""
+    S, M = state.unbind(1)
+    error = v - torch.einsum("bhkv,bhk->bhv", S, p)
+    M = log_momentum.exp()[..., None, None] * M - (rate[..., None] * k)[..., None] * error[..., None, :]
+    S = log_decay.exp()[..., None, None] * S - step[..., None, None] * M
+    return torch.einsum("bhkv,bhk->bhv", S, q), torch.stack([S, M], 1)
