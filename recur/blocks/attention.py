@@ -267,6 +267,9 @@ class ForgettingAttention(Attention):
 
     Args: decay: log f [H], real, one per query head; window: how many tokens a query sees, its own included; None sees
         all before it.
+
+    >>> recur.blocks.ForgettingAttention().formula()
+    'y_t = sum_{s<=t} softmax(q_t . k_s / sqrt(K) + sum_{s<r<=t} log_f_r) v_s'
     """
 
     decay: str = "log_f"

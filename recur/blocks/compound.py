@@ -74,6 +74,9 @@ class OjaScan(Part):
     """Oja's rule, a delta rule of transposed roles: S = S_{t-1} diag(a), S_t = S + beta (k - S v) v^T, y = scale S^T q.
 
     q, k [H K]; v and decay log a [H V]; beta [H].
+
+    >>> recur.blocks.OjaScan().formula()
+    'S = S_{t-1} diag(exp(log_a)), S_t = S + beta (k - S v) v^T, y = 1.0 S_t^T q'
     """
 
     q: str = "q"
@@ -163,6 +166,9 @@ class MomentumScan(Part):
     """A delta rule with momentum: M_t = m M_{t-1} - eta k (v - S_{t-1}^T p)^T, S_t = a S_{t-1} - beta M_t.
 
     y = scale S_t^T q. Token by token in every form.   q, k, p [H K]; v [H V]; log_a, log_m, beta, eta [H].
+
+    >>> recur.blocks.MomentumScan().formula()
+    'M_t = exp(log_m) M_{t-1} - eta k (v - S_{t-1}^T p)^T, S_t = exp(log_a) S_{t-1} - beta M_t, y = 1.0 S_t^T q'
     """
 
     q: str = "q"
@@ -214,6 +220,9 @@ class LogLinearScan(Part):
     y_t = sum_{s<=t} w_t[l(t, s)] exp(sum_{s<r<=t} log_a_r) (q_t . k_s) v_s, l(t, s) the bit length of (t xor s).
 
     Args: q, k: [G K]; v: [H V]; decay: log a [H]; weights: w [H L]; L levels reach 2^(L - 1) tokens.
+
+    >>> recur.blocks.LogLinearScan().formula()
+    'y_t = sum_{s<=t} w_t[bits(t xor s)] exp(sum_{s<r<=t} log_a_r) (q_t . k_s) v_s'
     """
 
     q: str = "q"

@@ -64,7 +64,11 @@ class Decay(Part):
 
 @dataclass(frozen=True)
 class FlooredDecay(Part):
-    """Log decay of a sigmoid gate between -rate and 0, so that no token forgets more: log_a = -rate sigmoid(z)."""
+    """Log decay of a sigmoid gate between -rate and 0, so that no token forgets more: log_a = -rate sigmoid(z).
+
+    >>> recur.blocks.FlooredDecay().formula()
+    'log_a = -0.606531 sigmoid(z)'
+    """
 
     source: str = "z"
     rate: float = math.exp(-0.5)
@@ -530,6 +534,9 @@ class KeyedRate(Part):
 
     law: "exponential", (1 - exp(-beta |k|^2)) / |k|^2, the error's exact decay over a time beta; "projection",
         beta / |k|^2, a Kaczmarz step; "implicit", beta / (1 + beta |k|^2), the step that minimises a proximal loss.
+
+    >>> recur.blocks.KeyedRate().formula()
+    'beta <- (1 - exp(-beta |k|^2)) / |k|^2'
     """
 
     beta: str = "beta"

@@ -230,6 +230,9 @@ class WideScan(OuterScan):
         remove:     b, of the axes of e; None is k.
         write:      w [H] or [H V]; None is 1.
     With several writes a token, e, b and w have the axis M as well; the first alone reads the previous state.
+
+    >>> recur.blocks.WideScan().formula()
+    'S = exp(log_a) S_{t-1}, S_t = S + k v^T, y = S_t^T q'
     """
 
     erase: str | None = None

@@ -31,6 +31,9 @@ class ValueResidual(Part):
         rank:         axis between its two matrices; W1 starts as 0, W2 orthogonal.
         first:        first values of b, an expression (see `Learned`).
         weights_from: the first layer with weights; 0 gives layer 0 weights that nothing reads, as some trainers do.
+
+    >>> recur.blocks.ValueResidual().formula()
+    'v <- v + (v of layer 0 - v) sigmoid(W2 W1 x + b)'
     """
 
     source: str = "v"
@@ -73,6 +76,9 @@ class RemovalKeys(Part):
     e = norm(k * k_k), b = a e, k <- k + k (a - 1) k_a; k, a [H K], k_k and k_a learned per channel.
 
     Args: norm, eps: of e in each head, "unit" or "smooth_unit" (see `Norm`); erase, remove: names of e and b.
+
+    >>> recur.blocks.RemovalKeys().formula()
+    'e = unit norm(k * k_k), b = a e, k <- k + k (a - 1) k_a'
     """
 
     k: str = "k"
@@ -110,6 +116,9 @@ class FeedbackKey(Part):
         p:       the name of p [H K].
         decay:   "learned", c = sigmoid(d_h) with d = 1 at first, or "none", c = 1.
         correct: first value of D_h; None leaves the query as it is.
+
+    >>> recur.blocks.FeedbackKey().formula()
+    'p = sigmoid(d) k, q <- q - D p'
     """
 
     q: str = "q"
@@ -150,6 +159,9 @@ class SelfTerm(Part):
     """What a token reads of its own write, besides what the scan has read: y <- y + (sum_K q w k) v, w [H K] learned.
 
     Args: q, k: [H K]; v: of the axes of `out` [H V]; first: first values of w, an expression (see `Learned`).
+
+    >>> recur.blocks.SelfTerm().formula()
+    'y <- y + (sum_K q w k) v'
     """
 
     q: str = "q"
@@ -177,7 +189,11 @@ class SelfTerm(Part):
 
 @dataclass(frozen=True)
 class Repeat(Part):
-    """Repeat each group of heads for the heads that share it: [... G *] -> [... H *], head h reads h // (H/G)."""
+    """Repeat each group of heads for the heads that share it: [... G *] -> [... H *], head h reads h // (H/G).
+
+    >>> recur.blocks.Repeat("u").formula()
+    'u of every group for its heads'
+    """
 
     names: str
     heads: str = "H"
@@ -210,7 +226,11 @@ class Repeat(Part):
 
 @dataclass(frozen=True)
 class Previous(Part):
-    """Tensors of the token before, zeros before the first: Previous("k v", to="k_before v_before")."""
+    """Tensors of the token before, zeros before the first: Previous("k v", to="k_before v_before").
+
+    >>> recur.blocks.Previous("u", "v").formula()
+    'v = u_{t-1}'
+    """
 
     names: str
     to: str
@@ -247,6 +267,9 @@ class DataDecay(Part):
 
     delta = softplus(dt + b); f(r) = 1 + r, or 1 / (1 - r) where r is negative; dt, r, b [H]. softplus(b) starts spread
     over 0.001 to 0.1.
+
+    >>> recur.blocks.DataDecay().formula()
+    'delta = softplus(dt + b), f = 1 + rate, or 1 / (1 - rate) if rate < 0, log_a = -max(f, 0.0001) delta'
     """
 
     source: str = "dt"
@@ -280,6 +303,9 @@ class DataRotary(Part):
         angle:  [A] shared by heads, or [H A], A <= K/2: pairs beyond them stay.
         step:   delta [H].
         layout: pairs (2j, 2j+1) "interleaved", or (j, j + K/2) "half".
+
+    >>> recur.blocks.DataRotary("u").formula()
+    'theta_t = theta_{t-1} + pi tanh(angle) delta, u <- rotate(u, theta_t)'
     """
 
     names: str
@@ -330,6 +356,9 @@ class Trapezoid(Part):
 
     Args: k, v: [H K] and [H V], or [R H K] and [R H V] for R writes each; trap, step, decay: [H]; keys, values: what
         is written, [2 H K] and [2 H V], or [2*R H K] and [2*R H V].
+
+    >>> recur.blocks.Trapezoid().formula()
+    'l = sigmoid(trap), keys = [(1 - l) delta exp(log_a) k_{t-1}, l delta k], values = [v_{t-1}, v]'
     """
 
     k: str = "k"
@@ -365,7 +394,11 @@ class Trapezoid(Part):
 
 @dataclass(frozen=True)
 class Spread(Part):
-    """R tensors of one, each weighed per channel: v_r = w_r * u; u [*], w and v [R *].  w starts as `first`."""
+    """R tensors of one, each weighed per channel: v_r = w_r * u; u [*], w and v [R *].  w starts as `first`.
+
+    >>> recur.blocks.Spread("u").formula()
+    'u_r <- w_r * u'
+    """
 
     source: str
     axis: str = "R"
@@ -389,7 +422,11 @@ class Spread(Part):
 
 @dataclass(frozen=True)
 class Gather(Part):
-    """The sum of R tensors, each weighed per channel: y <- sum_r w_r * y_r; y and w [R *].  w starts as `first`."""
+    """The sum of R tensors, each weighed per channel: y <- sum_r w_r * y_r; y and w [R *].  w starts as `first`.
+
+    >>> recur.blocks.Gather().formula()
+    'y <- sum_r w_r * y_r'
+    """
 
     source: str = "y"
     first: str = "1"

@@ -38,6 +38,10 @@ def comba(
     Args: heads: H, of values; groups: G, of keys; key, value: channels per head; enter: what q, k and v pass through;
         feedback: p, and what it takes off the query; leave: how y leaves, before the last projection.
     Source: Hu et al. 2025, arXiv:2506.02475.
+
+    >>> y, _ = recur.Mixer(recur.presets.comba(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="G K", k="G K", v="H V", beta="H", dt="H", name="enter"),

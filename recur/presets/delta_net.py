@@ -113,6 +113,10 @@ def efla(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
 
     Args: as `delta_net`.
     Source: arXiv:2512.12602.
+
+    >>> y, _ = recur.Mixer(recur.presets.efla(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return delta_net(heads=heads, conv=conv).replace("norm_2", KeyedRate(law="exponential"))
 
@@ -122,5 +126,9 @@ def kaczmarz(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
 
     Args: as `delta_net`.
     Source: arXiv:2605.08587.
+
+    >>> y, _ = recur.Mixer(recur.presets.kaczmarz(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return delta_net(heads=heads, conv=conv).replace("norm_2", KeyedRate(law="projection"))

@@ -25,6 +25,10 @@ def delta_product(
         through; reach: parts that change beta, by default to (0, 2), so that eigenvalues reach -1; leave: how y leaves,
         before the last projection.
     Source: Siems et al. 2025, arXiv:2502.10297.
+
+    >>> y, _ = recur.Mixer(recur.presets.delta_product(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="G K", k="M G K", v="M H V", beta="M H", name="enter"),
@@ -57,6 +61,10 @@ def gated_delta_product(
 
     Args: as `delta_product`.
     Source: Siems et al. 2025, arXiv:2502.10297.
+
+    >>> y, _ = recur.Mixer(recur.presets.gated_delta_product(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     plain = delta_product(
         writes=writes, heads=heads, groups=groups, key=key, value=value, enter=enter, reach=reach, leave=leave

@@ -13,6 +13,10 @@ def dplr(*, heads: int | str = "max(4,D//128)", rank: int | str = 16, tau: float
 
     Args: heads: H; rank: of the projections of the two gates; tau: the larger, the slower a new gate forgets.
     Source: the form that RWKV-7 (Peng et al. 2025, arXiv:2503.14456) and others share.
+
+    >>> y, _ = recur.Mixer(recur.presets.dplr(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     gates = {name: LowRank("H K", rank="R", bias=True) for name in ("z", "r")}
     return Recipe(

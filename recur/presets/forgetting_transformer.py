@@ -18,6 +18,10 @@ def forgetting_transformer(
     Args: heads: H, by default of 64 channels; groups: G, of keys and values; window: how many tokens a query sees;
         bias: of q, k and v; norm: of q and k, none by default; leave: how y leaves, before the last projection.
     Source: Lin et al. 2025, arXiv:2503.02130.
+
+    >>> y, _ = recur.Mixer(recur.presets.forgetting_transformer(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="H K", k="G K", v="G K", bias=bias, name="enter"),

@@ -36,6 +36,10 @@ def gated_delta_net2(
         and v pass through; reach: parts that change the erase gate b; (Scale("b", "2"),) lets it reach 2, so that
         eigenvalues reach -1; eps: of the norm.
     Source: arXiv:2605.22791.
+
+    >>> y, _ = recur.Mixer(recur.presets.gated_delta_net2(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     wide = {"g": LowRank("H V", rank="V", bias=True), "dt": LowRank("G K", rank="V")}
     return Recipe(

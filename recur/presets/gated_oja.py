@@ -11,6 +11,10 @@ def gated_oja(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
 
     Args: heads: H; conv: taps of the short convolution.
     Source: after Oja 1982, doi:10.1007/BF00275687; the layer around the rule is recur's own.
+
+    >>> y, _ = recur.Mixer(recur.presets.gated_oja(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H V", beta="H", dt="H V", g="H V"),

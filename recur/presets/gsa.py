@@ -14,6 +14,10 @@ def gsa(
     Args: heads: H; slots: M per head; groups: G, of keys and values, which heads share; tau: the larger, the slower a
         new gate forgets.
     Source: Zhang et al. 2024, arXiv:2409.07146.
+
+    >>> y, _ = recur.Mixer(recur.presets.gsa(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="H K", k="G K", v="G V", z="G M", name="enter"),

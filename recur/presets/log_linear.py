@@ -14,6 +14,10 @@ def log_linear_attention(
     Args: heads: H; groups: G, which share q and k; state: K; levels: L, which reach 2^(L - 1) tokens; conv: taps of the
         short convolution.
     Source: Guo et al. 2025, arXiv:2506.04761.
+
+    >>> y, _ = recur.Mixer(recur.presets.log_linear_attention(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="G K", k="G K", v="H V", g="H V", dt="H", w="H L"),

@@ -39,6 +39,10 @@ def mamba3(
         rope: share of the channels of q and k that rotate; floor: the least rate of decay; leave: how y leaves, before
         the last projection.
     Source: Lahoti et al. 2026, arXiv:2603.15569.
+
+    >>> y, _ = recur.Mixer(recur.presets.mamba3(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", z="H P", u="H P", B="G N", C="G N", dt="H", rate="H", trap="H", angle="A", name="enter"),
@@ -74,6 +78,10 @@ def mamba3_mimo(
     Args: rank: R; layout: which channels rotate together (see `DataRotary`), "half" as in the published kernels; the
         rest as in `mamba3`.
     Source: Lahoti et al. 2026, arXiv:2603.15569.
+
+    >>> y, _ = recur.Mixer(recur.presets.mamba3_mimo(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", z="H P", u="H P", B="R G N", C="R G N", dt="H", rate="H", trap="H", angle="A", name="enter"),

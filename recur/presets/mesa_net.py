@@ -17,6 +17,10 @@ def mesa_net(
     Args: heads: H, by default of 128 channels, as published; conv: taps over q and k; read: which solver, and how many
         of its iterations (see `MesaScan`), the same for whole sequences and for steps; leave: how y leaves.
     Source: von Oswald et al. 2025, arXiv:2506.05233.
+
+    >>> y, _ = recur.Mixer(recur.presets.mesa_net(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H K", name="enter"),

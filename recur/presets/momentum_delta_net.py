@@ -12,6 +12,10 @@ def momentum_delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> 
 
     Args: heads: H; conv: taps of the short convolution.
     Source: the rule is in released code (flash-linear-attention); the layer around it is recur's own.
+
+    >>> y, _ = recur.Mixer(recur.presets.momentum_delta_net(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H V", g="H V"),

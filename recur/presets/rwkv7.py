@@ -47,6 +47,10 @@ def rwkv7(
     Args: heads: H, by default of 64 channels, as published; value: width of all values; ranks: of the matrices of w, a,
         v and g; keys: how e is normalised; norm: of each head's read; residual: how v meets that of layer 0.
     Source: Peng et al. 2025, arXiv:2503.14456.
+
+    >>> y, _ = recur.Mixer(recur.presets.rwkv7(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         TokenShift("x", to="xr xw xk xv xa xg", init=MIXES),
