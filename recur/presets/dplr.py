@@ -14,10 +14,9 @@ def dplr(*, heads: int | str = "max(4,D//128)", rank: int | str = 16, tau: float
     Args: heads: H; rank: of the projections of the two gates; tau: the larger, the slower a new gate forgets.
     Source: the form that RWKV-7 (Peng et al. 2025, arXiv:2503.14456) and others share.
     """
-    gates = {name: LowRank("H K", rank="R", bias=True) for name in ("z", "r")}
     return Recipe(
         Project("x", q="H K", k="H K", e="H K", v="H V", g="H V"),
-        Project("x", **gates),
+        Project("x", z=LowRank("H K", rank="R", bias=True), r=LowRank("H K", rank="R", bias=True)),
         Decay("z", tau=tau), Act("r", "sigmoid"),
         *smooth_unit("e"), Weigh("e", by="r", to="b"),
         WideScan(erase="e", erase_from="previous", remove="b", scale="1/sqrt(K)"),
