@@ -165,17 +165,19 @@ def _erasing(
     if beta is not None:
         solve = solve * beta.mT
         solve = solve if all_finite(beta) else solve.tril()  # 0 times a beta that is not finite is NaN
-    start, added = chunks.openings(start)
+    (start, added), sealed = chunks.openings(start), chunks.sealed
     if b_out is None:
         A_qu, writer, given = A_qk, to_end(k_out), v
     else:
         z = v if beta is None else beta * v
         A_qu, writer, given = A_qb, to_end(b_out), -lower_product(A_ek.tril(-1), z)
         written = to_end(k_out).mT @ z
-        added = written if added is None else added + written.masked_fill(like_batch(chunks.sealed, written), 0)
+        added = (
+            written if added is None or sealed is None else added + written.masked_fill(like_batch(sealed, written), 0)
+        )
     lead = (chunks.n, *v.shape[1:4])
     decay, e_in, writer, solve = (x.expand(*lead, *x.shape[-2:]) for x in (decay, e_in, writer, solve))
-    entering, _, u, _ = chunked_state_pass(decay, e_in, writer, solve, given, None, added, start, chunks.sealed, 1)
+    entering, _, u, _ = chunked_state_pass(decay, e_in, writer, solve, given, None, added, start, sealed, 1)
     y = add_to(lower_product(A_qu, u, chunks.size), q_in @ entering)
     state = kept(chunks.last(decay), chunks.last(entering)) + chunks.last(writer).mT @ chunks.last(u)
     if b_out is not None:

@@ -35,14 +35,14 @@ class ChunkDecays(NamedTuple):
     decay_total: [... K | 1] the product of all gates.
     """
 
-    A_qk: Tensor
-    A_ek: Tensor | None
-    A_qb: Tensor | None
-    A_eb: Tensor | None
-    q_in: Tensor
-    e_in: Tensor | None
-    k_out: Tensor
-    b_out: Tensor | None
+    A_qk: Any
+    A_ek: Any
+    A_qb: Any
+    A_eb: Any
+    q_in: Any
+    e_in: Any
+    k_out: Any
+    b_out: Any
     decay_total: Tensor
 
 
@@ -67,11 +67,15 @@ def chunk_decays(
         return _key_wise(q, k, e, b, gate(log_decay), q_skips, e_skips)
     pairs = _pairs(q, k, e, b, q_skips, e_skips)
     if log_decay is None:
-        found = [pair and _seen(pair, pair.reader @ pair.writer.mT, tokens) for pair in pairs]
-        return ChunkDecays(*found, q, e, k, b, torch.ones_like(k[..., 0, :1]))
+        qk, ek, qb, eb = (pair and _seen(pair, pair.reader @ pair.writer.mT, tokens) for pair in pairs)
+        return ChunkDecays(qk, ek, qb, eb, q, e, k, b, torch.ones_like(k[..., 0, :1]))
     decay_in, decay_out, *scores = _scores(log_decay, q, k, e, b, q_skips, e_skips)
+    qk, ek, qb, eb = (pair and score for pair, score in zip(pairs, scores, strict=True))
     return ChunkDecays(
-        *(pair and score for pair, score in zip(pairs, scores, strict=True)),
+        qk,
+        ek,
+        qb,
+        eb,
         q * per_row(decay_in, q, q_skips, 1.0),
         None if e is None else e * per_row(decay_in, e, e_skips, 1.0),
         k * per_row(decay_out, k),
@@ -220,9 +224,7 @@ def _gradients_scores(ctx: Any, grad_in: Tensor, grad_out: Tensor, *given: Tenso
     return grad_log, grad_q, grad_k, grad_e, grad_b, None, None
 
 
-def _tangent_scores(
-    ctx: Any, dlog: Tensor, dq: Tensor, dk: Tensor, de: Tensor | None, db: Tensor | None, *_: None
-) -> Any:
+def _tangent_scores(ctx: Any, dlog: Tensor, dq: Tensor, dk: Tensor, de: Any, db: Any, *_: None) -> Any:
     log_decay, q, k, e, b, decay_in, decay_out, *scores = ctx.saved_tensors
     between, spread, tokens = _between(log_decay), _spread(dlog), log_decay.shape[-2]
     later = F.pad(dlog[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
@@ -346,8 +348,8 @@ def _key_wise(
         ins = [x if x is None else torch.cat([x[0], x[1] * left_total], -2) for x in halves[:2]]
         outs = [x if x is None else torch.cat([x[0] * right_total, x[1]], -2) for x in halves[2:]]
         total = left_total * right_total
-    whole = [x if x is None else x.squeeze(-3) for x in (*scores, *ins, *outs)]
-    return ChunkDecays(*whole, total.squeeze(-3).squeeze(-2))
+    qk, ek, qb, eb, q_in, e_in, k_out, b_out = (x if x is None else x.squeeze(-3) for x in (*scores, *ins, *outs))
+    return ChunkDecays(qk, ek, qb, eb, q_in, e_in, k_out, b_out, total.squeeze(-3).squeeze(-2))
 
 
 def _own_token(pair: _Pair) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,8 +120,7 @@ def scan(
     if log_decay is not None and log_decay.ndim <= 2:
         given = given._replace(log_decay=log_decay[None, None])
     if form == "triton":
-        q, k, v, log_decay, beta, bonus, *_ = given
-        tensors = {"q": q, "k": k, "v": v, "log_decay": log_decay, "beta": beta, "bonus": bonus}
+        tensors: Any = dict(zip(Given._fields[:6], given, strict=False))
         return kernel.scan(initial_state, cu_seqlens, **tensors, scale=scale, reverse=reverse)
     with without_autocast(v):
         tokens = _tokens(real, given, scale)
@@ -253,21 +252,21 @@ def _check(
         got = f"M={sizes.get('M', 1)} (k) and R={sizes.get('R', 1)} (q)"
         raise ShapeError(f"{function}: a token must be written and read at least once, got {got}")
     previous = pick(function, "erase_from", erase_from, {"decayed": False, "previous": True})
-    excluded = {"beta": beta, "erase": erase, "remove": remove, "write": write}
+    excluded: dict[str, Any] = {"beta": beta, "erase": erase, "remove": remove, "write": write}
     excluded |= {"several writes per token": writes != lead or None, "several reads per token": reads != lead or None}
     if bonus is not None:
         for name, x in excluded.items():
             if x is not None:
                 raise ValueError(f"{function}: bonus must be None with {name}: it is read before the write, got both")
-    for name, x in (("erase", erase), ("write", write)):
-        if beta is not None and x is not None:
+    for name in ("erase", "write"):
+        if beta is not None and excluded[name] is not None:
             raise ValueError(
                 f"{function}: beta must be None with {name}: it stands for erase = beta k and write = beta, got both"
             )
     if remove is not None and beta is None and erase is None:
         raise ValueError(f"{function}: remove must be None without erase or beta: nothing is read to be removed")
     if k is None and (log_decay is None or log_decay.is_complex() or log_decay.shape[-2:] != (sizes["H"], sizes["K"])):
-        got = None if log_decay is None else f"{log_decay.dtype} {tuple(log_decay.shape)}"
+        got = "None" if log_decay is None else f"{log_decay.dtype} {tuple(log_decay.shape)}"
         raise ValueError(
             f"{function}: k=None is 1 − exp(log_decay), so log_decay must be real and end in [H K]; "
             f"expected H={sizes['H']}, K={sizes['K']}, got {got}"
@@ -289,8 +288,10 @@ def _tokens(real: torch.dtype, given: Given, scale: float) -> dict[str, Tensor]:
     if log_decay is not None:
         log_decay = log_decay.to(number_of(real, log_decay))
         tokens["log_decay"] = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
-    tied = k is None
-    tokens["k"] = -torch.expm1(tokens["log_decay"]).expand(*v.shape[:3], -1).unsqueeze(2) if tied else several(k)
+    if k is None:
+        tokens["k"] = -torch.expm1(tokens["log_decay"]).expand(*v.shape[:3], -1).unsqueeze(2)
+    else:
+        tokens["k"] = several(k)
     if beta is not None:
         tokens["beta"] = several(beta, 4)
     if write is not None:

@@ -58,7 +58,7 @@ def summary(
     >>> torch.equal(recur.advance(both, torch.zeros(1, 1, 2, 3)), recur.scan(k, k, v, erase=k).state)
     True
     """
-    wide = {"erase": erase, "erase_from": erase_from, "remove": remove, "write": write}
+    wide: dict[str, Any] = {"erase": erase, "erase_from": erase_from, "remove": remove, "write": write}
     if k is None:  # tied, and nothing is read; without a gate to tie it to, scan says what is missing
         q = v.new_zeros(*v.shape[:3], 1 if log_decay is None else log_decay.shape[-1])
     else:

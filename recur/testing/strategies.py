@@ -121,7 +121,7 @@ def scans(
     """
     B, T, G = draw(batches()), draw(lengths()), draw(st.integers(1, 3))
     H, K, V = G * draw(st.integers(1, 3)), draw(_axis()), draw(_axis())
-    M, R = ((draw(st.integers(1, 3)),), (draw(st.integers(1, 3)),)) if several else ((), ())
+    M, R = ([draw(st.integers(1, 3))] if several else [] for _ in range(2))
     regime = "none" if decay is None else draw(regimes())
     numbers = Numbers(draw(seeds()))
     sizes = {"B": B, "T": T, "H": H, "G": G, "K": K, "V": V}
@@ -153,8 +153,8 @@ def scans(
     known: dict[str, Any] = {"idle": {} if "log_decay" in constants else idle, "heads": heads, "forgets": forgets}
     known |= {"like": "v", "linear": ("v",), "decay": "log_decay" if varies else None}
     known |= {"shape": (*R, H, V) if several else None}
-    sizes |= {"regime": regime} | ({"M": M[0], "R": R[0]} if several else {})
-    return Inputs(tokens, constants, state, sizes, numbers.seed, **known)
+    shown: dict[str, Any] = sizes | {"regime": regime} | ({"M": M[0], "R": R[0]} if several else {})
+    return Inputs(tokens, constants, state, shown, numbers.seed, **known)
 
 
 def _shortened(keys: Tensor, divisor: float) -> Tensor:
