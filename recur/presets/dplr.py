@@ -18,10 +18,9 @@ def dplr(*, heads: int | str = "max(4,D//128)", rank: int | str = 16, tau: float
     >>> y.shape
     torch.Size([1, 5, 64])
     """
-    gates = {name: LowRank("H K", rank="R", bias=True) for name in ("z", "r")}
     return Recipe(
         Project("x", q="H K", k="H K", e="H K", v="H V", g="H V"),
-        Project("x", **gates),
+        Project("x", z=LowRank("H K", rank="R", bias=True), r=LowRank("H K", rank="R", bias=True)),
         Decay("z", tau=tau), Act("r", "sigmoid"),
         *smooth_unit("e"), Weigh("e", by="r", to="b"),
         WideScan(erase="e", erase_from="previous", remove="b", scale="1/sqrt(K)"),

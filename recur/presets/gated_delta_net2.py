@@ -41,10 +41,9 @@ def gated_delta_net2(
     >>> y.shape
     torch.Size([1, 5, 64])
     """
-    wide = {"g": LowRank("H V", rank="V", bias=True), "dt": LowRank("G K", rank="V")}
     return Recipe(
         Project("x", q="G K", k="G K", v="H V", b="G K", w="H V", name="enter"),
-        Project("x", **wide, name="gates"),
+        Project("x", g=LowRank("H V", rank="V", bias=True), dt=LowRank("G K", rank="V"), name="gates"),
         enter,
         Act("b w", "sigmoid"), *reach, StepDecay(),
         *smooth_unit("q", "k"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def column_scan(
     """
     sizes = bind("column_scan", k=(k, "B T H K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H V"))
     columns = None if initial_state is None else initial_state.mT.flatten(1, 2)[..., None]
-    options = {"initial_state": columns, "cu_seqlens": cu_seqlens, "scale": scale, "form": form}
+    options: dict[str, Any] = {"initial_state": columns, "cu_seqlens": cu_seqlens, "scale": scale, "form": form}
     y, state = scan(q, k, v.flatten(2)[..., None], log_decay.flatten(2), **options)
     shape = (sizes["H"], sizes["V"])
     return ScanOut(y[..., 0].unflatten(-1, shape), state[..., 0].unflatten(1, shape).mT)
@@ -87,7 +89,7 @@ def slot_scan(
     if H % G:
         raise ShapeError(f"slot_scan: G must divide H, got G={G} (k) and H={H} (q)")
     keys, values = (None, None) if initial_state is None else initial_state
-    options = {"cu_seqlens": cu_seqlens, "form": form}
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "form": form}
     reads = q.unflatten(2, (G, H // G)).transpose(2, 3)  # [B T R G K]: the heads of a group
     scores, keys = column_scan(reads, k, write, log_decay, initial_state=keys, scale=scale, **options)
     p = scores.to(accumulation_dtype(scores)).softmax(-1)
@@ -143,7 +145,7 @@ def oja_scan(
     """
     sizes = bind("oja_scan", q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H V"))
     real = accumulation_dtype(q, k, v, log_decay, beta, initial_state)
-    options = {"cu_seqlens": cu_seqlens, "form": form}
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "form": form}
     reads = log_decay.to(real).exp() * v.to(real)  # S' v_t, read in S_{t-1}
     T, borders = v.shape[1], mirror(cu_seqlens, v.shape[1])
     ahead = token_shift(reads.flatten(2).flip(1), cu_seqlens=borders).y.flip(1).view(reads.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def mesa_scan(
     given = {"q": q, "k": k, "log_decay": log_decay, "beta": beta, "ridge": ridge}
     wide = {name: x.to(real) for name, x in given.items()}
     before = (None, None) if initial_state is None else initial_state
-    options = {"cu_seqlens": cu_seqlens, "form": form}
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "form": form}
     x, H = solve(**wide, iterations=iterations, initial=before[0], **options)
     written = wide["beta"][..., None] * v.to(real)
     y, S = scan(x, wide["k"], written, wide["log_decay"], initial_state=before[1], **options)
@@ -103,7 +104,7 @@ def _conjugate(
     """Conjugate gradients from x, or from 0; a product with every H at once is a scan that reads with the vector."""
 
     def times(p: Tensor) -> tuple[Tensor, Tensor]:
-        options = {"initial_state": initial, "cu_seqlens": cu_seqlens, "form": form}
+        options: dict[str, Any] = {"initial_state": initial, "cu_seqlens": cu_seqlens, "form": form}
         y, last = scan(p, k, beta[..., None] * k, log_decay, **options)
         return y + ridge * p, last
 
@@ -121,7 +122,7 @@ def _conjugate(
 
 
 def _from_diagonal(
-    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, ridge: Tensor, *, initial: Tensor | None, **options: object
+    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, ridge: Tensor, *, initial: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     written, gate = beta[..., None] * k.square(), log_decay[..., None].expand_as(k)
     start = None if initial is None else initial.diagonal(dim1=-2, dim2=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def accumulated_angle(
     added = math.pi * angle.to(real).tanh() * step.to(real)[..., None]
     still = added.new_zeros(added.shape[2:], dtype=torch.float64)
     before = None if initial_state is None else initial_state.double()
-    options = {"initial_state": before, "cu_seqlens": cu_seqlens, "form": "chunked"}
+    options: dict[str, Any] = {"initial_state": before, "cu_seqlens": cu_seqlens, "form": "chunked"}
     theta, last = gated_scan(added.double(), still, **options)
     return ScanOut(*((x - 2 * math.pi * (x / (2 * math.pi)).round()).to(real) for x in (theta, last)))
 
