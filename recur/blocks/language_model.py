@@ -343,7 +343,7 @@ class LanguageModel(nn.Module):
         in_place: bool = False,
         evaluate: bool = False,
     ) -> tuple[Tensor, State]:
-        """The stack without its doors: embedded tokens [B T D] to the normalised stream [B T D], and the state.
+        """The blocks alone: embedded tokens [B T D] to the normalised stream [B T D], and the state.
 
         in_place: T is 1, and the state may be overwritten; evaluate: no dropout, even in training mode.
         """
@@ -406,7 +406,7 @@ class LanguageModel(nn.Module):
             room = self.positions.weight.shape[0]
             if readable(at) and int(at.max()) >= room:
                 raise ValueError(
-                    f"LanguageModel: it has {room} learned positions, got a text of {int(at.max()) + 1} tokens"
+                    f"LanguageModel: it has {room} learned positions, got a sequence of {int(at.max()) + 1} tokens"
                 )
             return x + self.positions(at)
         rate = 10000.0 ** -(torch.arange(0, self.dim, 2, dtype=torch.float64, device=x.device) / self.dim)

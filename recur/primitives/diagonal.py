@@ -1,4 +1,4 @@
-"""The diagonal recurrence h_t = a_t h_{t-1} + x_t, one number a channel, on which the other elementwise scans stand."""
+"""The diagonal recurrence h_t = a_t h_{t-1} + x_t, one number per channel; other elementwise scans stand on it."""
 
 from __future__ import annotations
 
