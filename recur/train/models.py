@@ -1,4 +1,4 @@
-"""Models from settings: a language model, or a stack with other input and output layers; the width that a size needs."""
+"""Models from settings: a language model, or a stack with other layers in and out; the width that a size needs."""
 
 from __future__ import annotations
 
