@@ -67,10 +67,10 @@ def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, re
     return ScanOut(*scans[rule](*inputs, cu_seqlens, reverse))
 
 
-def takes_step(keys: int, state: Tensor, lacks: str | None = None) -> bool:
-    """Whether one launch computes a step: on a GPU, nothing that no kernel has, nothing in float64 (the state would
-    be), few enough rows, no forward-mode derivative and no torch.func transform."""
-    if lacks is not None or TRITON is None or TRITON < OLDEST or not state.is_cuda or state.dtype in WIDE:
+def takes_step(keys: int, state: Tensor) -> bool:
+    """Whether one launch computes a step: on a GPU, nothing in float64 (the state would be), few enough rows, no
+    forward-mode derivative and no torch.func transform."""
+    if TRITON is None or TRITON < OLDEST or not state.is_cuda or state.dtype in WIDE:
         return False
     return rows_of(keys, state.dtype) <= STEPPED and not transformed()
 
