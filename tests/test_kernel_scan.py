@@ -209,9 +209,9 @@ def segments_side_by_side() -> None:
 @law
 def phases_of_many_turns() -> None:
     """More tiles of tokens than one looks back at, and documents that end in the midst of them."""
-    from recur.kernels import turn
+    from recur.kernels import rotate
 
-    turn.LOOK = 2
+    rotate.WINDOW = 2
     compare(1, 300, 1, 1, 3, 2, "B T H K", "complex")
     compare(1, 150, 2, 1, 3, 2, "B T H", "complex", bonus="H K", reverse=True, borders=(0, 0, 70, 150))
 
@@ -220,15 +220,15 @@ def phases_of_many_turns() -> None:
 def flags_that_nobody_wrote_are_not_read() -> None:
     from recur.kernels import scan
 
-    new = scan._Scan.new
+    new = scan._Launcher.new
 
     def dirty(self: Any, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         fresh: Tensor = new(self, *shape, dtype=dtype)
         return fresh if dtype.is_floating_point else fresh.fill_(-1)
 
-    scan._Scan.new = dirty
+    scan._Launcher.new = dirty
     compare(1, 40, 1, 1, 5, 7, "B T H K", "hard", borders=(0, 0, 22, 40))
-    scan._Scan.new = new
+    scan._Launcher.new = new
 
 
 @law
@@ -280,10 +280,10 @@ def operators_keep_the_rules_of_torch() -> None:
     q, k, v = (torch.randn(1, 9, 2, 4, requires_grad=True) for _ in range(3))
     a, beta, cu = -torch.rand(1, 9, 2, 4), torch.rand(1, 9, 2), torch.tensor([0, 4, 9])
     for arguments in (
-        (q, k, v, a.requires_grad_(), None, None, None, None, 1.0, False, False, True),
-        (q, k, v, None, beta, None, torch.randn(2, 2, 4, 4), cu, 0.5, True, False, True),
-        (q, k, v, torch.randn(1, 9, 2, 4, 2, requires_grad=True), beta, None, None, None, 1.0, False, False, True),
-        (q, k, v, torch.randn(1, 1, 2, 1, 2), None, None, torch.randn(2, 2, 8, 4), cu, 1.0, False, True, True),
+        (q, v, k, a.requires_grad_(), None, None, None, None, 1.0, False, False, True),
+        (q, v, k, None, beta, None, torch.randn(2, 2, 4, 4), cu, 0.5, True, False, True),
+        (q, v, k, torch.randn(1, 9, 2, 4, 2, requires_grad=True), beta, None, None, None, 1.0, False, False, True),
+        (q, v, k, torch.randn(1, 1, 2, 1, 2), None, None, torch.randn(2, 2, 8, 4), cu, 1.0, False, True, True),
     ):
         torch.library.opcheck(torch.ops.recur.scan, arguments, test_utils=checks)
 
@@ -391,7 +391,13 @@ def test_plan_of_wide_states() -> None:
     from recur.kernels.scan import plan
 
     wide = plan(heads=8, T=4096, K=384, V=1536, dtype=torch.bfloat16)
-    assert (wide.part, wide.blocks, wide.block_v, wide.forward.parts, wide.gradient.parts) == (128, 6, 256, 96, 24)
+    assert (wide.part, wide.blocks, wide.block_v, wide.forward.parts, wide.backward_inputs.parts) == (
+        128,
+        6,
+        256,
+        96,
+        24,
+    )
     assert wide == plan(heads=8, T=4096, K=384, V=1536, dtype=torch.float16)
     narrow = plan(heads=8, T=4096, K=256, V=200, dtype=torch.bfloat16)
     assert (narrow.part, narrow.blocks, narrow.block_v) == (256, 1, 256)
