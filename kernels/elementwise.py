@@ -42,7 +42,7 @@ import triton
 import triton.language as tl
 from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors, recorded
 from recur.kernels.packing import mirror, state_count
-from recur.kernels.tiles import LOG2E
+from recur.kernels.tiles import LOG2E, constants
 from torch import Tensor
 
 STRETCH = 32  # tokens from one stored state to the next
@@ -777,10 +777,10 @@ class _Launcher:
         self.given = Given(x=x, rate=rate, a=a, k=k_tile, q=q_tile, others=others, norm=norm)
         documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
         first, step = (self.T - 1, -1) if reverse else (0, 1)
-        tile = Tile(
+        tile = constants(Tile(
             N=self.N, WIDTH=self.V // self.G, STEP=step, R=p.R, Q=p.Q, BLOCK_N=p.BLOCK_N, W=p.W, UNROLL=p.UNROLL,
             AHEAD=p.AHEAD, STRETCH=STRETCH,
-        )  # fmt: skip
+        ))  # fmt: skip
         self.common = {
             "cu_ptr": cu_seqlens, "T": self.T, "V": self.V, "G": self.G, "documents": documents,
             "segments": p.segments, "length": p.length, "first": first, "GATE": self.gate, "TILE": tile,

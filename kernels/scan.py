@@ -13,6 +13,7 @@ from recur.kernels import chunk_backward, chunk_forward, chunk_prepare, rotate
 from recur.kernels.chunk_scan import Given, Prepared, Scan
 from recur.kernels.operators import capability, cdiv, differentiable, fake, operator, power_of_2, processors
 from recur.kernels.packing import state_count
+from recur.kernels.tiles import constants
 from torch import Tensor
 
 CHUNKS_PER_PROGRAM = 8  # of `scores_exact` and `gradients_exact`, which mostly find nothing to do
@@ -238,11 +239,11 @@ class _Launcher:
         tensors = [self.new(*shape, dtype=dtype) for shape, dtype in shapes.values()] if saved is None else saved
         self.made = dict(zip(shapes, tensors, strict=True))
         self.scores = self.matrices(_kept(self.dtype)) if self.decay == "key" else None
-        self.scan = Scan(
+        self.scan = constants(Scan(
             H=H, K=K, V=V, KEYS=self.keys, GROUPS=x.q.shape[2], GROUPS_IN=H if "q_in" in self.made else x.q.shape[2],
             DECAY=self.decay, GATE_ST=strides[1], GATE_SD=strides[3], REVERSE=reverse, BEFORE=before, TIED=x.k is None,
             DOT=dot, PRECISION=precision, C=self.plan.chunk,
-        )  # fmt: skip
+        ))  # fmt: skip
         self.given = Given(q=x.q, k=x.k, gate=x.log_decay, gate_sb=strides[0], gate_sh=strides[2])
         made = self.made.get
         q_in, k_out = made("q_in", x.q), made("k_out", x.k)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from recur.kernels.decay import tied_key
 from recur.kernels.operators import cdiv, fake, operator, power_of_2, processors
-from recur.kernels.tiles import LOG2E, cos_sin, pack_complex, unpack_complex
+from recur.kernels.tiles import LOG2E, constants, cos_sin, pack_complex, unpack_complex
 from torch import Tensor
 
 
@@ -238,8 +238,8 @@ def step(
     _step[(cdiv(V, tile.block_v) * B * H,)](
         state=(tensors[0], *state.stride()), q=(tensors[1], *qs), k=(tensors[2], *ks), v=(tensors[3], *vs, v_v),
         log_a=(tensors[4], *decays), rate=(tensors[5], *rates), bonus=(tensors[6], *weights), y_ptr=tensors[7],
-        scale=scale, COLUMNS=ColumnStrides(q_v, k_v, a_v, rate_v), GROUP=group, H=H, K=K, V=V, RULE=rule, TIED=tied,
-        BLOCK_K=tile.block_k, BLOCK_V=tile.block_v, num_warps=tile.warps,
+        scale=scale, COLUMNS=constants(ColumnStrides(q_v, k_v, a_v, rate_v)), GROUP=group, H=H, K=K, V=V, RULE=rule,
+        TIED=tied, BLOCK_K=tile.block_k, BLOCK_V=tile.block_v, num_warps=tile.warps,
     )  # fmt: skip
     return y
 

@@ -9,11 +9,20 @@ float32 planes in registers.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 QUARTERS_PER_RADIAN = tl.constexpr(0.6366197723675814)  # 2 / π
+
+
+@cache
+def constants(record: Any) -> Any:
+    """The record (a NamedTuple) with every field a constexpr: jitted functions can then pass fields on."""
+    return type(record)(*map(tl.constexpr, record))
 
 
 @triton.jit
