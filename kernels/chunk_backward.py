@@ -345,7 +345,7 @@ def _gates_last(
 #   GATES_FIRST      key-wise gates are loaded before anything else, where that costs no spills
 #   GATES_LAST       key-wise gates are loaded after the last product; dq waits for them, as it does for a bonus
 #
-# SPILLS
+# `python tests/test_kernel_compiles.py` prints the bytes that every program spills.
 
 
 @triton.jit(do_not_specialize=["B", "T", "tiles", "documents", "chunks"])
