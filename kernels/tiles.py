@@ -19,12 +19,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 QUARTERS_PER_RADIAN = tl.constexpr(0.6366197723675814)  # 2 / π
 
 
-@cache
-def constants(record: Any) -> Any:
-    """The record (a NamedTuple) with every field a constexpr: jitted functions can then pass fields on."""
-    return type(record)(*map(tl.constexpr, record))
-
-
 @triton.jit
 def tile_ptrs(tensor, row, offs, inside, cols):
     """Pointers [R D] to rows row + offs of a tensor (pointer, heads, head, D) with axes [rows heads D], and their mask.
@@ -181,3 +175,11 @@ def cos_sin_of_rest(quarter, x):
     odd = quarter % 2 != 0
     cos, sin = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
     return tl.where((quarter + 1) & 2 != 0, -cos, cos), tl.where(quarter & 2 != 0, -sin, sin)
+
+
+@cache
+def constants(record: Any) -> Any:
+    """The record (a NamedTuple) with every field a constexpr, so that jitted functions can pass fields on; as it is in
+    Triton's interpreter, where numbers are plain ones."""
+    compiled = isinstance(load_tile, triton.JITFunction)
+    return type(record)(*map(tl.constexpr, record)) if compiled else record
