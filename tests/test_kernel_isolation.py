@@ -146,7 +146,7 @@ def test_every_law_is_run() -> None:
 
 
 if __name__ == "__main__":
-    from recur.kernels import walk
+    from recur.kernels import elementwise
 
-    walk.STRETCH = 8  # several stretches and segments in few tokens
+    elementwise.STRETCH = 8  # several stretches and segments in few tokens
     LAWS.main()
