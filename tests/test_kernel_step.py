@@ -212,7 +212,7 @@ def test_every_law_is_run() -> None:
 
 if __name__ == "__main__":
 
-    def takes_step(rows: int, state: Tensor) -> bool:
+    def takes_step(rows: int, state: Tensor, lacks: tuple[str, str] | None = None) -> bool:
         return state.dtype not in kernel.WIDE
 
     kernel.takes_step = takes_step
