@@ -255,11 +255,6 @@ class Part:
         """How many shallower layers it reads in `flow.past`."""
         return 0
 
-    @property
-    def unrolled(self) -> bool:
-        """Whether it runs token by token, so that a compiler makes another graph of every length."""
-        return False
-
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         """Axes of what it writes, from the axes of what it reads."""
         raise NotImplementedError(f"{type(self).__name__}: a part must say what it writes: define shapes(axes)")
