@@ -34,8 +34,8 @@ from recur.primitives.attention import forgetting_attention
 from recur.primitives.columns import column_scan, oja_scan, slot_scan
 from recur.primitives.gates import decayed_mean
 from recur.primitives.log_linear import log_linear_scan
-from recur.primitives.momentum import momentum_scan
 from recur.primitives.mesa import mesa_scan
+from recur.primitives.momentum import momentum_scan
 from recur.primitives.norms import normalise
 from recur.primitives.trapezoid import accumulated_angle, rotate_by
 from recur.shapes import ShapeError
