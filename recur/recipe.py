@@ -394,13 +394,15 @@ class Chain(Part):
 class Around(Part):
     """Runs the parts of its field `parts` in a way of its own, on what `inside` says is there for them to read."""
 
+    parts: tuple[Part, ...]
+
     @property
     def causal(self) -> bool:
         return False
 
     @cached_property
     def body(self) -> Chain:
-        return Chain(tuple(self.parts))  # type: ignore[attr-defined]
+        return Chain(tuple(self.parts))
 
     def inside(self, axes: Axes) -> Axes:
         return axes

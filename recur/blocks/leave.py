@@ -64,7 +64,9 @@ def _written(part: Part) -> str | None:
     """The tensor a part of this kind changes in place; None for any other part."""
     if isinstance(part, Norm):
         return part.source if part.to in (None, part.source) else None
-    if isinstance(part, Skip) or (isinstance(part, OutputGate) and part.act in kernel.GATES):
+    if isinstance(part, OutputGate):
+        return "y" if part.act in kernel.GATES else None
+    if isinstance(part, Skip):
         return part.out
     return None
 

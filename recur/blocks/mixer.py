@@ -14,7 +14,7 @@ from recur.blocks.state import POSITION, Layout, fitting, layout, nbytes, overwr
 from recur.primitives.forms import check_packing, state_count
 from recur.recipe import Common, Flow, Recipe, State
 from recur.shapes import bind, expect
-from recur.weights import declared
+from recur.weights import declared, parameter_count
 
 
 class MixerOut(NamedTuple):
@@ -220,13 +220,9 @@ class Mixer(nn.Module):
         ):
             writes = ", ".join(f"{name} {list(site.size(axes))}" for name, axes in wrote.items())
             state = nbytes(part.init_state(place, 1, None)) if part.causal else 0
-            rows.append((key, writes, f"{_count(weights[key]):,}", f"{state:,}"))
+            rows.append((key, writes, f"{parameter_count(weights[key]):,}", f"{state:,}"))
         total = sum(int(row[3].replace(",", "")) for row in rows[1:])
-        rows.append(("total", "", f"{_count(self):,}", f"{total:,}" if self.recipe.causal else "not causal"))
+        rows.append(("total", "", f"{parameter_count(self):,}", f"{total:,}" if self.recipe.causal else "not causal"))
         wide = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}" for a, b, c, d in rows]
         return f"Mixer at D={self.dim}\n" + "\n".join(lines)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())

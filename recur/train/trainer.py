@@ -24,9 +24,9 @@ from recur.train.digest import changes, differences, digests
 from recur.train.events import Events
 from recur.train.lock import Held, hold
 from recur.train.machine import backend, compile_layers
-from recur.train.models import describe, parameters
+from recur.train.models import describe
 from recur.train.task import Task, part
-from recur.weights import declared
+from recur.weights import decay_groups, parameter_count
 
 Report = Callable[[float, float], None]
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # bf16 FLOP/s
@@ -141,22 +141,6 @@ def prepare(
     for line in notes if first else ():
         say(line)
     return run
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on what is declared so, none on gates, time constants, norms and biases.
-
-    Raises: TypeError if a weight is not declared.
-    """
-    decays = {id(weight): param.decay for weight, param in declared(model)}
-    undeclared = [name for name, weight in model.named_parameters() if id(weight) not in decays]
-    if undeclared:
-        raise TypeError(f"decay_groups: every weight must be declared by a Param, got {', '.join(undeclared)}")
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    return [
-        {"params": [w for w in weights if decays[id(w)]], "weight_decay": weight_decay},
-        {"params": [w for w in weights if not decays[id(w)]], "weight_decay": 0.0},
-    ]
 
 
 def fit(run: Training, report: Report = lambda loss, speed: None) -> None:
@@ -298,7 +282,7 @@ def mfu(run: Training, speed: float) -> float | None:
         return None
     card = torch.cuda.get_device_name()
     peak = next((peak for name, peak in PEAK.items() if name in card), None)
-    size = parameters(run.plain_model)
+    size = parameter_count(run.plain_model)
     return None if peak is None else 6 * size * speed / (peak * run.accelerator.num_processes)
 
 
