@@ -32,7 +32,6 @@ from recur.blocks.glue import (
     Project,
     Rename,
     Reshape,
-    Reverse,
     Scale,
     ScaleGrad,
     ShortConv,
@@ -49,6 +48,7 @@ from recur.blocks.glue import (
 )
 from recur.blocks.hidden import DenseCarry, DenseFusion, DenseRead
 from recur.blocks.language_model import Block, LanguageModel
+from recur.blocks.leave import join
 from recur.blocks.loop import Loop
 from recur.blocks.mixer import Mixer, MixerOut
 from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, PoleScan, SelectiveScan, WideScan
@@ -67,7 +67,7 @@ from recur.blocks.wide import (
     Trapezoid,
     ValueResidual,
 )
-from recur.recipe import Chain
+from recur.recipe import Chain, Reverse, above
 
 PARTS = (
     Act, Along, AppendOne, Attention, BoundedDecay, Chain, Complex, ComplexGate, DataDecay, DataRotary, Decay,
@@ -79,6 +79,9 @@ PARTS = (
     ShortConv, Skip, SlotScan, Smoothing, Spread, Stabilise, StepDecay, Sum, TapConv, TokenShift, Trapezoid,
     Unbind, ValueResidual, WideScan,
 )  # fmt: skip
+
+above.parts |= {part.__name__: part for part in PARTS}
+above.join = join
 
 WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)
 

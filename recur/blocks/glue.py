@@ -17,10 +17,9 @@ from recur.axes import Spec, spec
 from recur.blocks.cache import extend, fresh, row_of
 from recur.primitives.conv import causal_convs, token_shift
 from recur.primitives.fixed import tap_conv
-from recur.primitives.forms import mirror
 from recur.primitives.gates import activation, output_gate, scale_gradient, weigh
 from recur.primitives.norms import KINDS, normalise
-from recur.recipe import Around, Axes, Flow, Part, Recipe, RecipeError, Site, State
+from recur.recipe import Around, Axes, Flow, Part, Recipe, RecipeError, Reverse, Site, State
 from recur.shapes import readable
 from recur.weights import Init, Param, Weights, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
 
@@ -773,35 +772,6 @@ class Map(Part):
 
     def formula(self) -> str:
         return f"{self.out} = {getattr(self.fn, '__name__', 'fn')}({', '.join(self.reads.split())})"
-
-
-@dataclass(frozen=True)
-class Reverse(Around):
-    """Run parts from the last token to the first: the anti-causal half of a bidirectional recipe.
-
-    Args:
-        parts: what is run.
-
-    >>> from recur.blocks import Decay, GatedScan, Project, Reverse
-    >>> recur.Recipe(Project("x", u="D", z="D"), Decay("z"), Reverse((GatedScan("u"),))).causal
-    False
-    """
-
-    parts: tuple[Part, ...] = ()
-
-    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        mirrored = {name: tensor.flip(1) for name, tensor in flow.tensors.items()}
-        borders = mirror(flow.cu_seqlens, flow["x"].shape[1])
-        seen = flow.position if borders is None else flow.position.flip(0)
-        inner = dataclasses.replace(flow, tensors=mirrored, cu_seqlens=borders, position=seen)
-        inner, state = self.body(inner, weights, None)
-        made = {name: tensor.flip(1) for name, tensor in inner.tensors.items() if tensor is not mirrored.get(name)}
-        if borders is not None:
-            state = torch.utils._pytree.tree_map(lambda leaf: leaf.flip(0), state)
-        return flow.set(**made), state
-
-    def formula(self) -> str:
-        return "right to left: " + "; ".join(part.formula() for part in self.parts)
 
 
 @dataclass(frozen=True)

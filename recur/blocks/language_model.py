@@ -21,7 +21,7 @@ from recur.blocks.mixer import Mixer, Published
 from recur.blocks.state import POSITION, Layout, detach, fitting, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
 from recur.primitives.loss import linear_cross_entropy
-from recur.recipe import Axes, Common, Flow, Frame, Recipe, Site, State
+from recur.recipe import Axes, Common, Flow, Frame, Recipe, Site, State, named
 from recur.shapes import accumulation_dtype, bind, expect, pick, readable
 from recur.weights import (
     Embedding,
@@ -184,13 +184,6 @@ def _fill_embedding(weight: Tensor, fill: Init, padding: int | None) -> None:
         weight[padding] = 0
 
 
-def _recipes(recipes: str | Sequence[Recipe | str]) -> list[Recipe]:
-    """Recipes, those that are words read."""
-    from recur.presets.words import named  # presets are built from blocks
-
-    return named(recipes)
-
-
 class LanguageModel(nn.Module):
     """Token ids [B T] to logits [B T vocab_size].
 
@@ -253,7 +246,7 @@ class LanguageModel(nn.Module):
         head_bias: bool = False,
         frozen: bool = False,
     ) -> None:
-        recipe = recipe if isinstance(recipe, Recipe) else _recipes(recipe)
+        recipe = recipe if isinstance(recipe, Recipe) else named(recipe)
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)

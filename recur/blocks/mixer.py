@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recur.axes import RecipeError
 from recur.blocks.state import POSITION, Layout, fitting, layout, nbytes, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
-from recur.recipe import Common, Flow, Recipe, State
+from recur.recipe import Common, Flow, Recipe, State, read_one
 from recur.shapes import bind, expect
 from recur.weights import declared, parameter_count
 
@@ -71,8 +71,6 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(recipe, str):
-            from recur.presets.words import read_one
-
             recipe = read_one(recipe)
         if not isinstance(recipe, Recipe):
             raise TypeError(f"Mixer: recipe must be a Recipe, got {type(recipe).__name__}")
