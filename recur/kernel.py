@@ -1,4 +1,4 @@
-"""The door to the Triton kernels: the only module that imports them, inside a function."""
+"""Dispatch to the Triton kernels: the only module that imports them, inside its functions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recur.primitives.forms import NO_GPU, Refusal, ScanOut, chosen
+from recur.primitives.layout import as_complex, as_real, to_heads
 from recur.primitives.operators import transformed
 
 OLDEST = (3, 4)  # the first Triton that compiles all kernels
@@ -148,8 +149,6 @@ def scan(
     """
     from recur.kernels.operators import recorded
     from recur.kernels.scan import Tensors, scan_forward
-    from recur.primitives.decay import as_complex, as_real
-    from recur.primitives.reference import to_heads
 
     dtype = v.dtype
     for x in (q, k):

@@ -17,10 +17,11 @@ import torch
 
 from recur.reading import InputError, read_json
 from recur.train.config import Settings
-from recur.train.models import parameters, solve_width, with_paper_depth
+from recur.train.models import solve_width, with_paper_depth
 from recur.train.run import TASKS, configured, finish
 from recur.train.task import Task
 from recur.train.trainer import Training, fit, prepare
+from recur.weights import parameter_count
 
 # What papers say of two recipes on a task: the first one does better. Read off the abstracts; sizes there are larger.
 CLAIMS = (
@@ -142,7 +143,7 @@ def _trained(run: Training) -> dict[str, Any]:
     return {
         "dim": settings.dim,
         "depth": settings.depth,
-        "parameters": parameters(run.plain_model),
+        "parameters": parameter_count(run.plain_model),
         "steps": run.step,
         "stopped": run.stopped,
         "valid": [[point["step"], {n: point[f"valid_{n}"] for n in ("loss", *run.task.metrics)}] for point in measured],
