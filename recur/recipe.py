@@ -419,13 +419,16 @@ class Around(Part):
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around a layer where it is published; `LanguageModel` reads it for what its call does not say.
+    """What surrounds a layer in its publication; `LanguageModel` takes from it what is left at "paper".
 
     Args:
         ffn: feed-forward of every layer, by a name that LanguageModel knows; None for none.
         norm: of the residual stream, "rms", "layer" or "l2"; None for a recipe that normalises its own input.
         positions: None, "sinusoidal", or the number of learned positions.
         embed_norm: of the embedded tokens, as `norm`; None for none.
+
+    >>> recur.presets.rwkv7().frame
+    Frame(ffn='key_mix', norm='layer', positions=None, embed_norm='layer')
     """
 
     ffn: str | None = None

@@ -447,7 +447,7 @@ class LanguageModel(nn.Module):
             of another length, after which lengths are dynamic. torch compiles at most
             torch._dynamo.config.recompile_limit graphs, and runs what is beyond them eagerly.
 
-        >>> lm = LanguageModel("gla", vocab_size=10, dim=16, depth=4).compile_layers(backend="eager")
+        >>> lm = recur.LanguageModel("gla", vocab_size=10, dim=16, depth=4).compile_layers(backend="eager")
         >>> lm(torch.zeros(1, 3, dtype=torch.long)).shape
         torch.Size([1, 3, 10])
         """
@@ -535,6 +535,12 @@ class LanguageModel(nn.Module):
             decode: from a list of ids to a string, as a tokenizer has it; needed for `stop`.
 
         Returns: [B T + max_new_tokens], each row its prompt, its new tokens, then (for shorter prompts) `eos` or 0.
+        Raises: ShapeError, TypeError or ValueError for arguments that do not fit, before anything is drawn.
+        Cost: one pass over the prompts and one step per token; memory grows with the sequence only where a layer keeps a cache.
+
+        >>> model = recur.LanguageModel("gla:heads=2", vocab_size=11, dim=16, depth=1)
+        >>> model.generate(torch.tensor([[1, 2, 3]]), 5, seed=0).shape
+        torch.Size([1, 8])
         """
         return generation.generate(
             self,
@@ -566,16 +572,27 @@ class LanguageModel(nn.Module):
         Yields: [B] ids on the CPU; a row that has ended repeats its end; nothing more when all rows have.
         Raises: as `generate`, at the call.
 
-            >>> model = recur.LanguageModel(recur.presets.gla(heads=2), vocab_size=11, dim=16, depth=1)
-            >>> len(list(model.stream(torch.tensor([[1, 2, 3]]), 5)))
-            5
+        >>> model = recur.LanguageModel("gla:heads=2", vocab_size=11, dim=16, depth=1)
+        >>> len([tokens for tokens in model.stream(torch.tensor([[1, 2, 3]]), 5)])
+        5
         """
         return generation.stream(self, generation.request(self, ids, max_new_tokens, **options))
 
     # ------------------------------------------------------------------ training
 
     def loss(self, ids: Tensor, **options: Any) -> Tensor:
-        """Mean cross-entropy, in nats, of every token of ids [B T] but the first, given those before it."""
+        """Mean cross-entropy, in nats, of every token but the first, given those before it.
+
+        Args:
+            ids:     [B T] tokens.
+            options: of a call of the model, such as cu_seqlens and form.
+
+        Returns: a number, float32.
+
+        >>> model = recur.LanguageModel("gla:heads=2", vocab_size=11, dim=16, depth=1)
+        >>> model.loss(torch.zeros(1, 5, dtype=torch.long)).dtype
+        torch.float32
+        """
         self._check_ids(ids)
         loss: Tensor = self(ids[:, :-1], targets=ids[:, 1:], **options)
         return loss
