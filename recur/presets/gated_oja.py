@@ -9,7 +9,10 @@ def gated_oja(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
 
     log a = -exp(A) softplus(dt + b), one per value channel.
 
-    Args: heads: H; conv: taps of the short convolution.
+    Args:
+        heads: H, by default of 128 channels.
+        conv: taps of the short convolution.
+
     Source: Oja 1982, doi:10.1007/BF00275687; the layer is that of Yang et al. 2024, arXiv:2412.06464.
 
     >>> y, _ = recur.Mixer(recur.presets.gated_oja(), dim=64)(torch.randn(1, 5, 64))

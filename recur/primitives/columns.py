@@ -42,7 +42,7 @@ def column_scan(
     Cost: that of H V heads of K channels and one value.
 
     >>> x = torch.ones(1, 2, 1, 1)
-    >>> column_scan(x, x, x, x.log() - 1e9).y.flatten()  # each token forgets what was before it
+    >>> recur.primitives.columns.column_scan(x, x, x, x.log() - 1e9).y.flatten()  # each token forgets the past
     tensor([1., 1.])
     """
     sizes = bind("column_scan", k=(k, "B T H K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H V"))
@@ -83,6 +83,11 @@ def slot_scan(
 
     Returns: y [B T H V]; P and R after the last token.   Raises: ShapeError if axes disagree, and as `recur.scan`.
     Cost: that of two scans.   Source: Zhang et al. 2024, arXiv:2409.07146.
+
+    >>> x = torch.ones(1, 3, 1, 2)
+    >>> v = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
+    >>> recur.primitives.columns.slot_scan(x, x, v, x, torch.full_like(x, -torch.inf))[0].flatten()  # nothing kept
+    tensor([1., 2., 3.])
     """
     bind("slot_scan", k=(k, "B T G K"), v=(v, "B T G V"), write=(write, "B T G M"), log_decay=(log_decay, "B T G M"))
     H, G = q.shape[2], k.shape[2]
@@ -131,7 +136,8 @@ def oja_scan(
     the next token, decayed as that token will; they are then what `column_scan` writes.
 
     Args:
-        q, k:          [B T H K].
+        q:             [B T H K] queries.
+        k:             [B T H K] keys.
         v:             [B T H V], of length 1 or less, for the rule to be stable.
         log_decay:     [B T H V] natural log of the gates.
         beta:          [B T H].
@@ -142,6 +148,11 @@ def oja_scan(
 
     Returns: y [B T H V]; state [B H K V].   Raises: as `recur.scan`.   Cost: that of two scans.
     Source: Oja 1982, doi:10.1007/BF00275687; its gated form is in released code.
+
+    >>> x = torch.ones(1, 2, 1, 1)
+    >>> k = torch.tensor([5.0, 7.0]).view(1, 2, 1, 1)
+    >>> recur.primitives.columns.oja_scan(x, k, x, 0 * x, x[..., 0]).y.flatten()  # each key replaces the one before it
+    tensor([5., 7.])
     """
     sizes = bind("oja_scan", q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H V"))
     real = accumulation_dtype(q, k, v, log_decay, beta, initial_state)

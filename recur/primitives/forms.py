@@ -32,9 +32,14 @@ class ScanOut(NamedTuple):
 
 
 class SlowPath(UserWarning):
-    """On a GPU, form="auto" did not take the kernel: why, and what would let it. Said once per reason and process.
+    """Warns that form="auto" did not take the kernel on a GPU: why, and the remedy. Once per reason and process.
 
     `warnings.simplefilter("ignore", recur.SlowPath)` silences it, "error" makes it an exception.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", recur.SlowPath)  # raise where a kernel is not taken
+    ...     y, _ = recur.gated_scan(torch.ones(1, 2, 1), torch.zeros(1))  # on a CPU there is none to take
     """
 
 

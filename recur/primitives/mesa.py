@@ -34,7 +34,8 @@ def mesa_scan(
         H_t = a_t H_{t-1} + beta_t k_t k_tᵀ          S_t = a_t S_{t-1} + beta_t k_t v_tᵀ
 
     Args:
-        q, k:          [B T H K].
+        q:             [B T H K] queries.
+        k:             [B T H K] keys.
         v:             [B T H V].
         log_decay:     [B T H] natural log of a.
         beta:          [B T H].
@@ -49,6 +50,11 @@ def mesa_scan(
     Returns: y [B T H V]; H and S after the last token.   Raises: ValueError for another solver; as `recur.scan`.
     Cost: "exact" O(T K^3) and all T matrices H in memory; the others one scan per iteration.
     Source: von Oswald et al. 2025, arXiv:2506.05233.
+
+    >>> x, ones = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1)
+    >>> y, _ = recur.primitives.mesa.mesa_scan(x, x, 6 * x, 0 * ones, ones, torch.ones(1, 1))
+    >>> y.flatten()  # 6 n / (n + ridge) after n tokens
+    tensor([3.0000, 4.0000, 4.5000])
     """
     bind("mesa_scan", q=(q, "B T H K"), k=(k, "B T H K"), log_decay=(log_decay, "B T H"), ridge=(ridge, "H K"))
     solvers: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
