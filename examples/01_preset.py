@@ -26,7 +26,7 @@ torch.manual_seed(0)
 recipe = presets.hgrn2(heads=16)
 print(recipe, end="\n\n")
 
-model = LanguageModel(recipe, vocab_size=ASK + REGISTERS, dim=64, depth=1)
+model = LanguageModel(recipe, vocab_size=ASK + REGISTERS, dim=64, depth=1, ffn=None)  # the layer alone
 optimiser = torch.optim.AdamW(model.decay_groups(weight_decay=0.1), lr=1e-2)
 losses = []
 for step in range(1, 161):
