@@ -146,10 +146,10 @@ class MesaScan(Part):
         return {"kk": site.memory(batch, H, K, K), "kv": site.memory(batch, H, K, V)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        read = [flow[name] for name in (self.q, self.k, self.v, self.decay, self.beta)]
+        q, k, v, log_a, beta = (flow[name] for name in (self.q, self.k, self.v, self.decay, self.beta))
         before = None if state is None else (state["kk"], state["kv"])
         options = {"solver": self.solver, "iterations": self.iterations, **scan_options(flow, before)}
-        y, (kk, kv) = mesa_scan(*read, softplus(weights.ridge) + self.floor, **options)
+        y, (kk, kv) = mesa_scan(q, k, v, log_a, beta, softplus(weights.ridge) + self.floor, **options)
         return flow.set(**{self.out: y}), {"kk": kk, "kv": kv}
 
     def formula(self) -> str:
@@ -233,8 +233,8 @@ class LogLinearScan(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         read = [flow[name] for name in (self.q, self.k, self.v, self.decay, self.weights)]
-        place = {} if state is None else {"position": flow.position}
-        y, state = log_linear_scan(*read, **place, **scan_options(flow, state))
+        position = None if state is None else flow.position
+        y, state = log_linear_scan(*read, position=position, **scan_options(flow, state))
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
