@@ -188,7 +188,7 @@ def test_the_key_that_is_wrong_is_named() -> None:
 
     for key in ("axes", "inputs", "source", "parts"):
         refused(f"from_dict: a recipe needs {key!r}, which is missing", {k: v for k, v in good.items() if k != key})
-    refused("from_dict: a recipe must be an object with keys axes, inputs, source, out, parts, got [1]", [1])
+    refused("from_dict: a recipe must be an object with keys axes, inputs, source, out, frame, parts, got [1]", [1])
     refused("from_dict: a recipe has no 'part'; did you mean 'parts'?", {**good, "part": 1})
     refused("from_dict: 'axes' must be of type Mapping, got [1]", {**good, "axes": [1]})
     refused("from_dict: 'axes' must have names as keys, got 1", {**good, "axes": {1: 2}})
