@@ -69,14 +69,24 @@ class Phase:
 class Explanation:
     """What `explain` found; print it, or read its fields.
 
-    target, device, dtype, batch, length: what was asked.
-    choices: every scan with the form that runs, and why it is not the kernel; norms, gates and steps without theirs.
-    phases:  "forward" and "backward" of a training step, "step" of one token, as far as they exist.
-    state:   bytes per sequence; None without a state.
-    memory:  bytes of a training step: "weights", "gradients", "optimiser" (two moments per weight, as AdamW keeps),
-             "activations" between forward and backward, "peak" of all but the optimiser's.
-    activations: by the part that makes them.
-    card:    what times are reckoned with; None leaves them out.
+    Args:
+        target: what was asked about.
+        device: on which device.
+        dtype: of weights and inputs.
+        batch: B.
+        length: T.
+        choices: every scan with the form that runs and, if it is not the kernel, why; norms, gates and steps too,
+            without a form of their own.
+        phases: "forward" and "backward" of a training step, "step" of one token, as far as they exist.
+        state: bytes per sequence; None without a state.
+        memory: bytes of a training step: "weights", "gradients", "optimiser" (two moments per weight, as AdamW keeps),
+            "activations" between forward and backward, "peak" of all but the optimiser's.
+        activations: bytes, by the part that makes them.
+        card: the GPU that times are computed for; None leaves them out.
+
+    >>> found = recur.explain("gla:heads=2", dim=32, length=128, device="cpu")
+    >>> found.batch, found.memory["weights"] == found.memory["gradients"]
+    (1, True)
     """
 
     target: str
@@ -113,7 +123,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.target}", f"{self.device}, {self.dtype}, batch {self.batch} x {self.length} tokens", ""]
-        rows = [("runs", "form", "times", "why")]
+        rows: list[tuple[str, ...]] = [("runs", "form", "times", "why")]
         for choice, times in self.choices.items():
             rows.append((choice.function, choice.form, str(times), choice.refusal.reason if choice.refusal else ""))
         lines += [*_table(rows), ""]
@@ -186,29 +196,31 @@ def explain(
     card: Card | str | None = None,
     **options: Any,
 ) -> Explanation:
-    """Which form a call takes on a device and why, what it launches, moves and keeps, counted without running it.
+    """Which form a call takes on a device and why, its launches, bytes and memory, counted without running it.
 
     The call is made with tensors that hold no data: what is counted is what the code does, not a model of it. An
     operator of torch counts as one launch.
 
     Args:
-        target: a scan (recur.scan, ...), a Mixer, a LanguageModel; or a Recipe, or its words, with dim.
-        args, options: of a scan its arguments, of a Mixer its further inputs; only shapes, dtypes and strides count.
+        target: a scan (recur.scan, ...), a Mixer, a LanguageModel; or, with dim, a Recipe or the name of a preset.
+        args: of a scan its arguments, of a Mixer its further inputs; only shapes, dtypes and strides count.
         dim: D of a recipe.
-        batch, length: B and T of a layer or model; a scan's tensors have their own.
-        dtype: of weights and inputs; by default that of the target's.
-        device: "cuda", "cpu", ...; by default the target's. A GPU may be asked about where there is none: it is taken
-            for an H100, and this machine's Triton counts.
+        batch: B of a layer or model; a scan's tensors have their own.
+        length: T of a layer or model.
+        dtype: of weights and inputs; by default the target's.
+        device: "cuda", "cpu", ...; by default the target's. "cuda" is possible on a machine without a GPU: an H100 is
+            assumed, and the installed Triton.
         card: a Card, or the name of one in CARDS ("H200"), for times; by default this machine's, if it is known.
+        options: further arguments by name, as `args`.
 
     Returns: Explanation, to be printed or read.
     Raises: TypeError for another target, ValueError for a card that is not known.
     Cost: the Python of one training step and one step.
 
-    >>> layer = Mixer("hgrn2:heads=4", 64)
-    >>> found = explain(layer, batch=8, length=256, device="cpu")
+    >>> layer = recur.Mixer("hgrn2:heads=4", 64)
+    >>> found = recur.explain(layer, batch=8, length=256, device="cpu")
     >>> found.state, [phase.name for phase in found.phases]
-    (4096, ['forward', 'backward', 'step'])
+    (4104, ['forward', 'backward', 'step'])
     """
     if isinstance(target, str):
         target = read_one(target)

@@ -442,13 +442,16 @@ class Reverse(Around):
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around a layer where it is published; `LanguageModel` reads it for what its call does not say.
+    """What surrounds a layer in its publication; `LanguageModel` takes from it what is left at "paper".
 
     Args:
         ffn: feed-forward of every layer, by a name that LanguageModel knows; None for none.
         norm: of the residual stream, "rms", "layer" or "l2"; None for a recipe that normalises its own input.
         positions: None, "sinusoidal", or the number of learned positions.
         embed_norm: of the embedded tokens, as `norm`; None for none.
+
+    >>> recur.presets.rwkv7().frame
+    Frame(ffn='key_mix', norm='layer', positions=None, embed_norm='layer')
     """
 
     ffn: str | None = None
@@ -574,27 +577,76 @@ class Recipe:
     # ------------------------------------------------------------------ edits: each returns a new recipe
 
     def replace(self, which: type[Part] | str, *new: Part) -> Recipe:
-        """With these parts in the place of the one part of that class or name."""
+        """The recipe with other parts in the place of one.
+
+        Args:
+            which: the class of the part, or its name.
+            new:   one part or several.
+
+        Returns: a new recipe.   Raises: RecipeError unless exactly one part is meant, and as `Recipe`.
+
+        >>> from recur.blocks import OnlineScan
+        >>> exact = recur.presets.longhorn().replace(OnlineScan, OnlineScan("u", diagonal=False))
+        >>> exact == recur.presets.longhorn()
+        False
+        """
         at = self._find("replace", which)
         return self.like(*self.parts[:at], *new, *self.parts[at + 1 :])
 
     def insert_before(self, which: type[Part] | str, *new: Part) -> Recipe:
-        """With these parts before the one part of that class or name."""
+        """The recipe with further parts before one.
+
+        Args:
+            which: the class of the part, or its name.
+            new:   one part or several.
+
+        Returns: a new recipe.   Raises: RecipeError unless exactly one part is meant, and as `Recipe`.
+
+        >>> from recur.blocks import Norm
+        >>> list(recur.presets.longhorn().insert_before("skip", Norm("y")).body.keys())[3:6]
+        ['online_scan', 'norm', 'skip']
+        """
         at = self._find("insert_before", which)
         return self.like(*self.parts[:at], *new, *self.parts[at:])
 
     def insert_after(self, which: type[Part] | str, *new: Part) -> Recipe:
-        """With these parts after the one part of that class or name."""
+        """The recipe with further parts after one.
+
+        Args:
+            which: the class of the part, or its name.
+            new:   one part or several.
+
+        Returns: a new recipe.   Raises: RecipeError unless exactly one part is meant, and as `Recipe`.
+
+        >>> from recur.blocks import Norm
+        >>> list(recur.presets.longhorn().insert_after("skip", Norm("y")).body.keys())[3:6]
+        ['online_scan', 'skip', 'norm']
+        """
         at = self._find("insert_after", which) + 1
         return self.like(*self.parts[:at], *new, *self.parts[at:])
 
     def remove(self, which: type[Part] | str) -> Recipe:
-        """Without the one part of that class or name."""
+        """The recipe without one of its parts.
+
+        Args:
+            which: the class of the part, or its name.
+
+        Returns: a new recipe.   Raises: RecipeError unless exactly one part is meant, and as `Recipe`.
+
+        >>> list(recur.presets.longhorn().remove("short_conv").body.keys())[:2]
+        ['project', 'project_2']
+        """
         at = self._find("remove", which)
         return self.like(*self.parts[:at], *self.parts[at + 1 :])
 
     def reverse(self) -> Recipe:
-        """The same parts from the last token to the first."""
+        """The same parts from the last token to the first.
+
+        Returns: a new recipe, which is not causal: it has no step.
+
+        >>> recur.presets.longhorn().reverse().causal
+        False
+        """
         return self.like(Reverse(self.parts))
 
     def like(self, *parts: Part, **changes: Any) -> Recipe:
@@ -616,16 +668,31 @@ class Recipe:
     # ------------------------------------------------------------------ JSON
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON value that `from_dict` turns back into this recipe. Raises: RecipeError if a part holds a function."""
+        """A JSON value that `from_dict` turns back into this recipe.
+
+        Returns: a dict of strings, numbers, lists and dicts.   Raises: RecipeError if a part holds a function.
+
+        >>> recipe = recur.presets.longhorn()
+        >>> recur.Recipe.from_dict(recipe.to_dict()) == recipe
+        True
+        """
         parts = [part.to_dict() for part in self.parts]
         values = {"axes": dict(self.axes), "inputs": dict(self.inputs), "source": self.source, "out": self.out}
         return {**values, "frame": dataclasses.asdict(self.frame), "parts": parts}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], parts: Iterable[type] = ()) -> Recipe:
-        """The recipe that `to_dict` described. Classes of one's own are passed in; names are never imported.
+        """The recipe that `to_dict` described. Names are never imported.
 
+        Args:
+            data:  what `to_dict` returned.
+            parts: your own classes of parts.
+
+        Returns: the recipe.
         Raises: RecipeError naming the key that is missing, unknown or of another type than its part declares.
+
+        >>> recur.Recipe.from_dict(recur.presets.retnet().to_dict()) == recur.presets.retnet()
+        True
         """
         known = {**above.parts, **{kind.__name__: kind for kind in parts}}
         keys = {"axes": Mapping, "inputs": Mapping, "source": str, "out": str, "frame": Mapping, "parts": list}

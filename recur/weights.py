@@ -125,7 +125,7 @@ def call(module: nn.Module, act: Callable[..., Any], flow: Any, state: Any) -> t
     as Learned, have a gradient of outputs alone, which a backward pre-hook sees.
     """
     if not (module._backward_hooks or module._backward_pre_hooks):
-        return module(act, flow, state)  # type: ignore[no-any-return]
+        return module(act, flow, state)
     *written, names, after, state = module(act, flow, state, *flow.tensors.values())
     return replace(after, tensors={**flow.tensors, **dict(zip(names, written, strict=True))}), state
 

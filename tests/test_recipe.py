@@ -133,7 +133,11 @@ def test_what_does_not_fit_is_named(parts, words):
         (lambda: RelPos(law="absolute"), RecipeError, 'law must be "intended" or "literal", got \'absolute\''),
         (lambda: Recipe("Project"), TypeError, "parts must be of class Part, got str"),
         (lambda: Recipe(IN, OUT, axes={"E": "2*Q"}), RecipeError, r"axis E=2\*Q mentions Q"),
-        (lambda: Norm("y", kind="batch"), RecipeError, "kind must be one of rms, .*, got 'batch'"),
+        (
+            lambda: Norm("y", kind="batch"),
+            RecipeError,
+            "kind must be one of rms, layer, l2, unit, smooth_unit, got 'batch'",
+        ),
         (lambda: Norm("y", affine="bias"), RecipeError, "affine must be"),
         (lambda: ComplexGate(law="cartesian"), RecipeError, "law must be"),
         (lambda: FixedScan("u", frequency="log"), RecipeError, "frequency must be"),

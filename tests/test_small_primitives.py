@@ -157,7 +157,7 @@ def test_norms_are_their_formulas():
     eps = draw(2, 3, 4, 1, seed=3).abs()
     close(normalise(x, eps=eps), x / (x.square().mean(-1, keepdim=True) + eps).sqrt())
     assert normalise(x.half()).dtype == torch.float16
-    with pytest.raises(ValueError, match="kind must be one of rms, layer, l2, unit, got 'batch'"):
+    with pytest.raises(ValueError, match="kind must be one of rms, layer, l2, unit, smooth_unit, got 'batch'"):
         normalise(x, "batch")
 
 

@@ -349,7 +349,7 @@ def test_distillation_alternates(tmp_path: Path, text_file: str, teacher: str) -
 
 
 def test_a_model_of_ours_teaches(tmp_path: Path, text_file: str) -> None:
-    """In a process of its own, where nothing else has told transformers of such models."""
+    """In a process of its own, where nothing else has registered such models with transformers."""
     from recur.hf import RecurConfig, RecurForCausalLM
 
     RecurForCausalLM(RecurConfig(recipe="gla", vocab_size=256, dim=8, depth=1)).save_pretrained(tmp_path / "ours")

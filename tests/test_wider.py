@@ -81,7 +81,7 @@ def test_the_first_matrices_of_rwkv7_are_orthogonal() -> None:
         torch.manual_seed(0)
         parts = Mixer(presets.rwkv7(heads=2, ranks=(4, 3, 2, 5)), 8, depth=2, layer=1).parts
         model = convert.build("rwkv7", {"n_embd": 8, "n_layer": 2, "vocab_size": 32, "head_size": 4})
-    head, table = model.head.weight, model.embedding.weight
+    head, table = model.head.weight.detach(), model.embedding.weight.detach()
     for name, gain in (("project", 1.0), ("project_2", 0.1), ("project_3", 1.0)):
         weight = parts.get_parameter(f"{name}.weight")
         assert_close(weight @ weight.mT, gain**2 * torch.eye(8), atol=1e-5, rtol=1e-5)

@@ -265,8 +265,17 @@ def _summed(flow: Flow, log_a: Tensor, before: Tensor | None) -> tuple[Tensor, T
 class ForgettingAttention(Attention):
     """Softmax attention with a forget gate: y_t = sum_s softmax_s(q_t . k_s / sqrt(K) + sum_{s<r<=t} log_f_r) v_s.
 
-    Args: decay: log f [H], real, one per query head; window: how many tokens a query sees, its own included; None sees
-        all before it.
+    Args:
+        q: queries [H K].
+        k: keys [G K], G divides H.
+        v: values [G V].
+        out: y [H V].
+        fused: of `Attention`; without effect here, the matrix of all scores is always formed.
+        decay: log f [H], real.
+        window: how many tokens a query sees, its own included; None sees all before it.
+
+    >>> recur.blocks.ForgettingAttention().formula()
+    'y_t = sum_{s<=t} softmax(q_t . k_s / sqrt(K) + sum_{s<r<=t} log_f_r) v_s'
     """
 
     decay: str = "log_f"

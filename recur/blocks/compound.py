@@ -24,11 +24,22 @@ SOLVERS = ("exact", "conjugate", "conjugate_diagonal")
 
 @dataclass(frozen=True)
 class SlotScan(Part):
-    """Attention over M slots that tokens fill: P = P diag(a) + k s^T, p = softmax(scale P^T q), R = diag(a) R + s v^T.
+    """Attention over M slots that tokens fill: P = P diag(a) + k s^T, R = diag(a) R + s v^T, y = R^T p.
 
-    y = R^T p.
+    p = softmax(scale P^T q). Defined by `recur.primitives.columns.slot_scan`.
 
-    Args: q: [H K]; k: [G K]; v: [G V]; write: s [G M], None is 1 - a; decay: log a [G M]; scale: as in `OuterScan`.
+    Args:
+        q: queries [H K].
+        k: keys [G K], G divides H.
+        v: values [G V].
+        write: s [G M], how much of the token each slot takes; None is 1 - a.
+        decay: log decay log a [G M].
+        scale: a number, or an expression over axes such as "1/sqrt(K)".
+        out: y [H V].
+
+    >>> layer = recur.Mixer(recur.presets.gsa(heads=2, slots=3), dim=8)
+    >>> {name: tuple(x.shape) for name, x in layer.init_state(batch=1)["parts"]["slot_scan"].items()}
+    {'keys': (1, 2, 4, 3), 'values': (1, 2, 3, 4)}
     """
 
     q: str = "q"
@@ -73,7 +84,19 @@ class SlotScan(Part):
 class OjaScan(Part):
     """Oja's rule, a delta rule of transposed roles: S = S_{t-1} diag(a), S_t = S + beta (k - S v) v^T, y = scale S^T q.
 
-    q, k [H K]; v and decay log a [H V]; beta [H].
+    Defined by `recur.primitives.columns.oja_scan`.
+
+    >>> recur.blocks.OjaScan().formula()
+    'S = S_{t-1} diag(exp(log_a)), S_t = S + beta (k - S v) v^T, y = 1.0 S_t^T q'
+
+    Args:
+        q: queries [H K].
+        k: keys [H K].
+        v: values [H V], of length 1 or less.
+        decay: log decay log a [H V].
+        beta: write strength [H].
+        scale: a number, or an expression over axes such as "1/sqrt(K)".
+        out: y [H V].
     """
 
     q: str = "q"
@@ -106,12 +129,24 @@ class OjaScan(Part):
 
 @dataclass(frozen=True)
 class MesaScan(Part):
-    """Read a least-squares map: H_t = a H + beta k k^T, S_t = a S + beta k v^T, y = S_t^T (H_t + diag(ridge))^-1 q.
+    """Least-squares read: H_t = a H + beta k k^T, S_t = a S + beta k v^T, y = S_t^T (H_t + diag(ridge))^-1 q.
 
-    ridge = softplus(r) + floor, r [H K] learned, ridge 1 at first.
+    ridge = softplus(r) + floor, r [H K] learned; ridge is 1 at first.
 
-    Args: q, k: [H K]; v: [H V]; decay: log a [H]; beta: [H]; solver, iterations: of `recur.primitives.mesa.mesa_scan`,
-        "exact", "conjugate" or "conjugate_diagonal"; floor: the least ridge.
+    Args:
+        q: queries [H K].
+        k: keys [H K].
+        v: values [H V].
+        decay: log decay log a [H].
+        beta: write strength [H].
+        solver: "exact", "conjugate" or "conjugate_diagonal", of `recur.primitives.mesa.mesa_scan`.
+        iterations: of conjugate gradients.
+        floor: the least ridge.
+        out: y [H V].
+
+    >>> layer = recur.Mixer(recur.presets.mesa_net(heads=2), dim=8)
+    >>> {name: tuple(x.shape) for name, x in layer.init_state(batch=1)["parts"]["mesa_scan"].items()}
+    {'kk': (1, 2, 4, 4), 'kv': (1, 2, 4, 4)}
     """
 
     q: str = "q"
@@ -148,7 +183,7 @@ class MesaScan(Part):
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         q, k, v, log_a, beta = (flow[name] for name in (self.q, self.k, self.v, self.decay, self.beta))
         before = None if state is None else (state["kk"], state["kv"])
-        options = {"solver": self.solver, "iterations": self.iterations, **scan_options(flow, before)}
+        options: dict[str, Any] = {"solver": self.solver, "iterations": self.iterations, **scan_options(flow, before)}
         y, (kk, kv) = mesa_scan(q, k, v, log_a, beta, softplus(weights.ridge) + self.floor, **options)
         return flow.set(**{self.out: y}), {"kk": kk, "kv": kv}
 
@@ -162,7 +197,22 @@ class MesaScan(Part):
 class MomentumScan(Part):
     """A delta rule with momentum: M_t = m M_{t-1} - eta k (v - S_{t-1}^T p)^T, S_t = a S_{t-1} - beta M_t.
 
-    y = scale S_t^T q. Token by token in every form.   q, k, p [H K]; v [H V]; log_a, log_m, beta, eta [H].
+    y = scale S_t^T q. A token loop in every form.
+
+    >>> recur.blocks.MomentumScan().formula()
+    'M_t = exp(log_m) M_{t-1} - eta k (v - S_{t-1}^T p)^T, S_t = exp(log_a) S_{t-1} - beta M_t, y = 1.0 S_t^T q'
+
+    Args:
+        q: queries [H K].
+        k: keys [H K] under which the error is written.
+        p: keys [H K] that read what the error is of.
+        v: values [H V].
+        decay: log decay log a [H].
+        momentum: log momentum log m [H].
+        beta: step size of S [H].
+        eta: step size of M [H].
+        scale: a number, or an expression over axes such as "1/sqrt(K)".
+        out: y [H V].
     """
 
     q: str = "q"
@@ -209,7 +259,16 @@ class LogLinearScan(Part):
 
     y_t = sum_{s<=t} w_t[l(t, s)] exp(sum_{s<r<=t} log_a_r) (q_t . k_s) v_s, l(t, s) the bit length of (t xor s).
 
-    Args: q, k: [G K]; v: [H V]; decay: log a [H]; weights: w [H L]; L levels reach 2^(L - 1) tokens.
+    Args:
+        q: queries [G K], G divides H.
+        k: keys [G K].
+        v: values [H V].
+        decay: log decay log a [H].
+        weights: w [H L]; L levels reach 2^(L - 1) tokens.
+        out: y [H V].
+
+    >>> recur.blocks.LogLinearScan().formula()
+    'y_t = sum_{s<=t} w_t[bits(t xor s)] exp(sum_{s<r<=t} log_a_r) (q_t . k_s) v_s'
     """
 
     q: str = "q"
@@ -232,9 +291,9 @@ class LogLinearScan(Part):
         return site.memory(batch, L, H, K, V)
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        read = [flow[name] for name in (self.q, self.k, self.v, self.decay, self.weights)]
-        position = None if state is None else flow.position
-        y, state = log_linear_scan(*read, position=position, **scan_options(flow, state))
+        q, k, v, log_a, w = (flow[name] for name in (self.q, self.k, self.v, self.decay, self.weights))
+        seen = None if state is None else flow.position
+        y, state = log_linear_scan(q, k, v, log_a, w, position=seen, **scan_options(flow, state))
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:

@@ -64,7 +64,16 @@ class Decay(Part):
 
 @dataclass(frozen=True)
 class FlooredDecay(Part):
-    """Log decay of a sigmoid gate between -rate and 0, so that no token forgets more: log_a = -rate sigmoid(z)."""
+    """RWKV-7's log decay, at least -rate: log_a = -rate sigmoid(z).
+
+    >>> recur.blocks.FlooredDecay().formula()
+    'log_a = -0.606531 sigmoid(z)'
+
+    Args:
+        source: z, real.
+        rate: the greatest -log_a, 1/sqrt(e) by default as in RWKV-7.
+        out: name of the log decay, of z's axes.
+    """
 
     source: str = "z"
     rate: float = math.exp(-0.5)
@@ -522,10 +531,16 @@ RATES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {  # law -> o
 
 @dataclass(frozen=True)
 class KeyedRate(Part):
-    """The write strength of a delta rule for keys of any length: beta [H], k [H K].
+    """The write strength of a delta rule for keys of any length: beta <- law(beta, |k|^2).
 
-    law: "exponential", (1 - exp(-beta |k|^2)) / |k|^2, the error's exact decay over a time beta; "projection",
-        beta / |k|^2, a Kaczmarz step; "implicit", beta / (1 + beta |k|^2), the step that minimises a proximal loss.
+    >>> recur.blocks.KeyedRate().formula()
+    'beta <- (1 - exp(-beta |k|^2)) / |k|^2'
+
+    Args:
+        beta: write strength [H]; replaced.
+        k: keys [H K], of any length.
+        law: "exponential", (1 - exp(-beta |k|^2)) / |k|^2, the exact decay of the error over a time beta; "projection",
+            beta / |k|^2, a Kaczmarz step; "implicit", beta / (1 + beta |k|^2), the minimiser of a proximal loss.
     """
 
     beta: str = "beta"

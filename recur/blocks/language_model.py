@@ -339,7 +339,7 @@ class LanguageModel(nn.Module):
         in_place: bool = False,
         evaluate: bool = False,
     ) -> tuple[Tensor, State]:
-        """The stack without its doors: embedded tokens [B T D] to the normalised stream [B T D], and the state.
+        """The blocks alone: embedded tokens [B T D] to the normalised stream [B T D], and the state.
 
         in_place: T is 1, and the state may be overwritten; evaluate: no dropout, even in training mode.
         """
@@ -402,7 +402,7 @@ class LanguageModel(nn.Module):
             room = self.positions.weight.shape[0]
             if readable(at) and int(at.max()) >= room:
                 raise ValueError(
-                    f"LanguageModel: it has {room} learned positions, got a text of {int(at.max()) + 1} tokens"
+                    f"LanguageModel: it has {room} learned positions, got a sequence of {int(at.max()) + 1} tokens"
                 )
             return x + self.positions(at)
         rate = 10000.0 ** -(torch.arange(0, self.dim, 2, dtype=torch.float64, device=x.device) / self.dim)
@@ -423,7 +423,19 @@ class LanguageModel(nn.Module):
     # ------------------------------------------------------------------ token by token
 
     def init_state(self, batch: int, max_len: int | None = None) -> State:
-        """The state before the first token; `max_len` fixes the length of attention caches."""
+        """The state before the first token.
+
+        Args:
+            batch:   B, number of sequences.
+            max_len: fixes the length of attention caches, which otherwise grow.
+
+        Returns: the state, of every layer.   Raises: RecipeError if a recipe is not causal.
+
+        >>> model = recur.LanguageModel("gla:heads=2", vocab_size=11, dim=16, depth=1)
+        >>> state = model.init_state(batch=2)
+        >>> model.step(torch.tensor([3, 5]), state).shape  # the state is overwritten
+        torch.Size([2, 11])
+        """
         weight = self.embedding.weight
         position = torch.zeros(batch, dtype=torch.long, device=weight.device)
         return {"position": position, "layers": [block.init_state(batch, max_len) for block in self._layers()]}
@@ -443,7 +455,7 @@ class LanguageModel(nn.Module):
             of another length, after which lengths are dynamic. torch compiles at most
             torch._dynamo.config.recompile_limit graphs, and runs what is beyond them eagerly.
 
-        >>> lm = LanguageModel("gla", vocab_size=10, dim=16, depth=4).compile_layers(backend="eager")
+        >>> lm = recur.LanguageModel("gla", vocab_size=10, dim=16, depth=4).compile_layers(backend="eager")
         >>> lm(torch.zeros(1, 3, dtype=torch.long)).shape
         torch.Size([1, 3, 10])
         """
@@ -457,9 +469,18 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def step(self, ids: Tensor, state: State) -> Tensor:
-        """One token a sequence: ids [B] to logits [B vocab_size]; `state` is overwritten, no gradient and no dropout.
+        """One token per sequence; `state` is overwritten, no gradient and no dropout.
 
+        Args:
+            ids:   [B] tokens.
+            state: of `init_state`, `prefill` or a call with return_state.
+
+        Returns: logits [B vocab_size].
         Raises: TypeError, ValueError or ShapeError for a state that is not of this model, before anything is written.
+
+        >>> model = recur.LanguageModel("gla:heads=2", vocab_size=11, dim=16, depth=1)
+        >>> model.step(torch.tensor([3]), model.init_state(batch=1)).shape
+        torch.Size([1, 11])
         """
         if not (isinstance(ids, Tensor) and ids.ndim == 1):
             bind("LanguageModel.step", ids=(ids, "B"))
@@ -471,12 +492,19 @@ class LanguageModel(nn.Module):
     def prefill(
         self, ids: Tensor, lengths: Tensor | None = None, *, max_len: int | None = None
     ) -> tuple[Tensor, State]:
-        """Read prompts in one pass: the last logits and the state. No gradient and no dropout.
+        """Read prompts in one pass. No gradient and no dropout.
 
         Args:
-            ids:     [B T] prompts, right-padded if `lengths` [B] are given.
-            lengths: [B] tokens of each prompt.
+            ids:     [B T] prompts, right-padded if `lengths` are given.
+            lengths: [B] tokens of each prompt; all of them when omitted.
             max_len: fixes the length of attention caches.
+
+        Returns: logits [B vocab_size] after the last token of each prompt, and the state.
+
+        >>> model = recur.LanguageModel("gla:heads=2", vocab_size=11, dim=16, depth=1)
+        >>> logits, state = model.prefill(torch.tensor([[1, 2, 3], [4, 0, 0]]), torch.tensor([3, 1]))
+        >>> logits.shape, state["position"]
+        (torch.Size([2, 11]), tensor([3, 1]))
         """
         fresh = None if max_len is None else self.init_state(len(ids), max_len)
         if lengths is None:
@@ -531,6 +559,12 @@ class LanguageModel(nn.Module):
             decode: from a list of ids to a string, as a tokenizer has it; needed for `stop`.
 
         Returns: [B T + max_new_tokens], each row its prompt, its new tokens, then (for shorter prompts) `eos` or 0.
+        Raises: ShapeError, TypeError or ValueError for arguments that do not fit, before anything is drawn.
+        Cost: one pass over the prompts and one step per token; only caches of attention grow with the sequence.
+
+        >>> model = recur.LanguageModel("gla:heads=2", vocab_size=11, dim=16, depth=1)
+        >>> model.generate(torch.tensor([[1, 2, 3]]), 5, seed=0).shape
+        torch.Size([1, 8])
         """
         return generation.generate(
             self,
@@ -562,16 +596,27 @@ class LanguageModel(nn.Module):
         Yields: [B] ids on the CPU; a row that has ended repeats its end; nothing more when all rows have.
         Raises: as `generate`, at the call.
 
-            >>> model = recur.LanguageModel(recur.presets.gla(heads=2), vocab_size=11, dim=16, depth=1)
-            >>> len(list(model.stream(torch.tensor([[1, 2, 3]]), 5)))
-            5
+        >>> model = recur.LanguageModel("gla:heads=2", vocab_size=11, dim=16, depth=1)
+        >>> len([tokens for tokens in model.stream(torch.tensor([[1, 2, 3]]), 5)])
+        5
         """
         return generation.stream(self, generation.request(self, ids, max_new_tokens, **options))
 
     # ------------------------------------------------------------------ training
 
     def loss(self, ids: Tensor, **options: Any) -> Tensor:
-        """Mean cross-entropy, in nats, of every token of ids [B T] but the first, given those before it."""
+        """Mean cross-entropy, in nats, of every token but the first, given those before it.
+
+        Args:
+            ids:     [B T] tokens.
+            options: of a call of the model, such as cu_seqlens and form.
+
+        Returns: a number, float32.
+
+        >>> model = recur.LanguageModel("gla:heads=2", vocab_size=11, dim=16, depth=1)
+        >>> model.loss(torch.zeros(1, 5, dtype=torch.long)).dtype
+        torch.float32
+        """
         self._check_ids(ids)
         loss: Tensor = self(ids[:, :-1], targets=ids[:, 1:], **options)
         return loss
@@ -579,7 +624,14 @@ class LanguageModel(nn.Module):
     def decay_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser: weight decay on what is declared so, none on gates, norms and biases.
 
-        Of the weights that want a gradient.   Raises: TypeError if one of them is not declared.
+        Args:
+            weight_decay: of the weights that have one.
+
+        Returns: two groups, for torch.optim.   Raises: TypeError if a weight with a gradient is not declared.
+
+        >>> model = recur.LanguageModel("gla:heads=2", vocab_size=11, dim=16, depth=1)
+        >>> [group["weight_decay"] for group in torch.optim.AdamW(model.decay_groups(0.1)).param_groups]
+        [0.1, 0.0]
         """
         return decay_groups(self, weight_decay)
 

@@ -233,7 +233,7 @@ def _fake(
     weights: list[Tensor],
     state: list[Tensor],
 ) -> list[Tensor]:
-    """As many tokens and states as the first token tells of."""
+    """As many tokens and states as the first token has."""
     x = tokens[names.split().index("x")]
     (B, T), n = x.shape[:2], position.shape[0]
     first = [tensor if tensor.shape[1] == 1 else tensor[:, :1] for tensor in tokens]

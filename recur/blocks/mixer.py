@@ -174,9 +174,16 @@ class Mixer(nn.Module):
                 expect("Mixer", name, tensor, letters, (B, T, *sizes))
 
     def init_state(self, batch: int, max_len: int | None = None) -> State:
-        """The state before the first token. `max_len` gives attention caches a fixed length; nothing else needs it.
+        """The state before the first token.
 
-        Raises: RecipeError if the recipe is not causal.
+        Args:
+            batch:   B, number of sequences.
+            max_len: fixes the length of attention caches, which otherwise grow; nothing else needs it.
+
+        Returns: the state.   Raises: RecipeError if the recipe is not causal.
+
+        >>> recur.Mixer("gla:heads=2", dim=16).init_state(batch=3)["parts"]["outer_scan"].shape
+        torch.Size([3, 2, 4, 8])
         """
         if not self.recipe.causal:
             raise RecipeError("init_state: this recipe is not causal, so it has no state to stream from")
@@ -189,7 +196,20 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: State, **inputs: Tensor) -> Tensor:
-        """One token [B D] -> [B D]; `state` is overwritten, no gradient and no dropout."""
+        """One token per sequence; `state` is overwritten, no gradient and no dropout.
+
+        Args:
+            x:      [B D].
+            state:  of `init_state`, or of a call.
+            inputs: further tensors that the recipe reads, [B ...].
+
+        Returns: [B D].
+        Raises: TypeError, ValueError or ShapeError for a state that does not fit, before anything is overwritten.
+
+        >>> layer = recur.Mixer("gla:heads=2", dim=16)
+        >>> layer.step(torch.randn(3, 16), layer.init_state(batch=3)).shape
+        torch.Size([3, 16])
+        """
         bind("Mixer.step", x=(x, "B D"))
         ready = state
         if not torch.compiler.is_compiling():

@@ -223,14 +223,24 @@ class DeltaScan(OuterScan):
 
 @dataclass(frozen=True)
 class WideScan(OuterScan):
-    """Write under one key, erase what another reads, under a third: S_t = S + k (w v)^T - b (S^T e)^T, S = A S_{t-1}.
+    """The wide step: S_t = S + k (w v)^T - b (S^T e)^T after S = A S_{t-1}, with erase key e and removal key b.
 
     Args:
-        erase:      e [G K] or [H K]; None erases nothing.
-        erase_from: the state that e reads, "decayed", A S_{t-1}, or "previous", S_{t-1}.
-        remove:     b, of the axes of e; None is k.
-        write:      w [H] or [H V]; None is 1.
-    With several writes a token, e, b and w have the axis M as well; the first alone reads the previous state.
+        q: queries [G K], G divides H; [R G K] reads R times per token, and y is [R H V].
+        k: keys [G K]; None ties them to a real key-wise decay, k = 1 - a; [M G K] writes M times per token.
+        v: values [H V], or [M H V].
+        decay: log decay [H] or [H K], real or complex; None keeps everything.
+        scale: a number, or an expression over axes such as "1/sqrt(K)".
+        rotates: whether the decay is complex, which makes the state complex.
+        bonus: None where something is erased; otherwise as in `OuterScan`.
+        out: y [H V].
+        erase: e [G K] or [H K]; None erases nothing. With M writes, e, b and w have the axis M as well.
+        erase_from: the state that e reads, "decayed", A S_{t-1}, or "previous", S_{t-1} (the first of M writes alone).
+        remove: b, of the axes of e; None is k.
+        write: w [H] or [H V]; None is 1.
+
+    >>> recur.blocks.WideScan().formula()
+    'S = exp(log_a) S_{t-1}, S_t = S + k v^T, y = S_t^T q'
     """
 
     erase: str | None = None

@@ -169,7 +169,7 @@ def nbytes(state: State) -> int:
 
     >>> model = recur.LanguageModel("gla:heads=2", vocab_size=256, dim=32, depth=2)
     >>> recur.blocks.nbytes(model.init_state(batch=1))  # whatever the length of the sequence
-    2072
+    2088
     """
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
 

@@ -23,14 +23,17 @@ from recur.weights import Param, by_index, constant, matrix_init, spread_time_co
 class ValueResidual(Part):
     """Mix values with those of the first layer: v <- v + (v_0 - v) sigmoid(W2 W1 x + b), v_0 as layer 0 wrote them.
 
-    The first layer hands its values down and leaves them as they are.
+    Layer 0 publishes its values and does not change them.
 
     Args:
-        source:       v [*].
-        gate:         x, the tensor that the gate reads.
-        rank:         axis between its two matrices; W1 starts as 0, W2 orthogonal.
-        first:        first values of b, an expression (see `Learned`).
+        source: v [*].
+        gate: x, the tensor that the gate reads.
+        rank: axis between its two matrices; W1 starts as 0, W2 orthogonal.
+        first: first values of b, an expression (see `Learned`).
         weights_from: the first layer with weights; 0 gives layer 0 weights that nothing reads, as some trainers do.
+
+    >>> recur.blocks.ValueResidual().formula()
+    'v <- v + (v of layer 0 - v) sigmoid(W2 W1 x + b)'
     """
 
     source: str = "v"
@@ -68,11 +71,20 @@ class ValueResidual(Part):
 
 @dataclass(frozen=True)
 class RemovalKeys(Part):
-    """RWKV-7's keys, of a key k and an in-context rate a in (0, 1): one is erased, one removed, one written.
+    """RWKV-7's erase, removal and write keys, from a key k and an in-context learning rate a in (0, 1).
 
-    e = norm(k * k_k), b = a e, k <- k + k (a - 1) k_a; k, a [H K], k_k and k_a learned per channel.
+    e = norm(k * k_k), b = a e, k <- k + k (a - 1) k_a; k_k and k_a [H K] are learned.
 
-    Args: norm, eps: of e in each head, "unit" or "smooth_unit" (see `Norm`); erase, remove: names of e and b.
+    Args:
+        k: keys [H K]; what is written replaces them.
+        rate: a [H K].
+        norm: of e in each head, "unit" or "smooth_unit" (see `Norm`).
+        eps: of that norm.
+        erase: name of e, the erase key [H K].
+        remove: name of b, the removal key [H K].
+
+    >>> recur.blocks.RemovalKeys().formula()
+    'e = unit norm(k * k_k), b = a e, k <- k + k (a - 1) k_a'
     """
 
     k: str = "k"
@@ -104,12 +116,17 @@ class RemovalKeys(Part):
 
 @dataclass(frozen=True)
 class FeedbackKey(Part):
-    """Comba's closed loop: the state is corrected by what p reads in it, and so is the query. p = c k, q <- q - D p.
+    """Comba's feedback: the state is corrected by what p reads in it, the query by p. p = c k, q <- q - D p.
 
     Args:
-        p:       the name of p [H K].
-        decay:   "learned", c = sigmoid(d_h) with d = 1 at first, or "none", c = 1.
+        q: queries [H K].
+        k: keys [H K].
+        p: name of p [H K].
+        decay: "learned", c = sigmoid(d_h) with d = 1 at first, or "none", c = 1.
         correct: first value of D_h; None leaves the query as it is.
+
+    >>> recur.blocks.FeedbackKey().formula()
+    'p = sigmoid(d) k, q <- q - D p'
     """
 
     q: str = "q"
@@ -147,9 +164,17 @@ class FeedbackKey(Part):
 
 @dataclass(frozen=True)
 class SelfTerm(Part):
-    """What a token reads of its own write, besides what the scan has read: y <- y + (sum_K q w k) v, w [H K] learned.
+    """Add what a token reads of its own write: y <- y + (sum_K q w k) v, w [H K] learned.
 
-    Args: q, k: [H K]; v: of the axes of `out` [H V]; first: first values of w, an expression (see `Learned`).
+    Args:
+        q: queries [H K].
+        k: keys [H K].
+        v: values [H V].
+        out: y [H V].
+        first: first values of w, an expression (see `Learned`).
+
+    >>> recur.blocks.SelfTerm().formula()
+    'y <- y + (sum_K q w k) v'
     """
 
     q: str = "q"
@@ -177,7 +202,16 @@ class SelfTerm(Part):
 
 @dataclass(frozen=True)
 class Repeat(Part):
-    """Repeat each group of heads for the heads that share it: [... G *] -> [... H *], head h reads h // (H/G)."""
+    """Repeat each group for the heads that share it: [... G *] -> [... H *], head h reads group h // (H/G).
+
+    >>> recur.blocks.Repeat("u").formula()
+    'u of every group for its heads'
+
+    Args:
+        names: tensors [... G *].
+        heads: H.
+        groups: G, divides H.
+    """
 
     names: str
     heads: str = "H"
@@ -210,7 +244,15 @@ class Repeat(Part):
 
 @dataclass(frozen=True)
 class Previous(Part):
-    """Tensors of the token before, zeros before the first: Previous("k v", to="k_before v_before")."""
+    """Tensors of the token before, zeros before the first: `Previous("k v", to="k_before v_before")`.
+
+    >>> recur.blocks.Previous("u", "v").formula()
+    'v = u_{t-1}'
+
+    Args:
+        names: tensors to read.
+        to: one new name for each.
+    """
 
     names: str
     to: str
@@ -243,10 +285,20 @@ class Previous(Part):
 
 @dataclass(frozen=True)
 class DataDecay(Part):
-    """A step and a rate of each token, and the decay they bring: log_a = -max(f(r), floor) delta.
+    """Mamba-3's decay, from a step and a rate per token: log_a = -max(f(r), floor) delta.
 
-    delta = softplus(dt + b); f(r) = 1 + r, or 1 / (1 - r) where r is negative; dt, r, b [H]. softplus(b) starts spread
-    over 0.001 to 0.1.
+    delta = softplus(dt + b), b [H] learned; f(r) = 1 + r, or 1 / (1 - r) where r is negative. At first softplus(b) is
+    spread over 0.001 to 0.1.
+
+    >>> recur.blocks.DataDecay().formula()
+    'delta = softplus(dt + b), f = 1 + rate, or 1 / (1 - rate) if rate < 0, log_a = -max(f, 0.0001) delta'
+
+    Args:
+        source: dt [H].
+        rate: r [H].
+        floor: the least rate.
+        step: name of delta [H].
+        out: name of the log decay [H].
     """
 
     source: str = "dt"
@@ -273,13 +325,16 @@ class DataDecay(Part):
 
 @dataclass(frozen=True)
 class DataRotary(Part):
-    """Rotate pairs of channels by angles that tokens add up: theta_t = theta_{t-1} + pi tanh(angle_t) delta_t.
+    """Rotate pairs of channels by accumulated angles: theta_t = theta_{t-1} + pi tanh(angle_t) delta_t.
 
     Args:
-        names:  tensors [... H K].
-        angle:  [A] shared by heads, or [H A], A <= K/2: pairs beyond them stay.
-        step:   delta [H].
+        names: tensors [... H K].
+        angle: [A] shared by heads, or [H A]; A <= K/2, pairs beyond A are not rotated.
+        step: delta [H].
         layout: pairs (2j, 2j+1) "interleaved", or (j, j + K/2) "half".
+
+    >>> recur.blocks.DataRotary("u").formula()
+    'theta_t = theta_{t-1} + pi tanh(angle) delta, u <- rotate(u, theta_t)'
     """
 
     names: str
@@ -324,12 +379,22 @@ class DataRotary(Part):
 
 @dataclass(frozen=True)
 class Trapezoid(Part):
-    """Two writes per token, by the trapezoidal rule: that of the token before once more, and its own.
+    """Mamba-3's trapezoidal rule as two writes per token: that of the token before, weighted anew, and its own.
 
-    keys = [(1 - l) delta a k_{t-1}, l delta k_t], values = [v_{t-1}, v_t], l = sigmoid(trap); nothing before the first.
+    keys = [(1 - l) delta a k_{t-1}, l delta k_t], values = [v_{t-1}, v_t], l = sigmoid(trap); zeros before
+    the first token.
 
-    Args: k, v: [H K] and [H V], or [R H K] and [R H V] for R writes each; trap, step, decay: [H]; keys, values: what
-        is written, [2 H K] and [2 H V], or [2*R H K] and [2*R H V].
+    Args:
+        k: keys [H K], or [R H K] for R writes.
+        v: values [H V], or [R H V].
+        trap: l before its sigmoid [H].
+        step: delta [H].
+        decay: log decay log a [H].
+        keys: name of the keys that are written, [2 H K] or [2*R H K].
+        values: name of the values that are written, [2 H V] or [2*R H V].
+
+    >>> recur.blocks.Trapezoid().formula()
+    'l = sigmoid(trap), keys = [(1 - l) delta exp(log_a) k_{t-1}, l delta k], values = [v_{t-1}, v]'
     """
 
     k: str = "k"
@@ -365,7 +430,17 @@ class Trapezoid(Part):
 
 @dataclass(frozen=True)
 class Spread(Part):
-    """R tensors of one, each weighed per channel: v_r = w_r * u; u [*], w and v [R *].  w starts as `first`."""
+    """R copies of a tensor, each weighted per channel: v_r = w_r * u, w [R *] learned.
+
+    >>> recur.blocks.Spread("u").formula()
+    'u_r <- w_r * u'
+
+    Args:
+        source: u [*].
+        axis: R.
+        to: name of v [R *]; None replaces u.
+        first: first values of w, an expression (see `Learned`).
+    """
 
     source: str
     axis: str = "R"
@@ -389,7 +464,15 @@ class Spread(Part):
 
 @dataclass(frozen=True)
 class Gather(Part):
-    """The sum of R tensors, each weighed per channel: y <- sum_r w_r * y_r; y and w [R *].  w starts as `first`."""
+    """The sum of R tensors, each weighted per channel: y <- sum_r w_r * y_r, w [R *] learned.
+
+    >>> recur.blocks.Gather().formula()
+    'y <- sum_r w_r * y_r'
+
+    Args:
+        source: y [R *]; replaced by [*].
+        first: first values of w, an expression (see `Learned`).
+    """
 
     source: str = "y"
     first: str = "1"

@@ -13,6 +13,7 @@ from recur.blocks.feedforward import key_mix
 from recur.convert.keys import Keys, Place, merged, shaped, stack, tied, transposed, under
 from recur.convert.official import UNQUANTISED, Official, unless_misspelt
 from recur.presets.rwkv7 import HEAD_NORM, RESIDUAL, rwkv7
+from recur.presets.rwkv7 import RANKS as PUBLISHED
 from recur.recipe import Recipe
 
 GATES = {"w": "project_4.{}", "a": "project_5.{}", "g": "project_6.{}", "v": "value_residual.{}"}
@@ -61,10 +62,9 @@ KEYS: Keys = {
 
 
 def recipe(c: Any, weights_from: int) -> Recipe:
-    lora = {"decay": c.lora["decay"], "a": c.lora["a"], "v": c.lora["v"], "gate": c.lora["gate"]} if c.lora else {}
     residual = replace(RESIDUAL, weights_from=weights_from)
-    ranks = {"ranks": tuple(lora.values())} if lora else {}
-    return rwkv7(heads=c.n_embd // c.head_size, residual=residual, **ranks)
+    ranks = tuple(c.lora[name] for name in ("decay", "a", "v", "gate")) if c.lora else PUBLISHED
+    return rwkv7(heads=c.n_embd // c.head_size, residual=residual, ranks=ranks)
 
 
 def time_mix(c: Any) -> Mixer:

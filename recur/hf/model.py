@@ -174,8 +174,8 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
             and input_ids.shape[1] == 1
             and not torch.is_grad_enabled()
         ):
-            logits, after = self.model.step(input_ids[:, 0], state.state)[:, None], state.state
-            loss = None
+            logits: Tensor | None = self.model.step(input_ids[:, 0], state.state)[:, None]
+            after, loss = state.state, None
         else:
             x, after = self._read(input_ids, there, None if state is None else state.state, bool(use_cache))
             loss = None if labels is None else self._loss(x, labels, num_items_in_batch)

@@ -35,9 +35,20 @@ def comba(
     p = sigmoid(d) k and q <- q - D p before q, k and p are made vectors of length 1; log a = -exp(A) softplus(dt + b).
     The error is read in the state before the decay, as in the published kernels.
 
-    Args: heads: H, of values; groups: G, of keys; key, value: channels per head; enter: what q, k and v pass through;
-        feedback: p, and what it takes off the query; leave: how y leaves, before the last projection.
+    Args:
+        heads: H, of values.
+        groups: G, of keys; divides H.
+        key: K, key channels per head.
+        value: V, value channels per head.
+        enter: the part that q, k and v pass through, by default a short convolution.
+        feedback: makes p, and takes its share off the query.
+        leave: the parts between the scan and the last projection.
+
     Source: Hu et al. 2025, arXiv:2506.02475.
+
+    >>> y, _ = recur.Mixer(recur.presets.comba(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="G K", k="G K", v="H V", beta="H", dt="H", name="enter"),

@@ -111,8 +111,15 @@ def kda(*, heads: int | str = "max(4,D//128)", conv: int = 4, reach: tuple[Part,
 def efla(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
     """`delta_net` with the error's exact decay over a time beta: beta <- (1 - exp(-beta |k|^2)) / |k|^2, for any k.
 
-    Args: as `delta_net`.
+    Args:
+        heads: H, by default of 128 key channels.
+        conv: taps of the short convolution.
+
     Source: arXiv:2512.12602.
+
+    >>> y, _ = recur.Mixer(recur.presets.efla(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return delta_net(heads=heads, conv=conv).replace("norm_2", KeyedRate(law="exponential"))
 
@@ -120,7 +127,14 @@ def efla(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
 def kaczmarz(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
     """`delta_net` with Kaczmarz steps: beta <- beta / |k|^2, so that beta = 1 projects onto what the key demands.
 
-    Args: as `delta_net`.
+    Args:
+        heads: H, by default of 128 key channels.
+        conv: taps of the short convolution.
+
     Source: arXiv:2605.08587.
+
+    >>> y, _ = recur.Mixer(recur.presets.kaczmarz(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return delta_net(heads=heads, conv=conv).replace("norm_2", KeyedRate(law="projection"))

@@ -21,10 +21,21 @@ def delta_product(
 ) -> Recipe:
     """S_m = S_{m-1} + beta_m k_m (v_m - S_{m-1}^T k_m)^T for m = 1 .. M, y_t = norm(S_M^T q_t / sqrt(K)) * silu(g_t).
 
-    Args: writes: M; heads: H, of values; groups: G, of keys; key, value: channels per head; enter: what q, k and v pass
-        through; reach: parts that change beta, by default to (0, 2), so that eigenvalues reach -1; leave: how y leaves,
-        before the last projection.
+    Args:
+        writes: M per token.
+        heads: H, of values.
+        groups: G, of keys; divides H.
+        key: K, key channels per head.
+        value: V, value channels per head.
+        enter: the part that q, k and v pass through, by default a short convolution.
+        reach: parts that change beta; by default it reaches (0, 2), so that eigenvalues reach -1.
+        leave: the parts between the scan and the last projection.
+
     Source: Siems et al. 2025, arXiv:2502.10297.
+
+    >>> y, _ = recur.Mixer(recur.presets.delta_product(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="G K", k="M G K", v="M H V", beta="M H", name="enter"),
@@ -55,8 +66,21 @@ def gated_delta_product(
 
     `delta_product` with a decay before the first write, log a = -exp(A) softplus(dt + b).
 
-    Args: as `delta_product`.
+    Args:
+        writes: M per token.
+        heads: H, of values.
+        groups: as in `delta_product`.
+        key: as in `delta_product`.
+        value: as in `delta_product`.
+        enter: as in `delta_product`.
+        reach: as in `delta_product`.
+        leave: as in `delta_product`.
+
     Source: Siems et al. 2025, arXiv:2502.10297.
+
+    >>> y, _ = recur.Mixer(recur.presets.gated_delta_product(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     plain = delta_product(
         writes=writes, heads=heads, groups=groups, key=key, value=value, enter=enter, reach=reach, leave=leave

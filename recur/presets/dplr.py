@@ -11,13 +11,20 @@ def dplr(*, heads: int | str = "max(4,D//128)", rank: int | str = 16, tau: float
     |e| = 1 and b = r * e with r = sigmoid(z) per channel, which keeps what is removed no larger than what is there;
     log a = log sigmoid(z) / tau. Another b is an edit: any parts that write b [H K].
 
-    Args: heads: H; rank: of the projections of the two gates; tau: the larger, the slower a new gate forgets.
+    Args:
+        heads: H.
+        rank: R, of the low-rank projections of the two gates.
+        tau: divides the log decay at first: the larger, the slower a new gate forgets.
+
     Source: the form that RWKV-7 (Peng et al. 2025, arXiv:2503.14456) and others share.
+
+    >>> y, _ = recur.Mixer(recur.presets.dplr(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
-    gates = {name: LowRank("H K", rank="R", bias=True) for name in ("z", "r")}
     return Recipe(
         Project("x", q="H K", k="H K", e="H K", v="H V", g="H V"),
-        Project("x", **gates),
+        Project("x", z=LowRank("H K", rank="R", bias=True), r=LowRank("H K", rank="R", bias=True)),
         Decay("z", tau=tau), Act("r", "sigmoid"),
         *smooth_unit("e"), Multiply("e", by="r", to="b"),
         WideScan(erase="e", erase_from="previous", remove="b", scale="1/sqrt(K)"),

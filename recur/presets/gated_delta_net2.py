@@ -32,15 +32,24 @@ def gated_delta_net2(
 
     b = sigmoid(z) per key channel erases, w = sigmoid(z) per value channel writes; log a = -exp(A) softplus(dt + b).
 
-    Args: heads: H, of values; groups: G, of keys, which heads share; key, value: channels per head; enter: what q, k
-        and v pass through; reach: parts that change the erase gate b; (Scale("b", "2"),) lets it reach 2, so that
-        eigenvalues reach -1; eps: of the norm.
+    Args:
+        heads: H, of values.
+        groups: G, of keys; divides H.
+        key: K, key channels per head.
+        value: V, value channels per head.
+        enter: the part that q, k and v pass through, by default a short convolution.
+        reach: (Scale("b", "2"),) takes the erase gate b to (0, 2), so that eigenvalues reach -1.
+        eps: of the norm of y.
+
     Source: arXiv:2605.22791.
+
+    >>> y, _ = recur.Mixer(recur.presets.gated_delta_net2(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
-    wide = {"g": LowRank("H V", rank="V", bias=True), "dt": LowRank("G K", rank="V")}
     return Recipe(
         Project("x", q="G K", k="G K", v="H V", b="G K", w="H V", name="enter"),
-        Project("x", **wide, name="gates"),
+        Project("x", g=LowRank("H V", rank="V", bias=True), dt=LowRank("G K", rank="V"), name="gates"),
         enter,
         Act("b w", "sigmoid"), *reach, StepDecay(),
         *smooth_unit("q", "k"),

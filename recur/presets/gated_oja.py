@@ -9,8 +9,15 @@ def gated_oja(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
 
     log a = -exp(A) softplus(dt + b), one per value channel.
 
-    Args: heads: H; conv: taps of the short convolution.
-    Source: after Oja 1982, doi:10.1007/BF00275687; the layer around the rule is recur's own.
+    Args:
+        heads: H, by default of 128 channels.
+        conv: taps of the short convolution.
+
+    Source: Oja 1982, doi:10.1007/BF00275687; the layer is that of Yang et al. 2024, arXiv:2412.06464.
+
+    >>> y, _ = recur.Mixer(recur.presets.gated_oja(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H V", beta="H", dt="H V", g="H V"),
@@ -21,5 +28,5 @@ def gated_oja(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
         Norm("y", over="V"), OutputGate("g"),
         Project("y", y="D"),
         axes={"H": heads, "K": "D/H", "V": "D/H"},
-        source="after Oja 1982, doi:10.1007/BF00275687",
+        source="Oja 1982, in the layer of Yang et al. 2024, arXiv:2412.06464",
     )  # fmt: skip

@@ -11,9 +11,18 @@ def log_linear_attention(
 
     l(t, s) is the bit length of (t xor s); w = softplus(W x); log a = -exp(A) delta, delta = softplus(dt + b).
 
-    Args: heads: H; groups: G, which share q and k; state: K; levels: L, which reach 2^(L - 1) tokens; conv: taps of the
-        short convolution.
+    Args:
+        heads: H, by default of 64 channels.
+        groups: G, which share q and k; divides H.
+        state: K.
+        levels: L, which reach 2^(L - 1) tokens.
+        conv: taps of the short convolution.
+
     Source: Guo et al. 2025, arXiv:2506.04761.
+
+    >>> y, _ = recur.Mixer(recur.presets.log_linear_attention(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="G K", k="G K", v="H V", g="H V", dt="H", w="H L"),

@@ -1,4 +1,4 @@
-"""Mamba-2: a selective state space with one decay a head, so that matmuls can share it."""
+"""Mamba-2: a selective state space with one decay per head, shared by the matrix products."""
 
 from typing import Any
 

@@ -35,10 +35,20 @@ def mamba3(
 
     q, k = R(theta)(norm(C), norm(B) + biases), theta_t = theta_{t-1} + pi tanh(angle) delta, l = sigmoid(trap).
 
-    Args: state: N; expand: inner width over D; head: P channels per head; groups: G, heads of one share B and C;
-        rope: share of the channels of q and k that rotate; floor: the least rate of decay; leave: how y leaves, before
-        the last projection.
+    Args:
+        state: N.
+        expand: inner width over D.
+        head: P channels per head.
+        groups: G, whose heads share B and C.
+        rope: fraction of the channels of q and k that are rotated.
+        floor: the least rate of decay.
+        leave: the parts between the scan and the last projection.
+
     Source: Lahoti et al. 2026, arXiv:2603.15569.
+
+    >>> y, _ = recur.Mixer(recur.presets.mamba3(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", z="H P", u="H P", B="G N", C="G N", dt="H", rate="H", trap="H", angle="A", name="enter"),
@@ -71,9 +81,22 @@ def mamba3_mimo(
 ) -> Recipe:
     """`mamba3` with R inputs and outputs per head: u_r = x_r * u, R keys and queries, y = sum_r o_r y_r silu(z_r z).
 
-    Args: rank: R; layout: which channels rotate together (see `DataRotary`), "half" as in the published kernels; the
-        rest as in `mamba3`.
+    Args:
+        rank: R inputs and outputs per head.
+        state: N.
+        expand: inner width over D.
+        head: P channels per head.
+        groups: G, whose heads share B and C.
+        rope: fraction of the channels of q and k that are rotated.
+        floor: the least rate of decay.
+        layout: which channels are rotated together (see `DataRotary`), "half" as in the published kernels.
+        leave: the parts between the scan and the last projection.
+
     Source: Lahoti et al. 2026, arXiv:2603.15569.
+
+    >>> y, _ = recur.Mixer(recur.presets.mamba3_mimo(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", z="H P", u="H P", B="R G N", C="R G N", dt="H", rate="H", trap="H", angle="A", name="enter"),

@@ -14,9 +14,17 @@ def mesa_net(
 ) -> Recipe:
     """H_t = a_t H + beta_t k_t k_t^T, S_t = a_t S + beta_t k_t v_t^T, y_t = norm(S_t^T (H_t + diag(ridge))^-1 q_t).
 
-    Args: heads: H, by default of 128 channels, as published; conv: taps over q and k; read: which solver, and how many
-        of its iterations (see `MesaScan`), the same for whole sequences and for steps; leave: how y leaves.
+    Args:
+        heads: H, by default of 128 channels, as published.
+        conv: taps of the short convolution of q and k.
+        read: solver and iterations (see `MesaScan`), the same for whole sequences and for steps.
+        leave: the parts between the scan and the last projection.
+
     Source: von Oswald et al. 2025, arXiv:2506.05233.
+
+    >>> y, _ = recur.Mixer(recur.presets.mesa_net(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H K", name="enter"),

@@ -10,8 +10,15 @@ def momentum_delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> 
 
     a and m are sigmoids of z and u, beta and eta of their own, all per head.
 
-    Args: heads: H; conv: taps of the short convolution.
-    Source: the rule is in released code (flash-linear-attention); the layer around it is recur's own.
+    Args:
+        heads: H, by default of 128 channels.
+        conv: taps of the short convolution.
+
+    Source: the rule of released code (flash-linear-attention) in the layer of Yang et al. 2024, arXiv:2412.06464.
+
+    >>> y, _ = recur.Mixer(recur.presets.momentum_delta_net(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H V", g="H V"),
@@ -23,5 +30,5 @@ def momentum_delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> 
         Norm("y", over="V"), OutputGate("g"),
         Project("y", y="D"),
         axes={"H": heads, "K": "D/H", "V": "D/H"},
-        source="flash-linear-attention",
+        source="flash-linear-attention, in the layer of Yang et al. 2024, arXiv:2412.06464",
     )  # fmt: skip

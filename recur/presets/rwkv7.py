@@ -44,9 +44,19 @@ def rwkv7(
 
     w = exp(-e^{-1/2} sigmoid(z)), e = unit(k * k_k), b = a e, then k <- k (1 + (a - 1) k_a); v mixed with layer 0's.
 
-    Args: heads: H, by default of 64 channels, as published; value: width of all values; ranks: of the matrices of w, a,
-        v and g; keys: how e is normalised; norm: of each head's read; residual: how v meets that of layer 0.
+    Args:
+        heads: H, by default of 64 channels, as published.
+        value: E, width of the values of all heads.
+        ranks: of the low-rank projections of w, a, v and g.
+        keys: how e is normalised (see `RemovalKeys`).
+        norm: of y in each head.
+        residual: how v is mixed with that of layer 0 (see `ValueResidual`).
+
     Source: Peng et al. 2025, arXiv:2503.14456.
+
+    >>> y, _ = recur.Mixer(recur.presets.rwkv7(), dim=64)(torch.randn(1, 5, 64))
+    >>> y.shape
+    torch.Size([1, 5, 64])
     """
     return Recipe(
         TokenShift("x", to="xr xw xk xv xa xg", init=MIXES),

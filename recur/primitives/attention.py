@@ -26,7 +26,8 @@ def forgetting_attention(q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, *,
     Cost: O(B H T^2 (K + V)) work, O(B H T^2) memory.   Source: Lin et al. 2025, arXiv:2503.02130.
 
     >>> x = torch.ones(1, 2, 1, 1)
-    >>> forgetting_attention(x, x, torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), torch.full((1, 2, 1), -1e9)).flatten()
+    >>> v, log_forget = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), torch.full((1, 2, 1), -1e9)
+    >>> recur.primitives.attention.forgetting_attention(x, x, v, log_forget).flatten()
     tensor([1., 2.])
     """
     bind("forgetting_attention", k=(k, "B T G K"), v=(v, "B T G V"), q=(q, "B T H K"), log_forget=(log_forget, "B T H"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,12 +42,12 @@ def column_scan(
     Cost: that of H V heads of K channels and one value.
 
     >>> x = torch.ones(1, 2, 1, 1)
-    >>> column_scan(x, x, x, x.log() - 1e9).y.flatten()  # each token forgets what was before it
+    >>> recur.primitives.columns.column_scan(x, x, x, x.log() - 1e9).y.flatten()  # each token forgets the past
     tensor([1., 1.])
     """
     sizes = bind("column_scan", k=(k, "B T H K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H V"))
     columns = None if initial_state is None else initial_state.mT.flatten(1, 2)[..., None]
-    options = {"initial_state": columns, "cu_seqlens": cu_seqlens, "scale": scale, "form": form}
+    options: dict[str, Any] = {"initial_state": columns, "cu_seqlens": cu_seqlens, "scale": scale, "form": form}
     y, state = scan(q, k, v.flatten(2)[..., None], log_decay.flatten(2), **options)
     shape = (sizes["H"], sizes["V"])
     return ScanOut(y[..., 0].unflatten(-1, shape), state[..., 0].unflatten(1, shape).mT)
@@ -81,13 +83,18 @@ def slot_scan(
 
     Returns: y [B T H V]; P and R after the last token.   Raises: ShapeError if axes disagree, and as `recur.scan`.
     Cost: that of two scans.   Source: Zhang et al. 2024, arXiv:2409.07146.
+
+    >>> x = torch.ones(1, 3, 1, 2)
+    >>> v = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
+    >>> recur.primitives.columns.slot_scan(x, x, v, x, torch.full_like(x, -torch.inf))[0].flatten()  # nothing kept
+    tensor([1., 2., 3.])
     """
     bind("slot_scan", k=(k, "B T G K"), v=(v, "B T G V"), write=(write, "B T G M"), log_decay=(log_decay, "B T G M"))
     H, G = q.shape[2], k.shape[2]
     if H % G:
         raise ShapeError(f"slot_scan: G must divide H, got G={G} (k) and H={H} (q)")
     keys, values = (None, None) if initial_state is None else initial_state
-    options = {"cu_seqlens": cu_seqlens, "form": form}
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "form": form}
     reads = q.unflatten(2, (G, H // G)).transpose(2, 3)  # [B T R G K]: the heads of a group
     scores, keys = column_scan(reads, k, write, log_decay, initial_state=keys, scale=scale, **options)
     p = scores.to(accumulation_dtype(scores)).softmax(-1)
@@ -129,7 +136,8 @@ def oja_scan(
     the next token, decayed as that token will; they are then what `column_scan` writes.
 
     Args:
-        q, k:          [B T H K].
+        q:             [B T H K] queries.
+        k:             [B T H K] keys.
         v:             [B T H V], of length 1 or less, for the rule to be stable.
         log_decay:     [B T H V] natural log of the gates.
         beta:          [B T H].
@@ -140,10 +148,15 @@ def oja_scan(
 
     Returns: y [B T H V]; state [B H K V].   Raises: as `recur.scan`.   Cost: that of two scans.
     Source: Oja 1982, doi:10.1007/BF00275687; its gated form is in released code.
+
+    >>> x = torch.ones(1, 2, 1, 1)
+    >>> k = torch.tensor([5.0, 7.0]).view(1, 2, 1, 1)
+    >>> recur.primitives.columns.oja_scan(x, k, x, 0 * x, x[..., 0]).y.flatten()  # each key replaces the one before it
+    tensor([5., 7.])
     """
     sizes = bind("oja_scan", q=(q, "B T H K"), k=(k, "B T H K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H V"))
     real = accumulation_dtype(q, k, v, log_decay, beta, initial_state)
-    options = {"cu_seqlens": cu_seqlens, "form": form}
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "form": form}
     reads = log_decay.to(real).exp() * v.to(real)  # S' v_t, read in S_{t-1}
     T, borders = v.shape[1], mirror(cu_seqlens, v.shape[1])
     ahead = token_shift(reads.flatten(2).flip(1), cu_seqlens=borders).y.flip(1).view(reads.shape)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recur.kernels.packing import document_of, mirror, state_count
 from recur.shapes import ShapeError, readable
 
 
@@ -31,9 +32,14 @@ class ScanOut(NamedTuple):
 
 
 class SlowPath(UserWarning):
-    """On a GPU, form="auto" did not take the kernel: why, and what would let it. Said once per reason and process.
+    """Warns that form="auto" did not take the kernel on a GPU: why, and the remedy. Once per reason and process.
 
     `warnings.simplefilter("ignore", recur.SlowPath)` silences it, "error" makes it an exception.
+
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", recur.SlowPath)  # raise where a kernel is not taken
+    ...     y, _ = recur.gated_scan(torch.ones(1, 2, 1), torch.zeros(1))  # on a CPU there is none to take
     """
 
 
@@ -77,7 +83,7 @@ def chosen(function: str, form: str, refusal: Refusal | None, on_gpu: bool) -> s
     return form
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _warn(function: str, form: str, reason: str, nearest: str, remedy: str) -> None:
     """While a graph is traced this runs then and there, and leaves nothing in the graph."""
     lacks = reason.rpartition("does not cover ")[2]
@@ -144,11 +150,6 @@ def right_to_left(scan: Callable[..., ScanOut]) -> Callable[..., ScanOut]:
     return flipped
 
 
-def state_count(batch: int, cu_seqlens: Tensor | None) -> int:
-    """How many states a scan begins and ends with: one a row, or one a document of the packed row."""
-    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def first_state(
     x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
@@ -197,14 +198,3 @@ def check_packing(
 
 def _brief(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:7]))}, ...]"
-
-
-def mirror(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
-    """Document borders of the row read from its end."""
-    return None if cu_seqlens is None else length - cu_seqlens.flip(0)
-
-
-def document_of(cu_seqlens: Tensor, length: int) -> Tensor:
-    """[T]: the document each token lies in."""
-    tokens = torch.arange(length, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens.to(tokens.dtype)[1:].contiguous(), tokens, right=True)

@@ -30,7 +30,8 @@ def log_linear_scan(
     l(t, t) = 0, else l(t, s) is the bit length of (t xor s): the level of the Fenwick tree over 0 .. t that holds s.
 
     Args:
-        q, k:          [B T G K], G divides H.
+        q:             [B T G K] queries, G divides H.
+        k:             [B T G K] keys.
         v:             [B T H V].
         log_decay:     [B T H] natural log of a.
         weights:       [B T H L] w; L levels reach 2^(L - 1) tokens.
@@ -46,6 +47,10 @@ def log_linear_scan(
         NotImplementedError for another form.
     Cost: "recurrent" O(T L H K V) time and O(L H K V) memory; "parallel" O(T^2).
     Source: Guo et al. 2025, arXiv:2506.04761.
+
+    >>> x, w = torch.ones(1, 4, 1, 1), torch.ones(1, 4, 1, 3)
+    >>> recur.primitives.log_linear.log_linear_scan(x, x, x, 0 * x[..., 0], w).y.flatten()  # weights of 1: a sum
+    tensor([1., 2., 3., 4.])
     """
     sizes = bind(
         "log_linear_scan", q=(q, "B T G K"), k=(k, "B T G K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H")

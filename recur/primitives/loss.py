@@ -215,8 +215,8 @@ def _gradients(ctx: Any) -> tuple[Any, list[Tensor]]:
 
     def gradients(dtotal: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         def loss(*inputs: Tensor) -> Tensor:
-            given = inputs if len(inputs) == 3 else (*inputs, None)
-            return _formula(*given, target, ctx.ignore, ctx.compute)
+            x, weight, *rest = inputs
+            return _formula(x, weight, rest[0] if rest else None, target, ctx.ignore, ctx.compute)
 
         found = torch.func.vjp(loss, *inputs)[1](dtotal)
         return tuple(
@@ -229,7 +229,7 @@ def _gradients(ctx: Any) -> tuple[Any, list[Tensor]]:
 def _backward_scaled(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     gradients, inputs = _gradients(ctx)
     dtotal, x, weight, *bias = pullback(gradients, inputs, grads[: len(inputs) - 1])
-    return dtotal, x, weight, None, *(bias or [None]), *[None] * 5
+    return dtotal, x, weight, None, bias[0] if bias else None, *[None] * 5
 
 
 def _tangent_scaled(ctx: Any, dtotal: Tensor, *tangents: Tensor | None) -> tuple[Tensor, ...]:

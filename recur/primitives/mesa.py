@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ def mesa_scan(
         H_t = a_t H_{t-1} + beta_t k_t k_tᵀ          S_t = a_t S_{t-1} + beta_t k_t v_tᵀ
 
     Args:
-        q, k:          [B T H K].
+        q:             [B T H K] queries.
+        k:             [B T H K] keys.
         v:             [B T H V].
         log_decay:     [B T H] natural log of a.
         beta:          [B T H].
@@ -48,6 +50,11 @@ def mesa_scan(
     Returns: y [B T H V]; H and S after the last token.   Raises: ValueError for another solver; as `recur.scan`.
     Cost: "exact" O(T K^3) and all T matrices H in memory; the others one scan per iteration.
     Source: von Oswald et al. 2025, arXiv:2506.05233.
+
+    >>> x, ones = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1)
+    >>> y, _ = recur.primitives.mesa.mesa_scan(x, x, 6 * x, 0 * ones, ones, torch.ones(1, 1))
+    >>> y.flatten()  # 6 n / (n + ridge) after n tokens
+    tensor([3.0000, 4.0000, 4.5000])
     """
     bind("mesa_scan", q=(q, "B T H K"), k=(k, "B T H K"), log_decay=(log_decay, "B T H"), ridge=(ridge, "H K"))
     solvers: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
@@ -60,7 +67,7 @@ def mesa_scan(
     given = {"q": q, "k": k, "log_decay": log_decay, "beta": beta, "ridge": ridge}
     wide = {name: x.to(real) for name, x in given.items()}
     before = (None, None) if initial_state is None else initial_state
-    options = {"cu_seqlens": cu_seqlens, "form": form}
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "form": form}
     x, H = solve(**wide, iterations=iterations, initial=before[0], **options)
     written = wide["beta"][..., None] * v.to(real)
     y, S = scan(x, wide["k"], written, wide["log_decay"], initial_state=before[1], **options)
@@ -103,7 +110,7 @@ def _conjugate(
     """Conjugate gradients from x, or from 0; a product with every H at once is a scan that reads with the vector."""
 
     def times(p: Tensor) -> tuple[Tensor, Tensor]:
-        options = {"initial_state": initial, "cu_seqlens": cu_seqlens, "form": form}
+        options: dict[str, Any] = {"initial_state": initial, "cu_seqlens": cu_seqlens, "form": form}
         y, last = scan(p, k, beta[..., None] * k, log_decay, **options)
         return y + ridge * p, last
 
@@ -121,7 +128,7 @@ def _conjugate(
 
 
 def _from_diagonal(
-    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, ridge: Tensor, *, initial: Tensor | None, **options: object
+    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, ridge: Tensor, *, initial: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     written, gate = beta[..., None] * k.square(), log_decay[..., None].expand_as(k)
     start = None if initial is None else initial.diagonal(dim1=-2, dim2=-1)

@@ -30,7 +30,9 @@ def momentum_scan(
         M_t = m_t M_{t-1} − eta_t k_t (v_t − S_{t-1}ᵀ p_t)ᵀ,  S_t = a_t S_{t-1} − beta_t M_t,  y_t = scale S_tᵀ q_t
 
     Args:
-        q, k, p:       [B T H K].
+        q:             [B T H K] queries.
+        k:             [B T H K] keys under which the error is written.
+        p:             [B T H K] keys that read what the error is of.
         v:             [B T H V].
         log_decay:     [B T H] log a.
         log_momentum:  [B T H] log m.
@@ -45,6 +47,12 @@ def momentum_scan(
     Returns: y [B T H V]; state [B 2 H K V].
     Raises: ShapeError if axes disagree, NotImplementedError for another form.
     Cost: T steps, each O(H K V): an error stays in M for many tokens, so this is no wide step.
+
+    >>> x, ones = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1)
+    >>> forgotten = torch.full_like(ones, -torch.inf)  # momentum 0 is the delta rule
+    >>> v = torch.tensor([5.0, 7.0, 2.0]).view(1, 3, 1, 1)
+    >>> recur.primitives.momentum.momentum_scan(x, x, x, v, 0 * ones, forgotten, ones, ones).y.flatten()
+    tensor([5., 7., 2.])
     """
     numbers = {"log_decay": log_decay, "log_momentum": log_momentum, "step": step, "rate": rate}
     vectors = {"q": q, "k": k, "p": p}

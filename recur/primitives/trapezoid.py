@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ def data_decay(rate: Tensor, step: Tensor, *, floor: float = 1e-4) -> Tensor:
         floor: the least rate.
 
     Returns: [*] natural log decay, float32 or wider.   Cost: O(size).   Source: Lahoti et al. 2026, arXiv:2603.15569.
+
+    >>> recur.primitives.trapezoid.data_decay(torch.tensor([-1.0, 0.0, 2.0]), torch.ones(3))
+    tensor([-0.5000, -1.0000, -3.0000])
     """
     check_float("data_decay", rate=rate, step=step)
     r = rate.to(accumulation_dtype(rate, step))
@@ -45,7 +49,8 @@ def accumulated_angle(
     Cost: O(B T H A); summed in float64, so that theta is exact to rounding after any number of tokens.
     Source: Lahoti et al. 2026, arXiv:2603.15569.
 
-    >>> theta, _ = accumulated_angle(torch.full((1, 4, 1), 9.0), torch.ones(1, 4, 1))  # half a turn per token
+    >>> angle = torch.full((1, 4, 1), 9.0)  # half a rotation per token
+    >>> theta, _ = recur.primitives.trapezoid.accumulated_angle(angle, torch.ones(1, 4, 1))
     >>> theta.cos().flatten()
     tensor([-1.,  1., -1.,  1.])
     """
@@ -55,7 +60,7 @@ def accumulated_angle(
     added = math.pi * angle.to(real).tanh() * step.to(real)[..., None]
     still = added.new_zeros(added.shape[2:], dtype=torch.float64)
     before = None if initial_state is None else initial_state.double()
-    options = {"initial_state": before, "cu_seqlens": cu_seqlens, "form": "chunked"}
+    options: dict[str, Any] = {"initial_state": before, "cu_seqlens": cu_seqlens, "form": "chunked"}
     theta, last = gated_scan(added.double(), still, **options)
     return ScanOut(*((x - 2 * math.pi * (x / (2 * math.pi)).round()).to(real) for x in (theta, last)))
 
@@ -70,6 +75,10 @@ def rotate_by(x: Tensor, theta: Tensor, *, layout: str = "interleaved") -> Tenso
 
     Returns: as x, in its dtype.   Raises: ShapeError for more angles than pairs, ValueError for another layout.
     Cost: O(size).   Source: Su et al. 2021, arXiv:2104.09864; Lahoti et al. 2026, arXiv:2603.15569.
+
+    >>> x = torch.tensor([1.0, 0.0, 5.0]).view(1, 1, 1, 3)
+    >>> recur.primitives.trapezoid.rotate_by(x, torch.full((1, 1, 1, 1), torch.pi)).flatten().round() + 0.0
+    tensor([-1.,  0.,  5.])
     """
     A, K = theta.shape[-1], x.shape[-1]
     if 2 * A > K:
@@ -108,6 +117,12 @@ def trapezoid(
 
     Returns: keys [B T M H K] and values [B T M H V], M = 2 (or 2 R), for `recur.scan` with this decay; the last k, v.
     Raises: ShapeError if axes disagree.   Cost: O(size).   Source: Lahoti et al. 2026, arXiv:2603.15569.
+
+    >>> x, ones = torch.ones(1, 2, 1, 1), torch.ones(1, 2, 1)
+    >>> keys, values, last = recur.primitives.trapezoid.trapezoid(x, x, 0 * ones, ones, 0 * ones)
+    >>> keys.squeeze()  # the second token writes half of the first, and half of itself
+    tensor([[0.0000, 0.5000],
+            [0.5000, 0.5000]])
     """
     bind("trapezoid", trap=(trap, "B T H"), step=(step, "B T H"), log_decay=(log_decay, "B T H"))
     one = k.ndim == 4

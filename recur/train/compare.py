@@ -85,7 +85,7 @@ def compare(
             run = _started(task, replace(chosen, seed=seed), layers, out)
             try:
                 result |= _trained(run)
-            except Exception as error:  # recorded, and told in the report: one failure must not cost the rest
+            except Exception as error:  # recorded, and listed in the report: one failure must not cost the rest
                 result["error"] = f"{type(error).__name__}: {error}"
             gc.collect()
             result["seconds"] = round(time.perf_counter() - began, 1)

@@ -1,4 +1,4 @@
-"""Models from settings: a language model, or a stack with another door in and out; and the width that a size needs."""
+"""Models from settings: a language model, or a stack with other layers in and out; the width that a size needs."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def language_model(recipes: Sequence[Recipe], settings: Settings, vocab_size: in
     try:
         with torch.device("meta"):
             size = parameter_count(LanguageModel(recipes, vocab_size=vocab_size, **arguments))
-    except ValueError as error:  # a width that does not divide, told in the recipe's letters
+    except ValueError as error:  # a width that does not divide, said in the recipe's letters
         raise InputError(f"{settings.recipe} cannot be built with --dim {settings.dim}: {error}") from error
     check_memory(size, f"{settings.recipe} with --dim {settings.dim} and --depth {settings.depth}")
     return LanguageModel(recipes, vocab_size=vocab_size, **arguments)
 
 
 class SequenceModel(nn.Module):
-    """A stack between a linear or embedding door in and a linear door out.
+    """A stack between a linear or embedding input layer and a linear output layer.
 
     Args:
         inputs:  channels of a continuous input x [B T inputs] (a constant channel is added), or with
         tokens:  their number, for ids [B T].
         outputs: numbers predicted.
         pool:    "token" for one prediction a token [B T outputs]; "mean" for one a row [B outputs], over the tokens
-                 within `lengths` [B]; "pair" for rows that are two texts [B 2 T]: from [u, v, u - v, u v].
+                 within `lengths` [B]; "pair" for rows that are two sequences [B 2 T]: from [u, v, u - v, u v].
     """
 
     def __init__(
