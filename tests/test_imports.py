@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-import recur
-
-ROOT = Path(recur.__file__).parent
-FLOORS = ("recur.primitives", "recur.recipe", "recur.blocks", "recur.presets")  # each imports none of those after it
+# each imports none of those after it
+FLOORS = ("recur.kernels", "recur.primitives", "recur.recipe", "recur.blocks", "recur.presets")
 LAUNCHES = {"recur.kernel", "recur.counting"}  # which import kernels, inside functions: a CPU needs no Triton
+WITHOUT_TRITON = "recur.kernels.packing"  # which anything may import
 
 
-def trees(root: Path) -> dict[str, ast.Module]:
-    """Every module below a package's folder, by name."""
-    found = {}
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root.parent).with_suffix("").parts
-        found[".".join(parts).removesuffix(".__init__")] = ast.parse(path.read_text(encoding="utf-8"))
+def trees(package: str) -> dict[str, ast.Module]:
+    """Every module in a package's folder, by name."""
+    spec, found = find_spec(package), dict[str, ast.Module]()
+    assert spec is not None
+    for folder in map(Path, spec.submodule_search_locations or ()):
+        for path in folder.rglob("*.py"):
+            parts = (package, *path.relative_to(folder).with_suffix("").parts)
+            found[".".join(parts).removesuffix(".__init__")] = ast.parse(path.read_text(encoding="utf-8"))
     return found
+
+
+def outside(statement: ast.Import | ast.ImportFrom) -> set[str]:
+    """The modules that a statement names."""
+    if isinstance(statement, ast.ImportFrom):
+        return {statement.module or ""}
+    return {alias.name for alias in statement.names}
 
 
 def statements(node: ast.AST, depth: int = 0) -> Iterator[tuple[ast.Import | ast.ImportFrom, int]]:
@@ -83,7 +93,8 @@ def upward(graph: Mapping[str, set[str]]) -> list[str]:
     ]
 
 
-GRAPH = imports(trees(ROOT))
+MODULES = trees("recur") | trees("recur.kernels")  # in a checkout a folder of its own
+GRAPH = imports(MODULES)
 
 
 def test_no_circle() -> None:
@@ -97,14 +108,23 @@ def test_imports_point_down() -> None:
 def test_kernels_are_imported_where_they_are_launched() -> None:
     found = [
         (name, depth)
-        for name, tree in trees(ROOT).items()
+        for name, tree in MODULES.items()
         if not below(name, "recur.kernels")
         for statement, depth in statements(tree)
-        if (isinstance(statement, ast.ImportFrom) and below(statement.module or "", "recur.kernels"))
-        or (isinstance(statement, ast.Import) and any(below(alias.name, "recur.kernels") for alias in statement.names))
+        if any(below(other, "recur.kernels") and other != WITHOUT_TRITON for other in outside(statement))
     ]
     assert {name for name, _ in found} == LAUNCHES
     assert all(depth > 0 for _, depth in found)
+
+
+def test_kernels_stand_on_torch_and_triton_alone() -> None:
+    assert "recur.kernels.scan" in MODULES
+    for name, tree in MODULES.items():
+        if below(name, "recur.kernels"):
+            allowed = {"torch", *sys.stdlib_module_names} | (set() if name == WITHOUT_TRITON else {"triton"})
+            named = {other for statement, _ in statements(tree) for other in outside(statement)}
+            beyond = {other for other in named if other.partition(".")[0] not in allowed}
+            assert all(below(other, "recur.kernels") for other in beyond), (name, beyond)
 
 
 @pytest.mark.parametrize("late", ["import recur.blocks.scans", "def f():\n    from recur import Scan"])

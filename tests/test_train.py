@@ -84,7 +84,7 @@ def test_only_matrices_and_taps_decay(name: str) -> None:
     for weight in decayed["params"]:
         words = named[id(weight)].split(".")
         assert weight.ndim >= 2, words
-        assert words[-1] == "weight" or words[-1].endswith("_up"), words
+        assert words[-1] in ("weight", "down", "up") or words[-1].endswith("_up"), words
         assert not any(word in NO_DECAY for word in words), words
     names = [named[id(weight)].split(".")[-1] for weight in kept["params"]]
     assert "weight" in names  # of the norms
