@@ -55,7 +55,7 @@ def diagonal(T: int) -> dict[str, Run]:
 
 
 def complex_diagonal(T: int) -> dict[str, Run]:
-    """GateLoop with a head a channel: q, k, v [1 T 512], one complex gate a channel."""
+    """GateLoop with one head per channel: q, k, v [1 T 512], one complex gate per channel."""
     from gateloop_transformer.gateloop_transformer import gate_loop_operator
 
     q, k, v = (leaf(1, T, 512, 1) for _ in range(3))
@@ -131,7 +131,7 @@ def gss(T: int) -> dict[str, Run]:
 
 
 def gateloop_layer(T: int) -> dict[str, Run]:
-    """The whole GateLoop layer, D=256, a head a channel."""
+    """The whole GateLoop layer, D=256, one head per channel."""
     from gateloop_transformer.gateloop_transformer import GateLoopedAttention
 
     theirs = GateLoopedAttention(dim=256, checkpoint_gate_looped_attn=False)

@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 import triton
-from recur.kernels import diagonal, walk
+from recur.kernels import diagonal, elementwise
 from torch import Tensor
 
 from recur import fixed_scan, gated_scan, online_scan, selective_scan
 
 COPY = 4.296e12  # bytes a second that a copy moves, read plus written, on the machine of the peers' figures
-PLAN, PLAN_DIAGONAL = walk.plan, diagonal.plan_diagonal
+PLAN, PLAN_DIAGONAL = elementwise.plan, diagonal.plan_diagonal
 SCANS: dict[str, Callable[..., Any]] = {"selective": selective_scan, "online": online_scan}
 KINDS = {"bf16": torch.bfloat16, "complex": torch.complex64}
 
-# Shapes B T V with N = 16 and the segments to try; R, UNROLL, AHEAD of walks left to right and right to left
+# Shapes B T V with N = 16 and the segments to try; R, UNROLL, AHEAD of forward and backward passes
 STATES = {(8, 2048, 4096): (1, 4), (1, 32768, 4096): (16, 64)}
 WALKS = {
     False: [(2, 4, True), (4, 4, True), (2, 8, False)],
@@ -41,22 +41,22 @@ DIAGONALS = {(8, 2048, 2048): (1, 2), (1, 65536, 1024): (2,)}
 ROWS = [(128, 16, 8, None, 3), (128, 8, 8, 168, 1), (64, 16, 8, None, 1), (128, 16, 4, None, 2), (128, 16, 4, 128, 1)]
 
 
-def use(tile: tuple[int, ...], segments: int, adjoint: bool) -> None:
-    """Make walks in this direction take this plan, and the others the shipped one."""
+def use(tile: tuple[int, ...], segments: int, backward: bool) -> None:
+    """Make passes in this direction take this plan, and the others the shipped one."""
     R, UNROLL, AHEAD = tile
 
-    def plan(B: int, T: int, V: int, G: int, N: int, **options: Any) -> walk.Plan:
+    def plan(B: int, T: int, V: int, G: int, N: int, **options: Any) -> elementwise.Plan:
         shipped = PLAN(B, T, V, G, N, **options)
-        if options.get("adjoint", False) != adjoint:
+        if options.get("backward", False) != backward:
             return shipped
-        length = triton.cdiv(triton.cdiv(T, walk.STRETCH), segments) * walk.STRETCH
+        length = triton.cdiv(triton.cdiv(T, elementwise.STRETCH), segments) * elementwise.STRETCH
         cut = {"tiles": triton.cdiv(V // G, R * shipped.W), "segments": triton.cdiv(T, length), "length": length}
         return shipped._replace(R=R, UNROLL=UNROLL, AHEAD=AHEAD, **cut)
 
-    walk.plan = plan
+    elementwise.plan = plan
 
 
-def use_diagonal(tile: tuple[Any, ...], segments: int, adjoint: bool) -> None:
+def use_diagonal(tile: tuple[Any, ...], segments: int, backward: bool) -> None:
     row, thread, UNROLL, registers, stages = tile
 
     def plan(B: int, T: int, D: int, *, itemsize: int = 2, **options: Any) -> diagonal.DiagonalPlan:
@@ -87,7 +87,7 @@ def outputs(scan: Callable[..., Any], tensors: list[Tensor]) -> list[Tensor]:
 
 def warm(job: tuple[str, bool, tuple[Any, ...]]) -> tuple[Any, float]:
     """Compile for one plan on a small problem and compare with the token loop: the largest relative error."""
-    rule, adjoint, tile = job
+    rule, backward, tile = job
     torch.manual_seed(0)
     scan, worst = SCANS.get(rule, gated_scan), 0.0
     try:
@@ -95,7 +95,7 @@ def warm(job: tuple[str, bool, tuple[Any, ...]]) -> tuple[Any, float]:
         wide = [t.to(torch.complex128 if t.is_complex() else torch.float64) for t in tensors]
         want = outputs(partial(scan, form="recurrent"), wide)
         for segments in (2, 1):
-            (use if rule in SCANS else use_diagonal)(tile, segments, adjoint)
+            (use if rule in SCANS else use_diagonal)(tile, segments, backward)
             with torch.no_grad():
                 scan(*tensors, form="triton")
             got = outputs(partial(scan, form="triton"), tensors)
@@ -124,7 +124,7 @@ def sweep(
     rule: str, shape: tuple[int, ...], segments: tuple[int, ...], tiles: list[tuple[Any, ...]], backward: bool
 ) -> dict[str, Any]:
     """The shipped plan and the candidates, the fastest first."""
-    walk.plan, diagonal.plan_diagonal = PLAN, PLAN_DIAGONAL
+    elementwise.plan, diagonal.plan_diagonal = PLAN, PLAN_DIAGONAL
     tensors = make(rule, *shape)
     shipped, found = milliseconds(rule, tensors, backward=backward), []
     for tile in tiles:

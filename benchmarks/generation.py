@@ -1,4 +1,4 @@
-"""Tokens a second against batch and context, and the memory of a text, for recurrences beside softmax attention.
+"""Tokens per second against batch and context, and the memory of a sequence, for recurrences beside softmax attention.
 
     python benchmarks/generation.py                                  # small, on a CPU: a few minutes
     python benchmarks/generation.py --device cuda --dim 1024 --depth 12 --contexts 1024 8192 65536 --batches 1 16 128
@@ -43,7 +43,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: ms for a token of every text of the batch, and the bytes of one text's state."""
+    """One measurement: ms for a token of every sequence of the batch, and the bytes of one sequence's state."""
 
     model: str
     batch: int
@@ -112,7 +112,7 @@ def table(points: list[Point], batches: list[int], contexts: list[int]) -> str:
     for title, column, values, unit in (
         (f"Tokens a second, batch {batches[0]}, by context", "context", contexts, "tokens_per_second"),
         (f"Tokens a second, context {contexts[0]:,}, by batch", "batch", batches, "tokens_per_second"),
-        ("KiB of state a text, by context", "context", contexts, "kib"),
+        ("KiB of state per sequence, by context", "context", contexts, "kib"),
     ):
         lines += [
             f"\n## {title}\n",
@@ -150,8 +150,8 @@ def draw(points: list[Point], batches: list[int], contexts: list[int], title: st
         memory.plot([p.context for p in along], [p.state_bytes / 2**20 for p in along], **style)
     for axis, heading, x, y in (
         (speed, f"speed by context, batch {batches[0]}", "tokens read before", "tokens/s"),
-        (wide, f"speed by batch, context {contexts[0]:,}", "texts at once", "tokens/s"),
-        (memory, "memory of one text", "tokens read before", "MiB"),
+        (wide, f"speed by batch, context {contexts[0]:,}", "sequences at once", "tokens/s"),
+        (memory, "memory of one sequence", "tokens read before", "MiB"),
     ):
         axis.set(title=heading, xlabel=x, ylabel=y, xscale="log", yscale="linear" if axis is speed else "log")
         ticks = batches if axis is wide else contexts

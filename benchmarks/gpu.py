@@ -51,7 +51,7 @@ WIDE = [
 CHANNELS = [(8, 2048, 4096, 16), (1, 32768, 4096, 16), (4, 8192, 2048, 16)]
 DIAGONAL = [(8, 2048, 2048), (1, 65536, 1024), (16, 8192, 1024), (32, 1024, 4096)]
 DECODE = [(1, 16, 128, 128), (64, 16, 128, 128), (256, 16, 128, 128)]
-CHECKED = 256  # tokens of the runs whose errors are told
+CHECKED = 256  # tokens of the runs whose errors are reported
 
 
 class Peer(NamedTuple):
@@ -132,7 +132,7 @@ def fla(name: str) -> Any:
     import fla.ops.common.chunk_o as guard
     from fla import ops
 
-    guard.TRITON_ABOVE_3_7_1 = True  # its refusal of Hopper's gated backward; the errors here tell whether it was right
+    guard.TRITON_ABOVE_3_7_1 = True  # its refusal of Hopper's gated backward; the errors here show whether it was right
     return attrgetter(name)(ops)
 
 
@@ -468,14 +468,14 @@ def errors(family: Family, peer: Peer | None, form: str, shape: tuple[int, ...])
     want = family.ours("recurrent", *wide)
     inputs = peer.prepare(*tensors) if peer else tensors
     y = peer.call(*inputs) if peer else family.ours(form, *inputs)
-    told: dict[str, Any] = {"y_error": relative(peer.answer(y) if peer else y, want)}
+    result: dict[str, Any] = {"y_error": relative(peer.answer(y) if peer else y, want)}
     if not family.step and (peer is None or peer.grads):
         dy = torch.randn_like(y)
         got = torch.autograd.grad(y, [x for x in inputs if x is not None], dy, allow_unused=True)
         exact = torch.autograd.grad(want, [x for x in wide if x is not None], dy.to(want.dtype))
-        told["grad_errors"] = [relative(g, e) for g, e in zip(got, exact, strict=True) if g is not None]
-        told["grad_error"] = max(told["grad_errors"])
-    return told
+        result["grad_errors"] = [relative(g, e) for g, e in zip(got, exact, strict=True) if g is not None]
+        result["grad_error"] = max(result["grad_errors"])
+    return result
 
 
 def rates() -> dict[str, float]:
@@ -530,8 +530,8 @@ def growth(form: str, longest: int) -> list[dict[str, Any]]:
     for name, sizes in cases.items():
         for T in [2**i for i in range(10, 21, 2) if 2**i <= longest]:
             tensors = FAMILIES[name].inputs(1, T, *sizes)
-            told = measure(partial(FAMILIES[name].ours, form), tensors, False)
-            rows.append({"family": name, "T": T, "ms": told["both_ms"], "peak_mib": told.get("peak_mib")})
+            result = measure(partial(FAMILIES[name].ours, form), tensors, False)
+            rows.append({"family": name, "T": T, "ms": result["both_ms"], "peak_mib": result.get("peak_mib")})
             print(json.dumps(rows[-1]), flush=True)
             settle()
     return rows

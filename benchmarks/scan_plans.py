@@ -43,25 +43,27 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
     from recur.kernels import scan
 
     K, V = shape[3:]
-    scan._WALKS[torch.bfloat16][max(64, K)] = ((setting, setting), (setting, setting))
-    scan._GRADIENT[torch.bfloat16][max(64, V)] = setting
+    scan._STATE_TILES[torch.bfloat16][max(64, K)] = ((setting, setting), (setting, setting))
+    scan._INPUT_TILES[torch.bfloat16][max(64, V)] = setting
     q, k, v, a, beta = inputs(family, *shape)
-    x = scan.Inputs(q, k, v, a, beta, None, None, None)
-    run = scan._Scan(x, K**-0.5, False, False)
+    x = scan.Tensors(q=q, v=v, k=k, log_decay=a, beta=beta)
+    run = scan._Launcher(x, K**-0.5, False, False)
     new, delta = torch.empty_like, beta is not None
-    y, S, G, dy = new(v), run.states(), run.states(), torch.randn_like(v)
-    e, dv, dq, dk = new(v), new(v), new(q), new(k)
-    options = {"e": e, "dbeta": run.new(2, *v.shape[:3])} if delta else {}
+    y, states, dstates, dy = new(v), run.chunk_states(), run.chunk_states(), torch.randn_like(v)
+    error, dv, dq, dk = new(v), new(v), new(q), new(k)
+    options = {"error": error, "dbeta": run.new(2, *v.shape[:3])} if delta else {}
     kept = scan.scan_forward(*x, K**-0.5, False, False, True)[2]
-    run.forward(keep=S, e=options.get("e"))
-    run.adjoint(dy, dv, G, **options)
+    run.forward(chunk_states=states, error=options.get("error"))
+    run.backward_states(dy, dv, dstates, **options)
     dgate = None if a is None else new(a) if family in ("key", "kda") else run.new(4, *a.shape[:3])
     return {
-        "prepare": lambda: scan._Scan(x, K**-0.5, False, False),
+        "prepare": lambda: scan._Launcher(x, K**-0.5, False, False),
         "forward": lambda: run.forward(y=y),
-        "keep": lambda: run.forward(keep=S, e=options.get("e")),
-        "adjoint": lambda: run.adjoint(dy, dv, G, **options),
-        "gradient": lambda: run.gradient(e if delta else v, dy, dv, S, G, dq, dk, dgate, None),
+        "chunk_states": lambda: run.forward(chunk_states=states, error=options.get("error")),
+        "backward_states": lambda: run.backward_states(dy, dv, dstates, **options),
+        "backward_inputs": lambda: run.backward_inputs(
+            error if delta else v, dy, dv, states, dstates, dq, dk, dgate, None
+        ),
         "forward_all": lambda: scan.scan_forward(*x, K**-0.5, False, False, True),
         "backward_all": lambda: scan.scan_backward(dy, None, *x, K**-0.5, False, False, kept),
     }

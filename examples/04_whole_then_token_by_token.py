@@ -1,4 +1,4 @@
-"""Read a text whole, then token by token: the same outputs, in constant memory."""
+"""Read a sequence whole, then token by token: the same outputs, in constant memory."""
 
 import torch
 
@@ -7,7 +7,7 @@ from recur.blocks import nbytes
 
 torch.manual_seed(0)
 
-# One layer. Its state goes in and comes out, so any piece of a text may be read at a time.
+# One layer. Its state goes in and comes out, so a sequence may be read in pieces of any size.
 layer = Mixer(presets.longhorn(), dim=32)
 x = torch.randn(1, 100, 32)
 whole, _ = layer(x)
@@ -26,4 +26,4 @@ for name in ("longhorn", "hgrn2", "retnet", "simple_gateloop"):
     logits = torch.stack([model.step(ids[:, t], state) for t in range(ids.shape[1])], 1)
     assert nbytes(state) == before
     difference = (logits - model(ids)).abs().max()
-    print(f"{name:<16} largest difference: {difference:.1e}, state: {before / 3:,.0f} bytes a text, of any length")
+    print(f"{name:<16} largest difference: {difference:.1e}, state: {before / 3:,.0f} bytes per sequence of any length")

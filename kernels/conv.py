@@ -5,10 +5,10 @@
     forward    x, weight, b, state      -> y, the last W - 1 tokens
     backward   the same, dy, dstate     -> dx, dweight, db, dinitial:  g_t = dy_t act'(a_t),  dx_t = sum_s weight[W-1-s] g_{t+s}
 
-All tokens of all rows are one line, cut into documents: rows of equal length, or those of cu_seqlens. What lies before
-the first token of a document is its initial state. A tile is tokens by channels; it reads its neighbours' tokens again,
+All tokens of all rows are one sequence, cut into documents: rows of equal length, or those of cu_seqlens. Before the
+first token of a document lies its initial state. A tile is tokens by channels; it reads its neighbours' tokens again,
 from the cache, and the backward computes a_t again, so that nothing is kept but the inputs. Up to three tensors are
-convolved with one weight, whose rows are their channels in order: none is copied to lie beside another.
+convolved with one weight, whose rows are their channels in order; none is copied.
 """  # noqa: E501
 
 # Jitted functions take no annotations but constexpr, and join tuples with +.
@@ -23,17 +23,16 @@ import torch
 import triton
 import triton.language as tl
 from recur.kernels.operators import as_it_is, cdiv, differentiable, fake, operator, power_of_2, processors
+from recur.kernels.packing import state_count
 from recur.kernels.pointwise import act_and_slope, column_sums, like, tokens
 from torch import Tensor
-
-from recur.primitives.forms import state_count
 
 WIDEST = 8  # taps
 
 
 @triton.jit
 def _documents(t, cu_ptr, T, documents, halvings):
-    """Of every token: its document, and the tokens where that begins and ends. Empty documents have none."""
+    """For every token: its document, and where that begins and ends."""
     low = t // tl.maximum(T, 1)
     start, stop = low * T, low * T + T
     if cu_ptr is not None:
@@ -85,11 +84,11 @@ def _weights(weight_ptr, bias_ptr, channel, in_c, W: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "T", "documents", "halvings", "tiles"])
 def _conv_forward(
     x_ptr, weight_ptr, bias_ptr, initial_ptr, cu_ptr, y_ptr, state_ptr,  # tensors
-    tokens, T, D, first, C, x_stride, documents, halvings,  # sizes; these D channels of C are those from `first` on
+    tokens, T, D, first, C, x_stride, documents, halvings,  # sizes; the D channels from `first` on, of C
     W: tl.constexpr, ACT: tl.constexpr,  # variants
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,  # tile
 ):  # fmt: skip
-    """One tile of y, and the last tokens of every so many documents."""
+    """One tile of y, and the last tokens of some of the documents."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c, x, initial = cols < D, (x_ptr, x_stride), (initial_ptr, first, C)
@@ -138,16 +137,16 @@ def _gradients(
 
 @triton.jit(do_not_specialize=["tokens", "T", "documents", "halvings", "length"])
 def _conv_backward(
-    dy_ptr, dstate_ptr, x_ptr, weight_ptr, bias_ptr, initial_ptr, cu_ptr,  # read
+    dy, dstate_ptr, x, weight_ptr, bias_ptr, initial_ptr, cu_ptr,  # read; dy and x with the stride over tokens
     dx_ptr, dinitial_ptr, sums_ptr,  # written; sums [programs C W] and then [C], which are dweight and db
-    tokens, T, D, first, C, x_stride, dy_stride, documents, halvings, length,  # sizes
+    tokens, T, D, first, C, documents, halvings, length,  # sizes
     W: tl.constexpr, ACT: tl.constexpr,  # variants
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,  # tile
 ):  # fmt: skip
-    """`length` tokens, tile by tile, and the initial states of every so many documents."""
+    """`length` tokens, tile by tile, and gradients of the initial states of some of the documents."""
     pid, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c, x, dy, initial = cols < D, (x_ptr, x_stride), (dy_ptr, dy_stride), (initial_ptr, first, C)
+    in_c, initial = cols < D, (initial_ptr, first, C)
     taps, bias = _weights(weight_ptr, bias_ptr, first + cols, in_c, W)
     db, dtaps = tl.zeros((BLOCK_T, BLOCK_C), tl.float32), ()
     for w in tl.static_range(W):  # noqa: B007, `_` would be carried through the loop over tiles
@@ -183,7 +182,7 @@ def _conv_backward(
 
 
 def _tile(x: Tensor, W: int, backward: bool) -> dict[str, int]:
-    """In the backward a thread holds 2 W - 1 tiles of tokens and W sums, so it has few entries of each."""
+    """In the backward a thread holds 2 W - 1 tiles of tokens and W sums, so tiles are small."""
     BLOCK_T = (8 if W <= 4 and x.element_size() == 2 else 4) if backward else 16
     return {
         "BLOCK_T": BLOCK_T,
@@ -195,14 +194,14 @@ def _tile(x: Tensor, W: int, backward: bool) -> dict[str, int]:
 
 
 def _sizes(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int, int]:
-    """Tokens, tokens a row, documents, and how often their number is halved until one is left."""
+    """Tokens, tokens per row, documents, and the steps of a binary search over documents."""
     B, T = x.shape[:2]
     documents = state_count(B, cu_seqlens)
     return B * T, T, documents, (documents - 1).bit_length() if cu_seqlens is not None else 0
 
 
 def _pieces(*xs: Tensor | None) -> list[tuple[int, int, Tensor]]:
-    """Of each: which of the three, its first channel of all, and itself."""
+    """For each tensor: its index, its first channel among all, and itself."""
     found, first = [], 0
     for i, x in enumerate(xs):
         if x is not None:
@@ -223,9 +222,12 @@ def _conv(
     for i, first, piece in _pieces(x, x2, x3):
         D, tile = piece.shape[2], _tile(piece, W, False)
         rows = tokens(piece, D)
-        sizes = (count, T, D, first, C, rows.stride(0), documents, halvings)
         grid = (cdiv(count, tile["BLOCK_T"]), cdiv(D, tile["BLOCK_C"]))
-        _conv_forward[grid](rows, weight, bias, initial, cu_seqlens, ys[i], state, *sizes, W, act, **tile)
+        _conv_forward[grid](
+            x_ptr=rows, weight_ptr=weight, bias_ptr=bias, initial_ptr=initial, cu_ptr=cu_seqlens, y_ptr=ys[i],
+            state_ptr=state, tokens=count, T=T, D=D, first=first, C=C, x_stride=rows.stride(0), documents=documents,
+            halvings=halvings, W=W, ACT=act, **tile,
+        )  # fmt: skip
     return (*ys, state)
 
 
@@ -256,17 +258,17 @@ def _conv_gradients(
     dstate = None if dstate is None else dstate.contiguous()
     step = _tile(x, W, True)["BLOCK_T"]
     tiles = cdiv(count, step)
-    per = cdiv(
-        tiles, max(1, min(tiles, cdiv(8 * processors(x.device), cdiv(C, 128))))
-    )  # few sums, not too few programs
+    per = cdiv(tiles, max(1, min(tiles, cdiv(8 * processors(x.device), cdiv(C, 128)))))  # few sums, but enough programs
     programs = cdiv(tiles, per)
     sums = x.new_empty((programs, C * W + C), dtype=torch.float32)
     for i, first, piece in _pieces(x, x2, x3):
         D, tile = piece.shape[2], _tile(piece, W, True) | {"BLOCK_T": step}
         rows, drows = tokens(piece, D), tokens((dy, dy2, dy3)[i], D)
-        sizes = (count, T, D, first, C, rows.stride(0), drows.stride(0), documents, halvings, per * step)
-        tensors = (drows, dstate, rows, weight, bias, initial, cu_seqlens, made[i], made[5], sums)
-        _conv_backward[(programs, cdiv(D, tile["BLOCK_C"]))](*tensors, *sizes, W, act, **tile)
+        _conv_backward[(programs, cdiv(D, tile["BLOCK_C"]))](
+            dy=(drows, drows.stride(0)), dstate_ptr=dstate, x=(rows, rows.stride(0)), weight_ptr=weight, bias_ptr=bias,
+            initial_ptr=initial, cu_ptr=cu_seqlens, dx_ptr=made[i], dinitial_ptr=made[5], sums_ptr=sums, tokens=count,
+            T=T, D=D, first=first, C=C, documents=documents, halvings=halvings, length=per * step, W=W, ACT=act, **tile,
+        )  # fmt: skip
     for out, total in ((made[3], sums[:, : C * W]), (made[4], sums[:, C * W :])):
         if out is not None:
             column_sums(total, out)
@@ -306,7 +308,7 @@ def conv(
     act: str,
 ) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
     """act of the causal convolution of up to three tensors [B T D], whose channels are the rows of weight [C W] in
-    order; bias [C], initial state [n W-1 C]. Returns what they become, and the last W - 1 tokens."""
+    order; bias [C], initial state [n W-1 C]. Returns the results, and the last W - 1 tokens."""
     given = (*xs, None, None)[:3]
     initial = None if initial is None else initial.contiguous()
     *ys, state = _conv(*given, weight.contiguous(), bias, initial, cu_seqlens, act)

@@ -1,12 +1,12 @@
-"""The diagonal scan, h_t = a_t h_{t-1} + x_t, one number a channel: nothing is used twice, so bytes decide.
+"""The diagonal scan, h_t = a_t h_{t-1} + x_t, one number per channel: nothing is used twice, so memory traffic decides.
 
-    scan       x, log_decay             -> y, final states
-    adjoint    dy, log_decay, y         -> dx, dlog_decay, gradients of initial states: H -> conj(a_t) (H + dy_t)
+    forward    x, log_decay             -> y, final states
+    backward   dy, log_decay, y         -> dx, dlog_decay, gradients of initial states: H -> conj(a_t) (H + dy_t)
 
-One kernel walks both, the adjoint from the other end. A program loops over all tokens of its channels; where channels
-are too few for that, every tile of tokens has a program, and a chain of words carries what tiles do to the state.
-Everything is read once. Complex numbers are two planes side by side in D. Packed documents open with their own state,
-and empty ones hand it on.
+One kernel computes both, the backward pass from the other end. A program loops over all tokens of its channels. Where
+channels are too few for that, every tile of tokens has a program, and they are joined by decoupled look-back, see
+`lookback`. Everything is read once. Real and imaginary parts of complex numbers are neighbours in D. Packed documents
+start from their own state, and empty ones leave the state that entered them.
 """
 
 # Jitted functions take no annotations but constexpr, and join tuples with +.
@@ -20,19 +20,16 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from recur.kernels.lookback import HEADER, distances, publish_pair, take_ticket, wait_pair
 from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
-from recur.kernels.tiles import awaited, cos_sin
+from recur.kernels.packing import document_of, document_starts, state_count
+from recur.kernels.tiles import LOG2E, cos_sin, split_complex
 from torch import Tensor
-
-from recur.primitives.diagonal import document_starts
-from recur.primitives.forms import document_of, state_count
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _times(ar, ai, br, bi, COMPLEX: tl.constexpr):
-    """a b in two planes; where it is real the second is zeros, which the compiler drops."""
+    """a b in two planes; the second is zeros if numbers are real, which the compiler drops."""
     re = ar * br
     im = tl.zeros_like(re)
     if COMPLEX:
@@ -48,20 +45,11 @@ def _load(ptr, row, cols, here):
 
 @triton.jit
 def _across(ar, ai, br, bi, COMPLEX: tl.constexpr, PACKED: tl.constexpr):
-    """a b, and 0 where a is 0 if documents are packed: what lies before a border may be NaN and is not looked at."""
+    """a b, and 0 where a is 0 if documents are packed: what lies before a border may be NaN and is not used."""
     re, im = _times(ar, ai, br, bi, COMPLEX)
     if PACKED:
         cut = (ar == 0) & (ai == 0)
         re, im = tl.where(cut, 0.0, re), tl.where(cut, 0.0, im)
-    return re, im
-
-
-@triton.jit
-def _planes(tile, COMPLEX: tl.constexpr):
-    """Real and imaginary part, which lie side by side in memory."""
-    re, im = tile.to(tl.float32), tl.zeros_like(tile.to(tl.float32))
-    if COMPLEX:
-        re, im = tl.split(re.reshape(tile.shape[0], tile.shape[1] // 2, 2))
     return re, im
 
 
@@ -109,7 +97,7 @@ def _then_complex_packed(Pr, Pi, Rr, Ri, Pr2, Pi2, Rr2, Ri2):
 
 @triton.jit
 def _both(P, R, E, F, P2, R2, E2, F2):
-    """The same, and E, F for what has acted before the last of the rows so far."""
+    """The same, and E, F for the map of all rows so far but the last."""
     return _then(P, R, P2, R2) + _then(P, R, E2, F2)
 
 
@@ -130,37 +118,22 @@ def _both_complex_packed(Pr, Pi, Rr, Ri, Er, Ei, Fr, Fi, Pr2, Pi2, Rr2, Ri2, Er2
 
 
 @triton.jit
-def _put(ptrs, x, y, here):
-    """Two float32 in one word, so that both are seen or neither."""
-    high, low = x.to(tl.int32, bitcast=True).to(tl.int64), y.to(tl.uint32, bitcast=True).to(tl.int64)
-    tl.store(ptrs, (high << 32) | low, mask=here)
-
-
-@triton.jit
-def _await(ptrs, here):
-    """The two float32 of every word, once it is there: −1 until then, two NaNs that no arithmetic makes."""
-    words = awaited(ptrs, here)
-    high, low = (words >> 32).to(tl.int32), words.to(tl.int32)
-    return high.to(tl.float32, bitcast=True), low.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _tell(ptrs, apart, Pr, Pi, Rr, Ri, here, COMPLEX: tl.constexpr):
-    """h -> P h + R in one word a number, or in two that lie `apart`."""
+def _publish(ptrs, stride, Pr, Pi, Rr, Ri, here, COMPLEX: tl.constexpr):
+    """Publish the map h -> P h + R in one descriptor per number, or if complex in two that are `stride` stride."""
     if COMPLEX:
-        _put(ptrs, Pr, Pi, here)
-        _put(ptrs + apart, Rr, Ri, here)
+        publish_pair(ptrs, Pr, Pi, here)
+        publish_pair(ptrs + stride, Rr, Ri, here)
     else:
-        _put(ptrs, Pr, Rr, here)
+        publish_pair(ptrs, Pr, Rr, here)
 
 
 @triton.jit
-def _entering(ptrs, apart, here, COMPLEX: tl.constexpr, PACKED: tl.constexpr):
-    """[1 D]: the state that rows of words [ROWS D] make of nothing, one after the other."""
-    first, second = _await(ptrs, here)
+def _entering(ptrs, stride, here, COMPLEX: tl.constexpr, PACKED: tl.constexpr):
+    """[1 D]: the state that enters, from the maps of the descriptors [ROWS D], one after the other, applied to 0."""
+    first, second = wait_pair(ptrs, here)
     Pr = tl.where(here, first, 1.0)
     if COMPLEX:
-        Rr, Ri = _await(ptrs + apart, here)
+        Rr, Ri = wait_pair(ptrs + stride, here)
         _, _, Rr, Ri = tl.associative_scan((Pr, second, Rr, Ri), 0, _then_complex_packed if PACKED else _then_complex)
     else:
         _, Rr = tl.associative_scan((Pr, second), 0, _then_packed if PACKED else _then)
@@ -176,35 +149,35 @@ def _last(tile, ROWS: tl.constexpr):
 
 @triton.jit
 def _replaced(re, im, ptr, document, cols, in_d, COMPLEX: tl.constexpr):
-    """Rows that name a document are replaced by its state, zeros where there is no tensor."""
+    """Rows for which a document is given (not −1) are replaced by its state, zeros where there is no tensor."""
     here = (document >= 0)[:, None]
     sr, si = tl.zeros_like(re), tl.zeros_like(im)
     if ptr is not None:
-        sr, si = _planes(_load(ptr, document.to(tl.int64), cols, here & in_d), COMPLEX)
+        sr, si = split_complex(_load(ptr, document.to(tl.int64), cols, here & in_d), COMPLEX)
     return tl.where(here, sr, re), tl.where(here, si, im)
 
 
 @triton.jit(do_not_specialize=["T", "segments", "length", "first", "step"])
 def _diagonal(
     value_ptr, log_ptr, y_ptr, initial_ptr, open_ptr, close_ptr, start_ptr,  # read
-    out_ptr, dlog_ptr, state_ptr, words_ptr,  # written
+    out_ptr, dlog_ptr, state_ptr, descriptors_ptr,  # written
     T, D, segments, length, first, step,  # sizes; D counts both planes; token t lies at first + step t
-    COMPLEX: tl.constexpr, ADJOINT: tl.constexpr,  # variants
+    COMPLEX: tl.constexpr, BACKWARD: tl.constexpr,  # variants
     ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,  # tile
 ):  # fmt: skip
-    """h_t = a_t h_{t-1} + x_t, or its adjoint H -> conj(a_t) (H + dy_t), walked from the other end.
+    """h_t = a_t h_{t-1} + x_t, or the backward pass H -> conj(a_t) (H + dy_t) from the other end.
 
-    A tile is ROWS stretches of UNROLL tokens, one a row. Each row is walked by itself, rows are joined by one scan, and
-    the tokens, still in registers, are walked again from the state that enters their row. Rows and packed documents
-    open with their state of start [B D] and leave one in state; open and close [T] name the document at its borders.
+    A tile is ROWS runs of UNROLL tokens, one per row. Each row is scanned by itself, rows are joined by one associative
+    scan, and the tokens, still in registers, are scanned again from the state that enters their row. Rows and packed
+    documents start from their state in start [B D] and leave one in state; open and close [T] give the document that
+    opens or closes at a token, else −1.
 
-    With words the segments, a tile each, are a chain: a segment tells what it does to the state as soon as it knows,
-    the first of every ROWS, once it is entered, the state it leaves, and is entered with what the last such state and
-    those between make of it. Segments are drawn by number, so whoever is waited for has begun.
+    With descriptors every segment is one tile, and they are joined by look-back over at most ROWS of them; the first of
+    every ROWS publishes the state it leaves, as the map h -> 0 h + state.
     """
     pid = tl.program_id(0).to(tl.int64)
-    if words_ptr is not None:
-        pid = tl.atomic_add(words_ptr, 1, sem="relaxed") + 1
+    if descriptors_ptr is not None:
+        pid = take_ticket(descriptors_ptr).to(tl.int64)
     tiles, lanes = tl.cdiv(D, BLOCK_D), tl.num_programs(0) // segments
     segment, tile, b = pid // lanes, pid % lanes % tiles, pid % lanes // tiles
     channel = tile * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -231,17 +204,17 @@ def _diagonal(
                 openings = openings + (tl.load(open_ptr + first + step * (t + u), mask=inside, other=-1),)
                 closing = tl.load(close_ptr + first + step * (t + u), mask=inside, other=-1)
             closings = closings + (closing,)
-            if ADJOINT:
+            if BACKWARD:
                 before = before + (_load(y_ptr, row + step, cols, here & (closing < 0)[:, None]),)
         Pr, Pi, Rr, Ri = one, none, none, none
         for u in tl.static_range(UNROLL):
             if open_ptr is not None:
                 Rr, Ri = _replaced(Rr, Ri, start_ptr, openings[u], cols, in_d, COMPLEX)
                 Pr, Pi = _replaced(Pr, Pi, None, openings[u], cols, in_d, COMPLEX)
-            ar, ai = _polar(_planes(logs[u], COMPLEX), COMPLEX, ADJOINT)
+            ar, ai = _polar(split_complex(logs[u], COMPLEX), COMPLEX, BACKWARD)
             gates = gates + ((ar, ai),)
-            xr, xi = _planes(values[u], COMPLEX)
-            if ADJOINT:
+            xr, xi = split_complex(values[u], COMPLEX)
+            if BACKWARD:
                 Rr, Ri = _times(ar, ai, Rr + xr, Ri + xi, COMPLEX)
             else:
                 Rr, Ri = _times(ar, ai, Rr, Ri, COMPLEX)
@@ -255,30 +228,31 @@ def _diagonal(
             Pr, Rr, Er, Fr = tl.associative_scan((Pr, Rr, one, none), 0, _both_packed if PACKED else _both)
             Pi, Ri, Ei, Fi = none, none, none, none
         pr, pi, rr, ri = _last(Pr, ROWS), _last(Pi, ROWS), _last(Rr, ROWS), _last(Ri, ROWS)
-        if words_ptr is not None:
+        if descriptors_ptr is not None:
             number, count = tile * WIDTH + tl.arange(0, WIDTH)[None, :], D // 2 if COMPLEX else D
-            mine, apart = words_ptr + 2 + (b * segments + segment) * count + number, lanes // tiles * segments * count
-            _tell(mine, apart, pr, pi, rr, ri, (number < count) & (segment % ROWS != 0), COMPLEX)
+            own = descriptors_ptr + HEADER + (b * segments + segment) * count + number
+            stride = lanes // tiles * segments * count
+            _publish(own, stride, pr, pi, rr, ri, (number < count) & (segment % ROWS != 0), COMPLEX)
             if segment > 0:
-                back = (segment - 1) % ROWS + 1 - tl.arange(0, ROWS)[:, None]  # from the last state to my neighbour
-                hr, hi = _entering(mine - back * count, apart, (number < count) & (back > 0), COMPLEX, PACKED)
+                back = distances(segment, ROWS, True)
+                hr, hi = _entering(own - back * count, stride, (number < count) & (back > 0), COMPLEX, PACKED)
         sr, si = _across(Er, Ei, hr, hi, COMPLEX, PACKED)
         sr, si = sr + Fr, si + Fi
         hr, hi = _across(pr, pi, hr, hi, COMPLEX, PACKED)
         hr, hi = hr + rr, hi + ri
-        if words_ptr is not None:
+        if descriptors_ptr is not None:
             zero = tl.zeros_like(hr)
-            _tell(mine, apart, zero, zero, hr, hi, (number < count) & (segment % ROWS == 0), COMPLEX)
+            _publish(own, stride, zero, zero, hr, hi, (number < count) & (segment % ROWS == 0), COMPLEX)
         for u in tl.static_range(UNROLL):
             row, here = base + step * (t + u), (t + u < stop)[:, None] & in_d
             if open_ptr is not None:
                 sr, si = _replaced(sr, si, start_ptr, openings[u], cols, in_d, COMPLEX)
             ar, ai = gates[u]
-            xr, xi = _planes(values[u], COMPLEX)
-            if ADJOINT:
+            xr, xi = split_complex(values[u], COMPLEX)
+            if BACKWARD:
                 sr, si = sr + xr, si + xi
                 _store_planes(out_ptr, row, cols, here, sr, si, COMPLEX)
-                br, bi = _planes(before[u], COMPLEX)
+                br, bi = split_complex(before[u], COMPLEX)
                 br, bi = _replaced(br, bi, initial_ptr, closings[u], cols, in_d, COMPLEX)
                 sr, si = _times(ar, ai, sr, si, COMPLEX)
                 gr, gi = _times(sr, si, br, -bi, COMPLEX)
@@ -297,8 +271,8 @@ def _diagonal(
 
 # Plan and launch
 
-# By bytes of a number and whether adjoint, in a loop and in a chain: bytes a row, bytes a thread, UNROLL, registers,
-# stages. Measured; float32 has the loops of complex numbers, and more tokens a tile of a chain.
+# By bytes of a number and whether backward, for loops and for look-back: bytes per row, bytes per thread, UNROLL,
+# registers, stages. Measured on an H100; float32 has the loops of complex numbers, and more tokens per tile of a chain.
 TILES = {
     (2, False): ((128, 16, 8, None, 3), (64, 8, 16, 255, 1)),
     (2, True): ((128, 8, 8, 168, 1), (64, 8, 8, 168, 1)),
@@ -311,8 +285,8 @@ WARPS = 4
 
 
 class DiagonalPlan(NamedTuple):
-    """How a diagonal scan is cut up: tiles of ROWS stretches of UNROLL tokens, their loads stages − 1 tiles ahead;
-    one segment of all tokens, or a chain of segments that are a tile each."""
+    """How a diagonal scan is laid out: tiles of ROWS runs of UNROLL tokens, loaded stages − 1 tiles ahead; one segment
+    of all tokens, or segments of one tile each that are joined by look-back."""
 
     ROWS: int
     UNROLL: int
@@ -330,53 +304,56 @@ class DiagonalPlan(NamedTuple):
 
 
 def plan_diagonal(
-    B: int, T: int, D: int, *, itemsize: int = 2, adjoint: bool = False, packed: bool = False, processors: int = 132
+    B: int, T: int, D: int, *, itemsize: int = 2, backward: bool = False, packed: bool = False, processors: int = 132
 ) -> DiagonalPlan:
-    """Loops, unless they would leave a fourth of the processors without a program: then a chain.
+    """Loops, unless they would leave a fourth of the processors without a program: then look-back.
 
-    Args: sizes (D counts both planes of complex numbers); bytes of a number, 8 of a complex one; packed: what
-        documents open with takes registers, so that rows are shorter; processors.
+    Args: sizes (D counts both parts of complex numbers); bytes of a number, 8 of a complex one; packed: states of
+        documents take registers, so that rows are shorter; processors of the device.
     Returns: DiagonalPlan.
     """
     plane = min(itemsize, 4)
-    few = 4 * B * cdiv(D * plane, 128) < 3 * processors
-    row, thread, UNROLL, registers, stages = TILES[itemsize, adjoint][few]
+    underfilled = 4 * B * cdiv(D * plane, 128) < 3 * processors
+    row, thread, UNROLL, registers, stages = TILES[itemsize, backward][underfilled]
     UNROLL = min(UNROLL, 8) if packed else UNROLL
     BLOCK_D = max(2, min(row // plane, power_of_2(D)))
     ROWS = min(32 * WARPS * thread // plane // BLOCK_D, power_of_2(cdiv(T, UNROLL)))
-    length = ROWS * UNROLL if few else T
+    length = ROWS * UNROLL if underfilled else T
     return DiagonalPlan(ROWS, UNROLL, BLOCK_D, registers, stages, cdiv(D, BLOCK_D), cdiv(T, length), length)
 
 
 def _run_diagonal(
     value: Tensor, log_decay: Tensor, y: Tensor | None, initial: Tensor | None, start: Tensor | None,
-    cu_seqlens: Tensor | None, outs: tuple[Tensor, ...], complex_: bool, reverse: bool, adjoint: bool,
+    cu_seqlens: Tensor | None, outs: tuple[Tensor, ...], complex_: bool, reverse: bool, backward: bool,
 ) -> None:  # fmt: skip
-    """Launch the scan, or its adjoint; outs are (y, state), or (dx, dlog_decay, dinitial); `start` enters first."""
+    """Launch the scan or its backward; outs are (y, state), or (dx, dlog_decay, dinitial); `start` enters first."""
     B, T, D = value.shape
     itemsize, packed, many = 8 if complex_ else value.element_size(), cu_seqlens is not None, processors(value.device)
-    p = plan_diagonal(B, T, D, itemsize=itemsize, adjoint=adjoint, packed=packed, processors=many)
-    turned = reverse != adjoint
-    sizes = (T, D, p.segments, p.length, *((T - 1, -1) if turned else (0, 1)))
-    out, dlog, state = outs if adjoint else (outs[0], None, outs[1])
+    p = plan_diagonal(B, T, D, itemsize=itemsize, backward=backward, packed=packed, processors=many)
+    right_to_left = reverse != backward
+    out, dlog, state = outs if backward else (outs[0], None, outs[1])
     borders: tuple[Tensor | None, ...] = (None, None)
     if cu_seqlens is not None:
         document, starts = document_of(cu_seqlens, T), document_starts(cu_seqlens, T)
         borders = tuple(torch.where(at, document, -1) for at in (starts, torch.cat([starts[1:], starts[:1]])))
-        borders = borders[::-1] if turned else borders
+        borders = borders[::-1] if right_to_left else borders
         state.copy_(torch.zeros_like(state) if start is None else start)  # of documents without tokens
         p = p._replace(stages=1)  # loads of documents' states would be staged with the others
-    count = 2 + B * p.segments * D  # the number drawn last, nothing, what segments tell
-    words = value.new_full((count,), -1, dtype=torch.int64) if p.segments > 1 else None
-    tensors = (value, log_decay, y, initial, *borders, start, out, dlog, state, words)
-    _diagonal[(p.tiles * p.segments * B,)](*tensors, *sizes, complex_, adjoint, **p.tile)
+    count = 2 + B * p.segments * D  # see `lookback`
+    descriptors = value.new_full((count,), -1, dtype=torch.int64) if p.segments > 1 else None
+    _diagonal[(p.tiles * p.segments * B,)](
+        value_ptr=value, log_ptr=log_decay, y_ptr=y, initial_ptr=initial, open_ptr=borders[0], close_ptr=borders[1],
+        start_ptr=start, out_ptr=out, dlog_ptr=dlog, state_ptr=state, descriptors_ptr=descriptors,
+        T=T, D=D, segments=p.segments, length=p.length, first=T - 1 if right_to_left else 0,
+        step=-1 if right_to_left else 1, COMPLEX=complex_, BACKWARD=backward, **p.tile,
+    )  # fmt: skip
 
 
 @operator("diagonal")
 def _diagonal_scan(
     x: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, complex_: bool, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """y [B T D] and the final states [B D]; with complex_ both planes of a number lie side by side in D."""
+    """y [B T D] and the final states [B D]; with complex_ the two parts of a number are neighbours in D."""
     outs = _fake_diagonal(x, log_decay, initial, cu_seqlens, complex_, reverse)
     _run_diagonal(x, log_decay, None, None, initial, cu_seqlens, outs, complex_, reverse, False)
     return outs
@@ -390,19 +367,19 @@ def _fake_diagonal(
     return x.new_empty(x.shape), x.new_empty((rows, x.shape[2]), dtype=torch.float32)
 
 
-@operator("diagonal_adjoint")
-def _diagonal_adjoint(
+@operator("diagonal_backward")
+def _diagonal_backward(
     dy: Tensor, dstate: Tensor | None, log_decay: Tensor, y: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
     complex_: bool, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, log_decay and the initial states."""
-    outs = _fake_diagonal_adjoint(dy, dstate, log_decay, y, initial, cu_seqlens, complex_, reverse)
+    outs = _fake_diagonal_backward(dy, dstate, log_decay, y, initial, cu_seqlens, complex_, reverse)
     _run_diagonal(dy, log_decay, y, initial, dstate, cu_seqlens, outs, complex_, reverse, True)
     return outs
 
 
-@fake("diagonal_adjoint")
-def _fake_diagonal_adjoint(
+@fake("diagonal_backward")
+def _fake_diagonal_backward(
     dy: Tensor, dstate: Tensor | None, log_decay: Tensor, y: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None,
     complex_: bool, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -420,16 +397,16 @@ def _save_diagonal(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _diagonal_gradients(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
     log_decay, y, initial, cu_seqlens = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
-    dx, dlog, dinitial = _diagonal_adjoint(dy, dstate, log_decay, y, initial, cu_seqlens, ctx.complex, ctx.reverse)
+    dx, dlog, dinitial = _diagonal_backward(dy, dstate, log_decay, y, initial, cu_seqlens, ctx.complex, ctx.reverse)
     return dx, dlog, None if initial is None else dinitial, None, None, None
 
 
 differentiable("diagonal", _diagonal_gradients, _save_diagonal)
-differentiable("diagonal_adjoint")
+differentiable("diagonal_backward")
 
 
 def _shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Not always a view, which takes time and is a node of the graph."""
+    """x in this shape; a view only where it is needed, for it takes time and is a node of the graph."""
     return x if x.shape == shape else x.reshape(shape)
 
 

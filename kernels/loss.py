@@ -1,4 +1,4 @@
-"""Cross-entropy of rows of logits, which become their gradient where they lie.
+"""Cross-entropy of rows of logits; the gradient overwrites the logits.
 
     loss_i = log sum_v exp(z_iv) - z_i,target        dz_iv = softmax(z_i)_v - [v = target]
 
@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from recur.kernels.operators import fake, operator, power_of_2
+from recur.kernels.tiles import LOG2E
 from torch import Tensor
 
 BLOCK = 4096
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["V"])
@@ -31,7 +31,7 @@ def _cross_entropy(z_ptr, target_ptr, loss_ptr, V, stride, BLOCK_V: tl.constexpr
         v = first + tl.arange(0, BLOCK_V)
         z = tl.load(z_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32) * LOG2E
         above = tl.maximum(greatest, z)
-        base = tl.where(above == float("-inf"), 0.0, above)  # of a lane that has seen nothing finite
+        base = tl.where(above == float("-inf"), 0.0, above)  # of a lane without a finite logit
         total = total * tl.exp2(greatest - base) + tl.exp2(z - base)
         greatest = above
     top = tl.max(greatest, 0)
@@ -50,13 +50,14 @@ def _cross_entropy(z_ptr, target_ptr, loss_ptr, V, stride, BLOCK_V: tl.constexpr
 
 @operator("cross_entropy", mutates=("logits",))
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """The loss of every row [N V] in float32, 0 where the target is negative; logits become their gradient."""
+    """The loss of every row [N V] in float32, 0 where the target is negative; the gradient overwrites logits."""
     N, V = logits.shape
     losses = _fake(logits, target)
     block = min(BLOCK, power_of_2(V))
     _cross_entropy[(N,)](
-        logits, target, losses, V, logits.stride(0), block, num_warps=max(4, block // 512), enable_fp_fusion=True
-    )
+        z_ptr=logits, target_ptr=target, loss_ptr=losses, V=V, stride=logits.stride(0), BLOCK_V=block,
+        num_warps=max(4, block // 512), enable_fp_fusion=True,
+    )  # fmt: skip
     return losses
 
 

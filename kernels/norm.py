@@ -1,14 +1,14 @@
-"""What happens to the output of a scan before the last projection: skip, norm and gate, in one pass over its rows.
+"""Skip, norm and gate of the output of a scan, before the last projection, in one pass over its rows.
 
     h = x + D u        skip, where there is one
     h = h act(z)       the gate, where it comes before the norm
     h = norm(h) w + b  over N entries
     y = h act(z)       the gate, where it comes after the norm
 
-A row is the N entries that are normalised together: a head, a group, or all channels of a token. Every step is left
-out unless it is wanted, so the same two kernels are a plain norm and a plain gate (SwiGLU's silu(z) h). Arithmetic is
-float32. The backward reads the inputs again and keeps nothing else; gradients of w, b and D are summed per program, in
-a fixed order, then over programs.
+A row is the N entries that are normalised together: a head, a group, or all channels of a token. Every step is
+optional, so the same two kernels are a plain norm and a plain gate (SwiGLU's silu(z) h). Arithmetic is float32. The
+backward reads the inputs again and keeps nothing else; gradients of w, b and D are summed per program, in a fixed
+order, then over programs.
 """
 
 # Jitted functions take no annotations but constexpr.
@@ -16,7 +16,7 @@ a fixed order, then over programs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,6 +30,30 @@ TILE = 1024  # entries of a tile, eight per thread of four warps: one load of 16
 BLOCK = 512  # columns of a tile where nothing is normalised
 
 
+class Given(NamedTuple):
+    """Pointers to what the backward reads, None where a step is left out; tokens of dy, x, z and u have any stride."""
+
+    dy: Any
+    x: Any
+    z: Any
+    u: Any
+    w: Any
+    b: Any
+    d: Any
+    eps: Any
+
+
+class Gradients(NamedTuple):
+    """Pointers to what the backward writes, None where a step is left out."""
+
+    dx: Any
+    dz: Any
+    du: Any
+    dw: Any
+    db: Any
+    dd: Any
+
+
 @triton.jit
 def _load(ptr, offs, here):
     return tl.load(ptr + offs, mask=here, other=0.0).to(tl.float32)
@@ -37,7 +61,7 @@ def _load(ptr, offs, here):
 
 @triton.jit
 def _statistics(h, eps, here, N, KIND: tl.constexpr):
-    """Of every row [R N]: its entries (less their mean), the factor of the norm, and whether that depends on them."""
+    """For rows [R N]: entries (less their mean, if layer), the factor of the norm, and whether it depends on them."""
     varies = eps >= 0
     if KIND == "layer":
         h = tl.where(here, h - (tl.sum(h, 1) / N)[:, None], 0.0)
@@ -54,7 +78,7 @@ def _statistics(h, eps, here, N, KIND: tl.constexpr):
 
 @triton.jit
 def _rows(i, seg, inner, heads, N, x_stride, z_stride, u_stride, cols):
-    """Offsets of rows number i of a segment [R N] in y, x, z and u: `heads` rows a token, a stride a token."""
+    """Offsets of rows number i of a segment [R N] in y, x, z and u: `heads` rows per token, one stride per token."""
     token, r = (i // inner).to(tl.int64)[:, None], (seg + i % inner)[:, None]
     m = r * N + cols[None, :]
     return token * (heads * N) + m, token * x_stride + m, token * z_stride + m, token * u_stride + m, m
@@ -62,7 +86,7 @@ def _rows(i, seg, inner, heads, N, x_stride, z_stride, u_stride, cols):
 
 @triton.jit(do_not_specialize=["count", "eps_count"])
 def _norm_forward(
-    x_ptr, z_ptr, u_ptr, w_ptr, b_ptr, d_ptr, eps_ptr, y_ptr,  # tensors, the rows of x, z and u a stride a token apart
+    x_ptr, z_ptr, u_ptr, w_ptr, b_ptr, d_ptr, eps_ptr, y_ptr,  # tensors; tokens of x, z and u have any stride
     count, heads, N, w_rows, span, eps_count, eps, x_stride, z_stride, u_stride,  # sizes
     KIND: tl.constexpr, GATE: tl.constexpr, ACT: tl.constexpr,  # variants
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,  # tile
@@ -97,15 +121,14 @@ def _norm_forward(
 
 @triton.jit(do_not_specialize=["count", "eps_count"])
 def _norm_backward(
-    dy_ptr, x_ptr, z_ptr, u_ptr, w_ptr, b_ptr, d_ptr, eps_ptr,  # tensors, as in the forward
-    dx_ptr, dz_ptr, du_ptr, dw_ptr, db_ptr, dd_ptr,  # gradients; the last three [programs segments N]
+    given, out,  # Given; Gradients, written, those of w, b and D as sums [programs segments N]
     count, heads, N, inner, w_rows, span, eps_count, eps, x_stride, z_stride, u_stride, dy_stride,  # sizes
     KIND: tl.constexpr, GATE: tl.constexpr, ACT: tl.constexpr,  # variants
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,  # tile
 ):  # fmt: skip
-    """Gradients of tiles of rows, and the sums of what they make of w, b and D.
+    """Gradients of tiles of rows, and partial sums of those of w, b and D.
 
-    The rows of a token are one segment, or a segment each, so that all rows of a program have the same D and weights.
+    The rows of a token are one segment, or one segment each, so that all rows of a program have the same D and weights.
     """
     pid, programs, seg = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -114,37 +137,37 @@ def _norm_backward(
     for first in range(pid * BLOCK_R, count, programs * BLOCK_R):
         i = first + tl.arange(0, BLOCK_R)
         here = (i < count)[:, None] & (cols < N)[None, :]
-        out, x, z, u, m = _rows(i, seg, inner, heads, N, x_stride, z_stride, u_stride, cols)
+        at_out, x, z, u, m = _rows(i, seg, inner, heads, N, x_stride, z_stride, u_stride, cols)
         token = (i // inner).to(tl.int64)[:, None]
-        dh, h = _load(dy_ptr, token * dy_stride + m, here), _load(x_ptr, x, here)
-        if d_ptr is not None:
-            skip, other = _load(d_ptr, m // span, here), _load(u_ptr, u, here)
+        dh, h = _load(given.dy, token * dy_stride + m, here), _load(given.x, x, here)
+        if given.d is not None:
+            skip, other = _load(given.d, m // span, here), _load(given.u, u, here)
             h += skip * other
         if GATE != "none":
-            gate, slope = act_and_slope(_load(z_ptr, z, here), ACT)
+            gate, slope = act_and_slope(_load(given.z, z, here), ACT)
         if GATE == "before":
             inside = h
             h *= gate
         if KIND != "none":
             e = tl.zeros((BLOCK_R,), tl.float32) + eps
-            if eps_ptr is not None:
+            if given.eps is not None:
                 row = (i // inner) * heads + seg + i % inner
-                e = tl.load(eps_ptr + row % eps_count, mask=i < count, other=1.0).to(tl.float32)
+                e = tl.load(given.eps + row % eps_count, mask=i < count, other=1.0).to(tl.float32)
             h, factor, varies = _statistics(h, e, here, N, KIND)
             h *= factor[:, None]
             at = ((seg + i % inner) % w_rows)[:, None] * N + cols[None, :]
             scaled, weight = h, tl.full((BLOCK_R, BLOCK_N), 1.0, tl.float32)
-            if w_ptr is not None:
-                weight = _load(w_ptr, at, here)
+            if given.w is not None:
+                weight = _load(given.w, at, here)
                 scaled = h * weight
             if GATE == "after":
-                if b_ptr is not None:
-                    scaled += _load(b_ptr, at, here)
-                tl.store(dz_ptr + out, dh * scaled * slope, mask=here)
+                if given.b is not None:
+                    scaled += _load(given.b, at, here)
+                tl.store(out.dz + at_out, dh * scaled * slope, mask=here)
                 dh *= gate
-            if dw_ptr is not None:
+            if out.dw is not None:
                 dw += tl.where(here, dh * h, 0.0)  # with eps=0 what lies outside is NaN
-            if db_ptr is not None:
+            if out.db is not None:
                 db += dh
             dh *= weight
             along = tl.sum(dh * h, 1)
@@ -155,26 +178,26 @@ def _norm_backward(
                 dh -= (tl.sum(dh, 1) / N)[:, None]
             dh = (dh - h * along[:, None]) * factor[:, None]
         if GATE == "before":
-            tl.store(dz_ptr + out, dh * inside * slope, mask=here)
+            tl.store(out.dz + at_out, dh * inside * slope, mask=here)
             dh *= gate
-        if d_ptr is not None:
-            tl.store(du_ptr + out, dh * skip, mask=here)
+        if given.d is not None:
+            tl.store(out.du + at_out, dh * skip, mask=here)
             dd += tl.where(here, dh * other, 0.0)
-        tl.store(dx_ptr + out, dh, mask=here)
+        tl.store(out.dx + at_out, dh, mask=here)
     sums = (pid * tl.num_programs(2) + seg) * N + cols
-    if dw_ptr is not None:
-        tl.store(dw_ptr + sums, tl.sum(dw, 0), mask=cols < N)
-    if db_ptr is not None:
-        tl.store(db_ptr + sums, tl.sum(db, 0), mask=cols < N)
-    if dd_ptr is not None:
-        tl.store(dd_ptr + sums, tl.sum(dd, 0), mask=cols < N)
+    if out.dw is not None:
+        tl.store(out.dw + sums, tl.sum(dw, 0), mask=cols < N)
+    if out.db is not None:
+        tl.store(out.db + sums, tl.sum(db, 0), mask=cols < N)
+    if out.dd is not None:
+        tl.store(out.dd + sums, tl.sum(dd, 0), mask=cols < N)
 
 
 # Plan and launch
 
 
 def _tile(N: int, kind: str) -> dict[str, int]:
-    """Whole rows where they are normalised, else columns as they come."""
+    """Complete rows where they are normalised, else tiles of columns."""
     BLOCK_N = power_of_2(N) if kind != "none" else min(BLOCK, power_of_2(N))
     BLOCK_R = max(1, TILE // BLOCK_N)
     return {
@@ -206,11 +229,13 @@ def _norm(
     y, tile, heads = like(x, x), _tile(N, kind), width // N
     (x, z, u), (x_stride, z_stride, u_stride) = _strides(width, x, z, u)  # type: ignore[assignment]
     count = x.shape[0] * heads
-    sizes = (heads, N, 1 if weight is None else weight.numel() // N, 1 if skip is None else width // skip.numel())
-    eps_count = 1 if eps_of is None else eps_of.numel()
+    w_rows, span = (1 if weight is None else weight.numel() // N), (1 if skip is None else width // skip.numel())
     grid = (cdiv(count, tile["BLOCK_R"]), cdiv(N, tile["BLOCK_N"]))
-    tensors = (x, z, u, weight, bias, skip, eps_of, y)
-    _norm_forward[grid](*tensors, count, *sizes, eps_count, eps, x_stride, z_stride, u_stride, kind, gate, act, **tile)
+    _norm_forward[grid](
+        x_ptr=x, z_ptr=z, u_ptr=u, w_ptr=weight, b_ptr=bias, d_ptr=skip, eps_ptr=eps_of, y_ptr=y, count=count,
+        heads=heads, N=N, w_rows=w_rows, span=span, eps_count=1 if eps_of is None else eps_of.numel(), eps=eps,
+        x_stride=x_stride, z_stride=z_stride, u_stride=u_stride, KIND=kind, GATE=gate, ACT=act, **tile,
+    )  # fmt: skip
     return y
 
 
@@ -234,13 +259,14 @@ def _norm_gradients(
     segments = heads if w_rows > 1 or skip is not None else 1
     count, columns = x.shape[0] * heads // segments, cdiv(N, tile["BLOCK_N"])
     programs = cdiv(count, tile["BLOCK_R"])
-    if any(t is not None for t in given[3:]):  # few enough for their sums to be few
+    if any(t is not None for t in given[3:]):  # few programs leave few sums
         programs = min(programs, cdiv(8 * processors(x.device), columns * segments))
     sums = [None if t is None else x.new_empty((programs, segments, N), dtype=torch.float32) for t in given[3:]]
-    sizes = (count, heads, N, heads // segments, w_rows, span, 1 if eps_of is None else eps_of.numel(), eps)
     _norm_backward[(programs, columns, segments)](
-        dy, x, z, u, weight, bias, skip, eps_of, *made[:3], *sums, *sizes, x_stride, z_stride, u_stride, dy_stride,
-        kind, gate, act, **tile,
+        given=Given(dy=dy, x=x, z=z, u=u, w=weight, b=bias, d=skip, eps=eps_of), out=Gradients(*made[:3], *sums),
+        count=count, heads=heads, N=N, inner=heads // segments, w_rows=w_rows, span=span,
+        eps_count=1 if eps_of is None else eps_of.numel(), eps=eps, x_stride=x_stride, z_stride=z_stride,
+        u_stride=u_stride, dy_stride=dy_stride, KIND=kind, GATE=gate, ACT=act, **tile,
     )  # fmt: skip
     for total, out in zip(sums[:2], made[3:5], strict=True):
         if total is not None and out is not None:
@@ -275,12 +301,12 @@ def norm(
     bias: Tensor | None = None, skip: Tensor | None = None, eps: float | Tensor = 0.0, width: int, N: int,
     kind: str = "none", gate: str = "none", act: str = "identity",
 ) -> Tensor:  # fmt: skip
-    """The steps of this file in order, those left out that are not given; y [*] like x.
+    """The steps of this file, in order, for which arguments are given; y [*] like x.
 
     Args:
         x, z, u:      [*], the last axes the `width` channels of a token, in rows of N.
-        weight, bias: N entries, or a token's; skip: a token's, one for several neighbours if there are fewer.
-        eps:          a number, or a tensor of one per row, of all tokens or of those that repeat.
+        weight, bias: N entries, or one per channel; skip: one per channel, or per group of neighbouring channels.
+        eps:          a number, or a tensor with one per row, of all tokens or repeated over them.
         kind:         "rms", "layer", "l2", "unit" or "none"; gate: "none", "before" or "after" the norm; act: its name.
     """
     of = eps.expand(*eps.shape).contiguous() if isinstance(eps, Tensor) else None

@@ -19,9 +19,8 @@ import triton
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from recur.primitives.operators import RUNS
-
 LIBRARY = torch.library.Library("recur", "FRAGMENT")
+RUNS: dict[str, Callable[..., Any]] = {}  # what operators run, by their names, for `recur.explain`
 
 
 def contiguous(x: Any) -> Any:

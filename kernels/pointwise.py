@@ -1,10 +1,10 @@
-"""Gates: a pointwise function of what a projection made, and its derivative, in one pass each.
+"""Gates: a pointwise function of a projection, and its derivative, in one pass each.
 
     activate   z, b          -> scale f(z + b)           f: sigmoid, softplus or log sigmoid; b one per channel
     bounded    z, g          -> log a, 1 - a             a = g + (1 - g) sigmoid(z), the forget gate above a bound
     weigh      u, w          -> w u                      w one per head, u [H P]
 
-Arithmetic is float32, and so is what is returned but 1 - a and w u, of the dtype of z and u. The backward reads its
+Arithmetic and results are float32, except 1 - a and w u, which have the dtype of z and u. The backward reads its
 inputs again and keeps nothing else; gradients of b and g are summed per program, in a fixed order, then over programs.
 """
 
@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from recur.kernels.operators import as_it_is, cdiv, differentiable, fake, operator, power_of_2, processors
+from recur.kernels.tiles import LOG2E
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK_T, BLOCK_D = 4, 512
 
 
@@ -42,7 +42,7 @@ def act_and_slope(z, ACT: tl.constexpr):
 
 @triton.jit
 def log_1p(x):
-    """log(1 + x) with all its digits: what 1 + x rounds away from x is put right by a quotient (Kahan)."""
+    """log(1 + x) to full precision: the digits of x that 1 + x rounds away are restored by a quotient (Kahan)."""
     u = 1 + x
     d = u - 1
     return tl.where(d == 0, x, tl.log(u) * (x / tl.where(d == 0, 1.0, d)))
@@ -67,7 +67,7 @@ def _value_and_slope(z, FN: tl.constexpr):
 
 @triton.jit
 def _place(pid_t, D, stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Of a tile [T D]: its tokens, its channels, and offsets where tokens are `stride` apart and where they touch."""
+    """Tokens and channels of a tile [T D], and its offsets in tensors whose tokens are `stride` and D apart."""
     t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = t.to(tl.int64)[:, None]
@@ -172,7 +172,7 @@ def _column_sums(x_ptr, out_ptr, rows, D, stride, BLOCK_R: tl.constexpr, BLOCK_D
 
 @triton.jit(do_not_specialize=["rows"])
 def _weigh_forward(u_ptr, w_ptr, y_ptr, rows, H, P, u_stride, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr):
-    """y = w u; a row is a head of a token."""
+    """y = w u; one row per token and head."""
     i, p = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
     here = (i < rows)[:, None] & (p < P)[None, :]
     u_at = (i // H).to(tl.int64)[:, None] * u_stride + (i % H)[:, None] * P + p[None, :]
@@ -200,18 +200,18 @@ def _weigh_backward(
 
 
 def tokens(x: Tensor, width: int) -> Tensor:
-    """x as [tokens width], without a copy where channels lie side by side: any distance from token to token will do."""
+    """x as [tokens width], without a copy if the channels of a token are contiguous; tokens may have any stride."""
     x = x.reshape(-1, width)
     return x if x.stride(1) == 1 or width == 1 else x.contiguous()
 
 
 def like(x: Tensor | None, other: Tensor) -> Tensor:
-    """Fresh and contiguous, of the shape and dtype of x; empty if there is no x: operators return no None."""
+    """New and contiguous, of the shape and dtype of x; empty if x is None, because operators cannot return None."""
     return other.new_empty(0) if x is None else x.new_empty(x.shape)
 
 
 def column_sums(x: Tensor, out: Tensor) -> None:
-    """Sums of the rows of x [rows D] into out, whose entries are as many and may be of another dtype."""
+    """Sums over the rows of x [rows D] into out, which has D entries of any dtype."""
     rows, D = x.shape
     _column_sums[(cdiv(D, 32),)](
         x, out, rows, D, x.stride(0), BLOCK_R=64, BLOCK_D=32, num_warps=4, enable_fp_fusion=True
@@ -227,7 +227,7 @@ def _tile(D: int) -> dict[str, int]:
 
 
 def _grid(count: int, D: int, device: torch.device, summed: bool, BLOCK_D: int) -> tuple[int, int]:
-    """A program per tile, or so few that their sums are few."""
+    """One program per tile; if sums are taken, few enough programs that they leave few sums."""
     columns, programs = cdiv(D, BLOCK_D), cdiv(count, BLOCK_T)
     return (min(programs, cdiv(8 * processors(device), columns)) if summed else programs), columns
 
@@ -331,7 +331,7 @@ differentiable("bounded_backward")
 
 
 def _heads(u: Tensor, w: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Heads of a token, their channels, and a tile of a few heads."""
+    """Heads per token, channels per head, and a tile of a few heads."""
     H = w.shape[2:].numel()
     P = u.shape[2:].numel() // H
     BLOCK_P = power_of_2(P)

@@ -1,4 +1,4 @@
-"""Rotary positions: every pair of channels turned by the angle position * frequency, in one pass.
+"""Rotary positions: every pair of channels is rotated by the angle position * frequency, in one pass.
 
     a' = a cos - b sin,  b' = b cos + a sin        pairs (2j, 2j + 1), or (j, j + K/2) if HALVES
 
@@ -16,13 +16,15 @@ import triton
 import triton.language as tl
 from recur.kernels.operators import as_it_is, cdiv, differentiable, fake, operator, power_of_2
 from recur.kernels.pointwise import tokens
-from recur.kernels.tiles import cos_sin_after
+from recur.kernels.tiles import QUARTERS_PER_RADIAN, cos_sin_of_rest
 from torch import Tensor
+
+QUARTER = tl.constexpr(1.5707963267948966)  # π / 2
 
 
 @triton.jit(do_not_specialize=["count", "positions"])
 def _rotate(
-    x_ptr, position_ptr, frequency_ptr, y_ptr,  # tensors; a token's heads lie side by side
+    x_ptr, position_ptr, frequency_ptr, y_ptr,  # tensors; the heads of a token are contiguous
     count, positions, H, K, x_stride,  # sizes; positions repeat
     HALVES: tl.constexpr, INVERSE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -31,9 +33,9 @@ def _rotate(
     place = tl.load(position_ptr + t % positions, mask=t < count, other=0).to(tl.float64)
     frequency = tl.load(frequency_ptr + pair, mask=pair < K // 2, other=0.0)
     angle = (place[:, None] * frequency[None, :]).to(tl.float32).to(tl.float64)
-    quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
-    rest = (angle - quarters * 1.5707963267948966).to(tl.float32)
-    cos, sin = cos_sin_after((quarters - 4 * tl.floor(quarters / 4)).to(tl.int32), rest)
+    quarters = tl.floor(angle * QUARTERS_PER_RADIAN + 0.5)
+    rest = (angle - quarters * QUARTER).to(tl.float32)
+    cos, sin = cos_sin_of_rest((quarters - 4 * tl.floor(quarters / 4)).to(tl.int32), rest)
     if INVERSE:
         sin = -sin
     row = t.to(tl.int64)[:, None]
@@ -57,15 +59,15 @@ def _rotate(
 
 @operator("rotate", given=as_it_is)
 def rotate(x: Tensor, position: Tensor, frequencies: Tensor, halves: bool, inverse: bool) -> Tensor:
-    """x [B T H K] turned by the angles of positions [B|1 T] and float64 frequencies [K/2]."""
+    """x [B T H K] rotated by the angles of positions [B|1 T] and float64 frequencies [K/2]."""
     H, K = x.shape[2:]
     rows, y, BLOCK_K = tokens(x, H * K), x.new_empty(x.shape), power_of_2(K)
     BLOCK_T = max(1, 1024 // BLOCK_K)
-    sizes = (len(rows), position.numel(), H, K, rows.stride(0))
-    tensors = (rows, position.contiguous(), frequencies.contiguous(), y)
     _rotate[(cdiv(len(rows), BLOCK_T),)](
-        *tensors, *sizes, halves, inverse, BLOCK_T, BLOCK_K, num_warps=4, enable_fp_fusion=True
-    )
+        x_ptr=rows, position_ptr=position.contiguous(), frequency_ptr=frequencies.contiguous(), y_ptr=y,
+        count=len(rows), positions=position.numel(), H=H, K=K, x_stride=rows.stride(0), HALVES=halves, INVERSE=inverse,
+        BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
     return y
 
 

@@ -1,6 +1,6 @@
-"""The scan with a matrix state on a GPU: plan, launches, operators. What is launched is described in `chunk_scan`."""
+"""The matrix-state scan on a GPU: plan, launches, operators. The kernels are described in `chunk_scan`."""
 
-# mypy: disable-error-code="no-untyped-def, annotation-unchecked"
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from recur.kernels import chunk_scan as kernels
-from recur.kernels import turn
+from recur.kernels import chunk_backward, chunk_forward, chunk_prepare, rotate
+from recur.kernels.chunk_scan import Given, Prepared, Scan
 from recur.kernels.operators import capability, cdiv, differentiable, fake, operator, power_of_2, processors
+from recur.kernels.packing import state_count
+from recur.kernels.tiles import constants
 from torch import Tensor
 
-from recur.primitives.forms import state_count
-
-FEW = 8  # chunks that one program of `exact` or `repair` looks at
-INTERPRETED = not isinstance(kernels.forward, triton.JITFunction)  # Triton's interpreter was asked for, on a CPU
+CHUNKS_PER_PROGRAM = 8  # of `scores_exact` and `gradients_exact`, which mostly find nothing to do
+INTERPRETED = not isinstance(chunk_forward.forward, triton.JITFunction)  # by Triton's interpreter, on a CPU
 
 
 class Tiles(NamedTuple):
-    """A kernel's tile of the state, how many make the state, warps of a program, stages of its loop."""
+    """A kernel's tile of the state, the number of tiles that make the state, warps per program, stages of its loop."""
 
     block: int
     parts: int
@@ -30,9 +30,9 @@ class Tiles(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a scan is laid on the machine: chunks of `chunk` tokens in `segments` of `span` tokens, for states padded to
-    `block_k` rows and `blocks` times `block_v` columns; tiles of columns for the two walks; for the gradient of a chunk
-    tiles of rows by blocks of columns."""
+    """How a scan is laid out on the GPU: chunks of `chunk` tokens in `segments` of `span` tokens, for states padded to
+    `block_k` rows and `blocks` times `block_v` columns. `forward` and `backward_states` have tiles of columns,
+    `backward_inputs` tiles of rows by blocks of columns."""
 
     chunk: int
     segments: int
@@ -41,19 +41,18 @@ class Plan(NamedTuple):
     block_v: int
     blocks: int
     forward: Tiles
-    adjoint: Tiles
-    gradient: Tiles
+    backward_states: Tiles
+    backward_inputs: Tiles
 
     @property
     def part(self) -> int:
-        """Rows that a walk takes at once; the registers of a program do not hold keys and queries of more than 256."""
+        """Rows that are loaded at once; the registers of a program do not hold keys and queries of more than 256."""
         return self.block_k if self.block_k <= 256 else 128
 
 
-# By trial on an H100 and an H200, 512 rows by what fits. Of the walks, by rows of the state, at most 64 to 512: columns
-# of a tile, warps, stages, of forward and adjoint, then of the same for the delta rule. Of the gradient, by columns:
-# rows of a tile.
-_WALKS = {
+# Measured on an H100 and an H200; 512 rows by what fits. By rows of the state, at most 64 to 512: columns of a tile,
+# warps and stages of `forward` and `backward_states`, then the same for the delta rule.
+_STATE_TILES = {
     torch.bfloat16: {
         64: (((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3))),
         128: (((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2))),
@@ -66,12 +65,13 @@ _WALKS = {
         512: (((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1))),
     },
 }
-_BLOCK = 256  # columns that a program of the gradient has at most
-_FEW = ((32, 4, 2), (32, 4, 2))  # of 256 rows in bfloat16, where tiles of 64 columns would be too few
-_GRADIENT = {
+_NARROW_STATE_TILES = ((32, 4, 2), (32, 4, 2))  # 256 rows in bfloat16, where 64 columns would make too few programs
+# By columns of the state: rows of a tile, warps and stages of `backward_inputs`.
+_INPUT_TILES = {
     torch.bfloat16: {64: (64, 4, 1), 128: (64, 4, 1), 256: (64, 4, 1)},
     torch.float32: {64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 8, 1)},
 }
+_BLOCK = 256  # columns of a program of `backward_inputs`, at most
 
 
 def computed_as(dtype: torch.dtype, rows: int) -> torch.dtype:
@@ -84,48 +84,51 @@ def computed_as(dtype: torch.dtype, rows: int) -> torch.dtype:
 
 
 def chunk_of(dtype: torch.dtype) -> int:
-    """Tokens of a chunk."""
+    """Tokens per chunk."""
     return 64 if dtype == torch.bfloat16 else 32
 
 
 def _fills(programs: int, processors: int) -> bool:
-    """Whether three processors of four have a program."""
+    """Whether three of four processors have a program."""
     return 4 * programs >= 3 * processors
 
 
 def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, processors: int = 132) -> Plan:
     """The plan for `heads` states [K V] (batch times heads) over T tokens.
 
-    One segment if the heads alone give three processors of four a program; otherwise as many as give every processor
-    two, none below 512 tokens. The delta rule: at most 8, none below 1024 tokens, so many that the longest chain of
-    chunks is shortest, with one program a processor: first all segments but the last by themselves, those within with K
-    more columns for what they do to a state, then all. To join a segment takes as long as four chunks, by estimate.
+    One segment if the heads alone give three of four processors a program; otherwise enough to give each processor two
+    programs, with at least 512 tokens per segment. The delta rule has at most 8 segments of at least 1024 tokens, as
+    many as make the longest chain of chunks shortest, with one program per processor: first the maps of all segments
+    but the last, those of inner segments with K more columns for Q, then all segments. Joining a segment is estimated
+    to take as long as four chunks.
     """
     block_k, block_v = (max(64, power_of_2(size)) for size in (K, min(V, _BLOCK)))
     dtype = computed_as(dtype, K)
     chunk, kept = chunk_of(dtype), _kept(dtype)
-    few = (kept, block_k, delta) == (torch.bfloat16, 256, False) and not _fills(heads * cdiv(V, 64), processors)
-    walks = _FEW if few else _WALKS[kept][block_k][delta]
-    forward, adjoint, gradient = (
+    wide = (kept, block_k, delta) == (torch.bfloat16, 256, False)
+    underfilled = wide and not _fills(heads * cdiv(V, 64), processors)
+    state_tiles = _NARROW_STATE_TILES if underfilled else _STATE_TILES[kept][block_k][delta]
+    forward, backward_states, backward_inputs = (
         Tiles(block, cdiv(size, block), warps, stages)
-        for (block, warps, stages), size in zip((*walks, _GRADIENT[kept][block_v]), (V, V, K), strict=True)
+        for (block, warps, stages), size in zip((*state_tiles, _INPUT_TILES[kept][block_v]), (V, V, K), strict=True)
     )
     programs, chunks = heads * forward.parts, cdiv(T, chunk)
 
-    def chain(n: int) -> int:
-        alone = (n - 1) * programs + max(0, n - 2) * heads * cdiv(K, forward.block)
-        return cdiv(chunks, n) * (cdiv(alone, processors) + cdiv(n * programs, processors)) + 4 * n
+    def longest_chain(n: int) -> int:
+        maps = (n - 1) * programs + max(0, n - 2) * heads * cdiv(K, forward.block)
+        return cdiv(chunks, n) * (cdiv(maps, processors) + cdiv(n * programs, processors)) + 4 * n
 
     if delta:
-        wanted = min(range(1, 1 + max(1, min(8, T // 1024))), key=chain) if 2 * programs < processors else 1
+        wanted = min(range(1, 1 + max(1, min(8, T // 1024))), key=longest_chain) if 2 * programs < processors else 1
     else:
         wanted = 1 if _fills(programs, processors) else cdiv(2 * processors, max(1, programs))
     span = chunk * cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
-    return Plan(chunk, max(1, cdiv(T, span)), span, block_k, block_v, cdiv(V, block_v), forward, adjoint, gradient)
+    segments = max(1, cdiv(T, span))
+    return Plan(chunk, segments, span, block_k, block_v, cdiv(V, block_v), forward, backward_states, backward_inputs)
 
 
-def _numbers(dtype: torch.dtype) -> tuple[Any, str, float]:
-    """What matmuls are fed with, their precision, and log2 of how far factors of a calm chunk may reach.
+def _arithmetic(dtype: torch.dtype) -> tuple[Any, str, float]:
+    """What matmuls take, their precision, and log2 of what factors of a chunk in range may reach.
 
     float16 is computed in tf32, which has its digits and the range that states need.
     """
@@ -135,435 +138,433 @@ def _numbers(dtype: torch.dtype) -> tuple[Any, str, float]:
 
 
 def _kept(dtype: torch.dtype) -> torch.dtype:
-    """What is written to memory between kernels."""
+    """The dtype of what kernels hand to each other in memory."""
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
-def chunks_of(B: int, T: int, dtype: torch.dtype, cu_seqlens: Tensor | None) -> int:
-    """How many numbers of chunks there are; see `tiles.numbered`."""
+def chunk_slots(B: int, T: int, dtype: torch.dtype, cu_seqlens: Tensor | None) -> int:
+    """Number of chunk slots, an upper bound of the chunks if documents are packed; see `tiles.locate_chunk`."""
     chunk = chunk_of(dtype)
     return B * cdiv(T, chunk) if cu_seqlens is None else T // chunk + cu_seqlens.shape[0] - 1
 
 
-class Inputs(NamedTuple):
-    """A scan's tensors as its operators take them; see `scan_forward`."""
+class Tensors(NamedTuple):
+    """The tensors of a scan. Schemas, fake operators, gradients and launches follow this record and its order; all but
+    the last have a gradient.
+
+    q, k [B T G K], k None if tied: 1 − exp(log_decay), not with beta; v [B T H V], all of one dtype; log_decay
+    [B|1 T|1 H K|1], or complex with a last axis of 2: states then have 2K rows, real parts before imaginary ones;
+    beta [B T H]; bonus [H K] float32, not with complex gates; initial [B H K V] float32, or [n H K V] for the n
+    documents of cu_seqlens [n+1].
+    """
 
     q: Tensor
-    k: Tensor | None
     v: Tensor
-    log_decay: Tensor | None
-    beta: Tensor | None
-    bonus: Tensor | None
-    initial: Tensor | None
-    cu_seqlens: Tensor | None
+    k: Tensor | None = None
+    log_decay: Tensor | None = None
+    beta: Tensor | None = None
+    bonus: Tensor | None = None
+    initial: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
 
-def decay_of(x: Inputs) -> str:
-    """Whose the gates are: "none", "one" for all keys of a head, or each "key"'s."""
+COUNT = len(Tensors._fields)
+_OPTIONAL = Tensors._field_defaults
+SCHEMA = ", ".join(f"Tensor{'?' if name in _OPTIONAL else ''} {name}" for name in Tensors._fields)
+SCHEMA += ", float scale, bool reverse, bool before"
+GRADIENTS = f"({', '.join(['Tensor'] * (COUNT - 1))})"
+
+
+def decay_of(x: Tensors) -> str:
+    """Granularity of the decay: "none", "scalar" (one gate per head) or "key" (one per key channel)."""
     if x.log_decay is None:
         return "none"
-    return "one" if x.log_decay.shape[3] == 1 and x.k is not None else "key"
+    return "scalar" if x.log_decay.shape[3] == 1 and x.k is not None else "key"
 
 
-def rows_of(x: Inputs) -> int:
-    """Rows of a state: twice the keys if gates are complex."""
+def rows_of(x: Tensors) -> int:
+    """Rows of a state: two per key channel if gates are complex."""
     return x.q.shape[3] * (2 if x.log_decay is not None and x.log_decay.ndim == 5 else 1)
 
 
-def prepared(x: Inputs, before: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what is found of gates, keys and queries alone, and kept for the backward; for the names see
-    `chunk_scan` and `turn`: rates and whole are of one gate a head, rates of a bonus too; overlap and solved: M, T."""
-    (B, T, H, _), cols, K = x.v.shape, x.q.shape[3], rows_of(x)
+def prepared(x: Tensors, before: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of what is computed of q, k and gates alone, and kept for the backward: the fields of
+    `chunk_scan.Prepared` that this scan needs."""
+    (B, T, H, _), keys, K = x.v.shape, x.q.shape[3], rows_of(x)
     dtype = computed_as(x.v.dtype, K)
-    decay, turned, chunk, kept = decay_of(x), cols < K, chunk_of(dtype), _kept(dtype)
-    squares = (chunks_of(B, T, dtype, x.cu_seqlens), H)
+    decay, rotated, chunk, kept = decay_of(x), keys < K, chunk_of(dtype), _kept(dtype)
+    chunk_heads = (chunk_slots(B, T, dtype, x.cu_seqlens), H)
     found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    if decay == "key" or turned:
-        found |= dict.fromkeys(("told", "write"), ((B, T, H, K), kept))
+    if decay == "key" or rotated:
+        found |= dict.fromkeys(("q_in", "k_out"), ((B, T, H, K), kept))
     if decay == "key":
-        found |= dict.fromkeys(("near", "far"), ((*squares, K), torch.float32)) | {"calm": (squares, torch.int32)}
+        found |= dict.fromkeys(("anchor_in", "anchor_out"), ((*chunk_heads, K), torch.float32))
+        found["in_range"] = chunk_heads, torch.int32
     if decay == "key" and x.beta is not None:
-        found["reach"] = (B, T, H, K), kept
-    if turned:
-        found["turned"] = (*squares, cols), torch.int32
-        found["angles"] = (state_count(B, x.cu_seqlens), H, cols), torch.float32
-    if decay == "one" or before:
-        found["rates"] = (*squares, 4, chunk), torch.float32
-    if decay == "one":
-        found["whole"] = squares, torch.float32
+        found["k_in"] = (B, T, H, K), kept
+    if rotated:
+        found["chunk_phase"] = (*chunk_heads, keys), torch.int32
+        found["state_angle"] = (state_count(B, x.cu_seqlens), H, keys), torch.float32
+    if decay == "scalar" or before:
+        found["log_decays"] = (*chunk_heads, 4, chunk), torch.float32
+    if decay == "scalar":
+        found["log_total"] = chunk_heads, torch.float32
     if x.beta is not None:
-        found |= {"overlap": ((*squares, chunk, chunk), torch.float32), "solved": ((*squares, chunk, chunk), kept)}
+        found["A_kk"] = (*chunk_heads, chunk, chunk), torch.float32
+        found["A_inv"] = (*chunk_heads, chunk, chunk), kept
     return found
 
 
-class _Scan:
-    """One scan laid out and prepared, unless it was before: allocates and launches."""
+class _Launcher:
+    """One scan: its plan, what is prepared for it (unless `saved` has it), and the launches of its kernels."""
 
-    def __init__(self, x: Inputs, scale: float, flip: bool, before: bool, made: list[Tensor] | None = None) -> None:
-        (B, T, H, V), self.cols, K = x.v.shape, x.q.shape[3], rows_of(x)
+    def __init__(
+        self, x: Tensors, scale: float, reverse: bool, before: bool, saved: list[Tensor] | None = None
+    ) -> None:
+        (B, T, H, V), self.keys, K = x.v.shape, x.q.shape[3], rows_of(x)
         delta, packed = x.beta is not None, x.cu_seqlens is not None
         self.dtype = computed_as(x.v.dtype, K)
         self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=self.dtype, delta=delta, processors=processors(x.v.device))
         if packed:
             self.plan = self.plan._replace(segments=1, span=T)
-        self.x, self.flip, self.before, self.sizes = x, flip, before, (B, T, H, K, V)
+        self.x, self.reverse, self.before, self.sizes = x, reverse, before, (B, T, H, K, V)
         self.documents = state_count(B, x.cu_seqlens)
-        self.chunks = chunks_of(B, T, self.dtype, x.cu_seqlens)
+        self.chunks = chunk_slots(B, T, self.dtype, x.cu_seqlens)
         self.decay, strides = decay_of(x), [0, 0, 0, 0]
         if x.log_decay is not None:
             strides = list(x.log_decay.expand(B, T, H, *x.log_decay.shape[3:]).stride())
-        dot, precision, self.limit = _numbers(self.dtype)
-        self.gates = {"gate_sb": strides[0], "gate_sh": strides[2], "gate_st": strides[1], "gate_sd": strides[3]}
-        self.laid = {
-            **self.gates, "cu_ptr": x.cu_seqlens, "T": T, "H": H, "FLIP": flip, "BLOCK_C": self.plan.chunk,
-        }  # fmt: skip
-        self.common = {**self.laid, "scale": scale, "K": K}
-        if dot != tl.bfloat16 or capability(x.v.device) < 90:  # the assembler would give up on some, in 32 registers
-            self.common["maxnreg"] = 255
-        self.dots = {"DOT": dot, "PRECISION": precision}
+        dot, precision, self.limit = _arithmetic(self.dtype)
         shapes = prepared(x, before)
-        first = made is None
-        made = [self.new(*shape, dtype=dtype) for shape, dtype in shapes.values()] if made is None else made
-        self.made = dict(zip(shapes, made, strict=True))
-        self.told, self.write = self.made.get("told", x.q), self.made.get("write", x.k)
-        self.reach = self.made.get("reach", self.write)
-        self.groups = H if "told" in self.made else x.q.shape[2]
-        self.scores = self.squares(_kept(self.dtype)) if self.decay == "key" else None
+        first = saved is None
+        tensors = [self.new(*shape, dtype=dtype) for shape, dtype in shapes.values()] if saved is None else saved
+        self.made = dict(zip(shapes, tensors, strict=True))
+        self.scores = self.matrices(_kept(self.dtype)) if self.decay == "key" else None
+        self.scan = constants(Scan(
+            H=H, K=K, V=V, KEYS=self.keys, GROUPS=x.q.shape[2], GROUPS_IN=H if "q_in" in self.made else x.q.shape[2],
+            DECAY=self.decay, GATE_ST=strides[1], GATE_SD=strides[3], REVERSE=reverse, BEFORE=before, TIED=x.k is None,
+            DOT=dot, PRECISION=precision, C=self.plan.chunk,
+        ))  # fmt: skip
+        self.given = Given(q=x.q, k=x.k, gate=x.log_decay, gate_sb=strides[0], gate_sh=strides[2])
+        made = self.made.get
+        q_in, k_out = made("q_in", x.q), made("k_out", x.k)
+        self.prepared = Prepared(
+            q_in=q_in, k_out=k_out, k_in=made("k_in", k_out), anchor_in=made("anchor_in"),
+            anchor_out=made("anchor_out"), in_range=made("in_range"), log_decays=made("log_decays"),
+            log_total=made("log_total"), A_qk=self.scores, A_kk=made("A_kk"), A_inv=made("A_inv"),
+        )  # fmt: skip
+        self.laid = {"cu_ptr": x.cu_seqlens, "T": T, "SCAN": self.scan, "enable_fp_fusion": True}
+        self.common = {**self.laid, "scale": scale}
+        if dot != tl.bfloat16 or capability(x.v.device) < 90:  # else the assembler gives up on some, in 32 registers
+            self.common["maxnreg"] = 255
         self._prepare(first)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.v.device)
 
-    def squares(self, dtype: torch.dtype) -> Tensor:
+    def matrices(self, dtype: torch.dtype) -> Tensor:
         """[chunks H C C]"""
         return self.new(self.chunks, self.sizes[2], self.plan.chunk, self.plan.chunk, dtype=dtype)
 
     def summands(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Room for what every block of columns adds to a gradient, [blocks ...] in float32, or for the gradient."""
+        """Room for a gradient, or for the summand of every block of columns, [blocks ...] in float32."""
         blocks = self.plan.blocks
         return self.new(*shape, dtype=dtype) if blocks == 1 else self.new(blocks, *shape)
 
-    def states(self) -> Tensor:
+    def chunk_states(self) -> Tensor:
         """[chunks H K V]"""
         _, _, H, K, V = self.sizes
         return self.new(self.chunks, H, K, V, dtype=_kept(self.dtype))
 
-    def found(self, *names: str) -> list[Tensor | None]:
-        """Of what was prepared, what there is."""
-        return [self.made.get(name) for name in names]
-
     def _prepare(self, first: bool) -> None:
-        """Run what looks at gates, q and k alone: first `pace`, `prepare` and `solve`, and always `exact`."""
-        x, (_, T, H, _, _), words, (solved,) = self.x, self.sizes, None, self.found("solved")
-        overlap = self.made.get("overlap") if first else None  # to be found
-        if first and self.decay == "one":
+        """Launch the kernels that read gates, q and k alone; once, but for `scores_exact`, whose result is not kept."""
+        x, (_, _, H, _, _), made, descriptors = self.x, self.sizes, self.made.get, None
+        A_kk = made("A_kk") if first else None
+        if first and self.decay == "scalar":
             block_h = min(16, power_of_2(H))
-            kernels.pace[(self.chunks, cdiv(H, block_h))](
-                x.log_decay, *self.found("rates", "whole"), x.cu_seqlens, T, self.documents,
-                self.gates["gate_sb"], self.gates["gate_sh"],
-                H=H, gate_st=self.gates["gate_st"], FLIP=self.flip, BEFORE=self.before,
-                BLOCK_C=self.plan.chunk, BLOCK_H=block_h, num_warps=1, enable_fp_fusion=True,
+            chunk_prepare.cumulative_decay[(self.chunks, cdiv(H, block_h))](
+                x=Given(gate=x.log_decay, gate_sb=self.given.gate_sb, gate_sh=self.given.gate_sh),
+                log_decays_ptr=made("log_decays"), log_total_ptr=made("log_total"), documents=self.documents,
+                BLOCK_H=block_h, num_warps=1, **self.laid,
             )  # fmt: skip
-        registers = {"maxnreg": 128} if self.decay == "key" and x.beta is not None else {}  # of bfloat16 on Hopper
-        if first and "turned" in self.made:
-            registers = {"maxnreg": 168}
-            words = self.new(2 + self.chunks * H * self.cols, dtype=torch.int64).fill_(-1)
-            self.made["angles"].zero_()  # of documents without tokens
-        if first and (self.decay == "key" or overlap is not None or self.before or words is not None):
-            kernels.prepare[(self.chunks * H,)](
-                x.q, x.k, x.log_decay, x.bonus,
-                *self.found("told", "write", "reach", "near", "far", "calm", "turned", "angles"), words,
-                *self.found("rates"), overlap, documents=self.documents, chunks=self.chunks, GROUPS=x.q.shape[2],
-                COLS=self.cols, DECAY=self.decay, BEFORE=self.before, LIMIT=self.limit, LOOK=turn.LOOK,
-                BLOCK_K=self.plan.block_k, PART=32 if self.decay == "key" or words is not None else 64, num_warps=4,
-                enable_fp_fusion=True,
-                **(registers | self.common | self.dots),
+        options = {"maxnreg": 128} if self.decay == "key" and x.beta is not None else {}  # of bfloat16 on Hopper
+        if first and "chunk_phase" in self.made:
+            options = {"maxnreg": 168}
+            descriptors = self.new(2 + self.chunks * H * self.keys, dtype=torch.int64).fill_(-1)  # see `lookback`
+            self.made["state_angle"].zero_()  # of documents without tokens
+        if first and (self.decay == "key" or A_kk is not None or self.before or descriptors is not None):
+            out = Prepared(
+                q_in=made("q_in"), k_out=made("k_out"), k_in=made("k_in"), anchor_in=made("anchor_in"),
+                anchor_out=made("anchor_out"), in_range=made("in_range"), chunk_phase=made("chunk_phase"),
+                state_angle=made("state_angle"), log_decays=made("log_decays"), A_kk=A_kk,
+            )  # fmt: skip
+            chunk_prepare.prepare[(self.chunks * H,)](
+                x=self.given._replace(bonus=x.bonus), out=out, descriptors_ptr=descriptors, documents=self.documents,
+                chunks=self.chunks, LIMIT=self.limit, WINDOW=rotate.WINDOW, BLOCK_K=self.plan.block_k,
+                PART=32 if self.decay == "key" or descriptors is not None else 64, num_warps=4,
+                **(options | self.common),
             )  # fmt: skip
         if self.decay == "key":
             block_k = self.plan.block_k
-            kernels.exact[(cdiv(self.chunks * H, FEW),)](
-                x.q, x.k, x.log_decay, *self.found("turned", "calm"), self.scores, overlap, documents=self.documents,
-                squares=self.chunks * H, GROUPS=x.q.shape[2], COLS=self.cols, BEFORE=self.before, FEW=FEW,
-                BLOCK_K=block_k, num_warps=4 if block_k <= 256 else 8, enable_fp_fusion=True, **self.common,
+            chunk_prepare.scores_exact[(cdiv(self.chunks * H, CHUNKS_PER_PROGRAM),)](
+                x=self.given, prepared=Prepared(chunk_phase=made("chunk_phase"), in_range=made("in_range")),
+                A_qk_ptr=self.scores, A_kk_ptr=A_kk, documents=self.documents, chunk_heads=self.chunks * H,
+                CHUNKS_PER_PROGRAM=CHUNKS_PER_PROGRAM, BLOCK_K=block_k, num_warps=4 if block_k <= 256 else 8,
+                **self.common,
             )  # fmt: skip
-        if overlap is not None:
-            kernels.solve[(self.chunks * H,)](
-                overlap, x.beta, solved, x.cu_seqlens, T, self.documents,
-                H=H, FLIP=self.flip, BLOCK_C=self.plan.chunk, num_warps=1, enable_fp_fusion=True, maxnreg=128,
+        if A_kk is not None:
+            chunk_prepare.solve_tril[(self.chunks * H,)](
+                A_kk_ptr=A_kk, beta_ptr=x.beta, A_inv_ptr=made("A_inv"), documents=self.documents, num_warps=1,
+                maxnreg=128, **self.laid,
             )  # fmt: skip
 
-    def _walk(self, tiles: Tiles) -> dict[str, Any]:
+    def _tiles(self, tiles: Tiles) -> dict[str, Any]:
+        """What `forward` and `backward_states` take by name."""
         return {
-            **self.common, **self.dots, "GROUPS": self.groups, "V": self.sizes[4], "DECAY": self.decay,
-            "BEFORE": self.before, "tiles": tiles.parts, "segments": self.plan.segments,
-            "span": self.plan.span, "BLOCK_K": self.plan.part, "PARTS": cdiv(self.sizes[3], self.plan.part),
-            "BLOCK_V": tiles.block, "STAGES": tiles.stages,
-            "num_warps": tiles.warps, "enable_fp_fusion": True,
+            **self.common, "tiles": tiles.parts, "segments": self.plan.segments, "span": self.plan.span,
+            "BLOCK_K": self.plan.part, "PARTS": cdiv(self.sizes[3], self.plan.part), "BLOCK_V": tiles.block,
+            "STAGES": tiles.stages, "num_warps": tiles.warps,
         }  # fmt: skip
 
     def forward(
-        self, *, y: Tensor | None = None, e: Tensor | None = None, keep: Tensor | None = None,
-        enter: Tensor | None = None, leave: Tensor | None = None, share: Tensor | None = None,
-        back: Tensor | None = None,
+        self, *, y: Tensor | None = None, error: Tensor | None = None, chunk_states: Tensor | None = None,
+        enter: Tensor | None = None, leave: Tensor | None = None, decay_product: Tensor | None = None,
+        dy: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Launch `kernels.forward`; `back` is dy, if it shall walk back."""
-        x, tiles = self.x, self.plan.forward
+        """Launch `chunk_forward.forward`; `dy` selects the map for the backward pass."""
+        x, given, tiles, backward = self.x, self.given, self.plan.forward, dy is not None
         if leave is not None:  # [L Q] has more columns
             tiles = tiles._replace(parts=cdiv(leave.shape[-1], tiles.block))
-        kernels.forward[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
-            self.told, self.write if back is None else self.told, self.reach, x.v if back is None else back,
-            x.log_decay, x.beta, *self.found("near", "far", "calm"), self.scores,
-            *self.found("rates", "whole", "overlap", "solved"), y, e, keep, enter, leave, share,
-            BACK=back is not None, EMIT=y is not None, **self._walk(tiles),
+        chunk_forward.forward[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
+            x=Given(
+                v=dy if backward else x.v, gate=given.gate, gate_sb=given.gate_sb, gate_sh=given.gate_sh, beta=x.beta
+            ),
+            prepared=self.prepared._replace(k_out=self.prepared.q_in) if backward else self.prepared,
+            y_ptr=y, error_ptr=error, chunk_states_ptr=chunk_states, enter_ptr=enter, leave_ptr=leave,
+            decay_product_ptr=decay_product, BACKWARD=backward, EMIT=y is not None, **self._tiles(tiles),
         )  # fmt: skip
 
-    def adjoint(
-        self, dy: Tensor, dv: Tensor | None = None, keep: Tensor | None = None, *, e: Tensor | None = None,
-        dbeta: Tensor | None = None,
-        enter: Tensor | None = None, leave: Tensor | None = None, state: Tensor | None = None,
-        moment: Tensor | None = None,
+    def backward_states(
+        self, dy: Tensor, dv: Tensor | None = None, chunk_dstates: Tensor | None = None, *,
+        error: Tensor | None = None, dbeta: Tensor | None = None, enter: Tensor | None = None,
+        leave: Tensor | None = None, chunk_states: Tensor | None = None, dphase_state: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Launch `kernels.adjoint`."""
-        x, tiles = self.x, self.plan.adjoint
-        kernels.adjoint[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
-            self.told, self.write, self.reach, dy, x.log_decay, x.beta, e, *self.found("near", "far", "calm"),
-            self.scores, *self.found("rates", "whole", "solved"), dv, dbeta, keep, enter, leave, state, moment,
-            B=self.sizes[0], numbers=self.chunks, **self._walk(tiles),
+        """Launch `chunk_backward.backward_states`."""
+        given, tiles = self.given, self.plan.backward_states
+        chunk_backward.backward_states[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
+            x=Given(gate=given.gate, gate_sb=given.gate_sb, gate_sh=given.gate_sh, beta=self.x.beta),
+            prepared=self.prepared._replace(A_kk=None), dy_ptr=dy, error_ptr=error, chunk_states_ptr=chunk_states,
+            dv_ptr=dv, dbeta_ptr=dbeta, chunk_dstates_ptr=chunk_dstates, enter_ptr=enter, leave_ptr=leave,
+            dphase_state_ptr=dphase_state, B=self.sizes[0], chunk_slots=self.chunks, **self._tiles(tiles),
         )  # fmt: skip
 
-    def gradient(
-        self, u: Tensor, dy: Tensor, dv: Tensor, S: Tensor, G: Tensor, dq: Tensor, dk: Tensor | None,
-        dgate: Tensor | None, dbonus: Tensor | None,
+    def backward_inputs(
+        self, u: Tensor, dy: Tensor, dv: Tensor, chunk_states: Tensor, chunk_dstates: Tensor, dq: Tensor,
+        dk: Tensor | None, dgate: Tensor | None, dbonus: Tensor | None,
     ) -> None:  # fmt: skip
-        """Launch `kernels.gradient`, and `kernels.repair` where a chunk may not be calm."""
-        x, tiles, (B, _, H, _, V) = self.x, self.plan.gradient, self.sizes
-        kernels.gradient[(self.chunks * H * self.plan.blocks * tiles.parts,)](
-            x.q, x.k, self.told, self.write, self.reach, u, dy, dv, x.log_decay, x.beta, x.bonus,
-            S, G, *self.found("near", "far", "calm", "rates", "whole"), dq, dk, dgate, dbonus,
-            B=B, tiles=tiles.parts, documents=self.documents, chunks=self.chunks, GROUPS=self.groups,
-            GROUPS_PLAIN=x.q.shape[2], COLS=self.cols, V=V, DECAY=self.decay, BEFORE=self.before, TIED=x.k is None,
-            BLOCKS=self.plan.blocks,
-            BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v, num_warps=tiles.warps, enable_fp_fusion=True,
-            **self.common, **self.dots,
+        """Launch `chunk_backward.backward_inputs`, and `gradients_exact` where a chunk may not be in range."""
+        x, tiles, H = self.x, self.plan.backward_inputs, self.sizes[2]
+        written = {"dq_ptr": dq, "dk_ptr": dk, "dgate_ptr": dgate}
+        chunk_backward.backward_inputs[(self.chunks * H * self.plan.blocks * tiles.parts,)](
+            x=self.given._replace(beta=x.beta, bonus=x.bonus),
+            prepared=self.prepared._replace(A_qk=None, A_kk=None, A_inv=None), u_ptr=u, dy_ptr=dy, dv_ptr=dv,
+            chunk_states_ptr=chunk_states, chunk_dstates_ptr=chunk_dstates, dbonus_ptr=dbonus, B=self.sizes[0],
+            tiles=tiles.parts, documents=self.documents, chunks=self.chunks, BLOCKS=self.plan.blocks,
+            BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v, num_warps=tiles.warps, **written, **self.common,
         )  # fmt: skip
         if self.decay == "key":
-            kernels.repair[(cdiv(self.chunks * H, FEW),)](
-                x.q, x.k, x.log_decay, *self.found("turned"), x.beta, dy, u, dv, *self.found("calm"),
-                self.squares(torch.float32), self.squares(torch.float32) if x.beta is not None else None, dq, dk, dgate,
-                documents=self.documents, squares=self.chunks * H, GROUPS=x.q.shape[2], COLS=self.cols, V=V,
-                BEFORE=self.before, FEW=FEW, BLOCK_K=min(self.plan.block_k, 256), BLOCK_V=self.plan.block_v,
-                num_warps=8, enable_fp_fusion=True, **self.common, **self.dots,
+            chunk_backward.gradients_exact[(cdiv(self.chunks * H, CHUNKS_PER_PROGRAM),)](
+                x=self.given._replace(beta=x.beta),
+                prepared=Prepared(chunk_phase=self.made.get("chunk_phase"), in_range=self.made["in_range"]),
+                dy_ptr=dy, u_ptr=u, dv_ptr=dv, dA_qk_ptr=self.matrices(torch.float32),
+                dA_kk_ptr=self.matrices(torch.float32) if x.beta is not None else None, documents=self.documents,
+                chunk_heads=self.chunks * H, CHUNKS_PER_PROGRAM=CHUNKS_PER_PROGRAM,
+                BLOCK_K=min(self.plan.block_k, 256), BLOCK_V=self.plan.block_v, num_warps=8, **written, **self.common,
             )  # fmt: skip
 
-    def turn_back(self, dq: Tensor, dk: Tensor, dgate: Tensor | None, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Launch `turn.turn_backward`: gradients of q, k and complex gates, [B T H K] and [B T H K 2]."""
-        x, (B, T, H, _, _), block = self.x, self.sizes, min(32, power_of_2(self.cols))
-        dturned = moment.unflatten(3, (2, -1)).sum((0, 3))
+    def rotate_backward(
+        self, dq: Tensor, dk: Tensor, dgate: Tensor | None, dphase_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Launch `rotate.rotate_backward`: gradients of q, k and complex gates, [B T H K] and [B T H K 2]."""
+        x, (B, T, H, _, _), block = self.x, self.sizes, min(32, power_of_2(self.keys))
         own = x.q.dtype if x.q.shape[2] == H else torch.float32
-        outs = [self.new(B, T, H, self.cols, dtype=own) for _ in range(2)] + [self.new(B, T, H, self.cols, 2)]
-        turn.turn_backward[(self.chunks * H * cdiv(self.cols, block),)](
-            x.q, x.k, x.log_decay, *self.found("turned"), dq, dk, dgate, dturned, *outs,
-            documents=self.documents, GROUPS=x.q.shape[2], COLS=self.cols, DECAY=self.decay, BEFORE=self.before,
-            DOT=self.dots["DOT"], BLOCK_D=block, num_warps=4, enable_fp_fusion=True, maxnreg=128, **self.laid,
+        outs = [self.new(B, T, H, self.keys, dtype=own) for _ in range(2)] + [self.new(B, T, H, self.keys, 2)]
+        rotate.rotate_backward[(self.chunks * H * cdiv(self.keys, block),)](
+            x=self.given, prepared=Prepared(chunk_phase=self.made["chunk_phase"]), dq_rotated_ptr=dq,
+            dk_rotated_ptr=dk, drows_ptr=dgate, dphase_state_ptr=dphase_state.unflatten(3, (2, -1)).sum((0, 3)),
+            dq_ptr=outs[0], dk_ptr=outs[1], dgate_ptr=outs[2], documents=self.documents, BLOCK_D=block, num_warps=4,
+            maxnreg=128, **self.laid,
         )  # fmt: skip
         return outs[0], outs[1], outs[2]
 
-    def turned(self, state: Tensor | None, way: int = 1) -> Tensor | None:
-        """The rows of a state that enters or leaves, turned to where phases are counted from, or by −1 from there."""
-        (angles,) = self.found("angles")
-        if state is None or angles is None:
+    def rotated(self, state: Tensor | None, sign: int = 1) -> Tensor | None:
+        """The rows of a state that enters or leaves, rotated to where phases are counted from; from there by −1."""
+        angle = self.made.get("state_angle")
+        if state is None or angle is None:
             return state
-        x, y = state.chunk(2, 2)
-        cos, sin = angles.cos().unsqueeze(-1), way * angles.sin().unsqueeze(-1)
-        return torch.cat([x * cos + y * sin, y * cos - x * sin], 2)
+        re, im = state.chunk(2, 2)
+        cos, sin = angle.cos().unsqueeze(-1), sign * angle.sin().unsqueeze(-1)
+        return torch.cat([re * cos + im * sin, im * cos - re * sin], 2)
 
-    def entering(self, initial: Tensor | None, back: Tensor | None = None) -> Tensor | None:
-        """[B H segments K V], the state that enters each segment, or its gradient that enters from the end: after the
-        states, whose Q the delta rule needs again."""
-        segments, delta = self.plan.segments, self.x.beta is not None
+    def entering(self, initial: Tensor | None, dy: Tensor | None = None) -> Tensor | None:
+        """[B H segments K V], the state that enters each segment; or, given dy, the gradient that enters it from the
+        end. The latter after the former, whose Q the delta rule needs again."""
+        segments, delta, backward = self.plan.segments, self.x.beta is not None, dy is not None
         if segments == 1:
             return initial
         B, _, H, K, V = self.sizes
         states = self.new(B, H, segments, K, V)
-        left = self.new(B, H, segments, K, V + K if delta and back is None else V)
+        maps = self.new(B, H, segments, K, V + K if delta and not backward else V)
         if not delta:
-            self.share = self.new(B, H, segments, K)
-            self.forward(enter=initial, leave=left, share=self.share, back=back)
-        elif back is None:
-            self.forward(enter=initial, leave=left)
-            self.share = left[..., V:]
+            self.Q = self.new(B, H, segments, K)
+            self.forward(enter=initial, leave=maps, decay_product=self.Q, dy=dy)
+        elif dy is None:
+            self.forward(enter=initial, leave=maps)
+            self.Q = maps[..., V:]
         else:
-            self.adjoint(back, enter=initial, leave=left)
+            self.backward_states(dy, enter=initial, leave=maps)
         block_k, block_v = (self.plan.block_k, 32) if delta else (min(16, power_of_2(K)), min(64, power_of_2(V)))
-        kernels.combine[(B * H, cdiv(K, block_k), cdiv(V, block_v))](
-            left, self.share, initial, states, K, V, segments, left.stride(3), self.share.stride(3) if delta else 1,
-            LEFT=self.flip != (back is not None), DELTA=delta, TURN=back is not None, BLOCK_K=block_k, BLOCK_V=block_v,
-            num_warps=max(4, block_k // 32), enable_fp_fusion=True,
+        chunk_forward.combine[(B * H, cdiv(K, block_k), cdiv(V, block_v))](
+            L_ptr=maps, Q_ptr=self.Q, enter_ptr=initial, state_ptr=states, K=K, V=V, segments=segments,
+            L_stride=maps.stride(3), Q_stride=self.Q.stride(3) if delta else 1,
+            RIGHT_TO_LEFT=self.reverse != backward, DELTA=delta, TRANSPOSE=backward, BLOCK_K=block_k,
+            BLOCK_V=block_v, num_warps=max(4, block_k // 32), enable_fp_fusion=True,
         )  # fmt: skip
         return states
 
 
-ARGUMENTS = (
-    "Tensor q, Tensor? k, Tensor v, Tensor? log_decay, Tensor? beta, Tensor? bonus, Tensor? initial, "
-    "Tensor? cu_seqlens, float scale, bool flip, bool before"
-)
-
-
-@operator("scan", f"({ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor[])")
-def scan_forward(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    flip: bool,
-    before: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+@operator("scan", f"({SCHEMA}, bool save) -> (Tensor, Tensor, Tensor[])")
+def scan_forward(*inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """`recur.scan`; T is at least 1.
 
-    Args: q, k [B T G K] (k None: 1 − exp(log_decay), not with beta); v [B T H V], all of one dtype; log_decay
-        [B|1 T|1 H K|1], or complex with a last axis of 2: states then have 2K rows, real parts before imaginary ones;
-        beta [B T H]; bonus [H K] float32, not with complex gates; initial [B H K V] float32, or [n H K V] for the n
-        documents of cu_seqlens [n+1]. flip: from right to left; before: tokens are read before their
-        own gate, as a bonus wants it; keep: for a derivative.
-    Returns: y [B T H V]; state like initial; with `keep`, what is `prepared`.
+    Args: the `Tensors`; scale; reverse: from right to left; before: tokens are read before their own gate, as a bonus
+        wants it; save: for a derivative.
+    Returns: y [B T H V]; state like initial; with `save`, what is `prepared`.
     """
-    run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip, before)
+    x, (scale, reverse, before, save) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
+    run = _Launcher(x, scale, reverse, before)
     _, _, H, K, V = run.sizes
-    y, state = torch.empty_like(v), run.new(run.documents, H, K, V)
-    run.forward(y=y, enter=run.entering(run.turned(initial)), leave=state)
-    return y, state, list(run.made.values()) if keep else []
+    y, state = torch.empty_like(x.v), run.new(run.documents, H, K, V)
+    run.forward(y=y, enter=run.entering(run.rotated(x.initial)), leave=state)
+    return y, state, list(run.made.values()) if save else []
 
 
 @fake("scan")
-def _(q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, before, keep):
-    x, (B, _, H, V) = Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), v.shape
-    y, state = torch.empty_like(v), v.new_empty(state_count(B, cu_seqlens), H, rows_of(x), V, dtype=torch.float32)
-    shapes = prepared(x, before) if keep else {}
-    return y, state, [v.new_empty(shape, dtype=dtype) for shape, dtype in shapes.values()]
+def _(*inputs):
+    x, (_, _, before, save) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
+    B, _, H, V = x.v.shape
+    y, state = torch.empty_like(x.v), x.v.new_empty(state_count(B, x.cu_seqlens), H, rows_of(x), V, dtype=torch.float32)
+    shapes = prepared(x, before) if save else {}
+    return y, state, [x.v.new_empty(shape, dtype=dtype) for shape, dtype in shapes.values()]
 
 
-@operator("scan_backward", f"(Tensor dy, Tensor? dstate, {ARGUMENTS}, Tensor[] made) -> ({', '.join(['Tensor'] * 7)})")
-def scan_backward(
-    dy: Tensor,
-    dstate: Tensor | None,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    flip: bool,
-    before: bool,
-    made: list[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay, beta, bonus and initial; empty for what is None. Has no derivative."""
-    run = _Scan(Inputs(q, k, v, log_decay, beta, bonus, initial, cu_seqlens), scale, flip, before, made)
+@operator("scan_backward", f"(Tensor dy, Tensor? dstate, {SCHEMA}, Tensor[] saved) -> {GRADIENTS}")
+def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    """Gradients of all `Tensors` but the last; empty for what is None. Has no derivative."""
+    x, (scale, reverse, before, saved) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
+    run = _Launcher(x, scale, reverse, before, saved)
     B, T, H, K, _ = run.sizes
-    S, G, blocks = run.states(), run.states(), run.plan.blocks
-    dv, dinitial = torch.empty_like(v), None if initial is None else torch.empty_like(initial)
-    erasing, turned = beta is not None, "turned" in run.made
-    e, dbeta = (torch.empty_like(v), run.new(run.plan.adjoint.parts, B, T, H)) if erasing else (None, None)
-    run.forward(keep=S, e=e, enter=run.entering(run.turned(initial)))
-    moment = run.new(run.plan.adjoint.parts, run.chunks, H, K) if turned else None
-    entering = run.entering(dstate, back=dy)
-    run.adjoint(dy, dv, G, e=e, dbeta=dbeta, enter=entering, leave=dinitial, state=S, moment=moment)
+    chunk_states, chunk_dstates, blocks = run.chunk_states(), run.chunk_states(), run.plan.blocks
+    dv, dinitial = torch.empty_like(x.v), None if x.initial is None else torch.empty_like(x.initial)
+    delta, rotated = x.beta is not None, "chunk_phase" in run.made
+    error, dbeta = (torch.empty_like(x.v), run.new(run.plan.backward_states.parts, B, T, H)) if delta else (None, None)
+    run.forward(chunk_states=chunk_states, error=error, enter=run.entering(run.rotated(x.initial)))
+    dphase_state = run.new(run.plan.backward_states.parts, run.chunks, H, K) if rotated else None
+    entering = run.entering(dstate, dy=dy)
+    run.backward_states(
+        dy, dv, chunk_dstates, error=error, dbeta=dbeta, enter=entering, leave=dinitial, chunk_states=chunk_states,
+        dphase_state=dphase_state,
+    )  # fmt: skip
 
-    dq = run.summands(B, T, H, K, dtype=q.dtype if turned or q.shape[2] == H else torch.float32)
-    dk = None if k is None else torch.empty_like(dq)
+    dq = run.summands(B, T, H, K, dtype=x.q.dtype if rotated or x.q.shape[2] == H else torch.float32)
+    dk = None if x.k is None else torch.empty_like(dq)
     dgate = dbonus = None
-    if run.decay == "one":
-        dgate = run.new(blocks * run.plan.gradient.parts, B, T, H)
-    if run.decay == "key" and log_decay is not None:
-        wide = _kept(run.dtype) if turned else torch.float32  # `turn_backward` adds the two rows of a complex gate
-        dgate = run.summands(B, T, H, K, dtype=log_decay.dtype if log_decay.shape == (B, T, H, K) else wide)
-    if bonus is not None:
-        dbonus = run.new(blocks * run.chunks, H, K).zero_()  # documents leave some chunks unused
-    run.gradient(v if e is None else e, dy, dv, S, G, dq, dk, dgate, dbonus)
+    if run.decay == "scalar":
+        dgate = run.new(blocks * run.plan.backward_inputs.parts, B, T, H)
+    if run.decay == "key" and x.log_decay is not None:
+        wide = _kept(run.dtype) if rotated else torch.float32  # `rotate_backward` adds the two rows of a complex gate
+        dgate = run.summands(B, T, H, K, dtype=x.log_decay.dtype if x.log_decay.shape == (B, T, H, K) else wide)
+    if x.bonus is not None:
+        dbonus = run.new(blocks * run.chunks, H, K).zero_()  # documents leave some chunk slots unused
+    u = x.v if error is None else error
+    run.backward_inputs(u, dy, dv, chunk_states, chunk_dstates, dq, dk, dgate, dbonus)
     if blocks > 1:
         dq, dk = dq.sum(0), None if dk is None else dk.sum(0)
         dgate = dgate.sum(0) if dgate is not None and run.decay == "key" else dgate
 
-    if dgate is not None and log_decay is not None:
-        size = dgate.sum(0).unsqueeze(-1) if run.decay == "one" else dgate
-        if moment is not None and dk is not None:
-            dq, dk, pairs = run.turn_back(dq, dk, None if run.decay == "one" else dgate, moment)
-            dgate = pairs.sum_to_size(log_decay.shape)
-            if run.decay == "one":
-                dgate[..., 0] += size.sum_to_size(log_decay.shape[:4])
+    if dgate is not None and x.log_decay is not None:
+        total = dgate.sum(0).unsqueeze(-1) if run.decay == "scalar" else dgate
+        if dphase_state is not None and dk is not None:
+            dq, dk, pairs = run.rotate_backward(dq, dk, None if run.decay == "scalar" else dgate, dphase_state)
+            dgate = pairs.sum_to_size(x.log_decay.shape)
+            if run.decay == "scalar":
+                dgate[..., 0] += total.sum_to_size(x.log_decay.shape[:4])
         else:
-            dgate = size.sum_to_size(log_decay.shape).to(log_decay.dtype)
-    gradients = (
-        sum_groups(dq, q), None if k is None or dk is None else sum_groups(dk, k), dv, dgate,
-        None if dbeta is None or beta is None else dbeta.sum(0).to(beta.dtype),
-        None if dbonus is None else dbonus.sum(0), run.turned(dinitial, -1),
+            dgate = total.sum_to_size(x.log_decay.shape).to(x.log_decay.dtype)
+    gradients = Tensors(
+        q=sum_groups(dq, x.q), v=dv, k=None if x.k is None or dk is None else sum_groups(dk, x.k), log_decay=dgate,
+        beta=None if dbeta is None or x.beta is None else dbeta.sum(0).to(x.beta.dtype),
+        bonus=None if dbonus is None else dbonus.sum(0), initial=run.rotated(dinitial, -1),
     )  # fmt: skip
-    return tuple(v.new_empty(0) if g is None else g for g in gradients)  # type: ignore[return-value]
+    return tuple(dv.new_empty(0) if g is None else g for g in gradients[:-1])
 
 
 def sum_groups(gradient: Tensor, like: Tensor) -> Tensor:
-    """[B T H K] -> [B T G K], what the heads of a group owe to the tensor they share."""
+    """[B T H K] -> [B T G K]: sums over the heads that share a tensor."""
     if gradient.shape == like.shape:
         return gradient.to(like.dtype)
     return gradient.unflatten(2, (like.shape[2], -1)).sum(3).to(like.dtype)
 
 
 @fake("scan_backward")
-def _(dy, dstate, q, k, v, log_decay, beta, bonus, initial, cu_seqlens, scale, flip, before, made):
-    inputs = (q, k, v, log_decay, beta, bonus, initial)
-    return tuple(v.new_empty(0) if x is None else torch.empty_like(x) for x in inputs)
+def _(dy, dstate, *inputs):
+    return tuple(dy.new_empty(0) if x is None else torch.empty_like(x) for x in inputs[: COUNT - 1])
 
 
 def _remember(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.flip, ctx.before, _ = inputs
-    ctx.save_for_backward(*tensors, *output[2])
+    ctx.options = inputs[COUNT:-1]
+    ctx.save_for_backward(*inputs[:COUNT], *output[2])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dy: Tensor | None, dstate: Tensor | None, _):
-    saved = ctx.saved_tensors  # once: hooks may unpack once only
-    tensors, made = saved[:8], list(saved[8:])
-    dy = torch.zeros_like(tensors[2]) if dy is None else dy
-    gradients = scan_backward(dy, dstate, *tensors, ctx.scale, ctx.flip, ctx.before, made)
-    none = (None,) * 5
-    return *(None if x is None else g for x, g in zip(tensors[:7], gradients, strict=True)), *none
+    stored = ctx.saved_tensors  # once: hooks may unpack once only
+    x, saved = Tensors(*stored[:COUNT]), list(stored[COUNT:])
+    dy = torch.zeros_like(x.v) if dy is None else dy
+    gradients = scan_backward(dy, dstate, *x, *ctx.options, saved)
+    none = (None,) * (1 + len(ctx.options) + 1)  # cu_seqlens, the options, save
+    return *(None if t is None else g for t, g in zip(x[:-1], gradients, strict=True)), *none
 
 
 differentiable("scan", _gradients, _remember)
 differentiable("scan_backward")
 
 
-def products(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> int:
+def products(kernel: Any, grid: tuple[int, ...], x: dict[str, Any]) -> int:
     """FLOPs of a launch's products of queries, keys, values and states, 2 per multiply and add; 0 where there
     are none. Tiles count whole, also what lies beyond the edges of the tensors."""
-    walks = kernel is kernels.forward or kernel is kernels.adjoint
-    if not walks and kernel is not kernels.gradient:
+    passes = kernel is chunk_forward.forward or kernel is chunk_backward.backward_states
+    if not passes and kernel is not chunk_backward.backward_inputs:
         return 0
-    x = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-    C, rows, V, delta = x["BLOCK_C"], x["BLOCK_K"] * x.get("PARTS", 1), x["BLOCK_V"], x["beta_ptr"] is not None
+    C, width = (int(getattr(size, "value", size)) for size in (x["SCAN"].C, x["SCAN"].V))  # constexpr, when compiled
+    rows, V, delta = x["BLOCK_K"] * x.get("PARTS", 1), x["BLOCK_V"], x["x"].beta is not None
     state, scores, values = 2 * C * rows * V, 2 * C * C * rows, 2 * C * C * V
-    if not walks:
+    if not passes:
         each = 2 * (state + scores) + values + delta * (state + 2 * scores + values)
         return grid[0] * each
     T, segments, per, packed = x["T"], x["segments"], cdiv(x["span"], C), x["cu_ptr"] is not None
-    strands, chunks = grid[0] // segments, T // C if packed else cdiv(T, C)
+    columns, chunks = grid[0] // segments, T // C if packed else cdiv(T, C)
     if packed:
-        strands //= x["cu_ptr"].shape[0] - 1
-    if kernel is kernels.adjoint:
+        columns //= x["cu_ptr"].shape[0] - 1
+    if kernel is chunk_backward.backward_states:
         each, alone = 2 * state + scores + values + delta * (state + values), x["dv_ptr"] is None
     else:
         each = state + x["EMIT"] * (state + scores + values) + delta * (state + values)
-        each, alone = each + delta * (x["e_ptr"] is not None) * values, not x["EMIT"] and x["keep_ptr"] is None
+        each, alone = (
+            each + delta * (x["error_ptr"] is not None) * values,
+            not x["EMIT"] and x["chunk_states_ptr"] is None,
+        )
     if alone:  # no segment but those before the last
         chunks = (segments - 1) * per
-        if delta and kernel is kernels.forward:  # the first gives no Q
-            return strands * each * (chunks - per) + strands // x["tiles"] * cdiv(x["V"], V) * per * each
-    return strands * chunks * each
+        if delta and kernel is chunk_forward.forward:  # the first gives no Q
+            return columns * each * (chunks - per) + columns // x["tiles"] * cdiv(width, V) * per * each
+    return columns * chunks * each

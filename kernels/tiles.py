@@ -1,33 +1,29 @@
-"""Tiles: rows of a tensor [rows D] in memory, where a chunk lies, and what its gates amount to. Written here, once.
+"""Tiles in memory, and where chunks and segments lie.
 
-Of a chunk of C tokens the walks need, in units of log 2 and with every sum over gates only, never a difference of logs
-that could cancel (but where matmuls are fed with bfloat16, whose rounding hides what a difference loses):
-
-    rise   [C K] or [C]   gates from where the chunk is entered up to and with token t: what a reader sees
-    fall   [C K] or [C]   gates after token s up to where the chunk is left: what a writer leaves
-    whole  [K] or one     all of them
-
-A gate whose exp is 0 in float32 is a reset: it counts as 2^-160, which is 0 as well, so every factor that spans it is
-exactly 0. No factor exceeds 1.
+A tile is rows of a tensor with axes [rows heads D], named by a tuple (pointer, heads, head, D). A chunk is C tokens of
+a row or packed document, counted from its first token; a segment is several consecutive chunks. Complex numbers are two
+float32 planes in registers.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-RESET = tl.constexpr(-103.9)  # the log of what is 0 in float32
-FLOOR = tl.constexpr(-111.0)  # a reset in sums: exact in bfloat16, and 0 as soon as it is the exponent of e
+QUARTERS_PER_RADIAN = tl.constexpr(0.6366197723675814)  # 2 / π
 
 
 @triton.jit
-def tile_of(tensor, row, offs, inside, cols):
+def tile_ptrs(tensor, row, offs, inside, cols):
     """Pointers [R D] to rows row + offs of a tensor (pointer, heads, head, D) with axes [rows heads D], and their mask.
 
-    The row is the int64 part; what is added inside a tile fits 32 bits.
+    `row` is int64; what is added inside a tile fits 32 bits.
     """
     ptr, heads, head, size = tensor
     ptrs = ptr + (row * heads + head) * size + offs[:, None] * (heads * size) + cols[None, :]
@@ -37,34 +33,53 @@ def tile_of(tensor, row, offs, inside, cols):
 @triton.jit
 def load_tile(tensor, row, offs, inside, cols):
     """[R D], zeros outside."""
-    ptrs, mask = tile_of(tensor, row, offs, inside, cols)
+    ptrs, mask = tile_ptrs(tensor, row, offs, inside, cols)
     return tl.load(ptrs, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_tile(tensor, row, offs, inside, cols, tile):
-    ptrs, mask = tile_of(tensor, row, offs, inside, cols)
+    """Store [R D], rounded to the dtype of the tensor."""
+    ptrs, mask = tile_ptrs(tensor, row, offs, inside, cols)
     tl.store(ptrs, tile.to(tensor[0].dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def load_row(tensor, row, cols):
-    """[D] in float32, zeros outside."""
+    """One row [D] in float32, zeros outside."""
     ptr, heads, head, size = tensor
     return tl.load(ptr + (row * heads + head) * size + cols, mask=cols < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def numbered(chunk, cu_ptr, T, documents, C: tl.constexpr):
-    """Where chunk number `chunk` of all rows, or of all documents of the only row, lies: which row or document, and as
-    which of its chunks; then as `place_of`. Document n owns the numbers from cu[n] // C + n on, some of them unused."""
+def add_to_row(tensor, row, cols, x):
+    """Add x [D] to one row in memory."""
+    ptr, heads, head, size = tensor
+    ptrs, mask = ptr + (row * heads + head) * size + cols, cols < size
+    tl.store(ptrs, (tl.load(ptrs, mask=mask, other=0.0).to(tl.float32) + x).to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def matrix_ptrs(ptr, chunk_head, C: tl.constexpr):
+    """Pointers [C C] to the matrix of one chunk of one head, in a tensor [chunks H C C]."""
+    offs = tl.arange(0, C)
+    return ptr + chunk_head * (C * C) + offs[:, None] * C + offs[None, :]
+
+
+@triton.jit
+def locate_chunk(chunk, cu_ptr, T, documents, C: tl.constexpr):
+    """Place of chunk slot `chunk`: its row or document, its index there, and then what `chunk_bounds` returns.
+
+    Slots are numbered over all rows, or over all documents of the one packed row. Document n owns the slots from
+    cu[n] // C + n on; some slots hold no token.
+    """
     if cu_ptr is None:
         chunks = tl.cdiv(T, C)
         document, index = chunk // chunks, chunk % chunks
         first, begin, stop = document * T, index * C, T
     else:
         low, high = 0, documents - 1
-        while low < high:  # the last document whose numbers begin at or before this one
+        while low < high:  # the last document whose slots begin at or before this one
             middle = (low + high + 1) // 2
             if tl.load(cu_ptr + middle) // C + middle <= chunk:
                 low = middle
@@ -77,149 +92,94 @@ def numbered(chunk, cu_ptr, T, documents, C: tl.constexpr):
 
 
 @triton.jit
-def awaited(ptrs, here):
-    """The words of a chain, once other programs have told them: −1 until then."""
-    words = tl.load(ptrs, mask=here, other=0, volatile=True)
-    while tl.max((words == -1).to(tl.int32)) > 0:
-        words = tl.load(ptrs, mask=here, other=0, volatile=True)
-    return words
-
-
-@triton.jit
-def place_of(chunk, cu_ptr, T, documents, C: tl.constexpr):
-    """Where a chunk begins and must stop: the first token of its row, then tokens of that row."""
-    _, _, first, begin, stop = numbered(chunk, cu_ptr, T, documents, C)
+def chunk_bounds(chunk, cu_ptr, T, documents, C: tl.constexpr):
+    """First token of the chunk's row; then, counted from there, where the chunk begins and its row or document ends."""
+    _, _, first, begin, stop = locate_chunk(chunk, cu_ptr, T, documents, C)
     return first, begin, stop
 
 
 @triton.jit
-def strand_of(strand, cu_ptr, H, T, segments, span, C: tl.constexpr):
-    """The stretch that one program walks: (row or document, head, segment), and as `place_of` its place, with the
-    number of its first chunk."""
-    segment, bh = strand % segments, strand // segments
+def locate_segment(segment, cu_ptr, H, T, segments, span, C: tl.constexpr):
+    """Place of segment number `segment` of [B H segments]: row or document, head, index in the head; first token of the
+    row; where, counted from there, the segment begins and ends; slot of its first chunk."""
+    index, bh = segment % segments, segment // segments
     b, h = bh // H, bh % H
     if cu_ptr is None:
-        first, begin = b * T, segment * span
+        first, begin = b * T, index * span
         stop = tl.minimum(begin + span, T)
         chunk = b * tl.cdiv(T, C) + begin // C
     else:
         first, begin, stop = b * 0, tl.load(cu_ptr + b).to(tl.int64), tl.load(cu_ptr + b + 1).to(tl.int64)
         chunk = begin // C + b
-    return b, h, segment, first, begin, stop, chunk
+    return b, h, index, first, begin, stop, chunk
 
 
 @triton.jit
-def order(C: tl.constexpr, FLIP: tl.constexpr):
-    """[t s], whether token s comes no later than t; from right to left if FLIP."""
+def causal(C: tl.constexpr, REVERSE: tl.constexpr):
+    """[t s], whether token s comes no later than token t in the direction of the scan."""
     offs = tl.arange(0, C)
-    return offs[:, None] <= offs[None, :] if FLIP else offs[:, None] >= offs[None, :]
+    return offs[:, None] <= offs[None, :] if REVERSE else offs[:, None] >= offs[None, :]
 
 
 @triton.jit
-def strict(seen):
-    """Without the diagonal."""
-    offs = tl.arange(0, seen.shape[0])
-    return seen & (offs[:, None] != offs[None, :])
+def off_diagonal(mask):
+    """The mask [C C] without its diagonal."""
+    offs = tl.arange(0, mask.shape[0])
+    return mask & (offs[:, None] != offs[None, :])
 
 
 @triton.jit
-def gates_of(gate_ptr, first, T, h, gate_sb, gate_sh, gate_st, gate_sd, cu_ptr):
-    """The gates of one row and head: pointer and strides."""
-    row = first * 0
-    if cu_ptr is None:
-        row = first // tl.maximum(T, 1)
-    return gate_ptr + row * gate_sb + h * gate_sh, gate_st, gate_sd
-
-
-@triton.jit
-def load_gates(gates, start, offs, inside, cols, size, DECAY: tl.constexpr):
-    """Logs of the gates [R D] or [R], resets at FLOOR, NaN where they are; outside nothing decays."""
-    ptr, stride_t, stride_d = gates
-    if DECAY == "key":
-        ptrs = ptr + start * stride_t + offs[:, None] * stride_t + cols[None, :] * stride_d
-        log_a = tl.load(ptrs, mask=inside[:, None] & (cols[None, :] < size), other=0.0)
+def unpack_complex(x):
+    """Real and imaginary plane of complex64 that was loaded as int64; of anything else itself and zeros."""
+    if x.dtype == tl.int64:
+        re = x.to(tl.int32).to(tl.float32, bitcast=True)
+        im = (x >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     else:
-        log_a = tl.load(ptr + start * stride_t + offs * stride_t, mask=inside, other=0.0)
-    return tl.maximum(log_a.to(tl.float32), FLOOR, propagate_nan=tl.PropagateNan.ALL).to(log_a.dtype)
+        re = x.to(tl.float32)
+        im = tl.zeros_like(re)
+    return re, im
 
 
 @triton.jit
-def tied(log_a):
-    """1 − exp(log_a), by its series near 0 where the difference would cancel."""
-    x = log_a.to(tl.float32)
-    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6)))))
-    return tl.where(x > -0.25, series, 1 - tl.exp2(x * LOG2E))
+def pack_complex(re, im):
+    """Two planes as int64, whose bits are those of complex64."""
+    low, high = re.to(tl.uint32, bitcast=True).to(tl.uint64), im.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return (low | (high << 32)).to(tl.int64, bitcast=True)
 
 
 @triton.jit
-def sums_along(chosen, x, DOT: tl.constexpr):
-    """Sums over the rows of x [R D] that each row of chosen [R R] names, by a matmul: cheaper than a scan.
-
-    Sums are exact in bfloat16 where x is. Wider x keeps 17 bits (a high and a low part) where matmuls are fed with
-    bfloat16, 22 otherwise.
-    """
-    if tl.bfloat16 == DOT:
-        weights, high = chosen.to(tl.bfloat16), x.to(tl.bfloat16)
-        sums = tl.dot(weights, high)
-        if x.dtype != tl.bfloat16:
-            sums = tl.dot(weights, (x - high.to(tl.float32)).to(tl.bfloat16), sums)
-    else:
-        sums = tl.dot(chosen.to(tl.float32), x.to(tl.float32), input_precision="tf32x3")
-    return sums
+def split_complex(tile, COMPLEX: tl.constexpr):
+    """Real and imaginary plane [R D/2] of a tile [R D] in which they are neighbours; if it is real itself and zeros."""
+    re, im = tile.to(tl.float32), tl.zeros_like(tile.to(tl.float32))
+    if COMPLEX:
+        re, im = tl.split(re.reshape(tile.shape[0], tile.shape[1] // 2, 2))
+    return re, im
 
 
 @triton.jit
-def reaches(log_a, FLIP: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr):
-    """rise and fall of gates a key [C K], and the whole [K]; BEFORE: a reader comes before its own gate."""
-    log_a = log_a.to(tl.float32) * LOG2E
-    since, whole = tl.cumsum(log_a, 0, reverse=FLIP), tl.sum(log_a, 0)
-    rise = since
-    if BEFORE:
-        rise = sums_along(strict(order(log_a.shape[0], FLIP)), log_a, DOT)
-    if tl.bfloat16 == DOT:
-        fall = tl.minimum(whole[None, :] - since, 0.0)
-    else:
-        fall = sums_along(strict(order(log_a.shape[0], not FLIP)), log_a, DOT)
-    return rise, fall, whole
-
-
-@triton.jit
-def between(log_a, rise, since, FLIP: tl.constexpr, BEFORE: tl.constexpr, TURN: tl.constexpr, DOT: tl.constexpr):
-    """Gates after token s up to and with token t, what weighs their pair, [t s] or [s t] if TURN; 0 if not seen."""
-    C: tl.constexpr = log_a.shape[0]
-    seen, after = order(C, FLIP), strict(order(C, not FLIP))
-    read = strict(seen) if BEFORE else seen
-    if tl.bfloat16 == DOT:
-        logs = rise[None, :] - since[:, None] if TURN else rise[:, None] - since[None, :]
-    else:  # sums of gates alone
-        passed = tl.where(read, log_a.to(tl.float32)[None, :] * LOG2E + tl.zeros([C, C], tl.float32), 0.0)  # [t r]
-        beyond = tl.where(after, 1.0, 0.0)  # [s r], whether token r comes after s
-        if TURN:
-            logs = tl.dot(beyond, tl.trans(passed), input_precision="tf32x3")
-        else:
-            logs = tl.dot(passed, tl.trans(beyond), input_precision="tf32x3")
-    # mask before exp: pairs that are not seen have a positive difference, which could overflow
-    if TURN:
-        read = strict(order(C, not FLIP)) if BEFORE else order(C, not FLIP)
-    return tl.exp2(tl.where(read, logs, float("-inf")))
-
-
-@triton.jit
-def cos_sin(phase):
-    """cos and sin by their series, after whole quarter turns are taken off, to 1e-7 up to 10^4 radians, 1e-6 up to
-    10^5 and no further: the library's spill on their rare path."""
-    quarters = tl.floor(phase * 0.6366197723675814 + 0.5)
-    x = phase - quarters * 1.5703125  # pi / 2 in three parts, the first two short enough for exact products
+def cos_sin(radians):
+    """cos and sin by their series, after whole quarters of a circle are taken off: errors of 1e-7 up to 10^4 radians,
+    1e-6 up to 10^5, no accuracy beyond. The library's functions spill registers on their rare path."""
+    quarters = tl.floor(radians * QUARTERS_PER_RADIAN + 0.5)
+    x = radians - quarters * 1.5703125  # π / 2 in three parts, the first two short enough for exact products
     x = (x - quarters * 4.837512969970703e-4) - quarters * 7.549789948768648e-8
-    return cos_sin_after(quarters.to(tl.int32), x)
+    return cos_sin_of_rest(quarters.to(tl.int32), x)
 
 
 @triton.jit
-def cos_sin_after(quarter, x):
-    """cos and sin of so many quarter turns and x, at most an eighth of a turn."""
+def cos_sin_of_rest(quarter, x):
+    """cos and sin of `quarter` quarters of a circle plus x radians, |x| at most π / 4."""
     z = x * x
     sin = x + x * z * (-1.6666667e-1 + z * (8.333334e-3 + z * (-1.9841270e-4 + z * 2.7557319e-6)))
     cos = 1 + z * (-0.5 + z * (4.1666668e-2 + z * (-1.3888889e-3 + z * (2.4801587e-5 - z * 2.7557319e-7))))
     odd = quarter % 2 != 0
     cos, sin = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
     return tl.where((quarter + 1) & 2 != 0, -cos, cos), tl.where(quarter & 2 != 0, -sin, sin)
+
+
+@cache
+def constants(record: Any) -> Any:
+    """The record (a NamedTuple) with every field a constexpr, so that jitted functions can pass fields on; as it is in
+    Triton's interpreter, where numbers are plain ones."""
+    compiled = isinstance(load_tile, triton.JITFunction)
+    return type(record)(*map(tl.constexpr, record)) if compiled else record

@@ -1,5 +1,6 @@
 """Composable primitives for linear-recurrence sequence models: everything public."""
 
+import recur.presets.words  # noqa: F401, which reads recipes named by words
 from recur import convert, presets, testing
 from recur.axes import RecipeError
 from recur.blocks import LanguageModel, Mixer, detach

@@ -66,8 +66,8 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.rpartition("::")[2]
-        run = RUNS.get(func._schema.name)
-        if run is not None and func.namespace == "recur":
+        run = _runs(func._schema.name)
+        if run is not None:
             with self, self._kernels():
                 out = run(*args, **kwargs)
             written = [x for x, of in zip(args, func._schema.arguments, strict=False) if of.alias_info is not None]
@@ -98,7 +98,7 @@ class Counting(TorchDispatchMode):
 
         def note(kernel: Any, grid: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
             name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__.lstrip('_')}"
-            moved, flops = _bytes([*arguments, *options.values()]), products(kernel, grid, arguments, options)
+            moved, flops = _bytes(tree_leaves((arguments, options))), products(kernel, grid, options)
             self.launches.append(Launch(name, "kernel", moved, flops))
 
         with noting(note, self.device):
@@ -128,6 +128,15 @@ class Counting(TorchDispatchMode):
         for _, size, where in self.made.values():
             found[where] += size
         return dict(found)
+
+
+def _runs(name: str) -> Callable[..., Any] | None:
+    """What an operator of ours runs; None for an operator of torch."""
+    if name in RUNS or not name.startswith("recur::"):
+        return RUNS.get(name)
+    from recur.kernels.operators import RUNS as LAUNCHERS
+
+    return LAUNCHERS.get(name)
 
 
 def _bytes(values: Any) -> int:

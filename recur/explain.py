@@ -16,7 +16,7 @@ from recur.blocks import LanguageModel, Mixer
 from recur.blocks.state import nbytes
 from recur.counting import Asked, Launch, Trained, blank, copied, outline, steps, train, wanting
 from recur.primitives.forms import Choice, listener
-from recur.recipe import Recipe
+from recur.recipe import Recipe, read_one
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,6 @@ def explain(
     >>> found.state, [phase.name for phase in found.phases]
     (4104, ['forward', 'backward', 'step'])
     """
-    from recur.presets.words import read_one
-
     if isinstance(target, str):
         target = read_one(target)
     if isinstance(target, Recipe):

@@ -14,6 +14,7 @@ from typing import Any
 from recur.axes import RecipeError, shown
 
 DEEPEST = 32  # lists and parts inside one another
+RENAMED = {"Count": "AppendOne", "Normalise": "DivideByLast", "Weigh": "Multiply"}  # parts, by their earlier names
 
 
 def read_keys(data: Any, keys: Mapping[str, type], optional: Iterable[str] = ()) -> dict[str, Any]:
@@ -81,6 +82,7 @@ def _read(entry: Any, known: Mapping[str, Callable[..., Any]], place: str, depth
         return tuple(_read(item, known, f"{place}[{i}]", depth + 1) for i, item in enumerate(entry))
     if not isinstance(entry, Mapping):
         return entry
+    entry = _renamed(entry, known)
     kind = entry.get("part")
     if not isinstance(kind, str):
         raise RecipeError(f'from_dict: {place} must have "part", the name of a class, got {shown(dict(entry))}')
@@ -99,6 +101,20 @@ def _read(entry: Any, known: Mapping[str, Callable[..., Any]], place: str, depth
             wanted = f"{name!r} must be {_name(own[name])}"
             raise RecipeError(f"from_dict: {place} {kind}: {wanted}, got {shown(given[name])}")
     return made(**values)
+
+
+def _renamed(entry: Mapping[Any, Any], known: Mapping[str, Any]) -> Mapping[Any, Any]:
+    """A part as it is called now, of a recipe that was stored when it had another name."""
+    kind = entry.get("part")
+    if isinstance(kind, str) and kind in RENAMED and kind not in known:
+        return {**entry, "part": RENAMED[kind]}
+    if kind == "OutputGate" and "out" in entry:  # which multiplied any tensor
+        rest = {name: value for name, value in entry.items() if name not in ("part", "out", "gate")}
+        gate = entry.get("gate", "z")
+        if entry["out"] == "y":
+            return {"part": "OutputGate", "gate": gate, **rest}
+        return {"part": "Multiply", "source": entry["out"], "by": gate, "act": "silu", **rest}
+    return entry
 
 
 def _check_names(what: str, given: Iterable[Any], known: Iterable[str], needed: Iterable[str]) -> None:

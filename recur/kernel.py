@@ -1,4 +1,4 @@
-"""The door to the Triton kernels: the only module that imports them, inside a function."""
+"""Dispatch to the Triton kernels: the only module that imports them, inside its functions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from recur.primitives.forms import NO_GPU, Refusal, ScanOut, chosen
+from recur.primitives.layout import as_complex, as_real, to_heads
 from recur.primitives.operators import transformed
 
 OLDEST = (3, 4)  # the first Triton that compiles all kernels
@@ -82,9 +83,9 @@ def refusal(
 
 def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, reverse: bool) -> ScanOut:
     """The scan called `rule`, "selective", "online" or "diagonal": its inputs in order, then the initial state."""
-    from recur.kernels import diagonal, walk
+    from recur.kernels import diagonal, elementwise
 
-    scans = {"selective": walk.selective, "online": walk.online, "diagonal": diagonal.diagonal}
+    scans = {"selective": elementwise.selective, "online": elementwise.online, "diagonal": diagonal.diagonal}
     return ScanOut(*scans[rule](*inputs, cu_seqlens, reverse))
 
 
@@ -147,9 +148,7 @@ def scan(
     Operands are read in their own dtype, the widest of q, k and v; states and gates are float32.
     """
     from recur.kernels.operators import recorded
-    from recur.kernels.scan import scan_forward
-    from recur.primitives.decay import as_complex, as_real
-    from recur.primitives.reference import to_heads
+    from recur.kernels.scan import Tensors, scan_forward
 
     dtype = v.dtype
     for x in (q, k):
@@ -162,18 +161,18 @@ def scan(
     if bonus is not None:
         bonus = bonus.float().reshape(v.shape[2], -1).expand(-1, q.shape[-1])
     q, k, w = q.to(dtype), None if k is None else k.to(dtype), v.to(dtype)
-    before, turned, now = bonus is not None, log_decay is not None and log_decay.is_complex(), None
-    if log_decay is not None and turned:
+    before, rotated, now = bonus is not None, log_decay is not None and log_decay.is_complex(), None
+    if log_decay is not None and rotated:
         log_decay = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj())
         initial_state = None if initial_state is None else as_real(initial_state)
         if bonus is not None and k is not None:  # of plain keys and queries
             now = (to_heads(q, v.shape[2]).float() * to_heads(k, v.shape[2]) * bonus).sum(-1, keepdim=True) * scale * w
             bonus = None
     initial_state = None if initial_state is None else initial_state.float()
-    tensors = (q, k, w, log_decay, beta, bonus, initial_state)
-    y, state, _ = scan_forward(*tensors, cu_seqlens, scale, reverse, before, recorded(*tensors))
+    x = Tensors(q, w, k, log_decay, beta, bonus, initial_state, cu_seqlens)
+    y, state, _ = scan_forward(*x, scale, reverse, before, recorded(*x))
     y = y if now is None else y + now
-    return ScanOut(y.to(v.dtype), as_complex(state) if turned else state)
+    return ScanOut(y.to(v.dtype), as_complex(state) if rotated else state)
 
 
 GATES = ("identity", "silu", "sigmoid", "gelu")  # activations that kernels around the scans know

@@ -12,6 +12,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from recur import presets
 from recur.reading import InputError, one_line
 from recur.recipe import Part, Recipe
 
@@ -66,8 +67,6 @@ def _load(file: Path) -> Own:
 
 
 def _own(defined: Mapping[str, Any], module: str, file: Path) -> Own:
-    from recur import presets
-
     classes = [value for value in defined.values() if inspect.isclass(value) and value.__module__ == module]
     parts = tuple(kind for kind in classes if issubclass(kind, Part))
     recipes: dict[str, Callable[..., Recipe]] = {}

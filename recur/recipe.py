@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from recur.axes import LETTERS, RecipeError, Spec, evaluate, letters, size, spec
+from recur.axes import LETTERS, RecipeError, Spec, evaluate, letters, shown, size, spec
 from recur.fields import read_keys, read_part
+from recur.primitives.forms import document_of, mirror
 from recur.weights import Param, Weights, call
 
 State = Any  # None, a tensor, or a dict of states
@@ -100,8 +102,6 @@ class Flow:
         token = torch.arange(self["x"].shape[1], device=self["x"].device)
         if self.cu_seqlens is None:
             return self.position[:, None] + token
-        from recur.primitives.forms import document_of
-
         document = document_of(self.cu_seqlens, len(token))
         return (self.position[document] + token - self.cu_seqlens[document])[None]
 
@@ -255,11 +255,6 @@ class Part:
         """How many shallower layers it reads in `flow.past`."""
         return 0
 
-    @property
-    def unrolled(self) -> bool:
-        """Whether it runs token by token, so that a compiler makes another graph of every length."""
-        return False
-
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         """Axes of what it writes, from the axes of what it reads."""
         raise NotImplementedError(f"{type(self).__name__}: a part must say what it writes: define shapes(axes)")
@@ -364,14 +359,11 @@ class Chain(Part):
     @cached_property
     def stages(self) -> tuple[tuple[tuple[str, ...], Part], ...]:
         """The parts as they run, with their keys: those that one kernel may compute are one stage."""
-        from recur.blocks.leave import Leave, fuse
-
         keys, stages, at = self.keys(), [], 0
         while at < len(keys):
-            stop = at + fuse(self.parts[at:])
-            part = self.parts[at] if stop == at + 1 else Leave(self.parts[at:stop])
-            stages.append((tuple(keys[at:stop]), part))
-            at = stop
+            count, part = above.join(self.parts[at:])
+            stages.append((tuple(keys[at : at + count]), part))
+            at += count
         return tuple(stages)
 
     def prepare(self) -> None:
@@ -399,13 +391,15 @@ class Chain(Part):
 class Around(Part):
     """Runs the parts of its field `parts` in a way of its own, on what `inside` says is there for them to read."""
 
+    parts: tuple[Part, ...]
+
     @property
     def causal(self) -> bool:
         return False
 
     @cached_property
     def body(self) -> Chain:
-        return Chain(tuple(self.parts))  # type: ignore[attr-defined]
+        return Chain(tuple(self.parts))
 
     def inside(self, axes: Axes) -> Axes:
         return axes
@@ -415,6 +409,35 @@ class Around(Part):
 
     def build(self, site: Site) -> Any:
         return self.body.build(dataclasses.replace(site, axes=self.inside(site.axes)))
+
+
+@dataclass(frozen=True)
+class Reverse(Around):
+    """Run parts from the last token to the first: the anti-causal half of a bidirectional recipe.
+
+    Args:
+        parts: what is run.
+
+    >>> from recur.blocks import Decay, GatedScan, Project, Reverse
+    >>> recur.Recipe(Project("x", u="D", z="D"), Decay("z"), Reverse((GatedScan("u"),))).causal
+    False
+    """
+
+    parts: tuple[Part, ...] = ()
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        mirrored = {name: tensor.flip(1) for name, tensor in flow.tensors.items()}
+        borders = mirror(flow.cu_seqlens, flow["x"].shape[1])
+        seen = flow.position if borders is None else flow.position.flip(0)
+        inner = dataclasses.replace(flow, tensors=mirrored, cu_seqlens=borders, position=seen)
+        inner, state = self.body(inner, weights, None)
+        made = {name: tensor.flip(1) for name, tensor in inner.tensors.items() if tensor is not mirrored.get(name)}
+        if borders is not None:
+            state = tree_map(lambda leaf: leaf.flip(0), state)
+        return flow.set(**made), state
+
+    def formula(self) -> str:
+        return "right to left: " + "; ".join(part.formula() for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -624,8 +647,6 @@ class Recipe:
         >>> recur.presets.longhorn().reverse().causal
         False
         """
-        from recur.blocks.glue import Reverse
-
         return self.like(Reverse(self.parts))
 
     def like(self, *parts: Part, **changes: Any) -> Recipe:
@@ -673,9 +694,7 @@ class Recipe:
         >>> recur.Recipe.from_dict(recur.presets.retnet().to_dict()) == recur.presets.retnet()
         True
         """
-        from recur.blocks import PARTS
-
-        known = {kind.__name__: kind for kind in (*PARTS, *parts)}
+        known = {**above.parts, **{kind.__name__: kind for kind in parts}}
         keys = {"axes": Mapping, "inputs": Mapping, "source": str, "out": str, "frame": Mapping, "parts": list}
         read = read_keys(data, keys, optional=("out", "frame"))
         if "frame" in read:
@@ -703,6 +722,39 @@ class Recipe:
         axes = ", ".join(f"{letter} = {value}" for letter, value in self.axes.items())
         head = "  ".join(text for text in (self.source, axes) if text)
         return "\n".join(([head] if head else []) + lines)
+
+
+@dataclass
+class Above:
+    """What the packages above recipes hand in when they are imported, so that imports point one way.
+
+    Args:
+        parts: the classes that `Recipe.from_dict` knows, by name, from recur.blocks.
+        join: how many of the first of some parts run as one, and what runs, from recur.blocks.
+        read: recipes by words such as "hgrn2:heads=4", from recur.presets.
+    """
+
+    parts: dict[str, type[Part]] = field(default_factory=dict)
+    join: Callable[[Sequence[Part]], tuple[int, Part]] = lambda parts: (1, parts[0])
+    read: Callable[[str], list[Recipe]] = lambda words: []
+
+
+above = Above()
+
+
+def named(recipes: str | Sequence[Recipe | str]) -> list[Recipe]:
+    """Recipes, those that are words read.   Raises: RecipeError as `recur.presets.words.read`."""
+    if isinstance(recipes, str):
+        return above.read(recipes)
+    return [read_one(recipe) if isinstance(recipe, str) else recipe for recipe in recipes]
+
+
+def read_one(words: str) -> Recipe:
+    """The recipe that words name.   Raises: RecipeError as `recur.presets.words.read`, or if there are several."""
+    recipes = above.read(words)
+    if len(recipes) != 1:
+        raise RecipeError(f"a layer has one recipe, got {len(recipes)} in {shown(words)}")
+    return recipes[0]
 
 
 def inside(part: Part) -> Iterable[Part]:

@@ -125,7 +125,7 @@ def call(module: nn.Module, act: Callable[..., Any], flow: Any, state: Any) -> t
     as Learned, have a gradient of outputs alone, which a backward pre-hook sees.
     """
     if not (module._backward_hooks or module._backward_pre_hooks):
-        return module(act, flow, state)  # type: ignore[no-any-return]
+        return module(act, flow, state)
     *written, names, after, state = module(act, flow, state, *flow.tensors.values())
     return replace(after, tensors={**flow.tensors, **dict(zip(names, written, strict=True))}), state
 
@@ -138,6 +138,36 @@ def watched(module: nn.Module) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
     return not isinstance(module, Weights) or replaced or any(len(hook) > 0 for hook in hooks)
+
+
+# What torch's wrappers call the module inside: torch.compile, DDP, FSDP, activation checkpointing.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def unwrapped(name: str) -> str:
+    """A key without the names of wrappers, at any depth: "_orig_mod.layers.0.module.weight" is "layers.0.weight"."""
+    *modules, tensor = name.split(".")
+    return ".".join([*(module for module in modules if module not in WRAPPERS), tensor])
+
+
+def parameter_count(module: nn.Module) -> int:
+    """How many numbers a module learns."""
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser: weight decay on what is declared so, none on gates, norms and biases.
+
+    Of the weights that want a gradient.   Raises: TypeError if one of them is not declared.
+    """
+    decays = {id(weight): param.decay for weight, param in declared(module)}
+    weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+    if undeclared := [name for name, weight in weights.items() if id(weight) not in decays]:
+        raise TypeError(f"decay_groups: every weight must be declared by a Param, got {', '.join(undeclared)}")
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for weight in weights.values():
+        groups[decays[id(weight)]].append(weight)
+    return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 def declared(module: nn.Module) -> Iterator[tuple[nn.Parameter, Param]]:

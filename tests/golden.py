@@ -81,7 +81,7 @@ def tolerance(vectors: Vectors) -> float:
 
 def case_of(vectors: Vectors) -> Case:
     """The case of the class that the file names as its source, or of the file's case, or the longest name that begins
-    it: what follows tells of sizes and options.
+    it: what follows names sizes and options.
 
     Raises: NotImplementedError for a module that is in no table.
     """
@@ -129,7 +129,7 @@ def line(path: Path) -> str:
         limit = tolerance(Vectors(path))
     except NotImplementedError as refusal:
         return f"{path.stem}: unsupported {' '.join(str(refusal).split())}"
-    except Exception as error:  # whatever goes wrong is told in the file's line, and the others are replayed
+    except Exception as error:  # whatever goes wrong stands in the file's line, and the others are replayed
         return f"{path.stem}: FAIL {type(error).__name__}: {' '.join(str(error).split())}"
     numbers = ", ".join(f"{kind} {error:.1e}" for kind, error in worst.items())
     wide = [kind for kind, error in worst.items() if not error <= limit]

@@ -49,8 +49,8 @@ def main() -> int:
     heads, channels = 17, 2080
     scans = {
         "none": (lambda q, k, v: recur.scan(q, k, v, form="triton").y, (), True),
-        "one gate a head": (lambda q, k, g, v: recur.scan(q, k, v, g, form="triton").y, (heads,), True),
-        "one gate a key": (lambda q, k, g, v: recur.scan(q, k, v, g, form="triton").y, (heads, 128), False),
+        "one gate per head": (lambda q, k, g, v: recur.scan(q, k, v, g, form="triton").y, (heads,), True),
+        "one gate per key channel": (lambda q, k, g, v: recur.scan(q, k, v, g, form="triton").y, (heads, 128), False),
     }
     good = []
     for name, (run, gate, backward) in scans.items():

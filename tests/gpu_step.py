@@ -2,7 +2,7 @@
 
 check runs the laws of test_kernel_step.py, which take every rule, gate, kind of key, bonus, group and state, bfloat16
 and complex ones too, and captures `model.step` of every preset and of hybrids in a CUDA graph, whose replays must equal
-eager steps; it tells the launches a step takes and exits with 1 if anything is wrong. The step of each specialisation
+eager steps; it prints the launches of a step and exits with 1 if anything is wrong. The step of each specialisation
 is in gpu_scan.py and gpu_walk.py. time prints one JSON line a decode shape, the fastest tiles first.
 """
 
@@ -53,15 +53,15 @@ def graph(name: str, dtype: torch.dtype) -> str:
     """Twelve tokens eagerly and by replays of one capture: logits and states must be equal."""
     torch.manual_seed(0)
     lm = LanguageModel(models()[name], vocab_size=64, dim=256, depth=2, ffn="swiglu").to(dtype).eval()
-    texts = torch.randint(64, (12, 2))
+    rows_of_ids = torch.randint(64, (12, 2))
     eager, fresh = lm.init_state(2, max_len=16), lm.init_state(2, max_len=16)
-    want = torch.stack([lm.step(ids, eager) for ids in texts])
-    replayed, state = replay(lm, texts, fresh)
+    want = torch.stack([lm.step(ids, eager) for ids in rows_of_ids])
+    replayed, state = replay(lm, rows_of_ids, fresh)
     assert want.isfinite().all(), "not finite"
     assert torch.equal(replayed, want), f"logits off by {(replayed - want).abs().max():.1e}"
     assert all(map(torch.equal, tensors(state), tensors(eager))), "states differ"
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        lm.step(texts[0], eager)
+        lm.step(rows_of_ids[0], eager)
     return f"{sum(event.count for event in seen.key_averages())} launches a step of 2 layers"
 
 
@@ -103,8 +103,8 @@ def tensors(state: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)]
 
 
-def replay(lm: LanguageModel, texts: Tensor, state: Any) -> tuple[Tensor, Any]:
-    first, ids = [leaf.clone() for leaf in tensors(state)], texts[0].clone()
+def replay(lm: LanguageModel, rows_of_ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+    first, ids = [leaf.clone() for leaf in tensors(state)], rows_of_ids[0].clone()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -117,7 +117,7 @@ def replay(lm: LanguageModel, texts: Tensor, state: Any) -> tuple[Tensor, Any]:
     for leaf, begin in zip(tensors(state), first, strict=True):
         leaf.copy_(begin)
     made = []
-    for token in texts:
+    for token in rows_of_ids:
         ids.copy_(token)
         captured.replay()
         made.append(logits.clone())

@@ -18,7 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
 ]
 CAUSAL = [name for name in presets.names() if getattr(presets, name)().causal]
-LOOPS = ("gated_rnn",)  # unrolled in a graph, token by token
 HYBRID = [presets.gla(heads=2), presets.hgrn2(heads=2), presets.llama(heads=2)]
 # recipe, layers, graphs
 KINDS: dict[str, tuple[Recipe | list[Recipe], int, int]] = {
@@ -90,7 +89,7 @@ def both(name: str, backend: str) -> tuple[LanguageModel, LanguageModel]:
     return compiled.compile_layers(backend=backend, fullgraph=True), eager
 
 
-@pytest.mark.parametrize("name", [name for name in CAUSAL if name not in LOOPS])
+@pytest.mark.parametrize("name", CAUSAL)
 def test_values_and_gradients_are_those_of_the_eager_model(name: str) -> None:
     lms = both(name, "aot_eager")
     assert lms[0].state_dict().keys() == lms[1].state_dict().keys()

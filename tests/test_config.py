@@ -1,4 +1,4 @@
-"""Options: from dataclass to flag, file and back; what breaks a rule is told by the rule."""
+"""Options: from dataclass to flag, file and back; the error names the rule that was broken."""
 
 from __future__ import annotations
 

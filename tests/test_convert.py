@@ -15,7 +15,7 @@ from test_golden import FOLDER
 from torch import Tensor
 
 from recur import LanguageModel, Mixer, convert, presets
-from recur.convert.keys import WRAPPERS
+from recur.weights import WRAPPERS
 
 FILES = [Vectors(path) for path in sorted(FOLDER.glob("*.safetensors"))]
 MODULES = {vectors: case for vectors in FILES if isinstance(case := case_of(vectors), Module)}

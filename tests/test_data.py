@@ -257,12 +257,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_network")
 def test_a_missing_network_is_one_clear_line() -> None:
-    with pytest.raises(InputError, match=r"cannot read Skylion007/openwebtext from the hub, give a local file") as told:
+    with pytest.raises(InputError, match=r"cannot read Skylion007/openwebtext from the hub, give a local file") as err:
         next(hub_documents("openwebtext", "train"))
-    assert "\n" not in str(told.value)
-    with pytest.raises(InputError, match=r"the tokenizer gpt2 is neither a folder here nor reachable") as told:
+    assert "\n" not in str(err.value)
+    with pytest.raises(InputError, match=r"the tokenizer gpt2 is neither a folder here nor reachable") as err:
         tokenizer_of("gpt2")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(err.value)
 
 
 def test_a_tokenizer_of_a_folder_ends_documents(tmp_path: Path, hub: str) -> None:

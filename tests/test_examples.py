@@ -19,7 +19,7 @@ EVIDENCE = {
     "01_preset": r"right answers to new programs: (100|9\d)\.\d%",
     "02_custom_block": r"equal after JSON: True",
     "03_new_recurrence": r"forms: All forms agree\.[\s\S]*\d\d laws hold",
-    "04_whole_then_token_by_token": r"bytes a text, of any length",
+    "04_whole_then_token_by_token": r"bytes per sequence of any length",
     "05_hybrid": r"continues as it does alone: True",
 }
 

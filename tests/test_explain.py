@@ -146,7 +146,7 @@ def test_a_gpu_is_asked_about_where_there_is_none() -> None:
     assert [(choice.form, choice.refusal) for choice in found.choices] == [("triton", None)]
     assert found.state == 4 * 128 * 128 * 4
     forward = found.phase("forward")
-    assert (forward.floor, forward.kernels) == (4 * q.nbytes, Counter(["chunk_scan.forward"]))  # three are read
+    assert (forward.floor, forward.kernels) == (4 * q.nbytes, Counter(["chunk_forward.forward"]))  # three are read
     assert forward.bytes == 4 * q.nbytes + 32 * found.state
     assert forward.seconds(CARDS["H200"]) == max(forward.bytes / 4.2e12, forward.flops / 713e12)
     assert not found.remedies

@@ -1,4 +1,4 @@
-"""On a GPU, and only when asked for: `pytest -m gpu` runs the scripts beside this file, which print one line a case."""
+"""On a GPU, by `pytest -m gpu` only: the scripts beside this file, which print one line per case."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def poison(
     start, stop = BORDERS[POISONED : POISONED + 2]
 
     def mine(name: str, x: Tensor) -> Tensor:
-        """What is poisoned of a tensor: of one state a document, of all others tokens; or a row."""
+        """What is poisoned of a tensor: of a state one document, of all others tokens; or a row."""
         if not packed:
             return x[1:2]
         return x[POISONED : POISONED + 1] if "state" in name else x[:, start:stop]
@@ -146,7 +146,7 @@ def test_every_law_is_run() -> None:
 
 
 if __name__ == "__main__":
-    from recur.kernels import walk
+    from recur.kernels import elementwise
 
-    walk.STRETCH = 8  # several stretches and segments in few tokens
+    elementwise.STRETCH = 8  # several stretches and segments in few tokens
     LAWS.main()

@@ -121,10 +121,10 @@ def selective_is_the_token_loop() -> None:
 
 @law
 def a_machine_that_is_full_is_the_token_loop() -> None:
-    """Of one processor, so that eight programs are many: Mamba's forward walk has its wide tiles."""
-    from recur.kernels import walk
+    """Of one processor, so that eight programs are many: Mamba's forward pass has its wide tiles."""
+    from recur.kernels import elementwise
 
-    walk.processors = lambda device: 1
+    elementwise.processors = lambda device: 1
     selective("wide tiles", 8, 9, 36, 1, 5)
     selective("wide tiles, groups, float16", 4, 5, 80, 2, 16, half=True)
 
@@ -156,7 +156,7 @@ def complex_diagonal_is_the_token_loop() -> None:
 
 @law
 def chain_is_the_token_loop() -> None:
-    """Tiles of two rows of two tokens, so that every other segment tells a state."""
+    """Tiles of two rows of two tokens, so that every other segment publishes a state."""
     from recur.kernels import diagonal as home
 
     def plan(B: int, T: int, D: int, **options: object) -> home.DiagonalPlan:
@@ -173,7 +173,7 @@ def chain_is_the_token_loop() -> None:
 
 @law
 def loops_are_the_token_loop() -> None:
-    """What a machine of one processor walks: many tiles in one program."""
+    """On a machine of one processor: many tiles in one program."""
     from recur.kernels import diagonal as home
 
     home.processors = lambda device: 1
@@ -207,10 +207,10 @@ def fixed_poles_are_the_token_loop() -> None:
 
 @law
 def one_segment_of_stretches_is_the_token_loop() -> None:
-    """What a busy machine walks, which would otherwise be cut."""
-    from recur.kernels import walk
+    """On a busy machine, where it is not cut into segments."""
+    from recur.kernels import elementwise
 
-    walk.processors = lambda device: 0
+    elementwise.processors = lambda device: 0
     selective("20", 1, 20, 2, 1, 2)
     online("packed, right to left", 1, 20, 2, 1, 2, 3, 17, reverse=True)
 
@@ -259,21 +259,21 @@ def float64_and_wide_states_are_refused() -> None:
 @law
 def operators_keep_the_promises_of_torch() -> None:
     """Fakes, schemas, autograd registrations."""
-    from recur.kernels import diagonal, walk  # noqa: F401, registers them
+    from recur.kernels import diagonal, elementwise  # noqa: F401, registers them
 
     x, k, q, a, state = randn(1, 9, 3), randn(1, 9, 1, 2), randn(3, 2), -torch.rand(3, 2), randn(2, 2, 3)
     rate, cu = torch.rand(1, 9, 3), torch.tensor([0, 4, 9])
     leaves = [t.requires_grad_() for t in (x, rate, a, k, q, state)]
     dy, kept = randn(1, 9, 3), torch.zeros(1, 2, 2, 3)
     calls = (
-        (torch.ops.recur.walk, (*leaves, cu, True, True)),
-        (torch.ops.recur.walk, (x, rate, None, k, k, None, None, False, True)),
-        (torch.ops.recur.walk_adjoint, (dy, None, x, rate, None, k, k, None, None, kept, False)),
+        (torch.ops.recur.elementwise, (*leaves, cu, True, True)),
+        (torch.ops.recur.elementwise, (x, rate, None, k, k, None, None, False, True)),
+        (torch.ops.recur.elementwise_backward, (dy, None, x, rate, None, k, k, None, None, kept, False)),
         (torch.ops.recur.diagonal, (x, rate, None, cu, False, True)),
-        (torch.ops.recur.diagonal_adjoint, (dy, None, rate, x, None, cu, False, True)),
+        (torch.ops.recur.diagonal_backward, (dy, None, rate, x, None, cu, False, True)),
     )
     for operator, inputs in calls:
-        given = [t.detach() if operator.__name__.endswith("adjoint") and isinstance(t, Tensor) else t for t in inputs]
+        given = [t.detach() if "backward" in operator.__name__ and isinstance(t, Tensor) else t for t in inputs]
         torch.library.opcheck(operator, given)
 
 
@@ -287,7 +287,7 @@ def test_laws(names: list[str]) -> None:
 
 
 def test_plan_cuts_time_only_where_the_machine_would_idle() -> None:
-    from recur.kernels.walk import STRETCH, plan
+    from recur.kernels.elementwise import STRETCH, plan
 
     assert plan(64, 4096, 4096, 1, 16).segments == 1
     long = plan(1, 1 << 20, 1024, 1, 16)
@@ -298,10 +298,10 @@ def test_plan_cuts_time_only_where_the_machine_would_idle() -> None:
 
 def test_forward_plan_lets_all_programs_of_a_full_machine_run_at_once() -> None:
     """A quarter of a processor has 16384 registers, and a warp takes all of its 32 threads' at once."""
-    from recur.kernels.walk import plan
+    from recur.kernels.elementwise import plan
 
-    for keyed in (False, True):
-        p = plan(8, 2048, 4096, 1, 16, keyed=keyed)
+    for key_gated in (False, True):
+        p = plan(8, 2048, 4096, 1, 16, key_gated=key_gated)
         assert p.segments == 1
         assert 8 * p.tiles * p.warps <= 132 * 4 * (16384 // (32 * p.registers))
 
@@ -309,25 +309,25 @@ def test_forward_plan_lets_all_programs_of_a_full_machine_run_at_once() -> None:
 def test_diagonal_plan_takes_a_chain_only_where_a_loop_would_leave_processors_idle() -> None:
     from recur.kernels.diagonal import plan_diagonal
 
-    for adjoint in (False, True):
+    for backward in (False, True):
         for B, T, D in ((8, 2048, 2048), (8, 2048, 1024), (32, 1024, 4096), (1, 8, 1024)):
-            assert plan_diagonal(B, T, D, adjoint=adjoint).segments == 1
-        chain = plan_diagonal(1, 65536, 1024, adjoint=adjoint)
+            assert plan_diagonal(B, T, D, backward=backward).segments == 1
+        chain = plan_diagonal(1, 65536, 1024, backward=backward)
         assert chain.length == chain.ROWS * chain.UNROLL
         assert (chain.segments - 1) * chain.length < 65536 <= chain.segments * chain.length
 
 
 def test_plan_reads_neighbours_at_once_only_where_they_are_of_one_group() -> None:
-    from recur.kernels.walk import plan
+    from recur.kernels.elementwise import plan
 
     assert plan(1, 64, 4096, 1, 16)[:4] == (2, 4, 16, 8)
     assert plan(8, 64, 4096, 1, 16)[:4] == (4, 4, 16, 8)
-    assert plan(1, 64, 30, 2, 6, adjoint=True)[:4] == (1, 2, 8, 8)
+    assert plan(1, 64, 30, 2, 6, backward=True)[:4] == (1, 2, 8, 8)
     assert all(plan(1, 64, V, 1, N).R * plan(1, 64, V, 1, N).W * 4 >= 32 for V in (1, 64) for N in (1, 256))
 
 
 if __name__ == "__main__":
-    from recur.kernels import walk
+    from recur.kernels import elementwise
 
-    walk.STRETCH = 8  # several stretches and segments in few tokens
+    elementwise.STRETCH = 8  # several stretches and segments in few tokens
     LAWS.main()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur import Mixer, presets
-from recur.blocks import Count, LowRank, Normalise, OuterScan, Project, Stabilise
+from recur.blocks import AppendOne, DivideByLast, LowRank, OuterScan, Project, Stabilise
 from recur.primitives.gates import power_decay
 from recur.primitives.stabilise import largest_log
 from recur.recipe import Recipe, RecipeError
@@ -203,9 +203,9 @@ def test_a_power_decay_that_keeps_everything_lets_nothing_in_and_has_gradients()
 def test_counts_must_be_there_and_of_the_right_heads() -> None:
     qkv = Project("x", q="H K", k="H K", v="H K", n="K")
     axes = {"H": 2, "K": "D/2"}
-    with pytest.raises(RecipeError, match=r"part 3 Normalise needs y to end in a count, got \[H K\]"):
-        Recipe(qkv, OuterScan(decay=None), Normalise(), axes=axes)
-    with pytest.raises(RecipeError, match=r"part 4 Normalise needs n \[H\], got \[K\]"):
-        Recipe(qkv, Count(), OuterScan(decay=None), Normalise("n"), axes=axes)
+    with pytest.raises(RecipeError, match=r"part 3 DivideByLast needs y to end in a count, got \[H K\]"):
+        Recipe(qkv, OuterScan(decay=None), DivideByLast(), axes=axes)
+    with pytest.raises(RecipeError, match=r"part 4 DivideByLast needs n \[H\], got \[K\]"):
+        Recipe(qkv, AppendOne(), OuterScan(decay=None), DivideByLast("n"), axes=axes)
     with pytest.raises(RecipeError, match=r"part 2 Stabilise needs n \[H\], got \[K\]"):
         Recipe(qkv, Stabilise(decay="n", write="n"), axes=axes)

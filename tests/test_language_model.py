@@ -229,7 +229,7 @@ IDS = torch.ones(1, 2, dtype=torch.long)
         (
             lambda lm: model(positions=3)(torch.ones(1, 4, dtype=torch.long)),
             ValueError,
-            "has 3 learned positions, got a text",
+            "has 3 learned positions, got a sequence",
         ),
         (
             lambda lm: model(recipe=ATTENTION)(

@@ -12,11 +12,11 @@ from recur import blocks
 from recur.blocks import (
     Act,
     Along,
+    AppendOne,
     Attention,
     BoundedDecay,
     Complex,
     ComplexGate,
-    Count,
     DataDecay,
     DataRotary,
     Decay,
@@ -24,6 +24,7 @@ from recur.blocks import (
     DenseCarry,
     DenseFusion,
     DenseRead,
+    DivideByLast,
     Dropout,
     FeedbackKey,
     FixedDecay,
@@ -42,8 +43,8 @@ from recur.blocks import (
     Map,
     MesaScan,
     MomentumScan,
+    Multiply,
     Norm,
-    Normalise,
     OjaScan,
     OnlineScan,
     OuterScan,
@@ -57,6 +58,7 @@ from recur.blocks import (
     RealImag,
     RelPos,
     RemovalKeys,
+    Rename,
     Repeat,
     Reshape,
     RetentionScale,
@@ -79,7 +81,6 @@ from recur.blocks import (
     Trapezoid,
     Unbind,
     ValueResidual,
-    Weigh,
     WideScan,
 )
 from recur.recipe import Chain, Part, Recipe
@@ -143,7 +144,7 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
         USUAL,
     ),
     "Skip, heads": (recipe(QKV, Project("u", y="H V"), Skip("v", over="H")), USUAL),
-    "Weigh": (recipe(QKV, Project("x", b="H"), Weigh("v", by="b", to="y")), USUAL),
+    "Multiply": (recipe(QKV, Project("x", b="H"), Multiply("v", by="b", to="y")), USUAL),
     "Sum": (recipe(Project("x", w="D"), Sum("u w")), USUAL),
     "Dropout": (recipe(Dropout("u", 0.5), out="u"), USUAL),
     "Map": (recipe(Map(lambda u: u.sin(), reads="u", out="y", axes="D")), USUAL - {"serialisation"}),
@@ -161,7 +162,7 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
         recipe(QKV, Project("x", z="H K"), LowerBounds("H K"), BoundedDecay("z"), OuterScan()), USUAL - {"steps"}
     ),
     "Learned": (recipe(QKV, Learned("log_a", "H", init="i/H"), Act("log_a", "-exp"), OuterScan()), USUAL),
-    "StepDecay": (recipe(QKV, Project("x", dt="H"), StepDecay(), Weigh("v", by="delta"), OuterScan()), USUAL),
+    "StepDecay": (recipe(QKV, Project("x", dt="H"), StepDecay(), Multiply("v", by="delta"), OuterScan()), USUAL),
     "StepDecay, limits": (recipe(QKV, Project("x", dt="H K"), StepDecay(limit=(0.01, 0.2)), OuterScan()), USUAL),
     "RetentionScale": (recipe(QKV, FixedDecay(), RetentionScale(eps=1e-2), *RETAINED), WHOLE),
     "RetentionScale, chunks": (recipe(QKV, FixedDecay(), RetentionScale(chunk=3, eps=1e-2), *RETAINED), WHOLE),
@@ -187,15 +188,15 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
         ),
         USUAL,
     ),
-    "Count and Normalise": (
-        recipe(QKV, Act("q k", "1+elu"), Count("v"), OuterScan(decay=None), Normalise()), USUAL),
+    "AppendOne and DivideByLast": (
+        recipe(QKV, Act("q k", "1+elu"), AppendOne("v"), OuterScan(decay=None), DivideByLast()), USUAL),
     "Stabilise": (
         recipe(
-            QKV, Project("x", i="H", z="H"), Decay("z"), Stabilise(), Count(), OuterScan(), Normalise("floor")
+            QKV, Project("x", i="H", z="H"), Decay("z"), Stabilise(), AppendOne(), OuterScan(), DivideByLast("floor")
         ),
         USUAL,
     ),
-    "PowerDecay": (recipe(Project("x", r="D"), PowerDecay(), OutputGate("k", out="u"), GatedScan("u")), USUAL),
+    "PowerDecay": (recipe(Project("x", r="D"), PowerDecay(), Multiply("u", by="k", act="silu"), GatedScan("u")), USUAL),
     "PoleScan": (recipe(PoleScan("u")), USUAL),
     "ComplexGate": (recipe(QKV, Project("x", c="H K 2"), ComplexGate("c"), OuterScan(rotates=True)), USUAL),
     "ComplexGate, amplitude and phase": (
@@ -206,7 +207,9 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
         recipe(QKV, Project("x", c="2 H"), ComplexGate("c", law="signed"), OuterScan(rotates=True)),
         USUAL,
     ),
-    "OutputGate": (recipe(Project("x", z="D"), OutputGate("z", out="u"), out="u"), USUAL),
+    "OutputGate": (recipe(Project("x", z="D", y="D"), OutputGate("z")), USUAL),
+    "Rename": (recipe(Rename("x", "y")), USUAL),
+    "Multiply, equal axes": (recipe(Project("x", z="D"), Multiply("u", by="z", act="silu"), out="u"), USUAL),
     "GatedScan": (recipe(Project("x", z="D"), Decay("z"), GatedScan("u")), USUAL),
     "OuterScan": (recipe(QKV, OuterScan(decay=None)), USUAL),
     "OuterScan, groups": (recipe(GROUPED, Project("x", z="H"), Decay("z"), OuterScan(scale="1/sqrt(K)")), USUAL),
@@ -242,11 +245,11 @@ CASES: dict[str, tuple[Recipe, set[str]]] = {
     "Repeat": (recipe(Project("x", y="G K"), Repeat("y")), USUAL),
     "Previous": (recipe(QKV, Previous("k v", to="a b"), out="a b"), USUAL),
     "FlooredDecay": (recipe(QKV, Project("x", z="H K"), FlooredDecay(), OuterScan()), USUAL),
-    "KeyedRate": (recipe(QKV, Project("x", b="H"), Act("b", "sigmoid"), KeyedRate("b"), Weigh("k", by="b", to="y")),
+    "KeyedRate": (recipe(QKV, Project("x", b="H"), Act("b", "sigmoid"), KeyedRate("b"), Multiply("k", by="b", to="y")),
                   USUAL),
     "KeyedRate, implicit": (
         recipe(QKV, Project("x", b="H"), Act("b", "sigmoid"), KeyedRate("b", law="implicit"),
-               Weigh("k", by="b", to="y")),
+               Multiply("k", by="b", to="y")),
         USUAL,
     ),
     "DataDecay": (recipe(QKV, Project("x", dt="H", rate="H"), DataDecay(), OuterScan()), USUAL),

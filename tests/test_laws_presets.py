@@ -42,7 +42,6 @@ COMMON = {"promises", "forms", "containment", "finiteness", "low_precision", "ro
 CAUSAL = COMMON | {"splits", "packing", "causality"}
 SMOOTH = {"gradients", "second_gradients"}
 ANY_WAY = COMMON | {"one_way"}  # of a recipe that is not causal
-UNROLLED = ("log_linear_attention", "momentum_delta_net")
 IN_GRID = ("hgrn_complex, down and right", "hgrn2, in a grid", "hgrn2, in series")
 
 # recipe, options of check, laws beyond the common ones
@@ -218,9 +217,8 @@ def test_every_law_holds(name: str) -> None:
     assert applying(recipe, dim=8, **options) - {"lengths"} == laws
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "," not in name and name not in UNROLLED])
+@pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
 def test_lengths_share_graphs(name: str) -> None:
-    """Not those of what runs token by token, which is unrolled."""
     recipe, options, _ = CASES[name]
     assert check(recipe, dim=8, laws=["lengths"], examples=4, seed=SEED, **options) == ["lengths"]
 

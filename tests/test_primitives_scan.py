@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
-import recur.primitives.chunked as door
+import recur.primitives.chunked as chunked
 from recur.primitives.scan import scan, step
 from recur.primitives.summary import advance, combine, summary
 from recur.shapes import ShapeError
@@ -163,7 +163,7 @@ def test_chunks_of_any_size_are_the_token_loop(decay: str, mode: str, data: st.D
     given_inputs = data.draw(inputs(decay, mode))
     want = scan(**given_inputs.arguments(), form="recurrent")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(door, "CHUNK", data.draw(st.sampled_from([64, 1, 2, 16, 128]), "chunk"))
+        patch.setattr(chunked, "CHUNK", data.draw(st.sampled_from([64, 1, 2, 16, 128]), "chunk"))
         got = scan(**given_inputs.arguments())
     for one, other in zip(got, want, strict=True):
         close(one / other.abs().max().clamp(min=1), other / other.abs().max().clamp(min=1))
@@ -171,7 +171,7 @@ def test_chunks_of_any_size_are_the_token_loop(decay: str, mode: str, data: st.D
 
 @each_kind
 def test_second_derivatives(decay: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "CHUNK", 4 if mode == "delta" else 2)  # two tokens a chunk
+    monkeypatch.setattr(chunked, "CHUNK", 4 if mode == "delta" else 2)  # two tokens per chunk
     torch.manual_seed(1)
     B, T, G, H, K, V = 1, 3, 1, 2, 2, 1
     shape = decay.removeprefix("tied ").removeprefix("complex ")

@@ -16,15 +16,18 @@ from recur import Frame, LanguageModel, Mixer, Recipe, RecipeError, presets
 from recur.axes import evaluate, size
 from recur.blocks import (
     Act,
+    AppendOne,
     Attention,
     ComplexGate,
     Decay,
     DeltaScan,
+    DivideByLast,
     FixedScan,
     GatedScan,
     Loop,
     LowerBounds,
     Map,
+    Multiply,
     Norm,
     OnlineScan,
     OuterScan,
@@ -40,8 +43,8 @@ from recur.blocks import (
     TapConv,
     TokenShift,
     Unbind,
-    Weigh,
 )
+from recur.fields import read_part
 from recur.recipe import Flow, Part
 from recur.weights import Param, matrix_init, ones
 
@@ -79,8 +82,8 @@ def test_axes_that_make_no_sense_are_refused(expression, words):
         ((IN, Project("u", y="D", z="Q")), r"part 2 Project writes z \[Q\], but Q is no axis; axes are D, E, H, K"),
         ((Act("x"), OUT), "part 1 Act writes 'x', which every part may read and none may change"),
         (
-            (IN, Project("x", z="D"), OutputGate("z", out="u"), OUT),
-            r"needs 'u' and 'z' of equal axes, got u \[E\] and z",
+            (Project("x", y="E", z="D"), OutputGate("z"), OUT),
+            r"needs 'y' and 'z' of equal axes, got y \[E\] and z",
         ),
         ((Project("x", u="H K"), Skip("u"), OUT), "reads 'y'"),
         ((IN, Norm("u", over="K"), OUT), r"over must be the last axes of u \[E\], got 'K'"),
@@ -107,7 +110,10 @@ def test_axes_that_make_no_sense_are_refused(expression, words):
             (IN, Norm("u", name="a"), Reverse((Skip("u", out="u", name="a"),)), OUT),
             "has a Skip called 'a', as is a Norm",
         ),
-        ((IN, Project("x", b="E"), Weigh("b", by="x"), OUT), r"part 3 Weigh needs b with first axes \[D\], got \[E\]"),
+        (
+            (IN, Project("x", b="E"), Multiply("b", by="x"), OUT),
+            r"part 3 Multiply needs b with first axes \[D\], got \[E\]",
+        ),
         ((IN, Skip("u", out="u", over="D"), OUT), r"part 2 Skip needs u with the axes \[D\], got \[E\]"),
         (
             (Project("x", q="H K", k="H K", v="H K", b="K"), OuterScan(decay=None, bonus="b"), OUT),
@@ -127,7 +133,11 @@ def test_what_does_not_fit_is_named(parts, words):
         (lambda: RelPos(law="absolute"), RecipeError, 'law must be "intended" or "literal", got \'absolute\''),
         (lambda: Recipe("Project"), TypeError, "parts must be of class Part, got str"),
         (lambda: Recipe(IN, OUT, axes={"E": "2*Q"}), RecipeError, r"axis E=2\*Q mentions Q"),
-        (lambda: Norm("y", kind="batch"), RecipeError, "kind must be one of rms, .*, got 'batch'"),
+        (
+            lambda: Norm("y", kind="batch"),
+            RecipeError,
+            "kind must be one of rms, layer, l2, unit, smooth_unit, got 'batch'",
+        ),
         (lambda: Norm("y", affine="bias"), RecipeError, "affine must be"),
         (lambda: ComplexGate(law="cartesian"), RecipeError, "law must be"),
         (lambda: FixedScan("u", frequency="log"), RecipeError, "frequency must be"),
@@ -304,7 +314,7 @@ def test_a_bidirectional_recipe_returns_states_but_does_not_stream():
 
 def test_inputs_of_a_recipe_must_be_given():
     recipe = Recipe(
-        Project("x", z="D", u="D"), OutputGate("g", out="u"), Project("u", y="D"), inputs={"g": "D"}, axes={}
+        Project("x", z="D", u="D"), Multiply("u", by="g", act="silu"), Project("u", y="D"), inputs={"g": "D"}, axes={}
     )
     mixer, x = Mixer(recipe, 4), torch.randn(2, 3, 4)
     mixer(x, g=torch.ones(2, 3, 4))
@@ -334,6 +344,53 @@ def test_lower_bounds_are_one_table_a_model():
     assert grad[1:].abs().sum() > 0
     assert "lower_bounds" in Mixer(presets.hgrn2(heads=2), 8).shared
     assert LowerBounds("H K").scope == "model"
+
+
+HELD = {"axes": {"H": 2, "K": "D/H"}, "inputs": {}, "source": ""}
+QKV = Project("x", q="H K", k="H K", v="H K", b="H", g="H K", name="in")
+LAST = Project("y", y="D")
+# part as recipes were stored -> the parts of now that compute the same
+STORED: dict[str, tuple[dict[str, object], Part]] = {
+    "Weigh": ({"part": "Weigh", "source": "v", "by": "b", "to": None}, Multiply("v", by="b")),
+    "OutputGate of a product": (
+        {"part": "OutputGate", "gate": "k", "act": "identity", "out": "v"},
+        Multiply("v", by="k"),
+    ),
+    "OutputGate of an input": (
+        {"part": "OutputGate", "gate": "g", "act": "sigmoid", "out": "v", "name": "gate"},
+        Multiply("v", by="g", act="sigmoid", name="gate"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_parts_stored_under_an_earlier_name(name: str) -> None:
+    stored, part = STORED[name]
+    scan = OuterScan(decay=None)
+    entries = [QKV.to_dict(), stored, scan.to_dict(), LAST.to_dict()]
+    found = Recipe.from_dict({**HELD, "parts": entries})
+    assert found == Recipe(QKV, part, scan, LAST, axes=HELD["axes"])
+    k, v, g = torch.randn(3, 1, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+    flow = Flow({"k": k, "v": v, "b": k[..., 0], "g": g}, torch.zeros(1, dtype=torch.long))
+    want = {"Weigh": v * k[..., :1], "OutputGate of a product": v * k, "OutputGate of an input": v * g.sigmoid()}
+    torch.testing.assert_close(part(flow, None, None)[0]["v"], want[name])
+
+
+def test_a_stored_output_gate_of_y_and_a_stored_normaliser() -> None:
+    gate = {"part": "OutputGate", "gate": "g", "act": "silu", "out": "y"}
+    assert read_part(gate, {"OutputGate": OutputGate}, "parts[0]") == OutputGate("g")
+    known = {"AppendOne": AppendOne, "DivideByLast": DivideByLast, "Reverse": Reverse}
+    inner = [{"part": "Count", "source": "v"}, {"part": "Normalise", "floor": 1e-6, "source": "y"}]
+    reverse = {"part": "Reverse", "parts": inner}
+    assert read_part(reverse, known, "parts[0]") == Reverse((AppendOne("v"), DivideByLast()))
+
+
+def test_a_part_of_ones_own_may_have_an_earlier_name_of_ours() -> None:
+    @dataclass(frozen=True)
+    class Count(Part):
+        up_to: int = 3
+
+    assert read_part({"part": "Count", "up_to": 4}, {"Count": Count}, "parts[0]") == Count(4)
 
 
 FRAMED = {

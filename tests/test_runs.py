@@ -395,6 +395,45 @@ def test_a_recipe_that_this_version_cannot_read(tmp_path: Path, text_file: str) 
             use(tmp_path / "run")
 
 
+def without_frames(out: Path) -> None:
+    """Make the run's record one of a version whose recipes held no frame."""
+    folder = checkpoint.read_record(out)[0]
+    content = json.loads((folder / checkpoint.RECORD).read_text())
+    for recipe in content["record"]["recipes"]:
+        del recipe["frame"]
+    content["sha256"] = checkpoint._digests(folder, content["record"])
+    (folder / checkpoint.RECORD).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("recipe", ["gla:heads=2", "gss", "rwkv:heads=2", "min_gru+llama:heads=2"])
+def test_a_run_recorded_before_recipes_had_a_frame_loads_as_it_was_trained(
+    tmp_path: Path, text_file: str, recipe: str
+) -> None:
+    run = begin(tmp_path / "run", text_file, recipe=recipe, steps=2, dim=16, depth=2)
+    train.fit(run)
+    without_frames(tmp_path / "run")
+    model, _ = train.load_model(tmp_path / "run")
+    assert model.arguments["recipe"] == run.task.recipes(run.settings)
+    for name, weight in run.plain_model.named_parameters():
+        assert torch.equal(model.get_parameter(name), weight), name
+    again, said = taken_up(tmp_path / "run")
+    assert said == []
+    assert again.step == 2
+
+
+def test_such_a_run_has_the_norm_it_was_trained_with_though_its_preset_has_none_now(
+    tmp_path: Path, text_file: str
+) -> None:
+    train.fit(begin(tmp_path / "run", text_file, recipe="dss", norm="rms", steps=2))
+    without_frames(tmp_path / "run")
+    folder = checkpoint.read_record(tmp_path / "run")[0]
+    content = json.loads((folder / checkpoint.RECORD).read_text())
+    content["record"]["config"]["norm"] = "paper"
+    content["sha256"] = checkpoint._digests(folder, content["record"])
+    (folder / checkpoint.RECORD).write_text(json.dumps(content))
+    assert train.load_model(tmp_path / "run")[0].arguments["norm"] == "rms"
+
+
 def test_token_bins_are_compared_by_content(tmp_path: Path, text_file: str) -> None:
     bins = tmp_path / "bins"
     assert main(["data", text_file, "--tokenizer", "byte", "--out", str(bins)]) == 0

@@ -19,10 +19,11 @@ from recur import train
 from recur.train import TASKS, InputError
 from recur.train.compare import compare
 from recur.train.config import Settings
-from recur.train.models import parameters, read_recipes, solve_width, with_paper_depth
+from recur.train.models import read_recipes, solve_width, with_paper_depth
 from recur.train.run import configured
 from recur.train.tasks.lra import OPERATORS, SYMBOLS, symbols, tree
 from recur.train.tasks.synthetic import group_table
+from recur.weights import parameter_count
 
 TINY = {"recipe": "gla:heads=2", "dim": 16, "depth": 1, "steps": 2, "batch": 4, "every": 2, "evaluate": 4}
 
@@ -348,7 +349,7 @@ def test_distillation_alternates(tmp_path: Path, text_file: str, teacher: str) -
 
 
 def test_a_model_of_ours_teaches(tmp_path: Path, text_file: str) -> None:
-    """In a process of its own, where nothing else has told transformers of such models."""
+    """In a process of its own, where nothing else has registered such models with transformers."""
     from recur.hf import RecurConfig, RecurForCausalLM
 
     RecurForCausalLM(RecurConfig(recipe="gla", vocab_size=256, dim=8, depth=1)).save_pretrained(tmp_path / "ours")
@@ -448,7 +449,7 @@ def test_the_width_for_a_size() -> None:
     for recipe in ("longhorn", "hgrn2:heads=2", "gss:state=8", "llama:heads=2,bias=true"):
         settings = solve_width(task, Settings(recipe=recipe, depth=2), 60_000)
         model = task.build(settings)
-        assert parameters(model) == pytest.approx(60_000, rel=0.1)
+        assert parameter_count(model) == pytest.approx(60_000, rel=0.1)
         model(**task.inputs(task.batch("valid", 0, 1)))  # llama turns pairs of a head's channels: they must be even
     with pytest.raises(InputError, match=r"no width of longhorn has about 100 parameters: the nearest is [\d,]+ at"):
         solve_width(task, Settings(recipe="longhorn"), 100)

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from recur import LanguageModel, presets, train
 from recur.train import InputError, Settings, Training, checkpoint
 from recur.train.plot import draw_comparison, draw_curve, running_mean, spread
-from recur.train.trainer import decay_groups, evaluate, learning_rate, mfu
+from recur.train.trainer import evaluate, learning_rate, mfu
+from recur.weights import decay_groups
 
 TINY = {"recipe": "longhorn", "dim": 16, "depth": 1, "steps": 6, "batch": 2, "length": 16, "every": 2}
 
@@ -331,7 +332,7 @@ from torch.distributed.fsdp import fully_shard
 
 from recur import LanguageModel, presets
 from recur.train import checkpoint
-from recur.train.trainer import decay_groups
+from recur.weights import decay_groups
 
 dist.init_process_group("gloo")
 mesh, folder, rank = init_device_mesh("cpu", (2,)), Path(sys.argv[1]), dist.get_rank()

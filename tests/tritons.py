@@ -16,13 +16,13 @@ HERE = Path(__file__).parent
 ROWS = ("gla", "gated-delta-net", "longhorn")
 # Bytes per thread that programs spill, measured; what is not named spills none.
 SPILLS: dict[str, dict[str, int]] = {
-    "3.4": {"gla repair": 1576, "gated-delta-net forward": 32, "gated-delta-net adjoint": 96},
+    "3.4": {"gla gradients_exact": 1576, "gated-delta-net forward": 32, "gated-delta-net backward_states": 96},
     "3.9": {
-        "gla gradient": 32,
-        "gla repair": 1448,
-        "gated-delta-net solve": 72,
-        "gated-delta-net adjoint": 24,
-        "gated-delta-net gradient": 256,
+        "gla backward_inputs": 32,
+        "gla gradients_exact": 1448,
+        "gated-delta-net solve_tril": 72,
+        "gated-delta-net backward_states": 24,
+        "gated-delta-net backward_inputs": 256,
     },
 }
 LAWS = {

@@ -26,11 +26,12 @@ from recur.blocks.glue import (
     Dropout,
     LowRank,
     Map,
+    Multiply,
     Norm,
     PositionTaps,
     Project,
+    Rename,
     Reshape,
-    Reverse,
     Scale,
     ScaleGrad,
     ShortConv,
@@ -39,7 +40,6 @@ from recur.blocks.glue import (
     TapConv,
     TokenShift,
     Unbind,
-    Weigh,
     both_ways,
     down_and_right,
     in_grid,
@@ -48,10 +48,11 @@ from recur.blocks.glue import (
 )
 from recur.blocks.hidden import DenseCarry, DenseFusion, DenseRead
 from recur.blocks.language_model import Block, LanguageModel
+from recur.blocks.leave import join
 from recur.blocks.loop import Loop
 from recur.blocks.mixer import Mixer, MixerOut
 from recur.blocks.scans import DeltaScan, FixedScan, GatedScan, OnlineScan, OuterScan, PoleScan, SelectiveScan, WideScan
-from recur.blocks.stabilise import Count, Normalise, Stabilise
+from recur.blocks.stabilise import AppendOne, DivideByLast, Stabilise
 from recur.blocks.state import detach, nbytes
 from recur.blocks.wide import (
     DataDecay,
@@ -66,18 +67,21 @@ from recur.blocks.wide import (
     Trapezoid,
     ValueResidual,
 )
-from recur.recipe import Chain
+from recur.recipe import Chain, Reverse, above
 
 PARTS = (
-    Act, Along, Attention, BoundedDecay, Chain, Complex, ComplexGate, Count, DataDecay, DataRotary, Decay,
-    DeltaScan, DenseCarry, DenseFusion, DenseRead, Dropout, FeedbackKey, FixedDecay, FixedScan, FlooredDecay,
-    ForgettingAttention, GatedAttention, GatedScan, Gather, KeyedRate, Learned, LogLinearScan, Loop, LowerBounds,
-    LowRank, Map, MesaScan, MomentumScan, Norm, Normalise, OjaScan, OnlineScan, OuterScan, OutputGate, Phase,
-    PoleScan, PositionTaps, PowerDecay, Previous, Project, RealImag, RelPos, RemovalKeys, Repeat, Reshape,
-    RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, SelfTerm, ShortConv, Skip, SlotScan,
-    Smoothing, Spread, Stabilise, StepDecay, Sum, TapConv, TokenShift, Trapezoid, Unbind, ValueResidual, Weigh,
-    WideScan,
+    Act, Along, AppendOne, Attention, BoundedDecay, Chain, Complex, ComplexGate, DataDecay, DataRotary, Decay,
+    DeltaScan, DenseCarry, DenseFusion, DenseRead, DivideByLast, Dropout, FeedbackKey, FixedDecay, FixedScan,
+    FlooredDecay, ForgettingAttention, GatedAttention, GatedScan, Gather, KeyedRate, Learned, LogLinearScan,
+    Loop, LowerBounds, LowRank, Map, MesaScan, MomentumScan, Multiply, Norm, OjaScan, OnlineScan, OuterScan,
+    OutputGate, Phase, PoleScan, PositionTaps, PowerDecay, Previous, Project, RealImag, RelPos, RemovalKeys,
+    Rename, Repeat, Reshape, RetentionScale, Reverse, Rotary, Scale, ScaleGrad, SelectiveScan, SelfTerm,
+    ShortConv, Skip, SlotScan, Smoothing, Spread, Stabilise, StepDecay, Sum, TapConv, TokenShift, Trapezoid,
+    Unbind, ValueResidual, WideScan,
 )  # fmt: skip
+
+above.parts |= {part.__name__: part for part in PARTS}
+above.join = join
 
 WAYS = (both_ways, down_and_right, in_grid, in_series, one_way)
 

@@ -226,10 +226,6 @@ class MomentumScan(Part):
     scale: float | str = 1.0
     out: str = "y"
 
-    @property
-    def unrolled(self) -> bool:
-        return True
-
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         H, _ = axes.same(self.q, self.k, self.p)
         axes.must(self.beta, (H,))
@@ -247,8 +243,8 @@ class MomentumScan(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         names = (self.q, self.k, self.p, self.v, self.decay, self.momentum, self.beta, self.eta)
-        options = {"initial_state": state, "cu_seqlens": flow.cu_seqlens, "scale": weights.scale}
-        y, state = momentum_scan(*(flow[name] for name in names), **options)
+        read = [flow[name] for name in names]
+        y, state = momentum_scan(*read, scale=weights.scale, **scan_options(flow, state))
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
@@ -281,10 +277,6 @@ class LogLinearScan(Part):
     decay: str = "log_a"
     weights: str = "w"
     out: str = "y"
-
-    @property
-    def unrolled(self) -> bool:
-        return True  # where it goes on from a state
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         axes.rank(self.q, 2)

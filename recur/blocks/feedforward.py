@@ -7,7 +7,7 @@ from functools import partial
 
 from recur.axes import RecipeError
 from recur.blocks.gates import OutputGate
-from recur.blocks.glue import Act, Project, TokenShift
+from recur.blocks.glue import Act, Multiply, Project, TokenShift
 from recur.recipe import Recipe
 
 SHARE = "1-(i/D)**(1-layer/depth)"  # of the token before: more for early channels, less in every deeper layer
@@ -29,7 +29,7 @@ def gated(
     """y = W3 (act(W1 x) * W2 x); act "identity" is the bilinear unit.  Shazeer 2020, arXiv:2002.05202."""
     return Recipe(
         Project("x", z="F", h="F", bias=bias, init=init),
-        OutputGate("z", act=act, out="h"),
+        Multiply("h", by="z", act=act),
         Project("h", y="D", bias=bias, init=out_init or init),
         axes={"F": hidden},
         source="arXiv:2002.05202",

@@ -501,7 +501,6 @@ class OutputGate(Part):
     Args:
         gate: z, the other branch, of the axes of y.
         act: its activation.
-        out: y.
 
     >>> recur.blocks.OutputGate("g", act="sigmoid").formula()
     'y <- y * sigmoid(g)'
@@ -509,21 +508,18 @@ class OutputGate(Part):
 
     gate: str = "z"
     act: str = "silu"
-    out: str = "y"
 
     def __post_init__(self) -> None:
         activation(self.act)
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return {self.out: axes.same(self.out, self.gate)}
+        return {"y": axes.same("y", self.gate)}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        y = output_gate(flow[self.out], flow[self.gate], act=self.act, form=flow.form)
-        return flow.set(**{self.out: y}), None
+        return flow.set(y=output_gate(flow["y"], flow[self.gate], act=self.act, form=flow.form)), None
 
     def formula(self) -> str:
-        gate = self.gate if self.act == "identity" else f"{self.act}({self.gate})"
-        return f"{self.out} <- {self.out} * {gate}"
+        return f"y <- y * {self.gate if self.act == 'identity' else f'{self.act}({self.gate})'}"
 
 
 RATES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {  # law -> of beta and |k|^2; its formula

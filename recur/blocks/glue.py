@@ -17,10 +17,9 @@ from recur.axes import Spec, spec
 from recur.blocks.cache import extend, fresh, row_of
 from recur.primitives.conv import causal_convs, token_shift
 from recur.primitives.fixed import tap_conv
-from recur.primitives.forms import mirror
-from recur.primitives.gates import activation, scale_gradient, weigh
+from recur.primitives.gates import activation, output_gate, scale_gradient, weigh
 from recur.primitives.norms import KINDS, normalise
-from recur.recipe import Around, Axes, Flow, Part, Recipe, RecipeError, Site, State
+from recur.recipe import Around, Axes, Flow, Part, Recipe, RecipeError, Reverse, Site, State
 from recur.shapes import readable
 from recur.weights import Init, Param, Weights, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
 
@@ -475,31 +474,43 @@ class Scale(Part):
 
 
 @dataclass(frozen=True)
-class Weigh(Part):
-    """Multiply a tensor by another one of its first axes: Weigh("u", by="delta", to="v"), u [H P], delta [H].
+class Multiply(Part):
+    """Multiply a tensor by another one, of the same or of its first axes: x <- x * act(w).
 
     Args:
-        source: the tensor.
-        by: the other one, whose axes are the first ones of it.
+        source: x, such as u [H P].
+        by: w, of the axes of x or of the first of them, such as delta [H].
+        act: a function of w first, as in `Act`.
         to: where the result goes; in place when omitted.
 
-    >>> recur.blocks.Weigh("u", by="delta", to="v").formula()
-    'v = delta u'
+    >>> from recur.blocks import Multiply
+    >>> Multiply("u", by="i", act="sigmoid").formula(), Multiply("u", by="delta", to="v").formula()
+    ('u <- u * sigmoid(i)', 'v = u * delta')
     """
 
     source: str
     by: str
+    act: str = "identity"
     to: str | None = None
+
+    def __post_init__(self) -> None:
+        activation(self.act)
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         _leading(axes, self.source, axes[self.by])
         return {self.to or self.source: axes[self.source]}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.to or self.source: weigh(flow[self.source], flow[self.by], form=flow.form)}), None
+        x, w = flow[self.source], flow[self.by]
+        if x.ndim == w.ndim:
+            y = output_gate(x, w, act=self.act, form=flow.form)
+        else:
+            y = weigh(x, activation(self.act)(w), form=flow.form)
+        return flow.set(**{self.to or self.source: y}), None
 
     def formula(self) -> str:
-        return f"{self.to or self.source} {'=' if self.to else '<-'} {self.by} {self.source}"
+        factor = self.by if self.act == "identity" else f"{self.act}({self.by})"
+        return f"{self.to or self.source} {'=' if self.to else '<-'} {self.source} * {factor}"
 
 
 @dataclass(frozen=True)
@@ -639,6 +650,31 @@ class Sum(Part):
 
 
 @dataclass(frozen=True)
+class Rename(Part):
+    """The same tensor under a further name: Rename("h", "y").
+
+    Args:
+        source: the tensor.
+        to: its further name.
+
+    >>> recur.blocks.Rename("h", "y").formula()
+    'y = h'
+    """
+
+    source: str
+    to: str
+
+    def shapes(self, axes: Axes) -> Mapping[str, Spec]:
+        return {self.to: axes[self.source]}
+
+    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
+        return flow.set(**{self.to: flow[self.source]}), None
+
+    def formula(self) -> str:
+        return f"{self.to} = {self.source}"
+
+
+@dataclass(frozen=True)
 class Reshape(Part):
     """The same channels under other axes, as many: Reshape("y", "D") puts heads side by side.
 
@@ -736,35 +772,6 @@ class Map(Part):
 
     def formula(self) -> str:
         return f"{self.out} = {getattr(self.fn, '__name__', 'fn')}({', '.join(self.reads.split())})"
-
-
-@dataclass(frozen=True)
-class Reverse(Around):
-    """Run parts from the last token to the first: the anti-causal half of a bidirectional recipe.
-
-    Args:
-        parts: what is run.
-
-    >>> from recur.blocks import Decay, GatedScan, Project, Reverse
-    >>> recur.Recipe(Project("x", u="D", z="D"), Decay("z"), Reverse((GatedScan("u"),))).causal
-    False
-    """
-
-    parts: tuple[Part, ...] = ()
-
-    def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        mirrored = {name: tensor.flip(1) for name, tensor in flow.tensors.items()}
-        borders = mirror(flow.cu_seqlens, flow["x"].shape[1])
-        seen = flow.position if borders is None else flow.position.flip(0)
-        inner = dataclasses.replace(flow, tensors=mirrored, cu_seqlens=borders, position=seen)
-        inner, state = self.body(inner, weights, None)
-        made = {name: tensor.flip(1) for name, tensor in inner.tensors.items() if tensor is not mirrored.get(name)}
-        if borders is not None:
-            state = torch.utils._pytree.tree_map(lambda leaf: leaf.flip(0), state)
-        return flow.set(**made), state
-
-    def formula(self) -> str:
-        return "right to left: " + "; ".join(part.formula() for part in self.parts)
 
 
 @dataclass(frozen=True)

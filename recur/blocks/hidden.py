@@ -110,7 +110,7 @@ class DenseRead(_OfStates):
     """A scan, and what this layer's query reads in the states of the `layers` layers below, let in by a gate.
 
     y = S_t^T q + act(gate) * sum_{i <= layers} (S_t of layer l-i)^T q: fused states that are read and not carried on. A
-    shallower state is never stored but scanned again, one scan a layer, from what that layer has written.
+    shallower state is never stored but scanned again, one scan per layer, from what that layer has written.
 
     Args:
         scan: an OuterScan, DeltaScan, OnlineScan or SelectiveScan.

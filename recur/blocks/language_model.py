@@ -21,7 +21,7 @@ from recur.blocks.mixer import Mixer, Published
 from recur.blocks.state import POSITION, Layout, detach, fitting, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
 from recur.primitives.loss import linear_cross_entropy
-from recur.recipe import Common, Flow, Frame, Recipe, State
+from recur.recipe import Axes, Common, Flow, Frame, Recipe, Site, State, named
 from recur.shapes import accumulation_dtype, bind, expect, pick, readable
 from recur.weights import (
     Embedding,
@@ -30,9 +30,10 @@ from recur.weights import (
     Param,
     bias_init,
     call,
-    declared,
+    decay_groups,
     matrix_init,
     normal,
+    parameter_count,
     uniform,
     watched,
 )
@@ -153,7 +154,9 @@ class StreamNorm(nn.Module):
     def __init__(self, norm: Norm | None, dim: int) -> None:
         super().__init__()
         self.norm = norm
-        self.weights = None if norm is None else norm.build(Recipe(norm, Norm("x", to="y")).site(dim))
+        self.weights = (
+            None if norm is None else norm.build(Site({"D": dim}, Axes({"x": ("D",)}, "LanguageModel: norm")))
+        )
 
     def forward(self, x: Tensor, form: str = "auto") -> Tensor:
         if self.norm is None:
@@ -179,13 +182,6 @@ def _fill_embedding(weight: Tensor, fill: Init, padding: int | None) -> None:
     fill(weight)
     if padding is not None:
         weight[padding] = 0
-
-
-def _recipes(recipes: str | Sequence[Recipe | str]) -> list[Recipe]:
-    """Recipes, those that are words read."""
-    from recur.presets.words import named  # presets are built from blocks
-
-    return named(recipes)
 
 
 class LanguageModel(nn.Module):
@@ -250,7 +246,7 @@ class LanguageModel(nn.Module):
         head_bias: bool = False,
         frozen: bool = False,
     ) -> None:
-        recipe = recipe if isinstance(recipe, Recipe) else _recipes(recipe)
+        recipe = recipe if isinstance(recipe, Recipe) else named(recipe)
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         recipes = [recipe] if isinstance(recipe, Recipe) else list(recipe)
@@ -343,7 +339,7 @@ class LanguageModel(nn.Module):
         in_place: bool = False,
         evaluate: bool = False,
     ) -> tuple[Tensor, State]:
-        """The stack without its doors: embedded tokens [B T D] to the normalised stream [B T D], and the state.
+        """The blocks alone: embedded tokens [B T D] to the normalised stream [B T D], and the state.
 
         in_place: T is 1, and the state may be overwritten; evaluate: no dropout, even in training mode.
         """
@@ -406,7 +402,7 @@ class LanguageModel(nn.Module):
             room = self.positions.weight.shape[0]
             if readable(at) and int(at.max()) >= room:
                 raise ValueError(
-                    f"LanguageModel: it has {room} learned positions, got a text of {int(at.max()) + 1} tokens"
+                    f"LanguageModel: it has {room} learned positions, got a sequence of {int(at.max()) + 1} tokens"
                 )
             return x + self.positions(at)
         rate = 10000.0 ** -(torch.arange(0, self.dim, 2, dtype=torch.float64, device=x.device) / self.dim)
@@ -637,15 +633,7 @@ class LanguageModel(nn.Module):
         >>> [group["weight_decay"] for group in torch.optim.AdamW(model.decay_groups(0.1)).param_groups]
         [0.1, 0.0]
         """
-        known = {id(weight) for weight, _ in declared(self)}
-        undeclared = [n for n, weight in self.named_parameters() if weight.requires_grad and id(weight) not in known]
-        if undeclared:
-            raise TypeError(f"decay_groups: every weight must be declared by a Param, got {', '.join(undeclared)}")
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for weight, param in declared(self):
-            if param.trainable:
-                groups[param.decay].append(weight)
-        return [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+        return decay_groups(self, weight_decay)
 
     def extra_repr(self) -> str:
-        return f"D={self.dim}, {self.depth} layers, {sum(weight.numel() for weight in self.parameters()):,} parameters"
+        return f"D={self.dim}, {self.depth} layers, {parameter_count(self):,} parameters"

@@ -19,7 +19,7 @@ from recur.weights import call, watched
 class Leave(Part):
     """Parts that follow each other and all change the same tensor: a Skip, then a Norm and an OutputGate in any order.
 
-    Not written in recipes: `fuse` finds the parts in a chain, whose weights and names stay as they are. Where the
+    Not written in recipes: `join` finds the parts in a chain, whose weights and names stay as they are. Where the
     kernel does not compute a call, or a hook wants one of their modules to be called, they run one by one.
     """
 
@@ -64,13 +64,15 @@ def _written(part: Part) -> str | None:
     """The tensor a part of this kind changes in place; None for any other part."""
     if isinstance(part, Norm):
         return part.source if part.to in (None, part.source) else None
-    if isinstance(part, Skip) or (isinstance(part, OutputGate) and part.act in kernel.GATES):
+    if isinstance(part, OutputGate):
+        return "y" if part.act in kernel.GATES else None
+    if isinstance(part, Skip):
         return part.out
     return None
 
 
-def fuse(parts: Sequence[Part]) -> int:
-    """How many of the first of these parts are one Leave: 1 if only the first, or none, is of that kind."""
+def join(parts: Sequence[Part]) -> tuple[int, Part]:
+    """How many of the first of these parts run as one, and what runs: a Leave, or the first by itself."""
     kinds: list[type[Part]] = []
     name = _written(parts[0])
     for part in parts:
@@ -78,4 +80,5 @@ def fuse(parts: Sequence[Part]) -> int:
         if name is None or _written(part) != name or not isinstance(part, allowed) or type(part) in kinds:
             break
         kinds.append(type(part))
-    return max(1, len(kinds))
+    count = max(1, len(kinds))
+    return count, parts[0] if count == 1 else Leave(tuple(parts[:count]))

@@ -21,7 +21,7 @@ from recur.blocks.glue import Dropout
 from recur.blocks.state import Leaf, layout
 from recur.fields import read_part
 from recur.primitives.operators import in_graph, one_node
-from recur.recipe import Around, Axes, Flow, Part, Site, State, inside
+from recur.recipe import Around, Axes, Flow, Part, Site, State, above, inside
 from recur.weights import Weights, watched
 
 
@@ -162,10 +162,8 @@ def _between(flow: Flow, begin: int, end: int) -> Flow:
 @functools.lru_cache(maxsize=256)
 def _read(description: str) -> tuple[Loop, Any]:
     """The loop that `_describe` described, and its modules without numbers."""
-    from recur.blocks import PARTS
-
     given = json.loads(description)
-    loop = read_part(given["loop"], {kind.__name__: kind for kind in PARTS}, "Loop")
+    loop = read_part(given["loop"], above.parts, "Loop")
     axes = Axes({name: tuple(axes) for name, axes in given["written"].items()}, "Loop")
     with torch.device("meta"):
         return loop, loop.build_body(Site(given["sizes"], axes, given["depth"], given["layer"]))
@@ -235,7 +233,7 @@ def _fake(
     weights: list[Tensor],
     state: list[Tensor],
 ) -> list[Tensor]:
-    """As many tokens and states as the first token tells of."""
+    """As many tokens and states as the first token has."""
     x = tokens[names.split().index("x")]
     (B, T), n = x.shape[:2], position.shape[0]
     first = [tensor if tensor.shape[1] == 1 else tensor[:, :1] for tensor in tokens]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from recur.axes import RecipeError
 from recur.blocks.state import POSITION, Layout, fitting, layout, nbytes, overwrite, passed
 from recur.primitives.forms import check_packing, state_count
-from recur.recipe import Common, Flow, Recipe, State
+from recur.recipe import Common, Flow, Recipe, State, read_one
 from recur.shapes import bind, expect
-from recur.weights import declared
+from recur.weights import declared, parameter_count
 
 
 class MixerOut(NamedTuple):
@@ -71,8 +71,6 @@ class Mixer(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(recipe, str):
-            from recur.presets.words import read_one
-
             recipe = read_one(recipe)
         if not isinstance(recipe, Recipe):
             raise TypeError(f"Mixer: recipe must be a Recipe, got {type(recipe).__name__}")
@@ -240,13 +238,9 @@ class Mixer(nn.Module):
         ):
             writes = ", ".join(f"{name} {list(site.size(axes))}" for name, axes in wrote.items())
             state = nbytes(part.init_state(place, 1, None)) if part.causal else 0
-            rows.append((key, writes, f"{_count(weights[key]):,}", f"{state:,}"))
+            rows.append((key, writes, f"{parameter_count(weights[key]):,}", f"{state:,}"))
         total = sum(int(row[3].replace(",", "")) for row in rows[1:])
-        rows.append(("total", "", f"{_count(self):,}", f"{total:,}" if self.recipe.causal else "not causal"))
+        rows.append(("total", "", f"{parameter_count(self):,}", f"{total:,}" if self.recipe.causal else "not causal"))
         wide = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}" for a, b, c, d in rows]
         return f"Mixer at D={self.dim}\n" + "\n".join(lines)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())

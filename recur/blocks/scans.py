@@ -93,9 +93,10 @@ class GatedScan(Part):
         return f"h_t = exp({self.decay}) * h_{{t-1}} + {self.source}, {self.out} = h_t"
 
 
-@dataclass(frozen=True)
 class StateScan(Part):
     """A scan whose state a query reads; what was written can be read again with another one."""
+
+    out: str  # a field of every one
 
     def written(self, flow: Flow, weights: Any) -> dict[str, Any]:
         """The arguments of the scan that make its states."""
@@ -107,7 +108,7 @@ class StateScan(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         y, state = self.scan(flow, weights, self.written(flow, weights), state)
-        return flow.set(**{self.out: y}), state  # type: ignore[attr-defined]
+        return flow.set(**{self.out: y}), state
 
 
 @dataclass(frozen=True)
@@ -393,15 +394,15 @@ def _log_index(weight: Tensor) -> None:
     weight.copy_(torch.arange(1.0, weight.shape[-1] + 1, device=weight.device).log())
 
 
-@dataclass(frozen=True)
 class _PolesScan(Part):
     """A scan with constant complex poles of what is in `source` [V]."""
 
-    source: str
-    N: str = "N"
+    source: str  # fields of both
+    N: str
+    out: str
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
-        return {self.out: axes.rank(self.source, 1)}  # type: ignore[attr-defined]
+        return {self.out: axes.rank(self.source, 1)}
 
     def init_state(self, site: Site, batch: int, max_len: int | None) -> State:
         return _complex(site.memory(batch, *site.of(self.source), *site.size(self.N)))
@@ -412,7 +413,7 @@ class _PolesScan(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         y, state = _run(flow, state, fixed_scan, fixed_step, {"x": flow[self.source]}, **self.constants(weights))
-        return flow.set(**{self.out: y}), state  # type: ignore[attr-defined]
+        return flow.set(**{self.out: y}), state
 
 
 @dataclass(frozen=True)
@@ -431,6 +432,8 @@ class FixedScan(_PolesScan):
     'z = -exp(rho) + i exp(eta), S_t = e^z S_{t-1} + u, y = Re sum_n C (e^z - 1)/z S_t'
     """
 
+    source: str
+    N: str = "N"
     frequency: str = "exp"
     out: str = "y"
 
@@ -473,6 +476,8 @@ class PoleScan(_PolesScan):
     'z = dt (-exp(r) + i w), S_t = e^z S_{t-1} + u, y = Re sum_n 2 C dt (e^z - 1)/z S_t'
     """
 
+    source: str
+    N: str = "N"
     out: str = "y"
 
     def params(self, site: Site) -> Mapping[str, Param]:

@@ -24,7 +24,7 @@ class Stabilise(Part):
         decay: log_a [H].
         write: i [H], the log of the input gate.
         key: k [H K].
-        floor: where exp(-m) goes, for Normalise.
+        floor: where exp(-m) goes, for DivideByLast.
 
     >>> recur.blocks.Stabilise().formula()
     'm_t = max(log_a + m_{t-1}, i), log_a <- log_a + m_{t-1} - m_t, k <- exp(i - m_t) k, floor = exp(-m_t)'
@@ -60,13 +60,13 @@ class Stabilise(Part):
 
 
 @dataclass(frozen=True)
-class Count(Part):
+class AppendOne(Part):
     """A 1 at the end of every value, so that a scan also sums up its keys: v [H V] -> [H V+1].
 
     Args:
         source: the values.
 
-    >>> recur.blocks.Count("v").formula()
+    >>> recur.blocks.AppendOne("v").formula()
     'v <- [v, 1]'
     """
 
@@ -84,14 +84,14 @@ class Count(Part):
 
 
 @dataclass(frozen=True)
-class Normalise(Part):
+class DivideByLast(Part):
     """Divide what a scan has read by what it has counted: y [H V+1] -> y_{1..V} / max(|y_{V+1}|, floor) [H V].
 
     Args:
         floor: a number, or the name of a tensor [H].
         source: y, what the scan has read.
 
-    >>> recur.blocks.Normalise("floor").formula()
+    >>> recur.blocks.DivideByLast("floor").formula()
     'y <- y_{1..V} / max(|y_{V+1}|, floor)'
     """
 

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from recur.convert.keys import renamed, unwrapped
+from recur.convert.keys import renamed
 from recur.convert.load import arguments, build, from_official, names, state_dict_in, to_official
 from recur.reading import InputError, one_line, read_json
+from recur.weights import parameter_count, unwrapped
 
 PICKLED = (".pt", ".pth", ".bin")
 ENDINGS = (".safetensors", *PICKLED)
@@ -273,8 +274,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             write_checkpoint(target, to_official(arguments.goal, module))
     except (ValueError, NotImplementedError) as error:
         raise CheckpointError(str(error)) from error
-    parameters = sum(weight.numel() for weight in module.parameters())
-    print(f"{target}: {arguments.goal or f'{name} as a module of recur'}, {parameters:,} parameters")
+    print(f"{target}: {arguments.goal or f'{name} as a module of recur'}, {parameter_count(module):,} parameters")
     return 0
 
 

@@ -14,17 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recur.weights import unwrapped
+
 Place = Callable[[Any, Tensor], Mapping[str, Tensor]]  # the part, its weight -> official names and views
 Keys = Mapping[str, "str | Place"]
-
-# What torch's wrappers call the module inside: torch.compile, DDP, FSDP, activation checkpointing.
-WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-def unwrapped(name: str) -> str:
-    """A key without the names of wrappers, at any depth: "_orig_mod.layers.0.module.weight" is "layers.0.weight"."""
-    *modules, tensor = name.split(".")
-    return ".".join([*(module for module in modules if module not in WRAPPERS), tensor])
 
 
 def renamed(where: str, names: Iterable[str], rename: Callable[[str], str]) -> dict[str, str]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recur.convert.keys import unwrapped
 from recur.convert.official import Official
 from recur.convert.table import OFFICIAL
+from recur.weights import unwrapped
 
 WRAPPED = ("state_dict", "model_state_dict", "model", "module")  # where training scripts put a state_dict
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recur.convert.keys import Keys, renamed, unwrapped, views
+from recur.convert.keys import Keys, renamed, views
+from recur.weights import unwrapped
 
 
 def _nothing(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.utils import ModelOutput
 
@@ -320,3 +320,7 @@ def projections(model: nn.Module) -> list[str]:
         for matrix, weight in module.named_parameters(recurse=False)
         if weight.ndim == 2
     ]
+
+
+AutoConfig.register("recur", RecurConfig, exist_ok=True)
+AutoModelForCausalLM.register(RecurConfig, RecurForCausalLM, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Published architectures as recipes, one file a paper: functions that return a Recipe. `names()` lists them."""
+"""Published architectures as recipes, one file per paper: functions that return a Recipe. `names()` lists them."""
 
 from recur.presets.comba import comba
 from recur.presets.delta_net import delta_net, efla, gated_delta_net, kaczmarz, kda

@@ -3,13 +3,13 @@
 from recur.blocks import (
     Act,
     FeedbackKey,
+    Multiply,
     Norm,
     OutputGate,
     Project,
     Repeat,
     ShortConv,
     StepDecay,
-    Weigh,
     WideScan,
 )
 from recur.presets.delta_net import smooth_unit
@@ -55,7 +55,7 @@ def comba(
         enter, feedback,
         Act("beta", "sigmoid"), StepDecay(rates=(0.0, 16.0)),
         *smooth_unit("q", "k", "p"),
-        Repeat("p", "H"), Weigh("p", by="beta", to="e"),
+        Repeat("p", "H"), Multiply("p", by="beta", to="e"),
         WideScan(erase="e", erase_from="previous", write="beta", scale="1/sqrt(K)"),
         *leave,
         Project("y", y="D", name="leave"),

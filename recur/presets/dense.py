@@ -25,7 +25,7 @@ def _gates(**names: Spec) -> Project:
 
 
 def dense(recipe: Recipe, names: str, *, layers: int = 1) -> Recipe:
-    """The recipe with these tensors fused, before its scan, with those of the layers below: one gate a name.
+    """The recipe with these tensors fused, before its scan, with those of the layers below: one gate per name.
 
     Args: names: such as "k v"; layers: how many layers below.
     Source: He et al. 2024, arXiv:2403.00818.

@@ -1,6 +1,6 @@
 """Diagonal plus low rank: any erase key and any removal key, beside a decay per key channel."""
 
-from recur.blocks import Act, Decay, LowRank, Norm, OutputGate, Project, Weigh, WideScan
+from recur.blocks import Act, Decay, LowRank, Multiply, Norm, OutputGate, Project, WideScan
 from recur.presets.delta_net import smooth_unit
 from recur.recipe import Recipe
 
@@ -26,7 +26,7 @@ def dplr(*, heads: int | str = "max(4,D//128)", rank: int | str = 16, tau: float
         Project("x", q="H K", k="H K", e="H K", v="H V", g="H V"),
         Project("x", z=LowRank("H K", rank="R", bias=True), r=LowRank("H K", rank="R", bias=True)),
         Decay("z", tau=tau), Act("r", "sigmoid"),
-        *smooth_unit("e"), Weigh("e", by="r", to="b"),
+        *smooth_unit("e"), Multiply("e", by="r", to="b"),
         WideScan(erase="e", erase_from="previous", remove="b", scale="1/sqrt(K)"),
         Norm("y", over="V"), OutputGate("g"),
         Project("y", y="D"),

@@ -3,13 +3,13 @@
 from recur.blocks import (
     Act,
     LowRank,
+    Multiply,
     Norm,
     OutputGate,
     Project,
     Repeat,
     ShortConv,
     StepDecay,
-    Weigh,
     WideScan,
 )
 from recur.presets.delta_net import smooth_unit
@@ -53,7 +53,7 @@ def gated_delta_net2(
         enter,
         Act("b w", "sigmoid"), *reach, StepDecay(),
         *smooth_unit("q", "k"),
-        Weigh("k", by="b", to="e"), Repeat("log_a", "H"),
+        Multiply("k", by="b", to="e"), Repeat("log_a", "H"),
         WideScan(erase="e", write="w", scale="1/sqrt(K)"),
         Norm("y", over="V", eps=eps, name="read_norm"), OutputGate("g", act="sigmoid"),
         Project("y", y="D", name="leave"),

@@ -1,6 +1,6 @@
 """The GateLoop author's later unit: a gated recurrence of real numbers, linear or not."""
 
-from recur.blocks import Act, Decay, GatedScan, Loop, OutputGate, Project, Scale, Sum
+from recur.blocks import Act, Decay, GatedScan, Loop, Multiply, OutputGate, Project, Rename, Scale, Sum
 from recur.recipe import Part, Recipe
 from recur.shapes import pick
 
@@ -36,10 +36,10 @@ def gated_linear_rnn(
     return Recipe(
         Project("x", tuple((name, "E") for name in names.split()), bias=True, init="lecun"),
         Act("z", input_act),
-        OutputGate("i", act="sigmoid", out="z"),
+        Multiply("z", by="i", act="sigmoid"),
         *decay,
         GatedScan("z", out="h"),
-        Sum("h"),
+        Rename("h", "y"),
         Act("y", hidden_act),
         OutputGate("o", act="sigmoid"),
         Project("y", y="M", bias=True, init="lecun"),

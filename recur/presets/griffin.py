@@ -1,6 +1,6 @@
 """Griffin's recurrent layer: a gated diagonal recurrence whose gates are powers of learned constants."""
 
-from recur.blocks import GatedScan, OutputGate, PowerDecay, Project, ShortConv
+from recur.blocks import GatedScan, Multiply, OutputGate, PowerDecay, Project, ShortConv
 from recur.recipe import Recipe
 
 
@@ -24,8 +24,8 @@ def rg_lru(*, expand: float = 1, conv: int = 4, power: float = 8.0) -> Recipe:
         ShortConv("u", width=conv, act="identity"),
         Project("u", r="E", i="E", bias=True, init="lecun"),
         PowerDecay("r", power=power),
-        OutputGate("i", act="sigmoid", out="u"),
-        OutputGate("k", act="identity", out="u"),
+        Multiply("u", by="i", act="sigmoid"),
+        Multiply("u", by="k"),
         GatedScan("u"),
         OutputGate("g", act="gelu"),
         Project("y", y="D", init="lecun"),

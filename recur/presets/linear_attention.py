@@ -1,6 +1,6 @@
 """Linear attention: softmax replaced by a positive feature of queries and keys."""
 
-from recur.blocks import Act, Count, Normalise, OuterScan, Project
+from recur.blocks import Act, AppendOne, DivideByLast, OuterScan, Project
 from recur.recipe import Recipe
 
 
@@ -20,9 +20,9 @@ def linear_attention(*, heads: int | str = "max(4,D//32)", feature: str = "1+elu
     return Recipe(
         Project("x", q="H K", k="H K", v="H K"),
         Act("q k", feature),
-        Count("v"),
+        AppendOne("v"),
         OuterScan(decay=None),
-        Normalise(floor=eps),
+        DivideByLast(floor=eps),
         Project("y", y="D"),
         axes={"H": heads, "K": "D/H"},
         source="Katharopoulos et al. 2020, arXiv:2006.16236",

@@ -1,6 +1,6 @@
 """Log-linear attention: a state per level of a binary tree over the past, each read with a weight of its own."""
 
-from recur.blocks import Act, LogLinearScan, Norm, OutputGate, Project, ShortConv, StepDecay, Weigh
+from recur.blocks import Act, LogLinearScan, Multiply, Norm, OutputGate, Project, ShortConv, StepDecay
 from recur.recipe import Recipe
 
 
@@ -27,7 +27,7 @@ def log_linear_attention(
     return Recipe(
         Project("x", q="G K", k="G K", v="H V", g="H V", dt="H", w="H L"),
         ShortConv("q k v", width=conv),
-        StepDecay(), Weigh("v", by="delta"), Act("w", "softplus"),
+        StepDecay(), Multiply("v", by="delta"), Act("w", "softplus"),
         LogLinearScan(),
         Norm("y", over="V"), OutputGate("g"),
         Project("y", y="D"),

@@ -1,8 +1,8 @@
-"""Mamba-2: a selective state space with one decay a head, so that matmuls can share it."""
+"""Mamba-2: a selective state space with one decay per head, shared by the matrix products."""
 
 from typing import Any
 
-from recur.blocks import Norm, OuterScan, OutputGate, Project, ShortConv, Skip, StepDecay, Weigh
+from recur.blocks import Multiply, Norm, OuterScan, OutputGate, Project, ShortConv, Skip, StepDecay
 from recur.recipe import Part, Recipe
 
 GATE_THEN_NORM = (OutputGate("z"), Norm("y", groups="G"))
@@ -50,7 +50,7 @@ def mamba2(
         Project("x", z="H P", u="H P", B="G N", C="G N", dt="H", bias=bias, init="linear_zero", name="enter"),
         ShortConv("u B C", width=conv, bias=conv_bias),
         StepDecay(limit=limit, rates=rates),
-        Weigh("u", by="delta", to="v"),
+        Multiply("u", by="delta", to="v"),
         OuterScan(q="C", k="B"),
         Skip("u", over=skip),
         *leave,
@@ -78,5 +78,5 @@ def mamba2_mlp(*, mlp: int | str = "D", bias: bool = False, **options: Any) -> R
         "x", g="M", m="M", z="H P", u="H P", B="G N", C="G N", dt="H", bias=bias, init="linear_zero", name="enter"
     )
     leave = Project("m y", y="D", bias=bias, init="residual", name="leave")
-    parts = (enter, *alone.parts[1:-1], OutputGate("g", out="m"), leave)
+    parts = (enter, *alone.parts[1:-1], Multiply("m", by="g", act="silu"), leave)
     return alone.like(*parts, axes={**alone.axes, "M": mlp})

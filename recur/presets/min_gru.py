@@ -1,6 +1,6 @@
 """minGRU: a GRU whose gate does not look at the state."""
 
-from recur.blocks import Decay, GatedScan, OutputGate, Project, Scale
+from recur.blocks import Decay, GatedScan, Multiply, Project, Scale
 from recur.recipe import Recipe
 
 
@@ -17,7 +17,7 @@ def min_gru(*, expand: int = 1) -> Recipe:
     """
     return Recipe(
         Project("x", z="E", u="E"),
-        OutputGate("z", act="sigmoid", out="u"),
+        Multiply("u", by="z", act="sigmoid"),
         Scale("z", "-1"),
         Decay("z"),
         GatedScan("u"),

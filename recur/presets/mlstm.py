@@ -1,6 +1,18 @@
 """mLSTM: a matrix memory with exponential input gates."""
 
-from recur.blocks import Count, Decay, Learned, Norm, Normalise, OuterScan, OutputGate, Project, Scale, Stabilise, Sum
+from recur.blocks import (
+    AppendOne,
+    Decay,
+    DivideByLast,
+    Learned,
+    Norm,
+    OuterScan,
+    OutputGate,
+    Project,
+    Scale,
+    Stabilise,
+    Sum,
+)
 from recur.recipe import Recipe
 
 
@@ -26,7 +38,7 @@ def mlstm(*, heads: int | str = "max(4,D//256)") -> Recipe:
         Sum("f b", out="f"),
         Decay("f"),
         Scale("k", "1/sqrt(K)"),
-        Stabilise(), Count("v"), OuterScan(), Normalise("floor"),
+        Stabilise(), AppendOne("v"), OuterScan(), DivideByLast("floor"),
         Norm("y", kind="layer", over="K", affine="weight"),
         OutputGate("o", act="sigmoid"),
         Project("y", y="D"),

@@ -1,6 +1,6 @@
 """S4D: a diagonal state space with constant poles for every channel."""
 
-from recur.blocks import Act, OutputGate, PoleScan, Project, Skip, Sum
+from recur.blocks import Act, OutputGate, PoleScan, Project, Rename, Skip
 from recur.recipe import Recipe
 
 
@@ -18,7 +18,7 @@ def s4d(*, state: int = 32) -> Recipe:
     torch.Size([1, 64, 16])
     """
     return Recipe(
-        Sum("x", out="u"),
+        Rename("x", "u"),
         PoleScan("u"),
         Skip("u", mean=0.0, std=1.0),
         Act("y", "gelu"),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recur import blocks, presets
 from recur.axes import RecipeError, shown
 from recur.fields import check_types
-from recur.own import Own
 from recur.reading import one_line, read_json, unknown
-from recur.recipe import Recipe
+from recur.recipe import Recipe, above
+
+if TYPE_CHECKING:
+    from recur.own import Own
 
 
 def read(words: str, own: Own | None = None) -> list[Recipe]:
@@ -24,31 +26,19 @@ def read(words: str, own: Own | None = None) -> list[Recipe]:
 
     Raises: RecipeError naming the preset (and near ones), the option or the file that is of no use.
     """
-    own = own or Own()
+    parts, recipes = ((), {}) if own is None else (own.parts, own.recipes)
     pieces = [words] if words.startswith("@") else words.split("+")
-    return [_file(Path(piece[1:]), own) if piece.startswith("@") else _named(piece, own.recipes) for piece in pieces]
+    return [_file(Path(piece[1:]), parts) if piece.startswith("@") else _named(piece, recipes) for piece in pieces]
 
 
-def named(recipes: str | Sequence[Recipe | str]) -> list[Recipe]:
-    """Recipes, those that are words read.   Raises: RecipeError as `read`."""
-    if isinstance(recipes, str):
-        return read(recipes)
-    return [read_one(recipe) if isinstance(recipe, str) else recipe for recipe in recipes]
+above.read = read
 
 
-def read_one(words: str) -> Recipe:
-    """The recipe that words name.   Raises: RecipeError as `read`, or if there are several."""
-    recipes = read(words)
-    if len(recipes) != 1:
-        raise RecipeError(f"a layer has one recipe, got {len(recipes)} in {shown(words)}")
-    return recipes[0]
-
-
-def _file(place: Path, own: Own) -> Recipe:
+def _file(place: Path, parts: Iterable[type]) -> Recipe:
     try:
-        return Recipe.from_dict(read_json(place), own.parts)
+        return Recipe.from_dict(read_json(place), parts)
     except ValueError as error:
-        hint = "" if own.parts or "is no part of recur" not in str(error) else "; --import FILE.py brings parts"
+        hint = "" if parts or "is no part of recur" not in str(error) else "; --import FILE.py brings parts"
         raise RecipeError(f"cannot read a recipe from {place}: {one_line(error)}{hint}") from error
 
 

@@ -6,11 +6,11 @@ from einops import rearrange
 from torch import Tensor
 
 from recur.primitives.chunks import Documents, Rows, carry, cut
-from recur.primitives.decay import ChunkDecays, as_complex, as_real, chunk_decays, lay_out, lower_product, rotated
+from recur.primitives.decay import ChunkDecays, chunk_decays, lay_out, lower_product, rotated
 from recur.primitives.diagonal import gated_scan, like_batch
 from recur.primitives.forms import ScanOut
+from recur.primitives.layout import as_complex, as_real, to_heads
 from recur.primitives.operators import add_to, one_node
-from recur.primitives.reference import to_heads
 from recur.primitives.solve import solve_tril
 from recur.primitives.state_pass import chunked_state_pass, kept
 from recur.shapes import all_finite

@@ -418,13 +418,3 @@ def rotated(
         size if size.shape[-1] == 1 else torch.cat([size, size], -1),
         torch.complex(cos[..., -1, :], sin[..., -1, :]),
     )
-
-
-def as_complex(state: Tensor) -> Tensor:
-    """Real above imaginary part [... 2K V] -> complex [... K V]."""
-    return torch.complex(*state.chunk(2, -2))
-
-
-def as_real(state: Tensor) -> Tensor:
-    """Complex [... K V] -> real above imaginary part [... 2K V]."""
-    return torch.cat([state.real, state.imag], -2)

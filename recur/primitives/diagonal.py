@@ -1,4 +1,4 @@
-"""The diagonal recurrence h_t = a_t h_{t-1} + x_t, one number a channel, on which the other elementwise scans stand."""
+"""The diagonal recurrence h_t = a_t h_{t-1} + x_t, one number per channel; other elementwise scans stand on it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
-from recur.primitives.forms import ScanOut, check_packing, choose_form, document_of, first_state, right_to_left, unroll
+from recur.kernels.packing import document_starts
+from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.operators import batched_at, operator, remember
 from recur.shapes import accumulation_dtype, bind, check_given, check_number, readable, without_autocast
 
@@ -210,12 +211,6 @@ def gate(log_decay: Tensor) -> Tensor:
         return size
     phase = log_decay.imag
     return torch.complex(size * phase.cos(), size * phase.sin())
-
-
-def document_starts(cu_seqlens: Tensor, length: int) -> Tensor:
-    """[T] bool: whether a document starts at this token."""
-    document = document_of(cu_seqlens, length)
-    return torch.cat([document.new_full((1,), -1), document])[:length] != document
 
 
 def enter_documents(a: Tensor, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ def online_step(x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor, *,
         return step(query, key, value, None, state[..., None], beta=beta)[..., 0].to(x.dtype)
 
 
-# Doors: checks, groups, and what each family makes of its arguments
+# Public functions: checks, groups, and what each family makes of its arguments
 
 
 def _check(
@@ -303,7 +303,7 @@ _step_size = operator(
 def _delta(
     sizes: dict[str, Any], x: Tensor, rate: Tensor, k: Tensor, q: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k [B T G N], v [B T V 1] and beta [B T V] of the delta rule with one head a channel."""
+    """q, k [B T G N], v [B T V 1] and beta [B T V] of the delta rule with one head per channel."""
     real = accumulation_dtype(x, rate, k, q, state)
     x, rate = x.to(real), rate.to(real)
     k, q = (_slots(tensor.to(real), sizes)[..., 0] for tensor in (k, q))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recur.kernels.packing import document_of, mirror, state_count
 from recur.shapes import ShapeError, readable
 
 
@@ -149,11 +150,6 @@ def right_to_left(scan: Callable[..., ScanOut]) -> Callable[..., ScanOut]:
     return flipped
 
 
-def state_count(batch: int, cu_seqlens: Tensor | None) -> int:
-    """How many states a scan begins and ends with: one a row, or one a document of the packed row."""
-    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def first_state(
     x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
@@ -202,14 +198,3 @@ def check_packing(
 
 def _brief(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:7]))}, ...]"
-
-
-def mirror(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
-    """Document borders of the row read from its end."""
-    return None if cu_seqlens is None else length - cu_seqlens.flip(0)
-
-
-def document_of(cu_seqlens: Tensor, length: int) -> Tensor:
-    """[T]: the document each token lies in."""
-    tokens = torch.arange(length, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens.to(tokens.dtype)[1:].contiguous(), tokens, right=True)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recur.primitives.forms import ScanOut, document_of
+from recur.primitives.forms import ScanOut, document_of, first_state, state_count
+from recur.primitives.operators import one_node
 from recur.shapes import ShapeError, accumulation_dtype, bind, readable
 
 
@@ -38,7 +39,8 @@ def log_linear_scan(
         position:      [B] tokens seen before the first; zeros when omitted.
         cu_seqlens:    [n+1] document borders; states are then [n L H K V].
         form:          "recurrent", the token loop with L states; "parallel", all pairs of tokens, from an empty state;
-                       "chunked" and "auto" are "parallel" from an empty state and "recurrent" otherwise.
+                       "chunked" and "auto" are "parallel" from an empty state and "recurrent" otherwise. In a graph
+                       all but "recurrent" are one node with first derivatives.
 
     Returns: y [B T H V] of v's dtype; state [B L H K V].
     Raises: ShapeError if axes disagree, ValueError if a sequence is longer than the levels reach (on a CPU),
@@ -54,17 +56,39 @@ def log_linear_scan(
         "log_linear_scan", q=(q, "B T G K"), k=(k, "B T G K"), v=(v, "B T H V"), log_decay=(log_decay, "B T H")
     )
     bind("log_linear_scan", v=(v, "B T H V"), weights=(weights, "B T H L"))
-    H, G, T, L = sizes["H"], sizes["G"], sizes["T"], weights.shape[3]
+    H, G = sizes["H"], sizes["G"]
     if G == 0 or H % G:
         raise ShapeError(f"log_linear_scan: G must divide H, got G={G} (q) and H={H} (v)")
     if form not in ("auto", "recurrent", "chunked", "parallel"):
         raise NotImplementedError(
             f"log_linear_scan: form={form!r} is not available here; these are: recurrent, chunked, parallel"
         )
+    if form == "parallel" and (initial_state is not None or position is not None):
+        raise NotImplementedError(
+            "log_linear_scan: form='parallel' begins with an empty state; form='recurrent' goes on"
+        )
+    run = _run if form == "recurrent" else _node
+    return ScanOut(*run(form, q, k, v, log_decay, weights, initial_state, position, cu_seqlens))
+
+
+def _run(
+    form: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    weights: Tensor,
+    initial_state: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """y [B T H V] of v's dtype and the state [n L H K V]."""
+    B, T, H, V = v.shape
+    K, L = q.shape[3], weights.shape[3]
     real = accumulation_dtype(q, k, v, log_decay, weights, initial_state)
-    q, k = (x.to(real).repeat_interleave(H // G, 2) for x in (q, k))
+    q, k = (x.to(real).repeat_interleave(H // q.shape[2], 2) for x in (q, k))
     v_wide, decay, w = v.to(real), log_decay.to(real), weights.to(real)
-    rows = sizes["B"] if cu_seqlens is None else len(cu_seqlens) - 1
+    rows = state_count(B, cu_seqlens)
     seen = torch.zeros(rows, dtype=torch.long, device=q.device) if position is None else position
     document = torch.arange(rows, device=q.device)[:, None].expand(rows, T)
     at = seen[:, None] + torch.arange(T, device=q.device)
@@ -73,17 +97,32 @@ def log_linear_scan(
         at = (seen[document[0]] + torch.arange(T, device=q.device) - cu_seqlens[document[0]])[None]
     if readable(at) and at.numel() and int(at.max()) >= 2 ** (L - 1):
         raise ValueError(f"log_linear_scan: L={L} levels reach {2 ** (L - 1)} tokens, got {int(at.max()) + 1}")
-    start = q.new_zeros(rows, L, H, q.shape[3], v.shape[3]) if initial_state is None else initial_state.to(real)
-    fresh = initial_state is None and position is None
-    if form == "parallel" and not fresh:
-        raise NotImplementedError(
-            "log_linear_scan: form='parallel' begins with an empty state; form='recurrent' goes on"
-        )
-    if form != "recurrent" and fresh and T:
+    if form != "recurrent" and initial_state is None and position is None and T:
         y, state = _pairs(q, k, v_wide, decay, w, at, document, rows)
     else:
+        start = first_state(v, (L, H, K, V), real, initial_state, cu_seqlens)
         y, state = _loop(q, k, v_wide, decay, w, at, document, start)
-    return ScanOut(y.to(v.dtype), state)
+    return y.to(v.dtype), state
+
+
+def _fake(
+    form: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    weights: Tensor,
+    initial_state: Tensor | None,
+    position: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    real = accumulation_dtype(q, k, v, log_decay, weights, initial_state)
+    B, _, H, V = v.shape
+    state = (state_count(B, cu_seqlens), weights.shape[3], H, q.shape[3], V)
+    return v.new_empty(v.shape), v.new_empty(state, dtype=real)
+
+
+_node = one_node("recur::log_linear_scan", _run, _fake)
 
 
 def _pairs(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recur.primitives.forms import ScanOut, first_state, unroll
+from recur.primitives.forms import ScanOut, first_state, state_count, unroll
+from recur.primitives.operators import one_node
 from recur.shapes import accumulation_dtype, bind
 
 
@@ -22,6 +23,7 @@ def momentum_scan(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float = 1.0,
+    form: str = "auto",
 ) -> ScanOut:
     """Gradient descent with momentum on the error of what p reads: a token loop.
 
@@ -39,8 +41,11 @@ def momentum_scan(
         initial_state: [B 2 H K V] S and M; zeros when omitted.
         cu_seqlens:    [n+1] document borders; states are then [n 2 H K V].
         scale:         factor on y.
+        form:          "recurrent", the token loop; "chunked" and "auto", the same loop, in a graph as one node with
+                       first derivatives.
 
-    Returns: y [B T H V]; state [B 2 H K V].   Raises: ShapeError if axes disagree.
+    Returns: y [B T H V]; state [B 2 H K V].
+    Raises: ShapeError if axes disagree, NotImplementedError for another form.
     Cost: T steps, each O(H K V): an error stays in M for many tokens, so this is no wide step.
 
     >>> x, ones = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1)
@@ -53,13 +58,10 @@ def momentum_scan(
     vectors = {"q": q, "k": k, "p": p}
     letters = {name: (x, "B T H") for name, x in numbers.items()} | {n: (x, "B T H K") for n, x in vectors.items()}
     bind("momentum_scan", v=(v, "B T H V"), **letters)
-    real = accumulation_dtype(v, *numbers.values(), *vectors.values(), initial_state)
-    tokens = {name: x.to(real) for name, x in {**numbers, **vectors, "v": v}.items()}
-    start = first_state(v, (2, v.shape[2], q.shape[3], v.shape[3]), real, initial_state, cu_seqlens)
-    if v.shape[1] == 0:
-        return ScanOut(v, start)
-    y, state = unroll(momentum_step, start, cu_seqlens, **{**tokens, "q": tokens["q"] * scale})
-    return ScanOut(y.to(v.dtype), state)
+    if form not in ("auto", "recurrent", "chunked"):
+        raise NotImplementedError(f"momentum_scan: form={form!r} is not available here; these are: recurrent, chunked")
+    loop = _loop if form == "recurrent" else _node
+    return ScanOut(*loop(q, k, p, v, *numbers.values(), initial_state, cu_seqlens, scale))
 
 
 def momentum_step(
@@ -80,3 +82,49 @@ def momentum_step(
     M = log_momentum.exp()[..., None, None] * M - (rate[..., None] * k)[..., None] * error[..., None, :]
     S = log_decay.exp()[..., None, None] * S - step[..., None, None] * M
     return torch.einsum("bhkv,bhk->bhv", S, q), torch.stack([S, M], 1)
+
+
+def _loop(
+    q: Tensor,
+    k: Tensor,
+    p: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    log_momentum: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """One token after another: y [B T H V] of v's dtype and the state [n 2 H K V]."""
+    names = ("q", "k", "p", "v", "log_decay", "log_momentum", "step", "rate")
+    given = (q, k, p, v, log_decay, log_momentum, step, rate)
+    real = accumulation_dtype(*given, initial_state)
+    start = first_state(v, (2, v.shape[2], q.shape[3], v.shape[3]), real, initial_state, cu_seqlens)
+    if v.shape[1] == 0:
+        return v, start
+    tokens = {name: x.to(real) for name, x in zip(names, given, strict=True)}
+    y, state = unroll(momentum_step, start, cu_seqlens, **{**tokens, "q": tokens["q"] * scale})
+    return y.to(v.dtype), state
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    p: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    log_momentum: Tensor,
+    step: Tensor,
+    rate: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    real = accumulation_dtype(q, k, p, v, log_decay, log_momentum, step, rate, initial_state)
+    B, _, H, V = v.shape
+    return v.new_empty(v.shape), v.new_empty(state_count(B, cu_seqlens), 2, H, q.shape[3], V, dtype=real)
+
+
+_node = one_node("recur::momentum_scan", _loop, _fake)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from einops import repeat
 from torch import Tensor
 
 from recur.primitives.diagonal import gate
+from recur.primitives.layout import to_heads
 
 
 def wide_step(
@@ -53,8 +53,3 @@ def wide_step(
     if bonus is None:
         return torch.einsum("bhkv,brhk->brhv", new.real, q), new
     return torch.einsum("bhkv,brhk->brhv", state.real, q) + (q * bonus * k).sum(-1, keepdim=True) * v, new
-
-
-def to_heads(x: Tensor, heads: int) -> Tensor:
-    """[... G K] -> [... H K]: every head its group's."""
-    return x if x.shape[-2] == heads else repeat(x, "... G K -> ... (G r) K", r=heads // x.shape[-2])

@@ -184,7 +184,7 @@ def step(
     check_state("step", state, number)
     if log_decay is not None and not token_decay:
         given = given._replace(log_decay=log_decay[None])
-    if kernel.takes_step(q.shape[-1], state, lacks=_wide(given, previous, rank=3)):
+    if kernel.takes_step(q.shape[-1], state, _wide(given, previous, rank=3)):
         return _launch(given, state, scale)
     with torch.no_grad(), without_autocast(state):
         present = {name: x for name, x in given._asdict().items() if x is not None and name != "bonus"}

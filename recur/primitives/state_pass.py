@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recur.primitives.decay import as_complex, as_real
 from recur.primitives.diagonal import like_batch
+from recur.primitives.layout import as_complex, as_real
 from recur.primitives.operators import batched_at, operator, remember
 from recur.shapes import all_finite, readable
 

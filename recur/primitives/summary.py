@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recur.primitives.decay import as_complex, as_real
 from recur.primitives.diagonal import gate
+from recur.primitives.layout import as_complex, as_real
 from recur.primitives.scan import scan
 from recur.shapes import accumulation_dtype
 

@@ -2,7 +2,7 @@
 
     check(my_recipe, dim=32)                            every law that applies holds, or LawBroken says where it fails
     check(my_scan, strategies.gated_scans())            the same for a function (tensors by name) -> (y, state)
-    check(my_recipe, laws=["splits"], report=print)     one law, told when it is found to hold
+    check(my_recipe, laws=["splits"], report=print)     one law, reported when it holds
 
 `recur.testing.laws` states the laws. Inputs of a scan unlike recur's are drawn by a strategy that yields `Inputs`.
 Needs hypothesis: pip install -e '.[test]' in a clone.

@@ -1,4 +1,4 @@
-"""The laws: what every recurrence owes, one function a law, named as the law, its docstring the statement.
+"""The laws that every recurrence must satisfy: one function per law, named as the law; its docstring is the statement.
 
 A law draws inputs and whatever else it needs, computes something in two ways, and raises LawBroken with the largest
 difference if they are not equal. Equal means: in float64, values and the gradients to every input, to 1e-9 of the

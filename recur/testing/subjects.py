@@ -167,7 +167,6 @@ class Layer(_Subject):
         parts = list(parts_of(recipe.parts))
         self.exact_gradients = all(part.exact_gradients for part in parts)
         self.in_grid = any(isinstance(part, Along) for part in parts)
-        self.unrolled = any(part.unrolled for part in parts)
         self.inputs = strategies.layers(self)
         self.smooth_inputs = strategies.layers(self, loudness=("plain",))  # silence is a corner of norms
 

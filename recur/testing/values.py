@@ -1,4 +1,4 @@
-"""Checks of values, on any device: what the public doors cannot look at without stalling a GPU."""
+"""Checks of values on any device; the public functions cannot read values without stalling a GPU."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recur.train.config import InputError
+from recur.weights import unwrapped
 
 MODEL, TRAINER, RECORD, CONFIG = "model.safetensors", "trainer.safetensors", "record.json", "config.json"
 VERSION = 2  # of the layout of a checkpoint; the first had no "version" and no Record.data
@@ -284,11 +285,6 @@ def rng_tensors() -> dict[str, Tensor]:
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every weight once, by the name it has in the model without wrappers."""
     return {unwrapped(name): weight for name, weight in model.named_parameters()}
-
-
-def unwrapped(name: str) -> str:
-    """The name of a weight without what torch.compile, at any depth, and data parallelism, at the top, put into it."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -22,10 +22,11 @@ from recur.train import checkpoint, config
 from recur.train.config import InputError, Settings, known
 from recur.train.lock import hold
 from recur.train.machine import use_compiler, use_threads, with_threads
-from recur.train.models import parameters, read_recipes
+from recur.train.models import read_recipes
 from recur.train.run import TASKS, chosen, configured, finish, load_model, report, setup
 from recur.train.tokenize import pieces
 from recur.train.trainer import Training, fit, mfu, prepare
+from recur.weights import parameter_count
 
 Command = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
 LAUNCH = "on many devices: accelerate launch -m recur train gla --device cuda"
@@ -163,7 +164,7 @@ def _task(arguments: argparse.Namespace) -> int:
     again = f"go on with: {_resuming(arguments, out)}"
     for recipe in task.recipes(settings):
         show(recipe)
-    show(f"\ndepth {settings.depth}, width {settings.dim}: {parameters(run.plain_model):,} parameters{machine}\n")
+    show(f"\ndepth {settings.depth}, width {settings.dim}: {parameter_count(run.plain_model):,} parameters{machine}\n")
     with tqdm(
         total=settings.steps, desc=settings.recipe, initial=run.step, unit="step", disable=not run.is_main
     ) as bar:

@@ -17,10 +17,11 @@ import torch
 
 from recur.reading import InputError, read_json
 from recur.train.config import Settings
-from recur.train.models import parameters, solve_width, with_paper_depth
+from recur.train.models import solve_width, with_paper_depth
 from recur.train.run import TASKS, configured, finish
 from recur.train.task import Task
 from recur.train.trainer import Training, fit, prepare
+from recur.weights import parameter_count
 
 # What papers say of two recipes on a task: the first one does better. Read off the abstracts; sizes there are larger.
 CLAIMS = (
@@ -84,7 +85,7 @@ def compare(
             run = _started(task, replace(chosen, seed=seed), layers, out)
             try:
                 result |= _trained(run)
-            except Exception as error:  # recorded, and told in the report: one failure must not cost the rest
+            except Exception as error:  # recorded, and listed in the report: one failure must not cost the rest
                 result["error"] = f"{type(error).__name__}: {error}"
             gc.collect()
             result["seconds"] = round(time.perf_counter() - began, 1)
@@ -142,7 +143,7 @@ def _trained(run: Training) -> dict[str, Any]:
     return {
         "dim": settings.dim,
         "depth": settings.depth,
-        "parameters": parameters(run.plain_model),
+        "parameters": parameter_count(run.plain_model),
         "steps": run.step,
         "stopped": run.stopped,
         "valid": [[point["step"], {n: point[f"valid_{n}"] for n in ("loss", *run.task.metrics)}] for point in measured],

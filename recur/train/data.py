@@ -87,7 +87,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens to learn from, to be judged by, and (where there are some) to be tested on; `digest` tells them apart."""
+    """Tokens to learn from, to be judged by, and (where there are some) to be tested on; `digest` identifies them."""
 
     tokenizer: Tokenizer
     train: Tokens

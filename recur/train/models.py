@@ -1,4 +1,4 @@
-"""Models from settings: a language model, or a stack with another door in and out; and the width that a size needs."""
+"""Models from settings: a language model, or a stack with other layers in and out; the width that a size needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recur.own import Own
 from recur.presets import words
 from recur.train.config import InputError, Settings
 from recur.train.machine import check_memory
-from recur.weights import Linear, Param, normal, zeros
+from recur.weights import Linear, Param, normal, parameter_count, zeros
 
 
 def read_recipes(text: str, own: Own | None = None) -> list[Recipe]:
@@ -44,22 +44,22 @@ def language_model(recipes: Sequence[Recipe], settings: Settings, vocab_size: in
     arguments = {**around(settings), "tie": settings.head == "tied", **more}
     try:
         with torch.device("meta"):
-            size = parameters(LanguageModel(recipes, vocab_size=vocab_size, **arguments))
-    except ValueError as error:  # a width that does not divide, told in the recipe's letters
+            size = parameter_count(LanguageModel(recipes, vocab_size=vocab_size, **arguments))
+    except ValueError as error:  # a width that does not divide, said in the recipe's letters
         raise InputError(f"{settings.recipe} cannot be built with --dim {settings.dim}: {error}") from error
     check_memory(size, f"{settings.recipe} with --dim {settings.dim} and --depth {settings.depth}")
     return LanguageModel(recipes, vocab_size=vocab_size, **arguments)
 
 
 class SequenceModel(nn.Module):
-    """A stack between a linear or embedding door in and a linear door out.
+    """A stack between a linear or embedding input layer and a linear output layer.
 
     Args:
         inputs:  channels of a continuous input x [B T inputs] (a constant channel is added), or with
         tokens:  their number, for ids [B T].
         outputs: numbers predicted.
         pool:    "token" for one prediction a token [B T outputs]; "mean" for one a row [B outputs], over the tokens
-                 within `lengths` [B]; "pair" for rows that are two texts [B 2 T]: from [u, v, u - v, u v].
+                 within `lengths` [B]; "pair" for rows that are two sequences [B 2 T]: from [u, v, u - v, u v].
     """
 
     def __init__(
@@ -111,11 +111,6 @@ class SequenceModel(nn.Module):
         return torch.where(inside, h, 0).sum(1) / lengths[:, None].to(h.dtype)
 
 
-def parameters(model: nn.Module) -> int:
-    """How many numbers it learns."""
-    return sum(weight.numel() for weight in model.parameters())
-
-
 def solve_width(task: Any, settings: Settings, target: int) -> Settings:
     """The settings with the width, even below 64 and a multiple of 8 above, whose model is nearest to `target`.
 
@@ -125,7 +120,7 @@ def solve_width(task: Any, settings: Settings, target: int) -> Settings:
     def size(dim: int) -> int | None:
         try:
             with torch.device("meta"):
-                return parameters(task.build(replace(settings, dim=dim)))
+                return parameter_count(task.build(replace(settings, dim=dim)))
         except InputError:
             return None
 

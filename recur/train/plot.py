@@ -22,7 +22,7 @@ Point = Mapping[str, Any]
 
 
 def write_history(out: Path, curve: Sequence[Point], finals: Mapping[str, Mapping[str, float]]) -> None:
-    """curve.csv, one line a step (empty where nothing was measured); history.json with the final evaluations too."""
+    """curve.csv, one line per step (empty where nothing was measured); history.json with the final evaluations too."""
     names = list(dict.fromkeys(name for point in curve for name in point))
     with (out / "curve.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
@@ -108,7 +108,7 @@ def draw_comparison(
 def looks(names: Sequence[str]) -> list[tuple[str, str]]:
     """A colour and a line for each name. The colour is decided by the recipe's preset alone, whatever else is drawn.
 
-    The line tells apart what has the same colour: widths and options of a preset, and presets beyond `FIRST`.
+    The line style separates what has the same colour: widths and options of a preset, and presets beyond `FIRST`.
     """
     from recur import presets
 

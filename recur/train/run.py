@@ -15,6 +15,7 @@ from recur.train.models import language_model
 from recur.train.tasks import TASKS
 from recur.train.tokenize import Tokenizer, tokenizer_of
 from recur.train.trainer import Training, evaluate, prepare, recorded_recipes
+from recur.weights import parameter_count
 
 
 def start(task: str, out: Path, choices: Mapping[str, Any], *, resume: bool = False) -> Training:
@@ -84,7 +85,7 @@ def _write_report(run: Training, finals: Mapping[str, Mapping[str, float]]) -> N
 
     task = run.task
     write_history(run.out, run.curve, finals)
-    size = sum(weight.numel() for weight in run.plain_model.parameters())
+    size = parameter_count(run.plain_model)
     title = f"{task.name}: {run.settings.recipe}, {size / 1e6:.2f}M parameters"
     look: dict[str, Any] = {"title": title, "unit": task.unit, "metrics": task.metrics, "levels": task.levels()}
     look |= {"chance": task.chance(), "final": finals.get("valid")}

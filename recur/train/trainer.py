@@ -9,14 +9,14 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recur import Recipe, own
+from recur import Recipe, own, presets
 from recur.blocks.language_model import evaluating
 from recur.train import checkpoint
 from recur.train.config import InputError, Settings, known, path, plain, read_file, resolved
@@ -24,14 +24,17 @@ from recur.train.digest import changes, differences, digests
 from recur.train.events import Events
 from recur.train.lock import Held, hold
 from recur.train.machine import backend, compile_layers
-from recur.train.models import describe, parameters
+from recur.train.models import describe
 from recur.train.task import Task, part
-from recur.weights import declared
+from recur.weights import decay_groups, parameter_count
 
 Report = Callable[[float, float], None]
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # bf16 FLOP/s
 # What may change when a run is resumed: what alters no update, and with conditions the learning rate and the steps.
 FREE = ("device", "threads", "keep", "seconds", "accumulate", "recompute", "compile", "every", "lr", "steps", "imports")
+
+# Presets whose runs had feed-forward and norm of their paper when recipes held no frame; all others had an RMS norm.
+FRAMED = ("gateloop", "gla", "gss", "hgrn", "hgrn2", "llama", "retnet", "rwkv", "simple_gateloop")
 
 
 @dataclass
@@ -138,22 +141,6 @@ def prepare(
     for line in notes if first else ():
         say(line)
     return run
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on what is declared so, none on gates, time constants, norms and biases.
-
-    Raises: TypeError if a weight is not declared.
-    """
-    decays = {id(weight): param.decay for weight, param in declared(model)}
-    undeclared = [name for name, weight in model.named_parameters() if id(weight) not in decays]
-    if undeclared:
-        raise TypeError(f"decay_groups: every weight must be declared by a Param, got {', '.join(undeclared)}")
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    return [
-        {"params": [w for w in weights if decays[id(w)]], "weight_decay": weight_decay},
-        {"params": [w for w in weights if not decays[id(w)]], "weight_decay": 0.0},
-    ]
 
 
 def fit(run: Training, report: Report = lambda loss, speed: None) -> None:
@@ -295,7 +282,7 @@ def mfu(run: Training, speed: float) -> float | None:
         return None
     card = torch.cuda.get_device_name()
     peak = next((peak for name, peak in PEAK.items() if name in card), None)
-    size = parameters(run.plain_model)
+    size = parameter_count(run.plain_model)
     return None if peak is None else 6 * size * speed / (peak * run.accelerator.num_processes)
 
 
@@ -525,9 +512,24 @@ def recorded_recipes(record: checkpoint.Record, place: Path, imports: str | Path
     """
     parts = own.of_run(place, record.config.get("imports") if imports is None else imports)
     try:
-        return [Recipe.from_dict(recipe, parts) for recipe in record.recipes]
+        return [Recipe.from_dict(recipe, parts) for recipe in _with_frames(record)]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"this version of recur cannot read the recipe of the run in {place}: {error}") from error
+
+
+def _with_frames(record: checkpoint.Record) -> list[dict[str, Any]]:
+    """The recipes of a run; those recorded without a frame get the one that their preset's name stood for then.
+
+    The name of the first decided what stood around all layers.
+    """
+    words = [piece.partition(":")[0] for piece in str(record.config.get("recipe", "")).split("+")]
+    found = []
+    for i, recipe in enumerate(record.recipes):
+        name = words[i] if i < len(words) else ""
+        if "frame" not in recipe and (name in FRAMED if i == 0 else name in presets.names()):
+            recipe = {**recipe, "frame": asdict(getattr(presets, name)().frame)}
+        found.append(recipe)
+    return found
 
 
 def _initialise(model: nn.Module, place: Path, task: Task, settings: Settings, say: checkpoint.Say) -> None:

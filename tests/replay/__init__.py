@@ -228,7 +228,7 @@ class Module(Case):
 
 
 def gradients(name: str, module: Any) -> dict[str, Tensor]:
-    """Ours under official names: the converter cannot tell a gradient from a weight."""
+    """Ours under official names: the converter treats a gradient like a weight."""
     shadow = copy.deepcopy(module)
     for ours, weight in zip(shadow.parameters(), module.parameters(), strict=True):
         ours.data = torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -89,7 +89,7 @@ def retention(parts: Parts, length: int) -> dict[str, Tensor]:
 
 
 class InMode(Module):
-    """RetNet computes in a mode that its configuration does not tell."""
+    """RetNet computes in a mode that its configuration does not name."""
 
     def arguments(self, vectors: Vectors) -> dict[str, Any]:
         config, given = vectors.config, vectors.arguments

@@ -1,4 +1,4 @@
-"""Images as sequences of pixels, row by row; recipes that know a grid are told its sides."""
+"""Images as sequences of pixels, row by row; recipes that take a grid are given its sides."""
 
 from __future__ import annotations
 

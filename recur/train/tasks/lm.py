@@ -223,7 +223,7 @@ class Distillation(LM):
         super().open(settings)
         from transformers import AutoModelForCausalLM
 
-        import recur.hf  # noqa: F401, whose models can teach too
+        import recur.hf.model  # noqa: F401, whose models can teach too
 
         try:
             teacher = AutoModelForCausalLM.from_pretrained(self.teacher)

@@ -1,0 +1,588 @@
+"""The matrix-state scan, backward: gradients of states, then of what chunks read. Notation: `chunk_scan`."""
+
+# Jitted functions take no annotations but constexpr, join tuples with +, and choose at compile time before run time.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="no-untyped-def, assignment, misc, var-annotated"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from recur.kernels.chunk_scan import (
+    BONUS,
+    CUMULATIVE,
+    LOG_IN,
+    LOG_OUT,
+    all_in_range,
+    at_anchor,
+    decayed_scores,
+    first_phase,
+    head_gates,
+    load_log_decay,
+    load_rotated,
+    log_anchor,
+    state_offsets,
+    token_gates,
+    token_phases,
+)
+from recur.kernels.decay import RESET, chunk_decays, load_gates, masked_sums, pair_decay, tied_key
+from recur.kernels.rotate import load_phases
+from recur.kernels.tiles import (
+    LOG2E,
+    add_to_row,
+    causal,
+    chunk_bounds,
+    load_tile,
+    locate_segment,
+    matrix_ptrs,
+    off_diagonal,
+    store_tile,
+)
+
+
+@triton.jit
+def _enter(
+    enter_ptr, b, h, segment, ends, rows, cols, SCAN: tl.constexpr, MAP: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Parts of the gradient of the state that leaves a segment, zeros where there is no tensor; for the map of a
+    segment that of the scan, which leaves the last segment."""
+    dS = ()
+    for p in tl.static_range(PARTS):
+        cell, mask = state_offsets(rows, cols, SCAN.K - p * rows.shape[0], SCAN.V)
+        state = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
+        if enter_ptr is not None:
+            entry = enter_ptr + (b * SCAN.H + h if MAP else segment) * (SCAN.K * SCAN.V)
+            state = tl.load(entry + p * rows.shape[0] * SCAN.V + cell, mask=mask & ends if MAP else mask, other=0.0)
+        dS = dS + (state,)
+    return dS
+
+
+@triton.jit
+def _dphase(dS, chunk_states_ptr, chunk_head, rows, cols, mask, K, V):
+    """What rotating the state that enters this chunk would do [K]. Rows k and k + K / 2 are one complex row with one
+    anchor_in, which is in what `forward` kept and so not yet in dS."""
+    partner = tl.where(rows < K // 2, rows + K // 2, rows - K // 2)
+    ptrs = chunk_states_ptr + chunk_head * (K * V) + partner[:, None] * V + cols[None, :]
+    dphase = tl.sum(dS * tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), 1)
+    return tl.where(rows < K // 2, -dphase, dphase)
+
+
+@triton.jit(do_not_specialize=["B", "T", "chunk_slots", "tiles", "segments", "span"])
+def backward_states(
+    x, prepared, dy_ptr, error_ptr, chunk_states_ptr,  # Given; Prepared; [B T H V] twice; what `forward` kept
+    dv_ptr, dbeta_ptr, chunk_dstates_ptr,  # [B T H V], [tiles B T H], gradients of the state after every chunk
+    enter_ptr, leave_ptr, dphase_state_ptr,  # [B H segments K V] twice; [tiles chunks H K] of complex gates
+    cu_ptr, B, T, chunk_slots, tiles, segments, span, scale,
+    SCAN: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program owns columns [BLOCK_V] of the gradient of the state of one segment, against the direction of the
+    scan. Without dv it computes the map of a segment alone."""
+    H: tl.constexpr = SCAN.H
+    K: tl.constexpr = SCAN.K
+    V: tl.constexpr = SCAN.V
+    C: tl.constexpr = SCAN.C
+    DOT: tl.constexpr = SCAN.DOT
+    PRECISION: tl.constexpr = SCAN.PRECISION
+    DELTA: tl.constexpr = x.beta is not None
+    MAP: tl.constexpr = dv_ptr is None
+    pid = tl.program_id(0).to(tl.int64)
+    tile, segment = pid % tiles, pid // tiles
+    b, h, index, first, begin, stop, chunk = locate_segment(segment, cu_ptr, H, T, segments, span, C)
+    offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
+    offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
+    group = h * SCAN.GROUPS_IN // H
+    queries, keys = (prepared.q_in, SCAN.GROUPS_IN, group, K), (prepared.k_out, SCAN.GROUPS_IN, group, K)
+    erasers = (prepared.k_in, SCAN.GROUPS_IN, group, K)
+    read = off_diagonal(causal(C, not SCAN.REVERSE)) if SCAN.BEFORE else causal(C, not SCAN.REVERSE)  # [s t]
+    gates = ()
+    if SCAN.DECAY == "scalar":
+        gates = head_gates(x, first, T, h, cu_ptr, SCAN)
+    begins, ends = index == (segments - 1 if SCAN.REVERSE else 0), index == (0 if SCAN.REVERSE else segments - 1)
+    dS = _enter(enter_ptr, b, h, segment, ends, offs_k, offs_v, SCAN, MAP, PARTS)
+
+    chunks = tl.cdiv(stop - begin, C)
+    if MAP:
+        chunks = tl.where(begins, 0, chunks)
+    for i in tl.range(0, chunks, num_stages=STAGES):
+        n = i if SCAN.REVERSE else chunks - 1 - i
+        start = begin + n * C
+        row, inside = first + start, offs < tl.minimum(stop - start, C).to(tl.int32)
+        chunk_head, log_in = (chunk + n) * H + h, 0.0
+        du, A_qk = tl.zeros([C, BLOCK_V], tl.float32), tl.zeros([C, C], tl.float32)  # A_qk [s t]
+        states, anchors = (), ()
+        for p in tl.static_range(PARTS):
+            rows = offs_k + p * BLOCK_K
+            cell, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
+            if not MAP:
+                ptrs = chunk_dstates_ptr + (chunk_head * K + p * BLOCK_K) * V + cell
+                tl.store(ptrs, dS[p].to(chunk_dstates_ptr.dtype.element_ty), mask=in_state)
+            q_in = load_tile(queries, row, offs, inside, rows).to(DOT)
+            k_out = load_tile(keys, row, offs, inside, rows).to(DOT)
+            if p == 0:
+                dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(DOT)
+            state, passing, anchor_in, _ = at_anchor(dS[p], prepared, chunk_head, rows, SCAN)
+            state, anchors = state.to(DOT), anchors + (anchor_in,)
+            if p == 0:
+                dread = dy
+                if SCAN.DECAY == "scalar":
+                    log_in = load_log_decay(prepared.log_decays, chunk_head, C, LOG_IN)
+                    decay_total = tl.exp2(tl.load(prepared.log_total + chunk_head))
+                    dread = dy * (tl.exp2(log_in) * scale)[:, None]
+                elif SCAN.DECAY == "none":
+                    dread = dy * scale
+            if SCAN.DECAY == "scalar":
+                passing = passing * decay_total
+            states = states + (tl.dot(tl.trans(q_in), dread.to(DOT), passing, input_precision=PRECISION),)
+            du = tl.dot(k_out, state, du, input_precision=PRECISION)
+            A_qk = tl.dot(k_out, tl.trans(q_in), A_qk, input_precision=PRECISION)
+        dS = states
+        A_qk = decayed_scores(A_qk, read, gates, prepared, chunk_head, start, offs, inside, log_in, scale, SCAN, True)
+        if SCAN.DECAY == "scalar":
+            du = du * tl.exp2(load_log_decay(prepared.log_decays, chunk_head, C, LOG_OUT))[:, None]
+        du = tl.dot(A_qk.to(DOT), dy, du, input_precision=PRECISION)
+        if SCAN.BEFORE:
+            du += load_log_decay(prepared.log_decays, chunk_head, C, BONUS)[:, None] * dy.to(tl.float32)
+        if DELTA:
+            A_inv = tl.load(prepared.A_inv + chunk_head * (C * C) + offs[None, :] * C + offs[:, None])  # transposed
+            du = tl.dot(A_inv, du.to(DOT), input_precision=PRECISION)
+            beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+            if PARTS == 1:
+                k_in = load_tile(erasers, row, offs, inside, offs_k).to(DOT)
+            if not MAP:
+                error = load_tile((error_ptr, H, h, V), row, offs, inside, offs_v)
+                at = tile * B * T * H + (row + offs) * H + h
+                tl.store(dbeta_ptr + at, tl.sum(du * error, 1), mask=inside)
+            du = du * beta[:, None]
+            dprediction = du * (tl.exp2(log_in) * -1.0)[:, None] if SCAN.DECAY == "scalar" else du * -1.0
+            states = ()
+            for p in tl.static_range(PARTS):
+                if PARTS > 1:
+                    k_in = load_tile(erasers, row, offs, inside, offs_k + p * BLOCK_K).to(DOT)
+                states = states + (tl.dot(tl.trans(k_in), dprediction.to(DOT), dS[p], input_precision=PRECISION),)
+            dS = states
+        if not MAP:
+            store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
+        states = ()
+        for p in tl.static_range(PARTS):
+            state, rows = dS[p], offs_k + p * BLOCK_K
+            if dphase_state_ptr is not None:
+                _, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
+                dphase = _dphase(state, chunk_states_ptr, chunk_head, rows, offs_v, in_state, K, V)
+                at = (tile * chunk_slots + chunk + n) * (H * K) + h * K + rows
+                tl.store(dphase_state_ptr + at, dphase, mask=rows < K)
+            states = states + (state * anchors[p][:, None] if SCAN.DECAY == "key" else state,)
+        dS = states
+
+    if leave_ptr is not None:
+        at = (
+            segment if MAP else b * H + h
+        )  # the gradient of the initial state, from the segment in which the scan begins
+        for p in tl.static_range(PARTS):
+            cell, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
+            mask = in_state if MAP else in_state & begins
+            tl.store(leave_ptr + (at * K + p * BLOCK_K) * V + cell, dS[p], mask=mask)
+
+
+# Gradients of everything that a chunk reads
+
+
+@triton.jit
+def row_gates(gates, start, offs, inside, tile, SCAN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Log gates [C BLOCK_K] of a tile of rows of the state; the absolute value of a complex one belongs to two rows."""
+    K: tl.constexpr = SCAN.K
+    KEYS: tl.constexpr = SCAN.KEYS
+    cols = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
+    if KEYS == K:
+        log_a = load_gates(gates, start, offs, inside, cols, K, "key")
+    elif KEYS % BLOCK_K == 0:
+        log_a, _ = load_phases(gates, start, offs, inside, (tile * BLOCK_K % KEYS).to(tl.int32), KEYS, "key", BLOCK_K)
+    else:
+        log_a = load_gates(gates, start, offs, inside, cols % KEYS, K, "key")
+    return log_a
+
+
+@triton.jit
+def _anchored_decays(log_a, in_range, SCAN: tl.constexpr):
+    """decay_in / anchor_in and decay_out / anchor_out [C K] of key-wise decay."""
+    log_in, log_out, log_total = chunk_decays(log_a, SCAN.REVERSE, SCAN.BEFORE, SCAN.DOT)
+    anchor = log_anchor(log_total, in_range)[None, :]
+    return tl.exp2(log_in - anchor), tl.exp2(log_out - anchor)
+
+
+@triton.jit
+def _score_gradients(
+    dy, u, beta, dv, seen, log_a, log_in, cumulative, in_range, scale, SCAN: tl.constexpr, DELTA: tl.constexpr
+):  # fmt: skip
+    """dA_qk and dA_kk [t s] before their decay; those of a chunk that is not in range are `gradients_exact`'s part."""
+    dA_qk = tl.dot(dy, tl.trans(u), input_precision=SCAN.PRECISION)
+    if DELTA:
+        dA_qk = dA_qk * beta[None, :]
+    if SCAN.DECAY == "scalar":
+        dA_qk = dA_qk * (pair_decay(log_a, log_in, cumulative, SCAN.REVERSE, SCAN.BEFORE, False, SCAN.DOT) * scale)
+    else:
+        dA_qk = tl.where((off_diagonal(seen) if SCAN.BEFORE else seen) & in_range, dA_qk, 0.0)
+    if SCAN.DECAY == "none":
+        dA_qk = dA_qk * scale
+    dA_qk = dA_qk.to(SCAN.DOT)
+    dA_kk = dA_qk
+    if DELTA:
+        dA_kk = tl.dot(dv, tl.trans(u), input_precision=SCAN.PRECISION) * -beta[None, :]
+        if SCAN.DECAY == "scalar":
+            dA_kk = dA_kk * pair_decay(log_a, log_in, cumulative, SCAN.REVERSE, False, False, SCAN.DOT)
+        dA_kk = tl.where(off_diagonal(seen) & in_range, dA_kk, 0.0).to(SCAN.DOT)
+    return dA_qk, dA_kk
+
+
+@triton.jit
+def _load_given(ptr, row, offs, inside, h, cols, SCAN: tl.constexpr):
+    """q or k [C BLOCK_K] as the caller gave it."""
+    tensor = (ptr, SCAN.GROUPS, h * SCAN.GROUPS // SCAN.H, SCAN.K)
+    return load_tile(tensor, row, offs, inside, cols)
+
+
+@triton.jit
+def _reader(
+    dy, S, dA_qk, k_out, queries, row, offs, inside, cols, log_a, log_in, in_range, scale,
+    SCAN: tl.constexpr, GATES_FIRST: tl.constexpr,
+):  # fmt: skip
+    """dq [C BLOCK_K], without the decay of key-wise gates unless GATES_FIRST; q_in; q_in dq, which is part of d log a;
+    and decay_out of key-wise gates if GATES_FIRST."""
+    sums, decay_out = 0.0, 1.0
+    if GATES_FIRST:
+        q_in = load_tile(queries, row, offs, inside, cols).to(SCAN.DOT)
+    dq = tl.dot(dy, tl.trans(S), input_precision=SCAN.PRECISION)
+    if SCAN.DECAY == "scalar":
+        dq = dq * (tl.exp2(log_in) * scale)[:, None]
+    elif SCAN.DECAY == "none":
+        dq = dq * scale
+    dq = tl.dot(dA_qk, k_out, dq, input_precision=SCAN.PRECISION)
+    if not GATES_FIRST:
+        q_in = load_tile(queries, row, offs, inside, cols).to(SCAN.DOT)
+    if SCAN.DECAY == "scalar":
+        sums = tl.sum(q_in * dq, 1)
+    elif SCAN.DECAY == "key":
+        sums = q_in * dq
+    if GATES_FIRST:
+        decay_in, decay_out = _anchored_decays(log_a, in_range, SCAN)
+        dq = dq * (decay_in * scale)
+    return dq, q_in, sums, decay_out
+
+
+@triton.jit
+def _eraser(dv, S, dA_kk, k_out, sums, erasers, row, offs, inside, cols, log_in, SCAN: tl.constexpr):
+    """dk_in [C BLOCK_K] of the delta rule, without the decay of key-wise gates; k_in; `sums` plus k_in dk_in."""
+    dk_in = -tl.dot(dv, tl.trans(S), input_precision=SCAN.PRECISION)
+    if SCAN.DECAY == "scalar":
+        dk_in = dk_in * tl.exp2(log_in)[:, None]
+    dk_in = tl.dot(dA_kk, k_out, dk_in, input_precision=SCAN.PRECISION)
+    k_in = load_tile(erasers, row, offs, inside, cols).to(SCAN.DOT)
+    if SCAN.DECAY == "scalar":
+        sums += tl.sum(k_in * dk_in, 1)
+    elif SCAN.DECAY == "key":
+        sums += k_in * dk_in
+    return dk_in, k_in, sums
+
+
+@triton.jit
+def _writer(
+    u, dS, beta, through, sums, k_out, dA_qk, dA_kk, q_in, k_in, prepared, chunk_head, offs, cols,
+    SCAN: tl.constexpr, DELTA: tl.constexpr,
+):  # fmt: skip
+    """dk [C BLOCK_K], without the decay of key-wise gates. What passes through the chunk or leaves it belongs to
+    d log a of every token: `through` of one gate per head; of key-wise gates it joins `sums` at the last token."""
+    dk = tl.dot(u, tl.trans(dS), input_precision=SCAN.PRECISION)
+    if DELTA:
+        dk = dk * beta[:, None]
+    if SCAN.DECAY == "scalar":
+        dk = dk * tl.exp2(load_log_decay(prepared.log_decays, chunk_head, SCAN.C, LOG_OUT))[:, None]
+        through = tl.sum(through) * tl.exp2(tl.load(prepared.log_total + chunk_head)) + tl.sum(k_out * dk)
+    elif SCAN.DECAY == "key":
+        dk = dk * tl.load(prepared.anchor_in + chunk_head * SCAN.K + cols, mask=cols < SCAN.K, other=0.0)[None, :]
+        through += tl.sum(k_out * dk, 0)
+        sums += tl.where((offs == (0 if SCAN.REVERSE else SCAN.C - 1))[:, None], through[None, :], 0.0)
+    dk = tl.dot(tl.trans(dA_qk), q_in, dk, input_precision=SCAN.PRECISION)
+    if DELTA:
+        dk = tl.dot(tl.trans(dA_kk), k_in, dk, input_precision=SCAN.PRECISION)
+    return dk, through, sums
+
+
+@triton.jit
+def _scalar_dgate(sums, through, k_out, dq, dk, queries, row, offs, inside, cols, SCAN: tl.constexpr):
+    """d log a [C] of one gate per head: reads from t on that reach back before t, less writes before t that leave, plus
+    what passes through."""
+    sums -= tl.sum(k_out * dk, 1)
+    dgate = tl.cumsum(sums, 0, reverse=not SCAN.REVERSE) + through
+    if SCAN.BEFORE:
+        dgate -= tl.sum(load_tile(queries, row, offs, inside, cols) * dq, 1)
+    return dgate
+
+
+@triton.jit
+def _gates_last(
+    sums, dq, dk_in, x, queries, dgate_to, cu_ptr, first, T, h, tile, start, row, out, offs, inside, cols, in_range,
+    scale, SCAN: tl.constexpr, DELTA: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d log a of key-wise gates, stored unless keys are tied; dq and dk_in with their decay; decay_out; log a."""
+    dgate = tl.cumsum(sums, 0, reverse=not SCAN.REVERSE)
+    if SCAN.BEFORE:
+        dgate -= load_tile(queries, row, offs, inside, cols) * dq
+    gates = head_gates(x, first, T, h, cu_ptr, SCAN)  # computed once more: kept from above, it would spill
+    log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
+    dgate = tl.where(log_a <= RESET, 0.0, dgate)
+    if not SCAN.TIED:
+        store_tile(dgate_to, out, offs, inside, cols, dgate)
+    log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
+    decay_in, decay_out = _anchored_decays(log_a, in_range, SCAN)
+    dq = dq * (decay_in * scale)
+    if DELTA:
+        dk_in = dk_in * decay_in
+    return dgate, dq, dk_in, decay_out, log_a
+
+
+# Registers decide where `backward_inputs` loads what, and some tensors are loaded twice:
+#
+#   STATES_TOGETHER  dS is loaded beside S, where there are registers and shared memory for both
+#   GATES_FIRST      key-wise gates are loaded before anything else, where that costs no spills
+#   GATES_LAST       key-wise gates are loaded after the last product; dq waits for them, as it does for a bonus
+#
+# `python tests/test_kernel_compiles.py` prints the bytes that every program spills.
+
+
+@triton.jit(do_not_specialize=["B", "T", "tiles", "documents", "chunks"])
+def backward_inputs(
+    x, prepared, u_ptr, dy_ptr, dv_ptr,  # Given; Prepared; [B T H V], u_ptr v or with beta the error u / β
+    chunk_states_ptr, chunk_dstates_ptr,  # from `forward` and `backward_states`
+    dq_ptr, dk_ptr, dgate_ptr, dbonus_ptr,  # one per block; dgate, with one gate per head, one per tile too
+    cu_ptr, B, T, tiles, documents, chunks, scale,
+    SCAN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program owns rows [BLOCK_K] and columns [BLOCK_V] of the state around one chunk. All that it computes is
+    linear in columns: a state of several BLOCKS of them has as many summands of each gradient."""
+    H: tl.constexpr = SCAN.H
+    K: tl.constexpr = SCAN.K
+    V: tl.constexpr = SCAN.V
+    C: tl.constexpr = SCAN.C
+    SCALAR: tl.constexpr = SCAN.DECAY == "scalar"
+    KEYWISE: tl.constexpr = SCAN.DECAY == "key"
+    DELTA: tl.constexpr = x.beta is not None
+    STATES_TOGETHER: tl.constexpr = KEYWISE or (SCALAR and (DELTA or BLOCK_V <= 128))
+    GATES_FIRST: tl.constexpr = KEYWISE and not DELTA and not SCAN.BEFORE
+    GATES_LAST: tl.constexpr = SCAN.BEFORE or (KEYWISE and DELTA)
+    pid = tl.program_id(0).to(tl.int64)
+    tile, chunk_head, block = pid % tiles, pid // tiles, pid * 0
+    if BLOCKS > 1:
+        block, chunk_head = chunk_head % BLOCKS, chunk_head // BLOCKS
+    chunk, h = chunk_head // H, chunk_head % H
+    first, start, stop = chunk_bounds(chunk, cu_ptr, T, documents, C)
+    if start >= stop:
+        return
+    offs, offs_v = tl.arange(0, C), tl.arange(0, BLOCK_V)
+    if BLOCKS > 1:
+        offs_v += (block * BLOCK_V).to(tl.int32)
+    offs_k = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
+    row, inside = first + start, offs < tl.minimum(stop - start, C).to(tl.int32)
+    out, seen = row + block * B * T, causal(C, SCAN.REVERSE)  # `out`: rows of what is written
+    group = h * SCAN.GROUPS_IN // H
+    queries, keys = (prepared.q_in, SCAN.GROUPS_IN, group, K), (prepared.k_out, SCAN.GROUPS_IN, group, K)
+    cell = chunk_head * (K * V) + offs_k[:, None] * V + offs_v[None, :]
+    in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
+    gates, log_a, log_in, cumulative, beta, dv, dk_in, k_in, in_range = (), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True
+    if SCAN.DECAY != "none":
+        gates = head_gates(x, first, T, h, cu_ptr, SCAN)
+    if KEYWISE:
+        in_range = tl.load(prepared.in_range + chunk_head) != 0
+    if GATES_FIRST:
+        log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
+    if SCALAR:
+        log_a = load_gates(gates, start, offs, inside, offs_k, K, "scalar")
+        log_in = load_log_decay(prepared.log_decays, chunk_head, C, LOG_IN)
+        cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
+
+    dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
+    u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
+    if DELTA:
+        beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+        dv = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
+    S = tl.load(chunk_states_ptr + cell, mask=in_state, other=0.0)
+    if STATES_TOGETHER:
+        dS = tl.load(chunk_dstates_ptr + cell, mask=in_state, other=0.0)
+        through = tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+        if KEYWISE:
+            through *= tl.load(prepared.anchor_out + chunk_head * K + offs_k, mask=offs_k < K, other=0.0)
+    k_out = load_tile(keys, row, offs, inside, offs_k).to(SCAN.DOT)
+    dA_qk, dA_kk = _score_gradients(dy, u, beta, dv, seen, log_a, log_in, cumulative, in_range, scale, SCAN, DELTA)
+
+    dq, q_in, sums, decay_out = _reader(
+        dy, S, dA_qk, k_out, queries, row, offs, inside, offs_k, log_a, log_in, in_range, scale, SCAN, GATES_FIRST
+    )
+    if not GATES_LAST:
+        store_tile((dq_ptr, H, h, K), out, offs, inside, offs_k, dq)
+    if DELTA:
+        erasers = (prepared.k_in, SCAN.GROUPS_IN, group, K)
+        dk_in, k_in, sums = _eraser(dv, S, dA_kk, k_out, sums, erasers, row, offs, inside, offs_k, log_in, SCAN)
+    if x.bonus is not None:  # a token reads what it writes
+        now = tl.sum(dy.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
+        q = _load_given(x.q, row, offs, inside, h, offs_k, SCAN)
+        if SCAN.TIED:
+            k = tied_key(row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K))
+        else:
+            k = _load_given(x.k, row, offs, inside, h, offs_k, SCAN)
+        at = (block * chunks * H + chunk_head) * K + offs_k
+        tl.store(dbonus_ptr + at, tl.sum(now * q * k, 0), mask=offs_k < K)
+    if not STATES_TOGETHER:
+        dS = tl.load(chunk_dstates_ptr + cell, mask=in_state, other=0.0)
+        through = tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+    dk, through, sums = _writer(
+        u, dS, beta, through, sums, k_out, dA_qk, dA_kk, q_in, k_in, prepared, chunk_head, offs, offs_k, SCAN, DELTA
+    )
+
+    if SCALAR:
+        dgate = _scalar_dgate(sums, through, k_out, dq, dk, queries, row, offs, inside, offs_k, SCAN)
+        at = (block * tiles + tile) * B * T * H + (row + offs) * H + h
+        tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
+    elif KEYWISE:
+        sums -= k_out * dk
+        if GATES_LAST:
+            dgate, dq, dk_in, decay_out, log_a = _gates_last(
+                sums, dq, dk_in, x, queries, (dgate_ptr, H, h, K), cu_ptr, first, T, h, tile, start, row, out, offs,
+                inside, offs_k, in_range, scale, SCAN, DELTA, BLOCK_K,
+            )  # fmt: skip
+        dk = dk * decay_out
+    if DELTA:
+        dk += dk_in
+    if x.bonus is not None:
+        q = _load_given(x.q, row, offs, inside, h, offs_k, SCAN)
+        k = tied_key(log_a) if SCAN.TIED else _load_given(x.k, row, offs, inside, h, offs_k, SCAN)
+        bonus = tl.load(x.bonus + h * K + offs_k, mask=offs_k < K, other=0.0)
+        dq += now * k * bonus[None, :]
+        dk += now * q * bonus[None, :]
+    if GATES_LAST:
+        store_tile((dq_ptr, H, h, K), out, offs, inside, offs_k, dq)
+    if not SCAN.TIED:
+        store_tile((dk_ptr, H, h, K), out, offs, inside, offs_k, dk)
+    if GATES_FIRST:
+        if BLOCK_V > 64:
+            log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
+        dgate = tl.where(log_a <= RESET, 0.0, tl.cumsum(sums, 0, reverse=not SCAN.REVERSE))
+    if SCAN.TIED:
+        log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
+        dgate -= tl.exp2(log_a.to(tl.float32) * LOG2E) * dk
+    if GATES_FIRST or SCAN.TIED:
+        store_tile((dgate_ptr, H, h, K), out, offs, inside, offs_k, dgate)
+
+
+@triton.jit(do_not_specialize=["T", "documents", "chunk_heads"])
+def gradients_exact(
+    x, prepared, dy_ptr, u_ptr, dv_ptr,  # Given; Prepared; [B T H V], u_ptr as in `backward_inputs`
+    dA_qk_ptr, dA_kk_ptr,  # [chunks H C C] float32, scratch
+    dq_ptr, dk_ptr, dgate_ptr,  # added to
+    cu_ptr, T, documents, chunk_heads, scale,
+    SCAN: tl.constexpr, CHUNKS_PER_PROGRAM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """What A_qk and A_kk of chunks that are not in range add to dq, dk and d log a, token by token."""
+    H: tl.constexpr = SCAN.H
+    K: tl.constexpr = SCAN.K
+    V: tl.constexpr = SCAN.V
+    C: tl.constexpr = SCAN.C
+    KEYS: tl.constexpr = SCAN.KEYS
+    begin = tl.program_id(0).to(tl.int64) * CHUNKS_PER_PROGRAM
+    if all_in_range(prepared.in_range, begin, chunk_heads, CHUNKS_PER_PROGRAM):
+        return
+    DELTA: tl.constexpr = x.beta is not None
+    for chunk_head in range(begin, tl.minimum(begin + CHUNKS_PER_PROGRAM, chunk_heads)):
+        if tl.load(prepared.in_range + chunk_head) == 0:
+            chunk, h = chunk_head // H, chunk_head % H
+            first, start, stop = chunk_bounds(chunk, cu_ptr, T, documents, C)
+            offs = tl.arange(0, C)
+            length = tl.minimum(stop - start, C).to(tl.int32)  # 0 for a slot without tokens
+            row, inside = first + start, offs < length
+            seen, later = causal(C, SCAN.REVERSE), causal(C, not SCAN.REVERSE)
+            q, k = (x.q, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), (x.k, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
+            dq, dk, dgate = (dq_ptr, H, h, K), (dk_ptr, H, h, K), (dgate_ptr, H, h, K)
+            gates = head_gates(x, first, T, h, cu_ptr, SCAN)
+            dA_qk, dA_kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+            for part in tl.range(0, V, BLOCK_V, num_stages=1):
+                offs_v = part + tl.arange(0, BLOCK_V)
+                u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
+                if DELTA:
+                    u = u * tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
+                u = u.to(SCAN.DOT)
+                dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
+                dA_qk = tl.dot(dy, tl.trans(u), dA_qk, input_precision=SCAN.PRECISION)
+                if DELTA:
+                    dv = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
+                    dA_kk = tl.dot(dv, tl.trans(u), dA_kk, input_precision=SCAN.PRECISION)
+            ptrs = matrix_ptrs(dA_qk_ptr, chunk * H + h, C)
+            tl.store(ptrs, tl.where(off_diagonal(seen) if SCAN.BEFORE else seen, dA_qk * scale, 0.0))
+            if DELTA:
+                tl.store(matrix_ptrs(dA_kk_ptr, chunk * H + h, C), tl.where(off_diagonal(seen), -dA_kk, 0.0))
+            tl.debug_barrier()
+            at = chunk_head * (C * C)
+
+            # rows of the state are independent of each other here: BLOCK_K of them at a time
+            for part in tl.range(0, K, BLOCK_K, num_stages=1):
+                offs_k = part + tl.arange(0, BLOCK_K)
+                # in the direction of the scan, E [s K] as in `scores_exact`; D [t K] collects d log a
+                E = tl.zeros([C, BLOCK_K], tl.float32)
+                D = tl.zeros([C, BLOCK_K], tl.float32)
+                phase = first_phase(prepared.chunk_phase, chunk_head, offs_k, K, KEYS)
+                for i in tl.range(0, length, num_stages=1):
+                    t = length - 1 - i if SCAN.REVERSE else i
+                    log_t, a = token_gates(gates, start + t, offs_k, K, KEYS)
+                    phase_before = phase
+                    if prepared.chunk_phase is not None:
+                        phase -= token_phases(gates, start + t, offs_k, K, KEYS)
+                    key = tied_key(log_t) if SCAN.TIED else load_rotated(k, row + t, offs_k, phase, K)
+                    query = load_rotated(q, row + t, offs_k, phase_before if SCAN.BEFORE else phase, K)
+                    if not SCAN.BEFORE:
+                        E = E * a[None, :]
+                    if DELTA:
+                        dk_in = tl.sum(E * tl.load(dA_kk_ptr + at + t * C + offs)[:, None], 0)
+                    if not SCAN.BEFORE:
+                        E = tl.where((offs == t)[:, None], key[None, :], E)
+                    dquery = tl.sum(E * tl.load(dA_qk_ptr + at + t * C + offs)[:, None], 0)
+                    if SCAN.BEFORE:
+                        E = tl.where((offs == t)[:, None], key[None, :], E * a[None, :])
+                    product = dquery * query
+                    if DELTA:
+                        product += dk_in * key
+                        add_to_row(dk, row + t, offs_k, dk_in)
+                    add_to_row(dq, row + t, offs_k, dquery)
+                    D = tl.where((offs == t)[:, None], product[None, :], D)
+                read = D
+
+                # against it, E [t K]: the query of token t times the gates before it, down to the token that writes
+                tl.debug_barrier()
+                E = tl.zeros([C, BLOCK_K], tl.float32)
+                R = tl.zeros([C, BLOCK_K], tl.float32)
+                for i in tl.range(0, length, num_stages=1):
+                    t = i if SCAN.REVERSE else length - 1 - i
+                    log_t, a = token_gates(gates, start + t, offs_k, K, KEYS)
+                    key = tied_key(log_t) if SCAN.TIED else load_rotated(k, row + t, offs_k, phase, K)
+                    phase_after = phase
+                    if prepared.chunk_phase is not None:
+                        phase += token_phases(gates, start + t, offs_k, K, KEYS)
+                    query = load_rotated(q, row + t, offs_k, phase if SCAN.BEFORE else phase_after, K)
+                    if not SCAN.BEFORE:
+                        E = tl.where((offs == t)[:, None], query[None, :], E)
+                    dkey = tl.sum(E * tl.load(dA_qk_ptr + at + offs * C + t)[:, None], 0)
+                    if DELTA:
+                        dkey += tl.sum(R * tl.load(dA_kk_ptr + at + offs * C + t)[:, None], 0)
+                        R = tl.where((offs == t)[:, None], key[None, :], R) * a[None, :]
+                    E = E * a[None, :]
+                    if SCAN.BEFORE:
+                        E = tl.where((offs == t)[:, None], query[None, :], E)
+                    D = tl.where((offs == t)[:, None], D - (dkey * key)[None, :], D)
+                    if SCAN.TIED:
+                        add_to_row(
+                            dgate, row + t, offs_k, dkey * -tl.where(log_t <= RESET, 0.0, tl.exp2(log_t * LOG2E))
+                        )
+                    else:
+                        add_to_row(dk, row + t, offs_k, dkey)
+                tl.debug_barrier()
+                log_a = load_gates(gates, start, offs, inside, offs_k % KEYS, K, "key")
+                sums = masked_sums(later, D, tl.float32)
+                if SCAN.BEFORE:
+                    sums -= read
+                old = load_tile(dgate, row, offs, inside, offs_k).to(tl.float32)
+                store_tile(dgate, row, offs, inside, offs_k, tl.where(log_a <= RESET, old, old + sums))

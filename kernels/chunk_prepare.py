@@ -1,0 +1,292 @@
+"""The matrix-state scan, first half: what chunks need of gates, keys and queries alone. Notation: `chunk_scan`."""
+
+# Jitted functions take no annotations but constexpr, join tuples with +, and choose at compile time before run time.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="no-untyped-def, assignment"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from recur.kernels.chunk_scan import (
+    BONUS,
+    CUMULATIVE,
+    LOG_IN,
+    all_in_range,
+    first_phase,
+    head_gates,
+    load_log_decay,
+    load_rotated,
+    log_anchor,
+    token_gates,
+    token_phases,
+)
+from recur.kernels.decay import chunk_decays, gates_of, load_gates, pair_decay, tied_key
+from recur.kernels.rotate import (
+    angle,
+    cos_sin_of,
+    descriptors_of,
+    load_phases,
+    next_chunk_head,
+    publish_phases,
+    sum_phases,
+)
+from recur.kernels.tiles import (
+    LOG2E,
+    causal,
+    chunk_bounds,
+    load_tile,
+    locate_chunk,
+    matrix_ptrs,
+    off_diagonal,
+    store_tile,
+)
+
+
+@triton.jit(do_not_specialize=["T", "documents"])
+def cumulative_decay(
+    x, log_decays_ptr, log_total_ptr,  # gates [B T H]; [chunks H 4 C]; [chunks H]
+    cu_ptr, T, documents,
+    SCAN: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """log_in, cumulative and log_out of one gate per head, for BLOCK_H heads of one chunk."""
+    H: tl.constexpr = SCAN.H
+    C: tl.constexpr = SCAN.C
+    chunk = tl.program_id(0).to(tl.int64)
+    first, start, stop = chunk_bounds(chunk, cu_ptr, T, documents, C)
+    if start >= stop:
+        return
+    offs, h = tl.arange(0, C), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    # heads are the channels of this tile
+    ptr, stride_t, stride_h = gates_of(x.gate, first, T, 0, x.gate_sb, x.gate_sh, SCAN.GATE_ST, x.gate_sh, cu_ptr)
+    gates, length = (ptr, stride_t, stride_h), tl.minimum(stop - start, C)
+    log_a = load_gates(gates, start, offs, offs < length, h, H, "key").to(tl.float32)
+    cumulative = tl.cumsum(log_a, 0, reverse=SCAN.REVERSE)
+    # of the neighbour's gates: a sum without the token's own gate that is no difference of sums
+    shift = -1 if SCAN.REVERSE else 1
+    neighbour = (offs + shift >= 0) & (offs + shift < length)
+    log_out = load_gates(gates, start + shift, offs, neighbour, h, H, "key").to(tl.float32)
+    log_out = tl.cumsum(log_out, 0, reverse=not SCAN.REVERSE)
+    log_in = cumulative
+    if SCAN.BEFORE:
+        neighbour = (offs - shift >= 0) & (offs - shift < length)
+        log_in = load_gates(gates, start - shift, offs, neighbour, h, H, "key").to(tl.float32)
+        log_in = tl.cumsum(log_in, 0, reverse=SCAN.REVERSE)
+    at = log_decays_ptr + ((chunk * H + h) * (4 * C))[None, :] + offs[:, None]
+    in_heads = (h < H)[None, :] & (offs >= 0)[:, None]
+    tl.store(at, log_in * LOG2E, mask=in_heads)
+    tl.store(at + C, cumulative * LOG2E, mask=in_heads)
+    tl.store(at + 2 * C, log_out * LOG2E, mask=in_heads)
+    last = offs[:, None] == (0 if SCAN.REVERSE else C - 1)
+    tl.store(log_total_ptr + chunk * H + h, tl.sum(tl.where(last, cumulative, 0.0), 0) * LOG2E, mask=h < H)
+
+
+@triton.jit(do_not_specialize=["T", "documents", "chunks"])
+def prepare(
+    x, out, descriptors_ptr,  # Given; Prepared, written, but for its log_decays of one gate per head; see `lookback`
+    cu_ptr, T, documents, chunks, scale,
+    SCAN: tl.constexpr, LIMIT: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one head, PART key channels at a time. LIMIT: log2 of what factors of a chunk in range may reach."""
+    H: tl.constexpr = SCAN.H
+    K: tl.constexpr = SCAN.K
+    C: tl.constexpr = SCAN.C
+    KEYS: tl.constexpr = SCAN.KEYS
+    DECAY: tl.constexpr = SCAN.DECAY
+    DOT: tl.constexpr = SCAN.DOT
+    COMPLEX: tl.constexpr = descriptors_ptr is not None
+    HALVES: tl.constexpr = K // KEYS
+    chunk_head = tl.program_id(0).to(tl.int64)
+    if COMPLEX:
+        chunk_head = next_chunk_head(descriptors_ptr, cu_ptr, T, chunks, H, SCAN.REVERSE, C)
+    chunk, h = chunk_head // H, chunk_head % H
+    document, index, first, start, stop = locate_chunk(chunk, cu_ptr, T, documents, C)
+    if start >= stop:
+        return
+    DELTA: tl.constexpr = out.A_kk is not None
+    offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
+    length = tl.minimum(stop - start, C).to(tl.int32)
+    row, inside = first + start, offs < length
+    seen = causal(C, SCAN.REVERSE)
+    k, q = (x.k, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), (x.q, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
+    in_range = 1
+    if DECAY != "none":
+        gates = head_gates(x, first, T, h, cu_ptr, SCAN)
+    if COMPLEX:
+        own = descriptors_of(descriptors_ptr, chunk_head, start, stop, index, H, KEYS, SCAN.REVERSE, C)
+        most = start.to(tl.float32) * 0.0
+        for part in tl.range(0, KEYS, PART, num_stages=1):
+            log_p, phase = load_phases(gates, start, offs, inside, part, KEYS, DECAY, PART)
+            publish_phases(own, part, phase, KEYS, WINDOW)
+            most = tl.maximum(most, tl.max(tl.abs(tl.sum(log_p, 0)), 0) * LOG2E)
+    elif DECAY == "key":
+        CHANNELS: tl.constexpr = BLOCK_K if BLOCK_K < 256 else 256
+        most = start.to(tl.float32) * 0.0
+        for part in tl.static_range(0, BLOCK_K, CHANNELS):
+            logs = load_gates(gates, start, offs, inside, part + tl.arange(0, CHANNELS), K, DECAY)
+            most = tl.maximum(most, tl.max(tl.abs(tl.sum(logs.to(tl.float32), 0) * LOG2E), 0))
+    if DECAY == "key":
+        in_range = tl.where(most <= 2 * LIMIT, 1, 0)
+        tl.store(out.in_range + chunk_head, in_range)
+    A_kk = tl.zeros([C, C], tl.float32)
+    now = tl.zeros([C], tl.float32)
+    for part in tl.range(0, KEYS, PART, num_stages=1):
+        offs_p = part + tl.arange(0, PART)
+        if COMPLEX:
+            log_p, phase = load_phases(gates, start, offs, inside, part, KEYS, DECAY, PART)
+            begin, end = sum_phases(own, part, phase, KEYS, SCAN.REVERSE, WINDOW)
+            tl.store(out.chunk_phase + chunk_head * KEYS + offs_p, begin, mask=offs_p < KEYS)
+            last = stop - start <= C if SCAN.REVERSE else index == 0
+            tl.store(out.state_angle + (document * H + h) * KEYS + offs_p, angle(begin), mask=(offs_p < KEYS) & last)
+            cos, sin = cos_sin_of(end, DOT)
+            cos_q, sin_q = cos, sin
+            if SCAN.BEFORE:
+                cos_q, sin_q = cos_sin_of(end + phase, DOT)
+        elif DECAY == "key":
+            log_p = load_gates(gates, start, offs, inside, offs_p, K, DECAY)
+        key = tied_key(log_p) if SCAN.TIED else load_tile(k, row, offs, inside, offs_p)
+        query = key
+        if DECAY == "key" or SCAN.BEFORE or COMPLEX:
+            query = load_tile(q, row, offs, inside, offs_p)
+        if DECAY == "key" or x.bonus is not None:
+            query = query * scale
+        if x.bonus is not None:
+            bonus = tl.load(x.bonus + h * K + offs_p, mask=offs_p < K, other=0.0)
+            now += tl.sum(query * key * bonus[None, :], 1)
+        if DECAY == "key":
+            log_in, log_out, log_total = chunk_decays(log_p, SCAN.REVERSE, SCAN.BEFORE, DOT)
+            anchor = log_anchor(log_total, in_range)
+            decay_in = tl.exp2(log_in - anchor[None, :])
+        for half in tl.static_range(HALVES):  # of the rows, if they are twice the keys: real part, imaginary part
+            to, q_in, k_out = (H * HALVES, h * HALVES + half, KEYS), query, key
+            if COMPLEX:
+                q_in, k_out = query * (-sin_q if half else cos_q), key * (-sin if half else cos)
+            if out.q_in is not None:
+                store_tile((out.q_in,) + to, row, offs, inside, offs_p, q_in * decay_in if DECAY == "key" else q_in)
+            k_in = k_out
+            if DECAY == "key":
+                k_in, k_out = k_out * decay_in, k_out * tl.exp2(log_out - anchor[None, :])
+            if out.k_out is not None:
+                store_tile((out.k_out,) + to, row, offs, inside, offs_p, k_out)
+            if DECAY == "key":
+                at = (chunk_head * HALVES + half) * KEYS + offs_p
+                tl.store(out.anchor_in + at, tl.exp2(anchor), mask=offs_p < KEYS)
+                tl.store(out.anchor_out + at, tl.exp2(log_total - anchor), mask=offs_p < KEYS)
+            if out.k_in is not None:
+                store_tile((out.k_in,) + to, row, offs, inside, offs_p, k_in)
+            if DELTA:
+                A_kk = tl.dot(k_in.to(DOT), tl.trans(k_out.to(DOT)), A_kk, input_precision=SCAN.PRECISION)
+    if SCAN.BEFORE:
+        tl.store(out.log_decays + chunk_head * (4 * C) + BONUS * C + offs, now)
+    if DELTA:
+        if DECAY == "scalar":
+            log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
+            log_in = load_log_decay(out.log_decays, chunk_head, C, LOG_IN)
+            cumulative = load_log_decay(out.log_decays, chunk_head, C, CUMULATIVE)
+            A_kk = A_kk * pair_decay(log_a, log_in, cumulative, SCAN.REVERSE, False, False, DOT)
+        A_kk = tl.where(off_diagonal(seen), A_kk, 0.0)
+        tl.store(matrix_ptrs(out.A_kk, chunk * H + h, C), A_kk, mask=(inside & (in_range != 0))[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "documents", "chunk_heads"])
+def scores_exact(
+    x, prepared, A_qk_ptr, A_kk_ptr,  # Given; Prepared; written: [chunks H C C], the second of the delta rule
+    cu_ptr, T, documents, chunk_heads, scale,
+    SCAN: tl.constexpr, CHUNKS_PER_PROGRAM: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A_qk and A_kk of every chunk that is not in range, token by token. A program looks at CHUNKS_PER_PROGRAM chunks
+    of a head and mostly finds that all are in range."""
+    H: tl.constexpr = SCAN.H
+    K: tl.constexpr = SCAN.K
+    C: tl.constexpr = SCAN.C
+    KEYS: tl.constexpr = SCAN.KEYS
+    begin = tl.program_id(0).to(tl.int64) * CHUNKS_PER_PROGRAM
+    if all_in_range(prepared.in_range, begin, chunk_heads, CHUNKS_PER_PROGRAM):
+        return
+    for chunk_head in range(begin, tl.minimum(begin + CHUNKS_PER_PROGRAM, chunk_heads)):
+        if tl.load(prepared.in_range + chunk_head) == 0:
+            chunk, h = chunk_head // H, chunk_head % H
+            first, start, stop = chunk_bounds(chunk, cu_ptr, T, documents, C)
+            offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
+            length, row = tl.minimum(stop - start, C).to(tl.int32), first + start
+            k, q = (x.k, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), (x.q, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
+            gates = head_gates(x, first, T, h, cu_ptr, SCAN)
+            # E [s K]: the key of token s times the gates after it, up to the token that reads
+            E = tl.zeros([C, BLOCK_K], tl.float32)
+            at = chunk_head * (C * C) + offs
+            phase = first_phase(prepared.chunk_phase, chunk_head, offs_k, K, KEYS)
+            for i in tl.range(0, length, num_stages=1):
+                t = length - 1 - i if SCAN.REVERSE else i
+                log_t, a = token_gates(gates, start + t, offs_k, K, KEYS)
+                phase_before = phase
+                if prepared.chunk_phase is not None:
+                    phase -= token_phases(gates, start + t, offs_k, K, KEYS)
+                query = load_rotated(q, row + t, offs_k, phase_before if SCAN.BEFORE else phase, K)
+                key = tied_key(log_t) if SCAN.TIED else load_rotated(k, row + t, offs_k, phase, K)
+                if SCAN.BEFORE:
+                    scores = tl.sum(E * query[None, :], 1)
+                E = E * a[None, :]
+                if A_kk_ptr is not None:
+                    tl.store(A_kk_ptr + at + t * C, tl.sum(E * key[None, :], 1))
+                E = tl.where((offs == t)[:, None], key[None, :], E)
+                if not SCAN.BEFORE:
+                    scores = tl.sum(E * query[None, :], 1)
+                tl.store(A_qk_ptr + at + t * C, (scores * scale).to(A_qk_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _store_block(ptr, n, m, block, C: tl.constexpr):
+    """Store the [16 16] block in block row n and block column m of a matrix [C C]."""
+    offs = tl.arange(0, 16)
+    tl.store(ptr + (n * 16 + offs)[:, None] * C + m * 16 + offs[None, :], block)
+
+
+@triton.jit(do_not_specialize=["T", "documents"])
+def solve_tril(A_kk_ptr, beta_ptr, A_inv_ptr, cu_ptr, T, documents, SCAN: tl.constexpr):
+    """A_inv = (1 + β A_kk)⁻¹, in the order of the scan: 16 rows one by one among themselves, then blocks of 16 by
+    products."""
+    H: tl.constexpr = SCAN.H
+    C: tl.constexpr = SCAN.C
+    REVERSE: tl.constexpr = SCAN.REVERSE
+    chunk_head = tl.program_id(0).to(tl.int64)
+    chunk, h = chunk_head // H, chunk_head % H
+    first, start, stop = chunk_bounds(chunk, cu_ptr, T, documents, C)
+    if start >= stop:
+        return
+    N: tl.constexpr = C // 16
+    block, offs = tl.arange(0, N), tl.arange(0, 16)
+    length = tl.minimum(stop - start, C).to(tl.int32)
+    beta = beta_ptr + (first + start) * H + h
+    A_kk = A_kk_ptr + chunk_head * (C * C)
+    # each 16 rows by themselves, all blocks at once: [N 16 16]
+    D = tl.where(offs[:, None] == offs[None, :], 1.0, 0.0)[None, :, :] + tl.zeros([N, 16, 16], tl.float32)
+    for r in tl.range(0, 16, num_stages=4):
+        t = 15 - r if REVERSE else r
+        rows = block * 16 + t
+        weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
+        ptrs = A_kk + (rows * C + block * 16)[:, None] + offs[None, :]
+        A_row = tl.load(ptrs, mask=(rows < length)[:, None], other=0.0) * weight[:, None]
+        product = tl.sum(D * A_row[:, :, None], 1)
+        D = tl.where((offs == t)[None, :, None], D - product[:, None, :], D)
+    A_inv, diagonal = A_inv_ptr + chunk_head * (C * C), ()
+    for i in tl.static_range(N):
+        n = N - 1 - i if REVERSE else i
+        diagonal = diagonal + (tl.sum(tl.where((block == n)[:, None, None], D, 0.0), 0),)
+        _store_block(A_inv, n, n, diagonal[i], C)
+        for j in tl.static_range(i):
+            _store_block(A_inv, N - 1 - j if REVERSE else j, n, tl.zeros([16, 16], tl.float32), C)
+    # below the diagonal, with D_i on it: A_inv_ij = -D_i Σ_p β A_kk_ip A_inv_pj, over the blocks p from j up to i
+    for j in tl.static_range(N):
+        m, column = N - 1 - j if REVERSE else j, (diagonal[j],)
+        for i in tl.static_range(j + 1, N):
+            n = N - 1 - i if REVERSE else i
+            rows = n * 16 + offs
+            weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
+            product = tl.zeros([16, 16], tl.float32)
+            for p in tl.static_range(j, i):
+                cols = (N - 1 - p if REVERSE else p) * 16 + offs
+                A_ip = tl.load(A_kk + rows[:, None] * C + cols[None, :], mask=(rows < length)[:, None], other=0.0)
+                product = tl.dot(A_ip * weight[:, None], column[p - j], product, input_precision="tf32x3")
+            product = -tl.dot(diagonal[i], product, input_precision="tf32x3")
+            column = column + (product,)
+            _store_block(A_inv, n, m, product, C)
