@@ -734,7 +734,7 @@ class Above:
         read: recipes by words such as "hgrn2:heads=4", from recur.presets.
     """
 
-    parts: dict[str, type[Part]] = field(default_factory=dict)
+    parts: dict[str, type[Any]] = field(default_factory=dict)
     join: Callable[[Sequence[Part]], tuple[int, Part]] = lambda parts: (1, parts[0])
     read: Callable[[str], list[Recipe]] = lambda words: []
 

@@ -61,7 +61,8 @@ def momentum_scan(
     if form not in ("auto", "recurrent", "chunked"):
         raise NotImplementedError(f"momentum_scan: form={form!r} is not available here; these are: recurrent, chunked")
     loop = _loop if form == "recurrent" else _node
-    return ScanOut(*loop(q, k, p, v, *numbers.values(), initial_state, cu_seqlens, scale))
+    tokens = (q, k, p, v, log_decay, log_momentum, step, rate)
+    return ScanOut(*loop(*tokens, initial_state, cu_seqlens, scale))
 
 
 def momentum_step(
