@@ -11,7 +11,7 @@ from typing import Any
 
 from griffe import Extension, Object
 
-NAMED = "Returns|Raises|Warns|Cost|Source|Rounding|Call"
+NAMED = "Returns|Yields|Raises|Warns|Cost|Source|Rounding|Call"
 INLINE = re.compile(rf"   (?=(?:{NAMED}): )")
 HEAD = re.compile(rf"({NAMED}): (.*)")
 CODE = re.compile(r"(`[^`]*`)")

@@ -195,8 +195,6 @@ def fused(
     """
     if form not in ("auto", "triton"):
         return False
-    if form == "auto" and tensors[0] is not None and not tensors[0].is_cuda:
-        return False
     given = [x for x in tensors if x is not None]
     on_gpu, compiling = device_of(given[0]).type == "cuda", torch.compiler.is_compiling()
     if (not on_gpu and form == "auto") or (compiling and compiler and on_gpu) or given[0].numel() == 0:
