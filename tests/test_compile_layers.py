@@ -21,12 +21,12 @@ CAUSAL = [name for name in presets.names() if getattr(presets, name)().causal]
 HYBRID = [presets.gla(heads=2), presets.hgrn2(heads=2), presets.llama(heads=2)]
 # recipe, layers, graphs
 KINDS: dict[str, tuple[Recipe | list[Recipe], int, int]] = {
-    "one kind": (presets.gla(heads=2), 24, 1),
-    "bounds that rise with depth": (presets.hgrn2(heads=2), 24, 1),
-    "positions": (presets.retnet(heads=2), 24, 1),
-    "first values by layer": (presets.rwkv(heads=2), 24, 1),
-    "three kinds": (HYBRID, 24, 3),
-    "two layers below": (presets.dense_retnet(heads=2, layers=2), 24, 3),  # of which the first two have fewer
+    "one kind": (presets.gla(heads=2), 5, 1),
+    "bounds that rise with depth": (presets.hgrn2(heads=2), 5, 1),
+    "positions": (presets.retnet(heads=2), 5, 1),
+    "first values by layer": (presets.rwkv(heads=2), 5, 1),
+    "three kinds": (HYBRID, 6, 3),
+    "two layers below": (presets.dense_retnet(heads=2, layers=2), 5, 3),  # of which the first two have fewer
 }
 
 
