@@ -192,18 +192,18 @@ def test_what_is_not_captured_runs_step_by_step_and_says_why(graphs, monkeypatch
     wanted = lm.generate(IDS, 5, temperature=0)
     seen = []
     hook = lm.blocks[0].register_forward_hook(lambda *_: seen.append(1))
-    with pytest.warns(UserWarning, match=r"without a CUDA graph, because blocks\.0 has a forward hook"):
+    with pytest.warns(recur.SlowPath, match=r"without a CUDA graph, because blocks\.0 has a forward hook"):
         assert torch.equal(lm.generate(IDS, 5, temperature=0), wanted)
     assert len(seen) == 5  # the prompt and four tokens
     hook.remove()
-    with pytest.warns(UserWarning, match="because its window is shorter than the text"):
+    with pytest.warns(recur.SlowPath, match="because its window is shorter than the text"):
         lm.generate(IDS, 5, window=3)
 
     def fails(call, device):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(generation, "graph_of", fails)
-    with pytest.warns(UserWarning, match="because its step cannot be captured: operation not permitted"):
+    with pytest.warns(recur.SlowPath, match="because its step cannot be captured: operation not permitted"):
         assert torch.equal(lm.eval().generate(IDS.expand(2, -1), 5, temperature=0)[:1], wanted)
 
 
@@ -217,7 +217,7 @@ def test_a_step_that_makes_a_new_state_is_not_replayed(graphs, monkeypatch):
         return logits
 
     monkeypatch.setattr(lm, "step", anew)
-    with pytest.warns(UserWarning, match="because one of its parts returns a new state"):
+    with pytest.warns(recur.SlowPath, match="because one of its parts returns a new state"):
         assert torch.equal(lm.generate(IDS.expand(2, -1), 5, temperature=0)[:1], wanted)
 
 

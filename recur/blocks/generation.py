@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from recur.blocks.sampling import Sampling, sample_token, uniforms
 from recur.blocks.state import overwrite
+from recur.primitives.forms import SlowPath
 from recur.recipe import State
 from recur.shapes import bind
 
@@ -340,7 +341,7 @@ def graph_of(call: Callable[[], None], device: torch.device) -> Any:
 
 
 def _warn(reason: str) -> None:
-    warnings.warn(f"generate: it runs without a CUDA graph, because {reason}", stacklevel=2)
+    warnings.warn(f"generate: it runs without a CUDA graph, because {reason}", SlowPath, stacklevel=2)
 
 
 def _places(state: State) -> list[int]:

@@ -34,6 +34,8 @@ class ScanOut(NamedTuple):
 class SlowPath(UserWarning):
     """Warns that form="auto" did not take the kernel on a GPU: why, and the remedy. Once per reason and process.
 
+    `generate` warns so too, where it runs step by step because it cannot capture a CUDA graph.
+
     `warnings.simplefilter("ignore", recur.SlowPath)` silences it, "error" makes it an exception.
 
     >>> import warnings
