@@ -313,9 +313,7 @@ def test_arguments_are_checked_before_anything_is_built() -> None:
         convert.build("gated_linear_rnn_lm", lm)
     with pytest.raises(ValueError, match="mode must be one of recurrent, parallel, chunk, got 'fast'"):
         convert.build("retnet_retention", {"decoder_embed_dim": 8, "mode": "fast"})
-    with pytest.raises(
-        NotImplementedError, match="or 'Mamba3' so far, got 'Mamba4'"
-    ):
+    with pytest.raises(NotImplementedError, match="or 'Mamba3' so far, got 'Mamba4'"):
         convert.build("mamba_lm", {"ssm_cfg": {"layer": "Mamba4"}})
     sizes = {"hidden_size": 64, "query_key_dim": 16, "num_attention_heads": 2, "dense_block_layers": 1}
     with pytest.raises(ValueError, match=r"query_key_dim must be hidden_size / 2 = 32, got 16"):

@@ -158,7 +158,14 @@ def test_first_values_are_those_of_the_references() -> None:
     torch.manual_seed(0)
     dim = 128
     model = LanguageModel(
-        presets.hgrn2(heads=8, bias=True), vocab_size=64, dim=dim, depth=2, tie=False, head_init="normal", padding=1
+        presets.hgrn2(heads=8, bias=True),
+        vocab_size=64,
+        dim=dim,
+        depth=2,
+        ffn=None,
+        tie=False,
+        head_init="normal",
+        padding=1,
     )
     for name, weight in model.named_parameters():
         if "lower_bounds" in name or "norm" in name:

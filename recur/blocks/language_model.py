@@ -274,7 +274,7 @@ class LanguageModel(nn.Module):
         self.positions = Embedding(Param((positions, dim), normal(embed_std))) if isinstance(positions, int) else None
         between = stream_norm(norm)
         self.shared = nn.ModuleDict()
-        layers = range(depth)
+        layers, self.period = range(depth), len(recipes)  # of a hybrid: its like is so many layers below
         common: dict[str, Any] = {"ffn": feedforward(ffn), "order": block, "norm": between}
         common |= {"dropout": tuple(inside), "drop": drop, "depth": depth, "shared": self.shared}
         self.blocks = nn.ModuleList(Block(recipes[i % len(recipes)], dim, layer=i, **common) for i in layers)
@@ -360,7 +360,7 @@ class LanguageModel(nn.Module):
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
             options |= {name: each[layer] for name, each in own.items()}
-            options["past"] = past[max(0, len(past) - block.layers_below) :]
+            options["past"] = past[max(0, len(past) - block.layers_below * self.period) :]
             if self.checkpoint and torch.is_grad_enabled():
                 x, after, published = checkpoint(block, x, before, use_reentrant=False, **options)
             else:

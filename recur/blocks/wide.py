@@ -23,7 +23,7 @@ from recur.weights import Param, by_index, constant, matrix_init, spread_time_co
 class ValueResidual(Part):
     """Mix values with those of the first layer: v <- v + (v_0 - v) sigmoid(W2 W1 x + b), v_0 as layer 0 wrote them.
 
-    Layer 0 publishes its values and does not change them.
+    Layer 0 publishes its values and does not change them; each deeper layer hands them on.
 
     Args:
         source: v [*].
@@ -42,6 +42,10 @@ class ValueResidual(Part):
     first: str = "0"
     weights_from: int = 1
 
+    @property
+    def layers_below(self) -> int:
+        return 1
+
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         axes.named(self.gate)
         return {self.source: axes[self.source]}
@@ -58,9 +62,10 @@ class ValueResidual(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         v, name = flow[self.source], f"ValueResidual.{self.source}"
-        first = next((layer[name] for layer in flow.past if name in layer), None)
+        first = next((layer[name] for layer in reversed(flow.past) if name in layer), None)
+        flow = flow.publish(**{name: v if first is None else first})  # handed on, so that one layer below is enough
         if first is None:
-            return flow.publish(**{name: v}), None
+            return flow, None
         z = F.linear(F.linear(flow[self.gate].flatten(2), weights.down), weights.up, weights.bias)
         return flow.set(**{self.source: v + (first - v) * torch.sigmoid(z).unflatten(-1, v.shape[2:])}), None
 
