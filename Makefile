@@ -16,7 +16,7 @@ demo: .venv/train.stamp  ## train a small Longhorn on Python's own documentation
 	@$(BIN)/recur train longhorn --batch 8 --steps 400 --out runs/demo
 
 test: .venv/test.stamp  ## run the suite
-	@$(BIN)/pytest -n 2 --hypothesis-profile ci
+	@$(BIN)/pytest -n 2 --dist worksteal --hypothesis-profile ci
 
 test-all: .venv/test.stamp  ## run the suite with many more examples per law
 	@$(BIN)/pytest -n 2 --hypothesis-profile nightly

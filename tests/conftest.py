@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 
 settings.register_profile("dev", max_examples=10, deadline=None, print_blob=True)
-settings.register_profile("ci", max_examples=15, deadline=None, derandomize=True, database=None, print_blob=True)
+settings.register_profile("ci", max_examples=10, deadline=None, derandomize=True, database=None, print_blob=True)
 settings.register_profile("nightly", max_examples=1000, deadline=None, print_blob=True)
 settings.load_profile("ci")
 

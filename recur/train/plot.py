@@ -17,7 +17,14 @@ BLUE, ORANGE, GREY = "#2a6fbb", "#d1571f", "#6b6b6b"
 COLORS = (BLUE, ORANGE, "#2f8f4e", "#8c4bb0", "#b3892d", "#c23b6b", "#3a9fa8", "#555555", "#7a5a3a", "#9aa83a")
 # These have a colour each; other recipes have one of them too, with another line.
 FIRST = ("longhorn", "mamba", "hgrn2", "gla", "gateloop", "retnet", "llama", "gss", "rwkv", "dense_retnet")
-STYLES = ("-", "--", "-.", ":")
+STYLES: tuple[Any, ...] = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (5, 1, 1, 1, 1, 1)),
+    (0, (3, 5)),
+)  # matplotlib's, and two of on and off
 Point = Mapping[str, Any]
 
 
@@ -105,7 +112,7 @@ def draw_comparison(
     figure.savefig(path)
 
 
-def looks(names: Sequence[str]) -> list[tuple[str, str]]:
+def looks(names: Sequence[str]) -> list[tuple[str, Any]]:
     """A colour and a line for each name. The colour is decided by the recipe's preset alone, whatever else is drawn.
 
     The line style separates what has the same colour: widths and options of a preset, and presets beyond `FIRST`.
@@ -113,7 +120,7 @@ def looks(names: Sequence[str]) -> list[tuple[str, str]]:
     from recur import presets
 
     order = [*FIRST, *(name for name in presets.names() if name not in FIRST)]
-    made: list[tuple[str, str]] = []
+    made: list[tuple[str, Any]] = []
     for name in names:
         recipe, _, width = name.rpartition(", ")
         preset = (recipe if width.isdigit() else name).partition(":")[0]
