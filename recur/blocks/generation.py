@@ -211,12 +211,11 @@ class Loop:
     _kept: ClassVar[WeakKeyDictionary[nn.Module, list[Loop]]] = WeakKeyDictionary()
     _lock = threading.Lock()
 
-    def __init__(self, model: LanguageModel, batch: int, room: int | None, kind: str, logits: Tensor) -> None:
-        device = logits.device
+    def __init__(self, batch: int, kind: str, device: torch.device) -> None:
         self.key: Any = None
         self.kind, self.filler = kind, 0
         self.graph: Any = None  # of `turn`
-        self.state: State = model.init_state(batch, room)
+        self.state: State = None  # that of the call; with a graph, the one that it overwrites
         self.token = torch.zeros(batch, dtype=torch.long, device=device)
         self.tokens = torch.zeros(BLOCK, batch, dtype=torch.long, device=device)
         self.uniform = torch.zeros(BLOCK, batch, dtype=torch.float64, device=device)
@@ -232,11 +231,11 @@ class Loop:
     ) -> Loop:
         """A loop kept from an earlier call with the same weights, or a new one, on a GPU with its graph."""
         if not has_graphs(logits.device):
-            return cls(model, batch, room, kind, logits)
+            return cls(batch, kind, logits.device)
         reason = _uncapturable(model) if captures else "its window is shorter than the text, which is read anew"
         if reason is not None:
             _warn(reason)
-            return cls(model, batch, room, kind, logits)
+            return cls(batch, kind, logits.device)
         weights = tuple(weight.data_ptr() for weight in chain(model.parameters(), model.buffers()))
         key = (batch, room, kind, logits.device, logits.dtype, weights)
         with cls._lock:
@@ -246,8 +245,8 @@ class Loop:
                 if loop.key == key:
                     kept.remove(loop)
                     return loop
-        loop = cls(model, batch, room, kind, logits)
-        loop.capture(model)
+        loop = cls(batch, kind, logits.device)
+        loop.capture(model, room)
         loop.key = key
         return loop
 
@@ -305,8 +304,9 @@ class Loop:
             raise ValueError("generate: logits must be numbers, the largest of a row finite, got NaN or infinities")
         return done
 
-    def capture(self, model: LanguageModel) -> None:
+    def capture(self, model: LanguageModel, room: int | None) -> None:
         """Capture one turn; where that fails the loop works without, and a warning says why."""
+        self.state = model.init_state(len(self.token), room)
         before = _places(self.state)
         try:
             graph = graph_of(lambda: self.turn(model), self.token.device)
