@@ -201,7 +201,7 @@ def test_what_a_step_covers_is_counted_in_rows(monkeypatch: pytest.MonkeyPatch) 
     """Two rows per key of a complex state."""
     monkeypatch.setattr(kernel, "TRITON", kernel.OLDEST)
     for dtype, keys in ((torch.float32, 2048), (torch.bfloat16, 2048), (torch.complex64, 1024), (torch.float64, 0)):
-        state = SimpleNamespace(is_cuda=True, dtype=dtype)
+        state = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
         assert keys == 0 or kernel.takes_step(keys, state)
         assert not kernel.takes_step(keys + 1, state)
 
