@@ -197,6 +197,7 @@ def test_plan_fills_the_machine() -> None:
     assert plan(states=1, K=1, V=3) == (1, 4, 1)
 
 
+@pytest.mark.filterwarnings("ignore::recur.SlowPath")
 def test_what_a_step_covers_is_counted_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows per key of a complex state."""
     monkeypatch.setattr(kernel, "TRITON", kernel.OLDEST)
