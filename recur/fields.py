@@ -114,6 +114,10 @@ def _renamed(entry: Mapping[Any, Any], known: Mapping[str, Any]) -> Mapping[Any,
         if entry["out"] == "y":
             return {"part": "OutputGate", "gate": gate, **rest}
         return {"part": "Multiply", "source": entry["out"], "by": gate, "act": "silu", **rest}
+    names = entry.get("names")
+    if kind == "Sum" and isinstance(names, str) and len(names.split()) == 1:  # which copied a tensor
+        rest = {name: value for name, value in entry.items() if name not in ("part", "names", "out")}
+        return {"part": "Rename", "source": names, "to": entry.get("out", "y"), **rest}
     return entry
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from recur import Mixer, Recipe, RecipeError, presets
 from recur.axes import OPERATORS, evaluate, letters, shown, size
-from recur.blocks import DenseRead, Project, ShortConv, Skip, Sum
+from recur.blocks import DenseRead, Project, Rename, ShortConv, Skip
 
 AXES = {"D": 64, "H": 4}
 
@@ -108,7 +108,7 @@ def test_letters_in_a_long_chain_or_a_circle_are_refused() -> None:
         size("A", {"A": "B", "B": "A"})
     many = {f"A{i}": 1 for i in range(101)}
     with pytest.raises(RecipeError, match="axes must name at most 100 letters, got 101"):
-        Recipe(Sum("x"), axes=many)
+        Recipe(Rename("x", "y"), axes=many)
 
 
 TEXTS = st.text(st.sampled_from("DHK0123456789.e+-*/%()<,\0 maxintsqrceil"), max_size=30)
@@ -225,10 +225,9 @@ def test_every_preset_and_an_older_recipe_without_out_come_back() -> None:
 
 def test_parts_that_read_nothing_or_have_no_size_are_refused() -> None:
     for part, words in ((Project("", y="D"), "part 1 Project must name the tensors that it reads, got ''"),
-                        (ShortConv(""), "part 1 ShortConv must name the tensors that it reads, got ''"),
-                        (Sum(""), "part 1 Sum must name the tensors that it reads, got ''")):  # fmt: skip
+                        (ShortConv(""), "part 1 ShortConv must name the tensors that it reads, got ''")):  # fmt: skip
         with pytest.raises(RecipeError, match=words):
-            Recipe(part, Sum("x"))
+            Recipe(part, Rename("x", "y"))
     with pytest.raises(RecipeError, match="ShortConv: width must be at least 1 and below 2\\^31, got 0"):
         ShortConv("x", width=0)
     with pytest.raises(RecipeError, match="Skip: std must be a number of at least 0, got nan"):

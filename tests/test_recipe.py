@@ -34,6 +34,7 @@ from recur.blocks import (
     OutputGate,
     Project,
     RelPos,
+    Rename,
     Reshape,
     Reverse,
     ShortConv,
@@ -151,6 +152,7 @@ def test_what_does_not_fit_is_named(parts, words):
             RecipeError,
             "Norm: groups must divide the 8 entries, got 3",
         ),
+        (lambda: Sum("h"), RecipeError, "Sum: names must be two tensors or more, got 'h'; Rename copies one"),
         (lambda: Act("u", "swish"), ValueError, "name must be one of identity, silu"),
         (lambda: matrix_init("orthodox", 1, 1, 1), ValueError, "law must be one of linear, residual"),
         (lambda: Part().shapes(None), NotImplementedError, "define shapes"),
@@ -360,6 +362,7 @@ STORED: dict[str, tuple[dict[str, object], Part]] = {
         {"part": "OutputGate", "gate": "g", "act": "sigmoid", "out": "v", "name": "gate"},
         Multiply("v", by="g", act="sigmoid", name="gate"),
     ),
+    "Sum of one": ({"part": "Sum", "names": "k", "out": "v"}, Rename("k", "v")),
 }
 
 
@@ -373,6 +376,7 @@ def test_parts_stored_under_an_earlier_name(name: str) -> None:
     k, v, g = torch.randn(3, 1, 3, 2, 4, generator=torch.Generator().manual_seed(0))
     flow = Flow({"k": k, "v": v, "b": k[..., 0], "g": g}, torch.zeros(1, dtype=torch.long))
     want = {"Weigh": v * k[..., :1], "OutputGate of a product": v * k, "OutputGate of an input": v * g.sigmoid()}
+    want["Sum of one"] = k
     torch.testing.assert_close(part(flow, None, None)[0]["v"], want[name])
 
 
@@ -398,7 +402,8 @@ FRAMED = {
     **dict.fromkeys(("dss", "gated_smoothing", "gated_tap_conv", "gss", "smoothing", "tap_conv"), Frame(norm=None)),
     **dict.fromkeys(("comba", "gated_delta_net2", "mamba3", "mamba3_mimo"), Frame(ffn="swiglu")),
     **dict.fromkeys(("delta_product", "gated_delta_product", "gsa", "mesa_net"), Frame(ffn="swiglu")),
-    "forgetting_transformer": Frame(ffn="swiglu"),
+    **dict.fromkeys(("delta_net", "efla", "gated_delta_net", "kaczmarz", "kda"), Frame(ffn="swiglu")),
+    **dict.fromkeys(("forgetting_transformer", "gated_oja", "momentum_delta_net"), Frame(ffn="swiglu")),
     "gateloop": Frame(ffn="gelu"),
     "rwkv": Frame(ffn="channel_mix", norm="layer"),
     "rwkv7": Frame(ffn="key_mix", norm="layer", embed_norm="layer"),
