@@ -297,7 +297,7 @@ def test_logits_that_are_no_numbers_are_an_error(value):
 
 
 def test_a_wrong_option_of_stream_is_named():
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match="generate: no option is called 'temprature'; did you mean temperature"):
         model().stream(IDS, 3, temprature=1)
 
 

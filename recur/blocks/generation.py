@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from recur.blocks.sampling import Sampling, sample_token, uniforms
 from recur.blocks.state import overwrite
 from recur.primitives.forms import SlowPath
+from recur.reading import unknown
 from recur.recipe import State
 from recur.shapes import bind
 
@@ -47,23 +48,27 @@ class Request:
     stops: Stops | None
 
 
-def request(
-    model: LanguageModel,
-    ids: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    eos: int | None = None,
-    seed: int | None = None,
-    lengths: Tensor | None = None,
-    window: int | None = None,
-    stop: Sequence[str] = (),
-    decode: Callable[[list[int]], str] | None = None,
-) -> Request:
+class Options(TypedDict, total=False):
+    """The options of `generate` and `stream`, all with a default; LanguageModel.generate says what each does."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    eos: int | None
+    seed: int | None
+    lengths: Tensor | None
+    window: int | None
+    stop: Sequence[str]
+    decode: Callable[[list[int]], str] | None
+
+
+def request(model: LanguageModel, ids: Tensor, max_new_tokens: int, options: Options) -> Request:
     """Raises: TypeError, ValueError or ShapeError in the letters of `generate`."""
+    for name in options.keys() - Options.__annotations__.keys():
+        raise TypeError(f"generate: {unknown('option', name, Options.__annotations__)}")
+    eos, lengths, window = options.get("eos"), options.get("lengths"), options.get("window")
+    stop, decode = options.get("stop", ()), options.get("decode")
     bind("generate", ids=(ids, "B T"))
     B, T = ids.shape
     if T == 0 or max_new_tokens < 0:
@@ -76,7 +81,8 @@ def request(
         raise ValueError(f"generate: stop must be a list of strings, none of them empty, got {stop!r}")
     if stop and decode is None:
         raise ValueError("generate: stop needs decode, a function from a list of ids to a string; a tokenizer has one")
-    sampling = Sampling(temperature, top_k, top_p, min_p)
+    cuts = options.get("top_k"), options.get("top_p"), options.get("min_p")
+    sampling = Sampling(options.get("temperature", 1.0), *cuts)
     if lengths is not None:
         check_lengths("generate", lengths)
     own = torch.full((B,), T, device=ids.device) if lengths is None else lengths.to(ids.device)
@@ -86,7 +92,7 @@ def request(
     if B:
         model._check_ids(ids.where(inside, 0))  # padding is not read
     stops = Stops(stop, decode, B) if stop and decode is not None else None
-    return Request(ids, own, lengths is not None, max_new_tokens, sampling, eos, seed, window, stops)
+    return Request(ids, own, lengths is not None, max_new_tokens, sampling, eos, options.get("seed"), window, stops)
 
 
 def check_lengths(function: str, lengths: Tensor) -> None:
