@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from recur import kernel
 from recur.primitives.chunks import Documents, Rows, cut
 from recur.primitives.diagonal import LOG2_E, check_state, gate, linear_recurrence, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, state_count, unroll
-from recur.primitives.operators import one_node, operator, remember
+from recur.primitives.operators import one_node, operator, remember, schema_of
 from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number, readable, without_autocast
 
 CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
@@ -228,41 +228,35 @@ def _by_kernel(a: Tensor, x: Tensor, chunks: Rows | Documents) -> Tensor:
     return kernel.elementwise("diagonal", x, log, None, cu_seqlens=chunks.borders, reverse=False).y
 
 
-def _run_by_form(
-    form: str,
-    log_decay: Tensor,
-    readout: Tensor,
-    write: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    x: Tensor,
-) -> tuple[Tensor, Tensor]:
+class _Inputs(NamedTuple):
+    """What a form takes that is one node in a graph."""
+
+    form: str
+    log_decay: Tensor
+    readout: Tensor
+    write: Tensor
+    initial: Tensor | None
+    cu_seqlens: Tensor | None
+    x: Tensor
+
+
+def _run_by_form(form: str, *inputs: Any) -> tuple[Tensor, Tensor]:
     """The scan "parallel" or "chunked": y [B T V] and the state."""
     run: Callable[..., ScanOut] = _parallel if form == "parallel" else partial(_chunked, _by_loop)
-    return run(log_decay, readout, write, initial, cu_seqlens, x=x)
+    return run(*inputs[:-1], x=inputs[-1])
 
 
-def _fake_by_form(
-    form: str,
-    log_decay: Tensor,
-    readout: Tensor,
-    write: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    x: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _fake_by_form(*inputs: Any) -> tuple[Tensor, Tensor]:
+    _, log_decay, readout, write, _, cu_seqlens, x = _Inputs(*inputs)
     states = (state_count(x.shape[0], cu_seqlens), *readout.shape)
     return x.new_empty(x.shape), x.new_empty(states, dtype=number_of(x.dtype, log_decay, write))
 
 
-_by_form = one_node("recur::fixed_scan", _run_by_form, _fake_by_form)
+_by_form = one_node("recur::fixed_scan", _run_by_form, _fake_by_form, schema=schema_of(_Inputs, outputs=2))
 
 
-def _in_one_node(
-    form: str, log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, *,
-    x: Tensor,
-) -> ScanOut:  # fmt: skip
-    return ScanOut(*_by_form(form, log_decay, readout, write, initial, cu_seqlens, x))
+def _in_one_node(form: str, *inputs: Any, x: Tensor) -> ScanOut:
+    return ScanOut(*_by_form(form, *inputs, x))
 
 
 _FORMS: dict[str, Callable[..., ScanOut]] = {

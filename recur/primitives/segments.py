@@ -23,7 +23,15 @@ from recur.primitives.diagonal import (
     walk_right,
 )
 from recur.primitives.forms import ScanOut, document_of, state_count
-from recur.primitives.operators import batch_axis, batched_at, operator, pullback, pushforward, remember
+from recur.primitives.operators import (
+    batch_axis,
+    batched_at,
+    operator,
+    pullback,
+    pushforward,
+    remember,
+    schema_of,
+)
 from recur.shapes import without_autocast
 
 SEGMENT = 2**19  # numbers of A_t that are held at a time: what a cache holds
@@ -193,21 +201,23 @@ def _room(u: Tensor, k: Tensor, tensors: int) -> Tensor:
     return u.new_empty(tensors, B, _pieces(u, k)[0].stop, G, k.shape[3], W)
 
 
-# What the operators take: the family, initial, cu_seqlens, u, k, q and the makings of the gate
+class _Inputs(NamedTuple):
+    """What the operators take; `first` and `second` are what the gate is made of."""
+
+    family: str
+    initial: Tensor | None
+    cu_seqlens: Tensor | None
+    u: Tensor
+    k: Tensor
+    q: Tensor
+    first: Tensor
+    second: Tensor
 
 
-def _run(
-    family: str,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    u: Tensor,
-    k: Tensor,
-    q: Tensor,
-    first: Tensor,
-    second: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Segment after segment: y [B T G 1 W], final states [B G N W], and the states between segments [n+1 B G N W]."""
-    tokens = [u, k, q, first, second]
+    family, initial, cu_seqlens, *tokens = _Inputs(*inputs)
+    u, k = tokens[:2]
     (B, T, G, _, W), N, pieces = u.shape, k.shape[3], _pieces(u, k)
     y, between = torch.empty_like(u), u.new_zeros(len(pieces) + 1, B, G, N, W)
     if cu_seqlens is None and initial is not None:
@@ -233,39 +243,21 @@ def _run(
     return y, between[-1].clone() if cu_seqlens is None else final[:-1].clone(), between
 
 
-def _fake(
-    family: str,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    u: Tensor,
-    k: Tensor,
-    q: Tensor,
-    first: Tensor,
-    second: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, cu_seqlens, u, k, *_ = inputs
     (B, T, G, _, W), N = u.shape, k.shape[3]
     rows, pieces = state_count(B, cu_seqlens), -(-T // _segment_length(u, k))
     return torch.empty_like(u), u.new_empty(rows, G, N, W), u.new_empty(pieces + 1, B, G, N, W)
 
 
-def _run_backward(
-    family: str,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    u: Tensor,
-    k: Tensor,
-    q: Tensor,
-    first: Tensor,
-    second: Tensor,
-    between: Tensor,
-    grad_y: Tensor,
-    grad_state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _run_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of initial and tokens: from the last segment to the first, each computed again from its entering state.
 
     G_t = q_t dy_tᵀ + A_{t+1} * G_{t+1} is the gradient of S_t; everything else is a product with it.
     """
-    tokens = [u, k, q, first, second]
+    *given, between, grad_y, grad_state = inputs
+    family, initial, cu_seqlens, *tokens = _Inputs(*given)
+    u, k = tokens[:2]
     T, pieces = u.shape[1], _pieces(u, k)
     gradients = [torch.zeros_like(tensor) for tensor in tokens]
     borders = starts = None
@@ -313,22 +305,9 @@ def _run_backward(
     return carried, grad_u, grad_k, grad_q, grad_first, grad_second
 
 
-def _fake_backward(
-    family: str,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    u: Tensor,
-    k: Tensor,
-    q: Tensor,
-    first: Tensor,
-    second: Tensor,
-    between: Tensor,
-    grad_y: Tensor,
-    grad_state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    carried, grad_u, grad_k, grad_q, grad_first, grad_second = map(
-        torch.empty_like, (grad_state, u, k, q, first, second)
-    )
+def _fake_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, _, _, *tokens, _, _, grad_state = inputs
+    carried, grad_u, grad_k, grad_q, grad_first, grad_second = map(torch.empty_like, (grad_state, *tokens))
     return carried, grad_u, grad_k, grad_q, grad_first, grad_second
 
 
@@ -453,6 +432,7 @@ _segments = operator(
     backward=_gradients,
     jvp=_tangent,
     vmap=_vmap,
+    schema=schema_of(_Inputs, outputs=3),
 )
 _segments_backward = operator(
     "recur::elementwise_segments_backward",
@@ -462,4 +442,5 @@ _segments_backward = operator(
     backward=_second_gradients,
     jvp=_second_tangent,
     vmap=_vmap_backward,
+    schema=schema_of(_Inputs, "between", "grad_y", "grad_state", outputs=6),
 )
