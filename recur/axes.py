@@ -51,7 +51,7 @@ def letters(expression: str | int | float) -> set[str]:
 
 
 def evaluate(expression: str | int | float, axes: Mapping[str, str | int]) -> int | float:
-    """The value of an expression, axis letters being looked up (and evaluated in their turn) in `axes`.
+    """The value of an expression, with axis letters looked up in `axes`, whose own values may be expressions.
 
     Cost: every letter is evaluated once.
     Raises: RecipeError for an unknown letter, for anything that is not + - * / // ** and FUNCTIONS, for a cycle, for a

@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--have", metavar="JSON", type=file_or_folder, nargs="+", default=[], help="results to go on from"
     )
-    bench.add_argument("--candidates", type=count, default=8, help="a peer's autotuner tries this many a kernel (8)")
+    bench.add_argument("--candidates", type=count, default=8, help="a peer's autotuner tries this many per kernel (8)")
     bench.add_argument("--growth", action="store_true", help="also time and memory from 1024 tokens up")
     bench.add_argument("--longest", type=count, default=2**20, help="of --growth (1048576)")
     bench.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the script (cuda)")

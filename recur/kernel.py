@@ -284,7 +284,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, position: Tensor, frequencies: Tensor, halves: bool) -> Tensor:
-    """x [B T H K] turned by position [B|1 T] times float64 frequencies [K/2]; pairs are halves, or neighbours."""
+    """x [B T H K] rotated by position [B|1 T] times float64 frequencies [K/2]; pairs are halves, or neighbours."""
     from recur.kernels.rotary import rotate
 
     y: Tensor = rotate(x, position, frequencies.double(), halves, False)

@@ -668,7 +668,7 @@ class Recipe:
     # ------------------------------------------------------------------ JSON
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON value that `from_dict` turns back into this recipe.
+        """A JSON value from which `from_dict` builds this recipe again.
 
         Returns: a dict of strings, numbers, lists and dicts.   Raises: RecipeError if a part holds a function.
 

@@ -78,8 +78,8 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
     found["weights of heads"] = (lambda u, w, form: weigh(u, w, form=form), [randn(2, 333, 32, 64), randn(2, 333, 32)])
     for layout in ("half", "interleaved"):
         place, frequencies = torch.randint(0, 1000, (2, 333)), rotary_frequencies(64, device=torch.device("cuda"))
-        turn = lambda x, form, a=place, f=frequencies, to=layout: rotate(x, a, f, layout=to, form=form)  # noqa: E731
-        found[f"rotation of {layout}"] = (turn, [randn(2, 333, 8, 64)])
+        rotation = lambda x, form, a=place, f=frequencies, to=layout: rotate(x, a, f, layout=to, form=form)  # noqa: E731
+        found[f"rotation of {layout}"] = (rotation, [randn(2, 333, 8, 64)])
     for W in (1, 2, 3, 4, 8):
         conv = lambda x, w, b, s, form: causal_conv(x, w, b, initial_state=s, act="silu", form=form)  # noqa: E731
         found[f"convolution of {W}"] = (conv, [randn(3, 515, 300), randn(300, W), randn(300), randn(3, W - 1, 300)])

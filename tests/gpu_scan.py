@@ -1,7 +1,7 @@
 """The separable kernel on a GPU against the float64 token loop, in every dtype: `python tests/gpu_scan.py`, or
 `python tests/gpu_scan.py wide` for states of more than 256 rows or columns alone.
 
-One line a case: relative errors of y, state and all gradients, which two runs must give alike. Exits with 1 if one
+One line per case: relative errors of y, state and all gradients, which two runs must give alike. Exits with 1 if one
 passes its limit. The cases of test_kernel_compiles.py, in which every pair of values of every axis meets, are among
 them; the others vary what no specialisation depends on, lengths, borders and gates from mild to resets.
 """
@@ -221,7 +221,7 @@ def main(cases: list[Any], limits: dict[torch.dtype, float], slack: float = 1) -
     """In parallel, because compiling takes longer than running; gradients of gates may err by `slack` more."""
     with torch.multiprocessing.get_context("spawn").Pool(
         15, maxtasksperchild=1
-    ) as pool:  # one process a case: an illegal access ends it
+    ) as pool:  # one process per case: an illegal access ends it
         good = pool.map(attempt, [(case, limits, slack) for case in cases], chunksize=1)
     print(f"{sum(good)} of {len(good)} good")
     return int(not all(good))

@@ -66,7 +66,7 @@ def test_its_code_runs_from_top_to_bottom(page: Path, capsys: pytest.CaptureFixt
             assert next_language != "text" or printed == text
 
 
-def test_the_walk_of_a_query_names_functions_that_are_there() -> None:
+def test_the_path_of_a_query_names_existing_functions() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| \[[^]]*\]\(\.\./([\w/]+\.py)\)", page, flags=re.MULTILINE)
     assert len(rows) > 10

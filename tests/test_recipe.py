@@ -164,7 +164,7 @@ def test_bad_arguments_are_named(make, error, words):
         make()
 
 
-def test_a_width_that_does_not_divide_is_told_in_letters():
+def test_a_width_that_does_not_divide_is_named_in_letters():
     with pytest.raises(RecipeError, match=r"K = D/H must be a positive integer, got 12\.5 with D=100, H=8"):
         Mixer(presets.hgrn2(heads=8), 100)
 
@@ -184,7 +184,7 @@ def test_a_width_that_does_not_divide_is_told_in_letters():
         ),
     ],
 )
-def test_sizes_that_do_not_fit_are_told_when_the_layer_is_built(parts, words):
+def test_sizes_that_do_not_fit_are_refused_when_the_layer_is_built(parts, words):
     with pytest.raises(RecipeError, match=words):
         Mixer(Recipe(*parts), 4)
 

@@ -450,7 +450,7 @@ def test_the_width_for_a_size() -> None:
         settings = solve_width(task, Settings(recipe=recipe, depth=2), 60_000)
         model = task.build(settings)
         assert parameter_count(model) == pytest.approx(60_000, rel=0.1)
-        model(**task.inputs(task.batch("valid", 0, 1)))  # llama turns pairs of a head's channels: they must be even
+        model(**task.inputs(task.batch("valid", 0, 1)))  # llama rotates pairs of a head's channels: they must be even
     with pytest.raises(InputError, match=r"no width of longhorn has about 100 parameters: the nearest is [\d,]+ at"):
         solve_width(task, Settings(recipe="longhorn"), 100)
 

@@ -1,4 +1,4 @@
-"""Parts that decide what is kept, turned and let out."""
+"""Parts with gates: how much of the state is kept, its rotation, how much of the output leaves."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ class Mixer(nn.Module):
         return self._layout
 
     def __repr__(self) -> str:
-        """Every stage with its sizes, parameters and bytes of state a sequence (a growing attention cache counts 0)."""
+        """Every stage: sizes, parameters and bytes of state per sequence (a growing attention cache counts 0)."""
         site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer)
         weights = self._weights()
         rows = [("", "writes", "parameters", "state bytes")]

@@ -1,4 +1,4 @@
-"""Checkpoint files, official ones and our own, and the command that turns one into the other."""
+"""Checkpoint files, official ones and our own, and the command that converts between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""python -m recur.hf RUN OUT: turn a run of `recur train` into a folder for `from_pretrained`."""
+"""python -m recur.hf RUN OUT: convert a run of `recur train` to a folder for `from_pretrained`."""
 
 from __future__ import annotations
 

@@ -33,14 +33,14 @@ def fixed_scan(
     reverse: bool = False,
     form: str = "auto",
 ) -> ScanOut:
-    """State space with constant poles, N memories a channel, each with a decay and a rotation of its own.
+    """State space with constant poles, N memories per channel, each with a decay and a rotation of its own.
 
         S_t[v, n] = exp(log_decay[v, n]) S_{t-1}[v, n] + write[v, n] x_t[v]
         y_t[v] = Re sum_n readout[v, n] S_t[v, n]
 
     Args:
         x: [B T V] input.
-        log_decay: [N] shared by all channels | [V N] the poles, real or complex; imaginary part in radians a token.
+        log_decay: [N] shared by all channels | [V N] the poles, real or complex; imaginary part in radians per token.
         readout: [V N] real or complex.
         write: [N] | [V N] real or complex; ones when omitted.
         initial_state: [B V N] S before the first token; zeros when omitted.
@@ -59,8 +59,8 @@ def fixed_scan(
         the response, also where most of x comes later: in float32 a future 10,000 times louder leaves an output two
         or three digits. "chunked" confines that to the chunk, "recurrent" has none of it. NaN, infinity and numbers
         from 7e28 on (float32) make NaN of their own channel from their own token on, in every form.
-        On a GPU too: walking N = 512 complex states is 8 N = 4096 operations a token and channel, which no kernel that
-        keeps states in registers avoids; three transforms are 15 log2(2T), about 180, and move few bytes more than x.
+        "parallel" is faster on a GPU too: N = 512 complex states take 8 N = 4096 operations per token and channel in a
+        kernel that keeps them in registers; three transforms take 15 log2(2T), about 180, and move little more than x.
     Source: Gupta et al. 2022, arXiv:2203.14343; Mehta et al. 2022, arXiv:2206.13947.
 
     >>> pole, one = torch.tensor([0.5]).log(), torch.ones(1, 1)
@@ -288,8 +288,8 @@ def _powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
     if not log_decay.is_complex():
         return size
     # a phase of many turns has lost its digits in float32
-    turns = log_decay.imag.double()[:, None] * exponents[:, None]
-    phase = torch.remainder(turns, 2 * math.pi).to(real)
+    angle = log_decay.imag.double()[:, None] * exponents[:, None]
+    phase = torch.remainder(angle, 2 * math.pi).to(real)
     return torch.complex(size * phase.cos(), size * phase.sin())
 
 

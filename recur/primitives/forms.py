@@ -166,7 +166,7 @@ def check_packing(
 ) -> None:
     """cu_seqlens [n+1] int holds the document borders 0 = c_0 <= ... <= c_n = T of one packed row.
 
-    A state that comes with it is [n ...], one a document.
+    A state that comes with it is [n ...], one per document.
 
     Shapes and types are always checked; values only on a CPU outside compilation, where reading them is free.
     """

@@ -18,9 +18,9 @@ from recur.primitives.diagonal import (
     LOG2_E,
     document_starts,
     like_batch,
+    recur_backward,
+    recur_forward,
     recurrence,
-    walk_left,
-    walk_right,
 )
 from recur.primitives.forms import ScanOut, document_of, state_count
 from recur.primitives.operators import (
@@ -44,9 +44,9 @@ def update(family: str, S: Tensor, *, u: Tensor, k: Tensor, q: Tensor, **rates: 
 
 
 def segments(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
-    """All tokens u, k, q and what the gate is made of: y [B T G 1 W], state [B G N W], or one a document.
+    """All tokens u, k, q and what the gate is made of: y [B T G 1 W], state [B G N W], or one per document.
 
-    Time O(B T V N); memory for one segment, and for one state a segment, from which the backward computes it again.
+    Time O(B T V N); memory for one segment, and for one state per segment, from which the backward computes it again.
     """
     y, state, _ = _segments(family, initial, cu_seqlens, *tokens.values())
     return ScanOut(y, state)
@@ -235,7 +235,7 @@ def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         if borders is not None and own is not None:
             x.addcmul_(a, own.index_select(0, borders.opens[piece])[None])
         starts = None if borders is None else borders.starts[piece]
-        h = walk_right(a, x, between[i], out=x, starts=starts)
+        h = recur_forward(a, x, between[i], out=x, starts=starts)
         y[:, piece] = _over_slots(q_, h, u_)
         between[i + 1] = h[:, -1]
         if borders is not None:
@@ -282,9 +282,9 @@ def _run_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor,
                 before = own.index_select(0, borders.opens[piece])[None]
                 x.addcmul_(gate, before)
             G += grad_final.index_select(0, borders.closes[piece])
-        h = walk_right(gate, x, state, out=x, starts=starts)
+        h = recur_forward(gate, x, state, out=x, starts=starts)
         G[:, -1] += carried
-        walk_left(gate, G, out=G, starts=starts)
+        recur_backward(gate, G, out=G, starts=starts)
         carried = gate[:, 0] * G[:, 0]
         if starts is not None:
             carried.masked_fill_(starts[0], 0)

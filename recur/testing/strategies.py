@@ -189,7 +189,7 @@ def gated_scans(draw: DrawFn, *, constant: bool = False, complex: bool = False, 
     state = numbers.number(B, *trailing, complex=complex or complex_input) if draw(st.booleans()) else None
     heads = {"x": 2, "log_decay": 0 if constant else 2, "state": 1, "y": 2} if trailing else {}
     known: dict[str, Any] = {} if constant else {"idle": {"log_decay": 0.0, "x": 0.0}, "decay": "log_decay"}
-    known |= {"linear": ("x",), "heads": heads, "turns": complex and not complex_input}
+    known |= {"linear": ("x",), "heads": heads, "rotates": complex and not complex_input}
     return Inputs(tokens, constants, state, sizes, numbers.seed, **known)
 
 

@@ -100,7 +100,7 @@ def _write_report(run: Training, finals: Mapping[str, Mapping[str, float]]) -> N
 
 
 def report(run: Training, finals: Mapping[str, Mapping[str, float]]) -> str:
-    """The final evaluations in words, one line a split."""
+    """The final evaluations in words, one line per split."""
     lines = []
     for split, values in finals.items():
         bits = f" ({values['loss'] / math.log(2):.3f} bits)" if run.task.unit.startswith("nats") else ""

@@ -162,7 +162,7 @@ def whole_lines(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 @dataclass
 class Extrapolation(LM):
-    """Train at one length, evaluate at longer ones, on the same text: loss a token at 1x, 2x, 4x ... of it."""
+    """Train at one length, evaluate at longer ones, on the same text: loss per token at 1x, 2x, 4x ... of it."""
 
     factor: int = option(16, count, "longest evaluation over --length; powers of two up to it are evaluated")
 

@@ -1,7 +1,7 @@
 """On a GPU: the elementwise kernels against the token loop in float64, twice, with every gradient.
 
-`python tests/gpu_walk.py` prints one line per case and exits with 1 if an error is too large or two runs differ. The
-specialisations of the elementwise kernels are among the cases, so every rule, dtype, direction, size of state, fixed
+`python tests/gpu_elementwise.py` prints one line per case and exits with 1 if an error is too large or two runs
+differ. The specialisations of the elementwise kernels are among the cases, so every rule, dtype, direction, size of state, fixed
 weight, border of documents and of segments meets every other.
 """
 
@@ -43,8 +43,8 @@ class Case(NamedTuple):
             tensors = {"x": torch.randn(B, T, V).to(self.dtype), "log_decay": hard.to(self.dtype)}
             tensors["initial_state"] = torch.randn(rows, V)
             if self.rule == "complex":
-                turned = zip(tensors.items(), (1, 20, 1), strict=True)
-                tensors = {name: torch.complex(t, torch.randn_like(t) * scale) for (name, t), scale in turned}
+                rotated = zip(tensors.items(), (1, 20, 1), strict=True)
+                tensors = {name: torch.complex(t, torch.randn_like(t) * scale) for (name, t), scale in rotated}
         else:
             G, N = self.sizes[3:]
             kq = [torch.randn(V, N) if w in self.fixed else torch.randn(B, T, G, N) for w in "kq"]
@@ -75,13 +75,13 @@ class Case(NamedTuple):
 
 
 def listed() -> list[Case]:
-    """The specialisations of the walk and of the diagonal scan."""
+    """The specialisations of the elementwise scans and of the diagonal scan."""
     found = []
-    for row in specialisations.WALK.rows + specialisations.DIAGONAL.rows:
-        more, packed, walks = row["segments"] == "more", row["rows"] == "packed", "rule" in row
-        long, short = (200, 30) if walks else (3000, 50 if row["D"] == "72" else 300)  # 50 are one tile of a chain
+    for row in specialisations.ELEMENTWISE.rows + specialisations.DIAGONAL.rows:
+        more, packed, matrix = row["segments"] == "more", row["rows"] == "packed", "rule" in row
+        long, short = (200, 30) if matrix else (3000, 50 if row["D"] == "72" else 300)  # 50 are one tile of a chain
         T = long if more else short
-        if walks:
+        if matrix:
             groups = 1 if row["groups"] == "one" else 5 if row["V"] == "95" else 2
             sizes, rule = (int(row["V"]), groups, int(row["N"])), row["rule"]
         else:
@@ -89,7 +89,7 @@ def listed() -> list[Case]:
         found.append(
             Case(
                 rule,
-                (1 if packed else 2 if more else 32 if walks else 4, T, *sizes),  # 32: Mamba in tiles of many programs
+                (1 if packed else 2 if more else 32 if matrix else 4, T, *sizes),  # 32: Mamba in tiles of many programs
                 getattr(torch, row["dtype"]),
                 reverse=row["way"] == "left",
                 lengths=(0, 20, T - 20) if packed else (),
