@@ -1,8 +1,8 @@
 """On a GPU: the elementwise kernels against the token loop in float64, twice, with every gradient.
 
 `python tests/gpu_elementwise.py` prints one line per case and exits with 1 if an error is too large or two runs
-differ. The specialisations of the elementwise kernels are among the cases, so every rule, dtype, direction, size of state, fixed
-weight, border of documents and of segments meets every other.
+differ. The specialisations of the elementwise kernels are among the cases, so every rule, dtype, direction, size of
+state, fixed weight, border of documents and of segments meets every other.
 """
 
 from __future__ import annotations
