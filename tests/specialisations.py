@@ -14,8 +14,8 @@ Row = dict[str, str]
 
 
 class Family(NamedTuple):
-    """Axes and their values; combinations that are none, or another one by a second name; the list. Named rows are hot:
-    training in bfloat16 at the sizes of the models that are called so."""
+    """Axes and their values; combinations that do not exist or repeat another one; the list. Named rows are what models
+    of that name run when they train in bfloat16."""
 
     axes: dict[str, str]
     excluded: tuple[Row, ...]

@@ -209,7 +209,7 @@ def last_tokens(text: Tensor, length: Tensor, window: int, ragged: bool) -> tupl
 
 
 class Loop:
-    """The buffers of a loop that steps and draws, and the CUDA graph of one turn of it, if there is one.
+    """The buffers of a loop that steps and draws, and the CUDA graph of one iteration, if there is one.
 
     A loop is used by one call at a time: `taken` hands it out, `give_back` keeps it for the next call.
     """
@@ -220,7 +220,7 @@ class Loop:
     def __init__(self, batch: int, kind: str, device: torch.device) -> None:
         self.key: Any = None
         self.kind, self.filler = kind, 0
-        self.graph: Any = None  # of `turn`
+        self.graph: Any = None  # of `iterate`
         self.state: State = None  # that of the call; with a graph, the one that it overwrites
         self.token = torch.zeros(batch, dtype=torch.long, device=device)
         self.tokens = torch.zeros(BLOCK, batch, dtype=torch.long, device=device)
@@ -293,13 +293,13 @@ class Loop:
         self.tokens.index_copy_(0, self.at, token[None])
         self.at += 1
 
-    def turn(self, model: LanguageModel) -> None:
+    def iterate(self, model: LanguageModel) -> None:
         """One step of the model, and the token drawn from it."""
         self.draw(model.step(self.token, self.state))
 
     def replay(self, model: LanguageModel) -> None:
         if self.graph is None:
-            self.turn(model)
+            self.iterate(model)
         else:
             self.graph.replay()
 
@@ -311,11 +311,11 @@ class Loop:
         return done
 
     def capture(self, model: LanguageModel, room: int | None) -> None:
-        """Capture one turn; where that fails the loop works without, and a warning says why."""
+        """Capture one iteration; if that fails, the loop runs without a graph, and a warning says why."""
         self.state = model.init_state(len(self.token), room)
         before = _places(self.state)
         try:
-            graph = graph_of(lambda: self.turn(model), self.token.device)
+            graph = graph_of(lambda: self.iterate(model), self.token.device)
         except RuntimeError as error:
             reason = f"its step cannot be captured: {str(error).splitlines()[0]}"
         else:

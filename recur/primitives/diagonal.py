@@ -250,7 +250,7 @@ def gated_scan(
     reverse: bool = False,
     form: str = "auto",
 ) -> ScanOut:
-    """Gated diagonal scan, one memory a channel: h_t = exp(log_decay_t) * h_{t-1} + x_t, y_t = h_t.
+    """Gated diagonal scan, one memory per channel: h_t = exp(log_decay_t) * h_{t-1} + x_t, y_t = h_t.
 
     Args:
         x: [B T *] what each token writes, input gate already applied; real or complex.

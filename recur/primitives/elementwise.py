@@ -39,7 +39,7 @@ def selective_scan(
 
     Args:
         x: [B T V] what each token writes.
-        delta: [B T V] step size, already positive; 0 is a token that does nothing.
+        delta: [B T V] step size, already positive; with 0 the token has no effect.
         A: [V N] log decay per unit of delta, negative.
         B: [B T N] | [B T G N] | [V N] weights of writing; channel v uses group v // (V/G).
         C: [B T N] | [B T G N] | [V N] weights of reading, with groups as B.

@@ -18,7 +18,7 @@ from recur.primitives.forms import ScanOut, check_packing, choose_form, first_st
 from recur.primitives.operators import one_node, operator, remember, schema_of
 from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number, readable, without_autocast
 
-CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
+CHUNK = 64  # fewest tokens per chunk; N/2 if that is more: then carrying N states costs what the chunk costs
 TRANSFORM = 2**18  # numbers transformed at a time: what a cache holds
 
 

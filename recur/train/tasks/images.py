@@ -78,7 +78,7 @@ class PictureTask(Task):
 
 @dataclass
 class Images(PictureTask):
-    """Sequential image classification: one pixel a token, one class a picture."""
+    """Sequential image classification: one pixel per token, one class per picture."""
 
     data: str | None = option(None, path, "a folder with one folder of pictures a class (scikit-learn's 8 x 8 digits)")
     side: int = option(0, whole(0, 4097), "pictures are scaled to squares of this side; 0 keeps their size")
