@@ -27,7 +27,7 @@ EXTRA = {**dict.fromkeys(TRAIN, "train"), "hypothesis": "test"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 1 if a law was broken, 130 if interrupted; input that is no use exits with 2."""
+    """Run one command. Returns 0, 1 if a law was broken, 130 if interrupted; invalid input exits with 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal of few characters shows others by their numbers
             stream.reconfigure(errors="backslashreplace")

@@ -101,7 +101,7 @@ def takes_step(keys: int, state: Tensor, lacks: tuple[str, str] | None = None) -
 
 
 def _covered(function: str, lacks: tuple[str, str] | None, on_gpu: bool) -> bool:
-    """Whether a kernel that is no scan lacks nothing; if it does, that is said together with the remedy."""
+    """Whether a kernel that is not a scan covers a call; if not, a warning says why and names the remedy."""
     if lacks is None:
         return True
     refused = Refusal(f"its kernel does not cover {lacks[0]}", "the formula in torch does", lacks[1])

@@ -81,4 +81,4 @@ def read_json(place: Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets of thousands of levels
-        raise InputError(f"{place} is no JSON: {one_line(error)}") from error
+        raise InputError(f"{place} is not valid JSON: {one_line(error)}") from error

@@ -214,7 +214,7 @@ def test_the_newest_whole_one_is_used(tmp_path: Path, name: str, damage: str) ->
     assert said[0].startswith("using step-00000003; step-00000005 is damaged: ")
     assert "; step-00000004 is damaged: " in said[0]
     DAMAGES[damage](tmp_path / "step-00000003" / name)
-    with pytest.raises(InputError, match=r"no whole checkpoint in .*5 is damaged: .*4 is damaged: .*3 is damaged: "):
+    with pytest.raises(InputError, match=r"no complete checkpoint in .*5 is damaged: .*4 is damaged: .*3 is damaged: "):
         checkpoint.read_record(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The commands: what they print, and one clear line for each input that is no use."""
+"""The commands: what they print, and one clear line for each input that is invalid."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_resuming_with_a_file_of_settings(
     (out / "config.json").write_text("{")
     assert main([*map(str, resume)]) == 0
     said = capsys.readouterr().err
-    assert "recur: passing over the configuration of the run: " in said
+    assert "recur: ignoring the configuration of the run: " in said
     assert "resuming after" not in said
 
 

@@ -64,7 +64,7 @@ def test_axes_are_expressions_over_each_other():
         ("X", "mentions X, which is not among D, E, A"),
         ("A", "A is defined by itself"),
         ("__import__('os')", "must be built from numbers, axis letters"),
-        ("2*", "'2\\*' is no expression"),
+        ("2*", "'2\\*' is not an expression"),
         ("D/5", "must be a positive integer, got 12.8 with D=64"),
         ("D-64", "must be a positive integer, got 0"),
     ],
@@ -80,7 +80,7 @@ def test_axes_that_make_no_sense_are_refused(expression, words):
         ((IN, Act("v"), OUT), "part 2 Act reads 'v', which nobody wrote; available: x, u"),
         ((IN,), r"must write y \[D\], got no y; written: x, u"),
         ((IN, Project("u", y="E")), r"must write y \[D\], got y \[E\]"),
-        ((IN, Project("u", y="D", z="Q")), r"part 2 Project writes z \[Q\], but Q is no axis; axes are D, E, H, K"),
+        ((IN, Project("u", y="D", z="Q")), r"part 2 Project writes z \[Q\], but Q is not an axis; axes are D, E, H, K"),
         ((Act("x"), OUT), "part 1 Act writes 'x', which every part may read and none may change"),
         (
             (Project("x", y="E", z="D"), OutputGate("z"), OUT),
@@ -240,7 +240,7 @@ def test_every_preset_survives_json(name):
 
 @dataclass(frozen=True)
 class Leak(Part):
-    """A part of one's own: forget a learned share of a tensor."""
+    """A part of your own: forget a learned share of a tensor."""
 
     source: str
 
@@ -258,7 +258,7 @@ def test_own_parts_are_passed_in_and_functions_are_refused():
     recipe = Recipe(IN, Leak("u"), OUT, axes={"E": 3})
     data = recipe.to_dict()
     assert Recipe.from_dict(data, parts=(Leak,)) == recipe
-    with pytest.raises(RecipeError, match=r"'Leak' is no part of recur; pass its class"):
+    with pytest.raises(RecipeError, match=r"'Leak' is not a part of recur; pass its class"):
         Recipe.from_dict(data)
     mapped = Recipe(IN, Map(torch.tanh, reads="u", out="v", axes="E"), Project("v", y="D"), axes={"E": 3})
     with pytest.raises(RecipeError, match="which JSON cannot hold"):
@@ -309,7 +309,7 @@ def test_a_bidirectional_recipe_returns_states_but_does_not_stream():
     torch.testing.assert_close(state["parts"]["reverse"]["gated_scan"], back.state)
     with pytest.raises(RecipeError, match="not causal, so it has no state"):
         mixer.init_state(1)
-    with pytest.raises(RecipeError, match="not causal, so it cannot go on"):
+    with pytest.raises(RecipeError, match="not causal, so it cannot continue"):
         mixer(x, state)
     assert "not causal" in repr(mixer)
 

@@ -1,7 +1,7 @@
 """Tokens out of a language model: prompts are read in one pass, then every token costs one step.
 
-The loop of sampling and stepping works on buffers of fixed place and size and is never waited for by the host but once
-every BLOCK tokens. On a GPU it is therefore captured as one CUDA graph per model and batch size, and replayed.
+The loop of sampling and stepping works on buffers of fixed address and size, and the host waits for it only once every
+BLOCK tokens. On a GPU it is therefore captured as one CUDA graph per model and batch size, and replayed.
 """
 
 from __future__ import annotations

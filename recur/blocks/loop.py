@@ -37,7 +37,7 @@ class Loop(Around):
 
     Every form is this loop, so T tokens cost T steps. In a compiled or exported graph it is one node for all lengths,
     with first derivatives, whose backward runs the tokens again. It is unrolled into the graph, which then fits one
-    length, for form="recurrent", and where a node cannot hold the body: one with a Dropout, a Map, a part of one's own,
+    length, for form="recurrent", and where a node cannot hold the body: one with a Dropout, a Map, a part of your own,
     a cache that grows, or a hook.
 
     >>> from recur.blocks import Loop, Project

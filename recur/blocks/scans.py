@@ -1,4 +1,4 @@
-"""Parts that remember: each calls one scan of recur.primitives."""
+"""Parts with a state: each calls one scan of recur.primitives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _run(
     tokens: Mapping[str, Tensor | None],
     **always: Any,
 ) -> ScanOut:
-    """The scan over tokens [B T ...]; in a step its one-token twin, which overwrites the state.
+    """The scan over tokens [B T ...]; in a step the step function, which overwrites the state.
 
     always: what else both take, the same for every token.
     """

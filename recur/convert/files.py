@@ -74,7 +74,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} must hold tensors and nothing that runs: {one_line(error)}") from error
     except OSError:
         raise
-    except Exception as error:  # bytes that are no pickle have the unpickler stumble anywhere
+    except Exception as error:  # on other bytes the unpickler fails in any way
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {one_line(error)}") from error
     try:
         return dict(state_dict_in(str(path), held)), {}
@@ -220,7 +220,7 @@ def load_module(path: Path | str) -> tuple[str, dict[str, Any], Any]:
     """
     tensors, metadata = read_checkpoint(path)
     if MARK not in metadata:
-        raise CheckpointError(f"{path} is no module of recur; say what it is with --from")
+        raise CheckpointError(f"{path} is not a module of recur; say what it is with --from")
     try:
         tensors = {plain: tensors[key] for plain, key in renamed(str(path), tensors, unwrapped).items()}
     except ValueError as error:

@@ -102,7 +102,7 @@ def choose_form(
     name is taken or refused.
 
     Args: available: the forms of this function; refusal: why "triton" cannot run this call on a device, None if it can.
-    Raises: ValueError for a name that is no form, NotImplementedError for one this function, or this call, lacks.
+    Raises: ValueError for a name that is not a form, NotImplementedError for one this function, or this call, lacks.
     Warns: SlowPath, once per reason, if "auto" is "chunked" on a GPU.
     """
     names = ("auto", "recurrent", "chunked", "parallel", "triton")

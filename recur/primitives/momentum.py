@@ -48,7 +48,7 @@ def momentum_scan(
 
     Returns: y [B T H V]; state [B 2 H K V].
     Raises: ShapeError if axes disagree, NotImplementedError for another form.
-    Cost: T steps, each O(H K V): an error stays in M for many tokens, so this is no wide step.
+    Cost: T steps, each O(H K V): an error stays in M for many tokens, so this is not a wide step.
 
     >>> x, ones = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1)
     >>> forgotten = torch.full_like(ones, -torch.inf)  # momentum 0 is the delta rule

@@ -160,7 +160,7 @@ def _over_channels(S: Tensor, weights: Tensor, like: Tensor) -> Tensor:
 
 
 class _Borders(NamedTuple):
-    """Where documents start and end, by token [T]; a token that is no border points at row n, one after the last."""
+    """Where documents start and end, by token [T]; a token that is not a border points at row n, one after the last."""
 
     starts: Tensor  # bool
     opens: Tensor

@@ -209,7 +209,7 @@ def same(got: Mapping[str, Tensor], want: Mapping[str, Tensor], ways: tuple[str,
 
 
 def finite(name: str, tensor: Tensor, way: str) -> None:
-    """Raise LawBroken naming the first entry that is no finite number."""
+    """Raise LawBroken naming the first entry that is not a finite number."""
     bad = ~torch.isfinite(tensor)
     if bad.any():
         at = tuple(bad.nonzero()[0].tolist())

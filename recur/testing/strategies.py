@@ -2,7 +2,7 @@
 
 Every strategy yields `Inputs` in float64: B from 1, T from 0 through primes to chunk borders, odd G, H, K, V, a state
 or none. Smaller comes first, so that a counter-example shrinks to short rows, gates that keep everything and seed 0.
-A strategy for a scan of one's own is a function like those below.
+A strategy for a scan of your own is a function like those below.
 """
 
 from __future__ import annotations

@@ -77,9 +77,13 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     writer.add_argument("folder", metavar="FOLDER", type=config.file_or_folder, help="the --out of recur train")
     writer.add_argument("--prompt", metavar="TEXT", required=True)
     writer.add_argument("--max-new-tokens", type=config.count, default=300, help="tokens to write (300)")
-    writer.add_argument("--temperature", type=config.at_least_0, default=0.7, help="0 takes the likeliest token (0.7)")
-    writer.add_argument("--top-k", type=config.count, help="draw among the k likeliest tokens only")
-    writer.add_argument("--top-p", type=config.share, help="draw among the likeliest tokens that hold this probability")
+    writer.add_argument(
+        "--temperature", type=config.at_least_0, default=0.7, help="0 takes the most likely token (0.7)"
+    )
+    writer.add_argument("--top-k", type=config.count, help="draw among the k most likely tokens only")
+    writer.add_argument(
+        "--top-p", type=config.share, help="draw among the most likely tokens that hold this probability"
+    )
     writer.add_argument("--stop", metavar="TEXT", nargs="+", help="end with the token that completes one of these")
     writer.add_argument(
         "--checkpoint", metavar="WHICH", type=_which, default="newest", help="best, newest or a step (newest)"

@@ -14,7 +14,7 @@ from recur.reading import InputError, one_line, read_json, read_text, unknown
 
 
 def number(kind: type, rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """A reader of one number, which names `rule` when the text is no such number."""
+    """A reader of one number, which names `rule` when the text does not fit it."""
 
     def read(text: str) -> Any:
         try:
@@ -96,7 +96,7 @@ class Settings:
     """Everything about model, optimiser and run that is the same for every task."""
 
     recipe: str = option("longhorn", str, "preset[:option=value,...], joined by + for a hybrid, or @FILE.json")
-    imports: str | None = option(None, path, "Python file with parts and recipes of one's own", flag="--import")
+    imports: str | None = option(None, path, "Python file with parts and recipes of your own", flag="--import")
     dim: int = option(256, count, "width")
     depth: int = option(2, whole(1, 10_000), "layers")
     ffn: str = option("paper", one_of(*FFN), "feed-forward of every layer")
@@ -184,7 +184,7 @@ def _yaml(place: Path) -> Any:
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # !!int of thousands of digits; thousands of brackets
-        raise InputError(f"{place} is no YAML: {one_line(error)}") from error
+        raise InputError(f"{place} is not valid YAML: {one_line(error)}") from error
 
 
 def checked(values: Mapping[str, Any], options: Mapping[str, Field[Any]], place: str) -> dict[str, Any]:

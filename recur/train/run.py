@@ -119,7 +119,7 @@ def load_model(
         out:     the folder of a run, or of one checkpoint.
         which:   "newest", "best" (of the lowest validation loss), or a step.
         say:     called with a line that names the damaged checkpoints that were passed over.
-        imports: a file with the parts of one's own in its recipe, where it is not the one that the run names.
+        imports: a file with your own parts, if it is not the one that the run names.
 
     Raises: InputError if there is none, none is whole, its task has no text, or that file is not there.
 
