@@ -309,7 +309,7 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,
         reduction: str = "mean",
     ) -> Any:
-        """Logits [B T vocab_size]; with return_state also the state to continue from. cu_seqlens [n+1] packs n documents.
+        """Logits [B T vocab_size]; with return_state also the next state. cu_seqlens [n+1] packs n documents.
 
         With targets [B T], the classes to predict, their cross-entropy in float32 or wider, its "mean" or its "sum",
         takes the place of the logits, of which there is only a chunk of tokens at a time (recur.primitives.loss), or
