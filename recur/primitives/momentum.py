@@ -67,19 +67,9 @@ def momentum_scan(
     return ScanOut(*loop(*tokens, initial_state, cu_seqlens, scale))
 
 
-def momentum_step(
-    state: Tensor,
-    *,
-    q: Tensor,
-    k: Tensor,
-    p: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    log_momentum: Tensor,
-    step: Tensor,
-    rate: Tensor,
-) -> tuple[Tensor, Tensor]:
+def momentum_step(state: Tensor, **tokens: Tensor) -> tuple[Tensor, Tensor]:
     """One token, pure: y [B H V] and the state [B 2 H K V]."""
+    q, k, p, v, log_decay, log_momentum, step, rate = (tokens[name] for name in TOKENS)
     S, M = state.unbind(1)
     error = v - torch.einsum("bhkv,bhk->bhv", S, p)
     M = log_momentum.exp()[..., None, None] * M - (rate[..., None] * k)[..., None] * error[..., None, :]
@@ -103,14 +93,17 @@ class _Inputs(NamedTuple):
     scale: float
 
 
+TOKENS = _Inputs._fields[:8]
+
+
 def _loop(*inputs: Any) -> tuple[Tensor, Tensor]:
     """One token after another: y [B T H V] of v's dtype and the state [n 2 H K V]."""
-    x, names = _Inputs(*inputs), _Inputs._fields[:-3]
+    x = _Inputs(*inputs)
     real, v = accumulation_dtype(*x[:-2]), x.v
     start = first_state(v, (2, v.shape[2], x.q.shape[3], v.shape[3]), real, x.initial_state, x.cu_seqlens)
     if v.shape[1] == 0:
         return v, start
-    tokens: dict[str, Any] = {name: getattr(x, name).to(real) for name in names}
+    tokens: dict[str, Any] = {name: getattr(x, name).to(real) for name in TOKENS}
     y, state = unroll(momentum_step, start, x.cu_seqlens, **{**tokens, "q": tokens["q"] * x.scale})
     return y.to(v.dtype), state
 

@@ -34,15 +34,16 @@ def remember(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_forward(*tensors)
 
 
-def schema_of(record: Any, *more: str, outputs: int) -> str:
-    """The schema of an operator that takes the fields of a NamedTuple, then `more` tensors, and returns tensors."""
+def schema_of(record: Any, *more: str, outputs: int | None = None) -> str:
+    """The schema of an operator that takes the fields of a NamedTuple, then `more` tensors, and returns so many
+    tensors, or a list of them."""
     fields = get_type_hints(record) | dict.fromkeys(more, Tensor)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in fields.items()]
 
     def prototype() -> None: ...
 
-    returned: Any = tuple[(Tensor,) * outputs]  # type: ignore[misc]
+    returned: Any = list[Tensor] if outputs is None else tuple[(Tensor,) * outputs]  # type: ignore[misc]
     prototype.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
     return torch.library.infer_schema(prototype, mutates_args=())
 
