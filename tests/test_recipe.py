@@ -273,8 +273,6 @@ def test_printing_shows_stages_equations_and_numbers():
     table = repr(Mixer(recipe, 64))
     assert "30,592" in table  # parameters
     assert "9,728" in table  # bytes: 3 taps of 128 channels and 128 x 16 numbers, 4 bytes each
-    parts = [part.formula() for name in presets.names() for part in getattr(presets, name)().parts if part.formula()]
-    assert len(parts) > 50
 
 
 def test_names_share_weights_and_classes_number_them():
