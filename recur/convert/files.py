@@ -244,7 +244,7 @@ def add(command: Callable[[str, Callable[[argparse.Namespace], int], str, str], 
         "recur convert pytorch_model.bin model.safetensors --from mamba_lm --to mamba_hf --config config.json"
     )
     formats = ", ".join(ENDINGS)
-    parser = command("convert", _convert, "Turn an official checkpoint into one of ours, or ours into one.", examples)
+    parser = command("convert", _convert, "Convert an official checkpoint to one of recur, or back.", examples)
     parser.add_argument("source", metavar="IN", type=Path, help=f"{formats} (weights only), {INDEX}, or a folder")
     parser.add_argument("target", metavar="OUT", type=Path, help=f"{formats}; a module of ours is .safetensors")
     parser.add_argument("--from", dest="origin", metavar="NAME", choices=names(), help="what IN is, unless it is ours")
