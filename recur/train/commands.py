@@ -50,7 +50,10 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
 
     pair = "recur compare longhorn mamba llama --task mqar --seeds 3 --parameters 200000"
     compare = command(
-        "compare", _compare, "Train recipes under the same conditions and compare them.", f"{pair}; {pair} --widths 32,64,128"
+        "compare",
+        _compare,
+        "Train recipes under the same conditions and compare them.",
+        f"{pair}; {pair} --widths 32,64,128",
     )
     compare.add_argument("recipes", metavar="RECIPE", nargs="+", help=known(Settings)["recipe"].metadata["about"])
     compare.add_argument("--task", choices=TASKS, default="lm", help="task to train on (lm)")
