@@ -1,6 +1,6 @@
 """Operators of torch, and what their launchers ask of a device.
 
-`torch.library.custom_op` and `register_autograd` do the same and take 8 us longer a call, 36 more where a gradient is
+`torch.library.custom_op` and `register_autograd` do the same and take 8 us longer per call, 36 more where a gradient is
 recorded or an argument is overwritten, most of it to look for defaults that these schemas do not have.
 """
 

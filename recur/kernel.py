@@ -101,7 +101,7 @@ def takes_step(keys: int, state: Tensor, lacks: tuple[str, str] | None = None) -
 
 
 def _covered(function: str, lacks: tuple[str, str] | None, on_gpu: bool) -> bool:
-    """Whether a kernel that is no scan lacks nothing; if it does, that is said together with the remedy."""
+    """Whether a kernel that is not a scan covers a call; if not, a warning says why and names the remedy."""
     if lacks is None:
         return True
     refused = Refusal(f"its kernel does not cover {lacks[0]}", "the formula in torch does", lacks[1])
@@ -284,7 +284,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, position: Tensor, frequencies: Tensor, halves: bool) -> Tensor:
-    """x [B T H K] turned by position [B|1 T] times float64 frequencies [K/2]; pairs are halves, or neighbours."""
+    """x [B T H K] rotated by position [B|1 T] times float64 frequencies [K/2]; pairs are halves, or neighbours."""
     from recur.kernels.rotary import rotate
 
     y: Tensor = rotate(x, position, frequencies.double(), halves, False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,28 @@ def patched_once() -> None:
 def widen(x: Any) -> Any:
     """A tensor in float64 or complex128; anything else as it is."""
     return x.to(torch.complex128 if x.is_complex() else torch.float64) if isinstance(x, torch.Tensor) else x
+
+
+def off_by(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """The error relative to what is exact, which may be 0."""
+    got, exact = got.detach(), exact.detach()
+    return float((got.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(1e-3))
+
+
+def allowed(exact: torch.Tensor, others: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor | None]) -> float:
+    """How far a kernel may be off: twice as far as torch is in the same dtype, and the rounding of its own sums.
+
+    Args:
+        exact: an output of the token loop in float64.
+        others: the same output of forms in torch, given the same inputs as the kernel.
+        inputs: of the kernel: the widest rounding among them, and, for sums in another order, that of float32 times the
+            square root of the longest axis.
+    """
+    given = [x for x in inputs if x is not None and (x.is_floating_point() or x.is_complex())]
+    rounding = max(torch.finfo(x.dtype).eps for x in given)
+    terms = max(size for x in given for size in (1, *x.shape))
+    sums = torch.finfo(torch.float32).eps * terms**0.5
+    return 2 * max((off_by(other, exact) for other in others), default=0.0) + rounding + sums
 
 
 def run_laws(file: str, names: list[str]) -> None:

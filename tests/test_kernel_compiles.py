@@ -17,8 +17,8 @@ from itertools import chain, combinations, product
 from pathlib import Path
 from typing import Any
 
+import gpu_elementwise
 import gpu_scan
-import gpu_walk
 import pytest
 import torch
 from specialisations import FAMILIES, Family
@@ -115,7 +115,7 @@ def resources(kernel: Any) -> tuple[int, int, int]:
 ROWS = [row for family in FAMILIES.values() for row in family.rows]
 CASES = {
     f"{i} {row['name']} sm_{row['sm']}": (row, case)
-    for i, (row, case) in enumerate(zip(ROWS, gpu_scan.listed() + gpu_walk.listed(), strict=True))
+    for i, (row, case) in enumerate(zip(ROWS, gpu_scan.listed() + gpu_elementwise.listed(), strict=True))
 }
 
 

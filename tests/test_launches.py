@@ -11,7 +11,7 @@ from launches import layer
 from recur import Recipe, presets
 
 TOKENS = 8 * 2048
-MODELS: dict[str, tuple[Recipe, str | None, int, int, int]] = {  # at most: forward, backward, bytes a token
+MODELS: dict[str, tuple[Recipe, str | None, int, int, int]] = {  # at most: forward, backward, bytes per token
     "gla": (presets.gla(heads=4), "swiglu", 17, 32, 42_000),
     "hgrn2": (presets.hgrn2(heads=8), "swiglu", 15, 22, 50_000),
     "gated_delta_net": (presets.gated_delta_net(heads=8), "swiglu", 19, 27, 62_000),

@@ -259,7 +259,7 @@ MISSING = {
     "retrieval": "cannot read .*new_aan_pairs.train.tsv: no such file",
     "image": "must hold data_batch_1.bin and more of CIFAR-10's binary version, got none",
     "pathfinder": "must hold metadata/.* that name pictures, got none",
-    "images": "must hold one folder of pictures a class, got none",
+    "images": "must hold one folder of pictures per class, got none",
     "listops": "cannot read .*basic_val.tsv",
 }
 
@@ -342,7 +342,7 @@ def test_distillation_alternates(tmp_path: Path, text_file: str, teacher: str) -
     p, q = (x.double().div(2).softmax(-1) for x in (own, logits))
     assert task.score(logits, batch)["loss"].item() == pytest.approx(4 * (p * (p / q).log()).sum().item(), rel=1e-4)
     trained("distillation", tmp_path / "run", **choices)
-    with pytest.raises(InputError, match="is no folder here and not on the hub"):
+    with pytest.raises(InputError, match="is not a folder here and not on the hub"):
         opened("distillation", **choices | {"teacher": str(tmp_path / "nobody")})
     with pytest.raises(InputError, match="distillation reads whole rows: leave --packing none"):
         opened("distillation", **choices | {"packing": "documents"}).score(logits, batch)
@@ -380,7 +380,7 @@ BAD = {
     "crowded": ("mqar", {"pairs": 30}, "--length must be at least 4 --pairs = 120, got 64"),
     "keyless": ("mqar", {"vocabulary": 8, "pairs": 4}, "--vocabulary 8 has too few keys for --pairs 4"),
     "copies": ("copying", {"copies": 200}, "--copies must be at most --length and --vocabulary at least 3, got 200"),
-    "examples": ("regression", {"length": 7}, "--length must be even, two tokens an example, got 7"),
+    "examples": ("regression", {"length": 7}, "--length must be even, two tokens per example, got 7"),
 }
 
 
@@ -450,7 +450,7 @@ def test_the_width_for_a_size() -> None:
         settings = solve_width(task, Settings(recipe=recipe, depth=2), 60_000)
         model = task.build(settings)
         assert parameter_count(model) == pytest.approx(60_000, rel=0.1)
-        model(**task.inputs(task.batch("valid", 0, 1)))  # llama turns pairs of a head's channels: they must be even
+        model(**task.inputs(task.batch("valid", 0, 1)))  # llama rotates pairs of a head's channels: they must be even
     with pytest.raises(InputError, match=r"no width of longhorn has about 100 parameters: the nearest is [\d,]+ at"):
         solve_width(task, Settings(recipe="longhorn"), 100)
 

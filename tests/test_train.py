@@ -230,7 +230,7 @@ def test_two_processes_equal_one(tmp_path: Path, text_file: str) -> None:
 # ---------------------------------------------------------------------- learning, and its report
 
 
-def test_it_learns_more_than_pairs_tell(tmp_path: Path, text_file: str) -> None:
+def test_it_learns_more_than_pairs_of_characters(tmp_path: Path, text_file: str) -> None:
     choices = {"dim": 32, "steps": 120, "batch": 8, "length": 32, "lr": 1e-2, "every": 120}
     run = begin(tmp_path / "run", text_file, **choices)
     train.fit(run)

@@ -629,8 +629,10 @@ class Sum(Part):
     """Add tensors of equal axes: Sum("f b", out="y").
 
     Args:
-        names: the tensors, "f b".
+        names: two tensors or more, "f b".
         out: tensor written.
+
+    Raises: RecipeError for fewer than two names; `Rename` copies one.
 
     >>> recur.blocks.Sum("f b").formula()
     'y = f + b'
@@ -638,6 +640,10 @@ class Sum(Part):
 
     names: str
     out: str = "y"
+
+    def __post_init__(self) -> None:
+        if len(self.names.split()) < 2:
+            raise RecipeError(f"Sum: names must be two tensors or more, got {self.names!r}; Rename copies one")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.out: axes.same(*self.names.split())}

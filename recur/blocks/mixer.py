@@ -18,7 +18,7 @@ from recur.weights import declared, parameter_count
 
 
 class MixerOut(NamedTuple):
-    """What a layer returns: `y` [B T D] and the `state` to go on from.
+    """What a layer returns: `y` [B T D] and the `state` to continue from.
 
     >>> y, state = recur.Mixer("min_gru", dim=8)(torch.randn(1, 3, 8))
     >>> y.shape
@@ -223,13 +223,13 @@ class Mixer(nn.Module):
         """What a state of this layer must look like.   Raises: RecipeError if the recipe is not causal."""
         if self._layout is None:
             if not self.recipe.causal:
-                raise RecipeError("Mixer: this recipe is not causal, so it cannot go on from a state")
+                raise RecipeError("Mixer: this recipe is not causal, so it cannot continue from a state")
             site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer)
             self._layout = {"position": POSITION, "parts": layout(self.recipe.body, site)}
         return self._layout
 
     def __repr__(self) -> str:
-        """Every stage with its sizes, parameters and bytes of state a sequence (a growing attention cache counts 0)."""
+        """Every stage: sizes, parameters and bytes of state per sequence (a growing attention cache counts 0)."""
         site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer)
         weights = self._weights()
         rows = [("", "writes", "parameters", "state bytes")]

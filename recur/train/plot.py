@@ -92,7 +92,7 @@ def draw_comparison(
     log: bool,
     chance: float | None = None,
 ) -> None:
-    """One line a name: the mean of its runs (one a seed), the band from the least to the largest of them.
+    """One line per name: the mean of its runs (one per seed), the band from the least to the largest of them.
 
     A name is a recipe, or a recipe and a width, "gla, 64"; a recipe has the same colour in every picture.
     """

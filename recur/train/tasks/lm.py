@@ -162,7 +162,7 @@ def whole_lines(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 @dataclass
 class Extrapolation(LM):
-    """Train at one length, evaluate at longer ones, on the same text: loss a token at 1x, 2x, 4x ... of it."""
+    """Train at one length, evaluate at longer ones, on the same text: loss per token at 1x, 2x, 4x ... of it."""
 
     factor: int = option(16, count, "longest evaluation over --length; powers of two up to it are evaluated")
 
@@ -229,7 +229,7 @@ class Distillation(LM):
             teacher = AutoModelForCausalLM.from_pretrained(self.teacher)
         except Exception as error:  # of transformers, safetensors, json or requests, each in its own way
             raise InputError(
-                f"the teacher {self.teacher} is no folder here and not on the hub: {one_line(error)}"
+                f"the teacher {self.teacher} is not a folder here and not on the hub: {one_line(error)}"
             ) from error
         self._teacher = teacher.eval().requires_grad_(False)
         size, wanted = teacher.config.vocab_size, self.corpus_tokenizer.size
