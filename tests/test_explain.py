@@ -45,6 +45,7 @@ NAMES = [
     "hgrn2",
     "kda",
     "llama",
+    "log_linear_attention",
     "longhorn",
     "mamba",
     "mamba2",
