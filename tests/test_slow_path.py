@@ -23,6 +23,7 @@ from recur.primitives.fixed import tap_conv
 from recur.primitives.forms import Choice, choose_form
 from recur.primitives.gates import biased, lower_bounded_decay, output_gate, sigmoid_decay, weigh
 from recur.primitives.loss import linear_cross_entropy
+from recur.primitives.mesa import mesa_scan
 from recur.primitives.norms import normalise
 from recur.primitives.rotary import rotate
 from recur.recipe import inside
@@ -155,7 +156,7 @@ RUNS = {  # by the class of a part with a state, the function that says what it 
     "WideScan": "scan",
     "OjaScan": "scan",
     "SlotScan": "scan",
-    "MesaScan": "mesa_scan",
+    "MesaScan": "scan",
     "GatedScan": "gated_scan",
     "SelectiveScan": "selective_scan",
     "DenseRead": "selective_scan",
@@ -183,24 +184,44 @@ def test_every_part_of_every_preset_says_what_it_runs() -> None:
         if kinds <= seen:
             continue
         seen |= kinds
-        noted = choices_of(Mixer(recipe, 64))
+        found = choices_of(Mixer(recipe, 64))
         assert kinds <= {*RUNS, *FUSED}, (name, kinds)
-        assert {RUNS[kind] for kind in kinds - FUSED} <= {choice.function for choice in noted}, (name, noted)
-        for choice in noted - {Choice("gated_scan", "chunked", None)}:  # by name, in accumulated_angle, which says so
+        assert {RUNS[kind] for kind in kinds - FUSED} <= {choice.function for choice in found}, (name, found)
+        for choice in found - {Choice("gated_scan", "chunked", None)}:  # by name, in accumulated_angle, which says so
             assert choice.form == "triton" or (choice.refusal is not None and choice.refusal.remedy), (name, choice)
     assert seen == {*RUNS, *FUSED}
 
 
+def test_an_equation_per_token_has_no_kernel() -> None:
+    def solve() -> None:
+        x, ones = torch.empty(1, 2, 1, 2), torch.empty(1, 2, 1)
+        mesa_scan(x, x, x, ones, ones, torch.empty(1, 2))
+
+    (found,) = (choice for choice in noted(solve) if choice.function == "mesa_scan")
+    assert found.form == "chunked"
+    assert found.refusal is not None
+    assert found.refusal.reason == "no kernel solves an equation per token"
+    assert found.refusal.remedy == "solver='conjugate', whose products are scans by the kernel"
+
+
 def choices_of(layer: Mixer) -> set[Choice]:
-    noted = set[Choice]()
-    token = forms.listener.set(noted.add)
+    def run() -> None:
+        inputs = {name: torch.empty(1, 2, *sizes) for name, sizes in layer._input_sizes.items()}
+        copied(layer, blank)(torch.empty(1, 2, layer.dim), **inputs)
+
+    return noted(run)
+
+
+def noted(run: Callable[[], None]) -> set[Choice]:
+    """What calls choose on a GPU that is not there."""
+    found = set[Choice]()
+    token = forms.listener.set(found.add)
     try:
         with Asked(GPU):
-            inputs = {name: torch.empty(1, 2, *sizes) for name, sizes in layer._input_sizes.items()}
-            copied(layer, blank)(torch.empty(1, 2, layer.dim), **inputs)
+            run()
     finally:
         forms.listener.reset(token)
-    return noted
+    return found
 
 
 @pytest.mark.parametrize("name", GLUE)
