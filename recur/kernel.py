@@ -164,6 +164,8 @@ def scan(
     """
     from recur.kernels.scan import Tensors, scan
 
+    if log_decay is not None and q.shape[-1] == v.shape[-1] == 1 and beta is None and bonus is None:
+        return _one_number(initial_state, cu_seqlens, q, k, v, log_decay, scale=scale, reverse=reverse)
     dtype = v.dtype
     if q.dtype != dtype or (k is not None and k.dtype != dtype):
         for x in (q, k):
@@ -192,6 +194,32 @@ def scan(
     if now is not None:
         y = y + now
     return ScanOut(y if y.dtype == v.dtype else y.to(v.dtype), as_complex(state) if rotated else state)
+
+
+def _one_number(
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    reverse: bool,
+) -> ScanOut:
+    """`scan` of states of one number per head, as GateLoop's: the diagonal scan, whose tiles it fills.
+
+    A tile of the matrix scan has 64 rows and 64 columns at least, of which one entry would be used.
+    """
+    gate = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
+    key = -torch.expm1(gate.float()) if k is None else to_heads(k, v.shape[2])
+    written = key.float() * v
+    initial = None if initial_state is None else initial_state.squeeze(-1)
+    h, state = elementwise(
+        "diagonal", written, gate.expand(written.shape), initial, cu_seqlens=cu_seqlens, reverse=reverse
+    )
+    y = (h.real if h.is_complex() else h) * to_heads(q, v.shape[2])
+    return ScanOut((y if scale == 1.0 else y * scale).to(v.dtype), state.unsqueeze(-1))
 
 
 GATES = ("identity", "silu", "sigmoid", "gelu")  # activations that kernels around the scans know
@@ -275,6 +303,13 @@ def activate(z: Tensor, bias: Tensor | None, fn: str, scale: float = 1.0) -> Ten
     from recur.kernels.pointwise import activate
 
     return activate(z, bias, fn, scale)
+
+
+def polar(real: Tensor, imag: Tensor) -> Tensor:
+    """log sigmoid |c| + i arg c, complex64, of c = real + i imag [B T *]."""
+    from recur.kernels.pointwise import polar
+
+    return polar(real, imag)
 
 
 def bounded(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
