@@ -327,7 +327,9 @@ def scale_gradient(x: Tensor, fraction: float) -> Tensor:
     """
     if torch.compiler.is_compiling() or transformed():
         return fraction * x + (1 - fraction) * x.detach()
-    return _ScaledGradient.apply(x, fraction)  # type: ignore[no-any-return]
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    return _ScaledGradient.apply(x, fraction)
 
 
 class _ScaledGradient(torch.autograd.Function):
