@@ -22,7 +22,8 @@ Equations and files
         loss            cross-entropy
 
 Shared, in the order of imports
-    packing     documents of a packed row, torch alone: recur.primitives stands on it too
+    cached      what follows from shapes alone, once per signature; needs neither torch nor Triton
+    packing     documents of a packed row, torch alone: recur.primitives stands on these two
     operators   torch.library; what launches ask of a device
     tiles       loads and stores, places of chunks and segments, complex numbers
     decay       gates of a chunk and the decay they add up to

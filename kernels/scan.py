@@ -4,14 +4,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from recur.kernels import chunk_backward, chunk_forward, chunk_prepare, rotate
+from recur.kernels.cached import cached
 from recur.kernels.chunk_scan import Given, Prepared, Scan
-from recur.kernels.operators import capability, cdiv, differentiable, fake, operator, power_of_2, processors
+from recur.kernels.operators import (
+    capability,
+    cdiv,
+    differentiable,
+    fake,
+    operator,
+    power_of_2,
+    processors,
+    recorded,
+)
 from recur.kernels.packing import state_count
 from recur.kernels.tiles import constants
 from torch import Tensor
@@ -215,36 +226,75 @@ def prepared(x: Tensors, before: bool) -> dict[str, tuple[tuple[int, ...], torch
     return found
 
 
-class _Launcher:
-    """One scan: its plan, what is prepared for it (unless `saved` has it), and the launches of its kernels."""
+class _Layout:
+    """What the launches of a scan take that follows from shapes, strides and dtypes alone: one per signature."""
 
-    def __init__(
-        self, x: Tensors, scale: float, reverse: bool, before: bool, saved: list[Tensor] | None = None
-    ) -> None:
+    def __init__(self, x: Tensors, scale: float, reverse: bool, before: bool, processors: int, capability: int) -> None:
         (B, T, H, V), self.keys, K = x.v.shape, x.q.shape[3], rows_of(x)
         delta, packed = x.beta is not None, x.cu_seqlens is not None
         self.dtype = computed_as(x.v.dtype, K)
-        self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=self.dtype, delta=delta, processors=processors(x.v.device))
+        self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=self.dtype, delta=delta, processors=processors)
         if packed:
             self.plan = self.plan._replace(segments=1, span=T)
-        self.x, self.reverse, self.before, self.sizes = x, reverse, before, (B, T, H, K, V)
+        self.sizes = (B, T, H, K, V)
         self.documents = state_count(B, x.cu_seqlens)
         self.chunks = chunk_slots(B, T, self.dtype, x.cu_seqlens)
         self.decay, strides = decay_of(x), [0, 0, 0, 0]
         if x.log_decay is not None:
             strides = list(x.log_decay.expand(B, T, H, *x.log_decay.shape[3:]).stride())
+        self.gate_sb, self.gate_sh = strides[0], strides[2]
         dot, precision, self.limit = _arithmetic(self.dtype)
-        shapes = prepared(x, before)
-        first = saved is None
-        tensors = [self.new(*shape, dtype=dtype) for shape, dtype in shapes.values()] if saved is None else saved
-        self.made = dict(zip(shapes, tensors, strict=True))
-        self.scores = self.matrices(_kept(self.dtype)) if self.decay == "key" else None
-        self.scan = constants(Scan(
-            H=H, K=K, V=V, KEYS=self.keys, GROUPS=x.q.shape[2], GROUPS_IN=H if "q_in" in self.made else x.q.shape[2],
+        self.kept = _kept(self.dtype)
+        self.shapes = prepared(x, before)
+        self.states = (self.documents, H, K, V)
+        scan = constants(Scan(
+            H=H, K=K, V=V, KEYS=self.keys, GROUPS=x.q.shape[2], GROUPS_IN=H if "q_in" in self.shapes else x.q.shape[2],
             DECAY=self.decay, GATE_ST=strides[1], GATE_SD=strides[3], REVERSE=reverse, BEFORE=before, TIED=x.k is None,
             DOT=dot, PRECISION=precision, C=self.plan.chunk,
         ))  # fmt: skip
-        self.given = Given(q=x.q, k=x.k, gate=x.log_decay, gate_sb=strides[0], gate_sh=strides[2])
+        self.laid = {"T": T, "SCAN": scan, "enable_fp_fusion": True}
+        self.common = {**self.laid, "scale": scale}
+        self._tiled: dict[Hashable, dict[str, Any]] = {}
+        if dot != tl.bfloat16 or capability < 90:  # else the assembler gives up on some, in 32 registers
+            self.common["maxnreg"] = 255
+
+    def tiled(self, tiles: Tiles) -> dict[str, Any]:
+        """What `forward` and `backward_states` take by name."""
+        return cached(self._tiled, tiles, lambda: {
+            **self.common, "tiles": tiles.parts, "segments": self.plan.segments, "span": self.plan.span,
+            "BLOCK_K": self.plan.part, "PARTS": cdiv(self.sizes[3], self.plan.part), "BLOCK_V": tiles.block,
+            "STAGES": tiles.stages, "num_warps": tiles.warps,
+        })  # fmt: skip
+
+
+_LAYOUTS: dict[Hashable, _Layout] = {}
+
+
+def _layout(x: Tensors, scale: float, reverse: bool, before: bool) -> _Layout:
+    gate, cu = x.log_decay, x.cu_seqlens
+    signature = (
+        x.q.shape, x.v.shape, x.v.dtype, x.k is None, None if gate is None else (gate.shape, gate.stride()),
+        x.beta is None, None if cu is None else cu.shape, scale, reverse, before, plan, processors(x.v.device),
+        capability(x.v.device),
+    )  # fmt: skip
+    return cached(_LAYOUTS, signature, lambda: _Layout(x, scale, reverse, before, *signature[-2:]))
+
+
+class _Launcher:
+    """One scan: its layout, what is prepared for it (unless `saved` has it), and the launches of its kernels."""
+
+    def __init__(
+        self, x: Tensors, scale: float, reverse: bool, before: bool, saved: list[Tensor] | None = None
+    ) -> None:
+        self.layout = layout = _layout(x, scale, reverse, before)
+        self.x, self.reverse, self.before = x, reverse, before
+        self.dtype, self.plan, self.sizes, self.keys = layout.dtype, layout.plan, layout.sizes, layout.keys
+        self.documents, self.chunks, self.decay = layout.documents, layout.chunks, layout.decay
+        first = saved is None
+        tensors = [self.new(*shape, dtype=dtype) for shape, dtype in layout.shapes.values()] if saved is None else saved
+        self.made = dict(zip(layout.shapes, tensors, strict=True))
+        self.scores = self.matrices(layout.kept) if self.decay == "key" else None
+        self.given = Given(q=x.q, k=x.k, gate=x.log_decay, gate_sb=layout.gate_sb, gate_sh=layout.gate_sh)
         made = self.made.get
         q_in, k_out = made("q_in", x.q), made("k_out", x.k)
         self.prepared = Prepared(
@@ -252,14 +302,10 @@ class _Launcher:
             anchor_out=made("anchor_out"), in_range=made("in_range"), log_decays=made("log_decays"),
             log_total=made("log_total"), A_qk=self.scores, A_kk=made("A_kk"), A_inv=made("A_inv"),
         )  # fmt: skip
-        self.laid = {"cu_ptr": x.cu_seqlens, "T": T, "SCAN": self.scan, "enable_fp_fusion": True}
-        self.common = {**self.laid, "scale": scale}
-        if dot != tl.bfloat16 or capability(x.v.device) < 90:  # else the assembler gives up on some, in 32 registers
-            self.common["maxnreg"] = 255
         self._prepare(first)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.x.v.device)
+        return self.x.v.new_empty(shape, dtype=dtype)
 
     def matrices(self, dtype: torch.dtype) -> Tensor:
         """[chunks H C C]"""
@@ -273,7 +319,7 @@ class _Launcher:
     def chunk_states(self) -> Tensor:
         """[chunks H K V]"""
         _, _, H, K, V = self.sizes
-        return self.new(self.chunks, H, K, V, dtype=_kept(self.dtype))
+        return self.new(self.chunks, H, K, V, dtype=self.layout.kept)
 
     def _prepare(self, first: bool) -> None:
         """Launch the kernels that read gates, q and k alone; once, but for `scores_exact`, whose result is not kept."""
@@ -284,7 +330,7 @@ class _Launcher:
             chunk_prepare.cumulative_decay[(self.chunks, cdiv(H, block_h))](
                 x=Given(gate=x.log_decay, gate_sb=self.given.gate_sb, gate_sh=self.given.gate_sh),
                 log_decays_ptr=made("log_decays"), log_total_ptr=made("log_total"), documents=self.documents,
-                BLOCK_H=block_h, num_warps=1, **self.laid,
+                BLOCK_H=block_h, num_warps=1, cu_ptr=x.cu_seqlens, **self.layout.laid,
             )  # fmt: skip
         options = {"maxnreg": 128} if self.decay == "key" and x.beta is not None else {}  # of bfloat16 on Hopper
         if first and "chunk_phase" in self.made:
@@ -299,9 +345,9 @@ class _Launcher:
             )  # fmt: skip
             chunk_prepare.prepare[(self.chunks * H,)](
                 x=self.given._replace(bonus=x.bonus), out=out, descriptors_ptr=descriptors, documents=self.documents,
-                chunks=self.chunks, LIMIT=self.limit, WINDOW=rotate.WINDOW, BLOCK_K=self.plan.block_k,
+                chunks=self.chunks, LIMIT=self.layout.limit, WINDOW=rotate.WINDOW, BLOCK_K=self.plan.block_k,
                 PART=32 if self.decay == "key" or descriptors is not None else 64, num_warps=4,
-                **(options | self.common),
+                cu_ptr=x.cu_seqlens, **(options | self.layout.common),
             )  # fmt: skip
         if self.decay == "key":
             block_k = self.plan.block_k
@@ -309,21 +355,13 @@ class _Launcher:
                 x=self.given, prepared=Prepared(chunk_phase=made("chunk_phase"), in_range=made("in_range")),
                 A_qk_ptr=self.scores, A_kk_ptr=A_kk, documents=self.documents, chunk_heads=self.chunks * H,
                 CHUNKS_PER_PROGRAM=CHUNKS_PER_PROGRAM, BLOCK_K=block_k, num_warps=4 if block_k <= 256 else 8,
-                **self.common,
+                cu_ptr=x.cu_seqlens, **self.layout.common,
             )  # fmt: skip
         if A_kk is not None:
             chunk_prepare.solve_tril[(self.chunks * H,)](
                 A_kk_ptr=A_kk, beta_ptr=x.beta, A_inv_ptr=made("A_inv"), documents=self.documents, num_warps=1,
-                maxnreg=128, **self.laid,
+                maxnreg=128, cu_ptr=x.cu_seqlens, **self.layout.laid,
             )  # fmt: skip
-
-    def _tiles(self, tiles: Tiles) -> dict[str, Any]:
-        """What `forward` and `backward_states` take by name."""
-        return {
-            **self.common, "tiles": tiles.parts, "segments": self.plan.segments, "span": self.plan.span,
-            "BLOCK_K": self.plan.part, "PARTS": cdiv(self.sizes[3], self.plan.part), "BLOCK_V": tiles.block,
-            "STAGES": tiles.stages, "num_warps": tiles.warps,
-        }  # fmt: skip
 
     def forward(
         self, *, y: Tensor | None = None, error: Tensor | None = None, chunk_states: Tensor | None = None,
@@ -340,7 +378,8 @@ class _Launcher:
             ),
             prepared=self.prepared._replace(k_out=self.prepared.q_in) if backward else self.prepared,
             y_ptr=y, error_ptr=error, chunk_states_ptr=chunk_states, enter_ptr=enter, leave_ptr=leave,
-            decay_product_ptr=decay_product, BACKWARD=backward, EMIT=y is not None, **self._tiles(tiles),
+            decay_product_ptr=decay_product, BACKWARD=backward, EMIT=y is not None, cu_ptr=x.cu_seqlens,
+            **self.layout.tiled(tiles),
         )  # fmt: skip
 
     def backward_states(
@@ -354,7 +393,8 @@ class _Launcher:
             x=Given(gate=given.gate, gate_sb=given.gate_sb, gate_sh=given.gate_sh, beta=self.x.beta),
             prepared=self.prepared._replace(A_kk=None), dy_ptr=dy, error_ptr=error, chunk_states_ptr=chunk_states,
             dv_ptr=dv, dbeta_ptr=dbeta, chunk_dstates_ptr=chunk_dstates, enter_ptr=enter, leave_ptr=leave,
-            dphase_state_ptr=dphase_state, B=self.sizes[0], chunk_slots=self.chunks, **self._tiles(tiles),
+            dphase_state_ptr=dphase_state, B=self.sizes[0], chunk_slots=self.chunks,
+            cu_ptr=self.x.cu_seqlens, **self.layout.tiled(tiles),
         )  # fmt: skip
 
     def backward_inputs(
@@ -369,7 +409,8 @@ class _Launcher:
             prepared=self.prepared._replace(A_qk=None, A_kk=None, A_inv=None), u_ptr=u, dy_ptr=dy, dv_ptr=dv,
             chunk_states_ptr=chunk_states, chunk_dstates_ptr=chunk_dstates, dbonus_ptr=dbonus, B=self.sizes[0],
             tiles=tiles.parts, documents=self.documents, chunks=self.chunks, BLOCKS=self.plan.blocks,
-            BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v, num_warps=tiles.warps, **written, **self.common,
+            BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v, num_warps=tiles.warps, cu_ptr=x.cu_seqlens, **written,
+            **self.layout.common,
         )  # fmt: skip
         if self.decay == "key":
             chunk_backward.gradients_exact[(cdiv(self.chunks * H, CHUNKS_PER_PROGRAM),)](
@@ -378,7 +419,8 @@ class _Launcher:
                 dy_ptr=dy, u_ptr=u, dv_ptr=dv, dA_qk_ptr=self.matrices(torch.float32),
                 dA_kk_ptr=self.matrices(torch.float32) if x.beta is not None else None, documents=self.documents,
                 chunk_heads=self.chunks * H, CHUNKS_PER_PROGRAM=CHUNKS_PER_PROGRAM,
-                BLOCK_K=min(self.plan.block_k, 256), BLOCK_V=self.plan.block_v, num_warps=8, **written, **self.common,
+                BLOCK_K=min(self.plan.block_k, 256), BLOCK_V=self.plan.block_v, num_warps=8, cu_ptr=x.cu_seqlens,
+                **written, **self.layout.common,
             )  # fmt: skip
 
     def rotate_backward(
@@ -392,7 +434,7 @@ class _Launcher:
             x=self.given, prepared=Prepared(chunk_phase=self.made["chunk_phase"]), dq_rotated_ptr=dq,
             dk_rotated_ptr=dk, drows_ptr=dgate, dphase_state_ptr=dphase_state.unflatten(3, (2, -1)).sum((0, 3)),
             dq_ptr=outs[0], dk_ptr=outs[1], dgate_ptr=outs[2], documents=self.documents, BLOCK_D=block, num_warps=4,
-            maxnreg=128, **self.laid,
+            maxnreg=128, cu_ptr=x.cu_seqlens, **self.layout.laid,
         )  # fmt: skip
         return outs[0], outs[1], outs[2]
 
@@ -442,10 +484,15 @@ def scan_forward(*inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """
     x, (scale, reverse, before, save) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
     run = _Launcher(x, scale, reverse, before)
-    _, _, H, K, V = run.sizes
-    y, state = torch.empty_like(x.v), run.new(run.documents, H, K, V)
+    y, state = torch.empty_like(x.v), run.new(*run.layout.states)
     run.forward(y=y, enter=run.entering(run.rotated(x.initial)), leave=state)
     return y, state, list(run.made.values()) if save else []
+
+
+def scan(x: Tensors, scale: float, reverse: bool, before: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """`scan_forward`, with what is prepared where a gradient will be asked for."""
+    made: tuple[Tensor, Tensor, list[Tensor]] = scan_forward(*x, scale, reverse, before, recorded(*x))
+    return made
 
 
 @fake("scan")
@@ -481,7 +528,7 @@ def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tens
     if run.decay == "scalar":
         dgate = run.new(blocks * run.plan.backward_inputs.parts, B, T, H)
     if run.decay == "key" and x.log_decay is not None:
-        wide = _kept(run.dtype) if rotated else torch.float32  # `rotate_backward` adds the two rows of a complex gate
+        wide = run.layout.kept if rotated else torch.float32  # `rotate_backward` adds the two rows of a complex gate
         dgate = run.summands(B, T, H, K, dtype=x.log_decay.dtype if x.log_decay.shape == (B, T, H, K) else wide)
     if x.bonus is not None:
         dbonus = run.new(blocks * run.chunks, H, K).zero_()  # documents leave some chunk slots unused

@@ -36,7 +36,7 @@ from recur.primitives.operators import RUNS
 LAWS = law = Laws()
 randn = torch.randn
 B, T, D = 2, 70, 32
-SUITE = ("dense_retnet", "gated_delta_net", "hgrn2", "llama", "mamba", "mamba3", "s4d")  # one for each kind of part
+SUITE = ("dense_retnet", "gated_delta_net", "hgrn2", "llama", "log_linear_attention", "mamba", "mamba3", "s4d")
 
 
 def layer(name: str) -> tuple[Mixer, Tensor]:

@@ -183,6 +183,7 @@ def around(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     for fn in ("softplus", "sigmoid", "log_sigmoid"):
         yield fn, public.activate(z.flatten(2), None if fn == "log_sigmoid" else torch.randn(1024).requires_grad_(), fn)
     yield "bounded", sum(x.float() for x in public.bounded(z, torch.rand(4, 256).requires_grad_()))
+    yield "polar", torch.view_as_real(public.polar(*z.unflatten(-1, (-1, 2)).unbind(-1)))
     yield "weigh", public.weigh(z.unflatten(-1, (4, 64)), torch.rand(2, 64, 4, 4).requires_grad_())
     for W, packed in ((4, False), (4, True), (8, False)):
         taps, state = torch.randn(1024, W).to(dtype).requires_grad_(), torch.randn(2, W - 1, 1024).requires_grad_()
@@ -200,6 +201,7 @@ def around(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         yield f"{kind} of one", public.norm(one, z=one, u=one, skip=b[0], weight=b, eps=1e-5, width=1, N=1, kind=kind)
     yield "softplus of one", public.activate(one, b, "softplus")
     yield "bounded, one", sum(x.float() for x in public.bounded(one, b))
+    yield "polar of one", torch.view_as_real(public.polar(one, one))
     yield "weigh one", public.weigh(one, one[..., 0])
     yield "conv of one", public.conv((one[..., 0],), b, None, None, None, "silu")[0][0]
     yield "rotation of one pair", public.rotate(x[:, :1, :1, :2], torch.arange(1)[None], torch.rand(1).double(), True)

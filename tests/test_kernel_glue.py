@@ -18,7 +18,7 @@ from torch import Tensor
 from recur import LanguageModel, Mixer, kernel, presets
 from recur.blocks import Norm
 from recur.primitives.conv import causal_conv, causal_convs
-from recur.primitives.gates import biased, lower_bounded_decay, output_gate, sigmoid_decay, weigh
+from recur.primitives.gates import biased, lower_bounded_decay, output_gate, polar_gate, sigmoid_decay, weigh
 from recur.primitives.norms import normalise
 from recur.primitives.rotary import rotary_frequencies, rotate
 
@@ -115,6 +115,21 @@ def decays_are_their_formulas() -> None:
             lambda z, *g, form: lower_bounded_decay(z, *(g or (None,)), form=form),
             z,
             *([] if bound is None else [bound]),
+        )
+
+
+@law
+def polar_gates_are_their_formulas() -> None:
+    at = torch.tensor([0.0, 1e-30, 1e-3, 0.3, -0.3, 1.0, -1.0, 2.5, -40.0, 1e20])
+    re, im = (x.flatten().expand(1, 2, -1) for x in torch.meshgrid(at, at, indexing="ij"))
+    agree("every octant", lambda re, im, form: torch.view_as_real(polar_gate(re, im, form=form)), re, im)
+    pairs = 3 * randn(2, 5, 3, 2)
+    for half in (False, True):
+        agree(
+            f"pairs, {half}",
+            lambda c, form: torch.view_as_real(polar_gate(*c.unbind(-1), form=form)),
+            pairs,
+            half=half,
         )
 
 
@@ -290,6 +305,7 @@ def second_order_is_refused() -> None:
         normalise(x, form="triton"),
         output_gate(x, x, form="triton"),
         sigmoid_decay(x, form="triton"),
+        polar_gate(x, x, form="triton").abs(),
         lower_bounded_decay(x, None, form="triton")[0],
         causal_conv(x, w, act="silu", form="triton").y,
         weigh(x[..., None], x, form="triton"),
@@ -316,6 +332,8 @@ def operators_keep_the_promises_of_torch() -> None:
         (ops.activate_backward, (x.detach(), z.detach(), None, "sigmoid", 1.0)),
         (ops.weigh, (x.view(1, 9, 2, 3), randn(1, 9, 2).requires_grad_())),
         (ops.weigh_backward, (x.detach().view(1, 9, 2, 3), z.detach().view(1, 9, 2, 3), randn(1, 9, 2))),
+        (ops.polar, (x, z)),
+        (ops.polar_backward, (randn(1, 9, 6, 2), x.detach(), z.detach())),
         (ops.bounded, (z, g)),
         (ops.bounded_backward, (x.detach(), x.detach(), z.detach(), g.detach())),
         (ops.conv, (x, None, None, taps, w, state, cu, "silu")),

@@ -338,7 +338,7 @@ def _finite(
     norms = [vector_norm(x.detach(), dim=-1, dtype=accumulation_dtype(x)) for x in given]
     if all(map(all_finite, norms)):
         return given, q.new_zeros((), dtype=torch.bool)
-    bad_q, bad_k, bad_v = (~norm.isfinite() for norm in norms)
+    bad_q, bad_k, bad_v = (~(norm < math.inf) for norm in norms)  # NaN is not less either
     bad = bad_k | bad_v
     seen = bad.cumsum(1) if mask is None else mask.float() @ bad.float()  # [B T G]
     lost = bad_q | (seen > 0).repeat_interleave(heads // bad.shape[2], 2)

@@ -210,7 +210,7 @@ class FixedDecay(Part):
         return f"{self.out} = log(1 - 2^(-5-h)), {self.eps_out} = {self.eps:g} sum_{{s<=t}} a^(t-s)"
 
 
-GATES = {  # law -> the primitive, its formula
+GATES: dict[str, tuple[Callable[..., Tensor], str]] = {  # law -> the primitive, its formula
     "polar": (polar_gate, "sigmoid(|c|) c/|c|"),
     "amplitude_phase": (complex_gate, "sigmoid(c_0) exp(i c_1)"),
     "signed": (signed_gate, "sigmoid(|c_0|) sign(c_0)"),
@@ -308,7 +308,8 @@ class ComplexGate(Part):
         return {"pairs": -1 if site.axes[self.source][-1] == "2" else 2}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.out: GATES[self.law][0](*flow[self.source].unbind(weights.pairs))}), None
+        gate, options = GATES[self.law][0], {"form": flow.form} if self.law == "polar" else {}
+        return flow.set(**{self.out: gate(*flow[self.source].unbind(weights.pairs), **options)}), None
 
     def formula(self) -> str:
         return f"c = {self.source}, a = {GATES[self.law][1]}, {self.out} = log a"

@@ -69,8 +69,8 @@ class DenseFusion(Part):
         if not lane:
             return flow, None
         fused = dense_fusion(new, lane, activation(self.act)(flow[self.gate]))
-        axes = fused.ndim - 2
-        return flow.set(**{self.source: normalise(fused, axes=axes, eps=self.eps, weight=weights.weight)}), None
+        options: dict[str, Any] = {"axes": fused.ndim - 2, "eps": self.eps, "weight": weights.weight}
+        return flow.set(**{self.source: normalise(fused, **options, form=flow.form)}), None
 
     def formula(self) -> str:
         x = self.source

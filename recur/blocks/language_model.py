@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,6 +150,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def _caller(number: int) -> Callable[..., Any]:
+    """Calls a module, by code of its own: torch limits the graphs of each code object, not of each module."""
+
+    def run(block: nn.Module, *args: Any, **options: Any) -> Any:
+        return block._call_impl(*args, **options)
+
+    run.__code__ = run.__code__.replace(co_name=f"layer_of_kind_{number}")
+    return run
 
 
 class StreamNorm(nn.Module):
@@ -456,14 +467,18 @@ class LanguageModel(nn.Module):
         Returns: the model itself.
         Cost: the first call of every kind compiles, as does one of another mode (training, no gradient, one token), or
             of another length, after which lengths are dynamic. torch compiles at most
-            torch._dynamo.config.recompile_limit graphs, and runs what is beyond them eagerly.
+            torch._dynamo.config.recompile_limit graphs of each kind, and runs what is beyond them eagerly.
 
         >>> lm = recur.LanguageModel("gla", vocab_size=10, dim=16, depth=4).compile_layers(backend="eager")
         >>> lm(torch.zeros(1, 3, dtype=torch.long)).shape
         torch.Size([1, 3, 10])
         """
-        for block in self._layers():
-            block.compile(**options)
+        kinds: dict[Any, Callable[..., Any]] = {}
+        for layer, block in enumerate(self._layers()):
+            ffn = None if block.ffn is None else block.ffn.recipe
+            kind = block.mixer.recipe, ffn, min(layer, block.layers_below)
+            call_it = kinds.setdefault(kind, _caller(len(kinds)))
+            block._compiled_call_impl = torch.compile(MethodType(call_it, block), **options)  # as Module.compile does
         return self
 
     def layout(self) -> Layout:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from recur import kernel
 from recur.axes import RecipeError, Spec, spec
 from recur.blocks.glue import Dropout
 from recur.blocks.state import Leaf, layout
@@ -116,6 +117,9 @@ class Loop(Around):
         if flow.cu_seqlens is not None:
             return self._documents(flow, weights, state)
         x = flow["x"]
+        if x.shape[1] > 1 and flow.form == "auto":
+            why = "no kernel computes what a loop feeds back, so that each token is launched by itself"
+            kernel.without("Loop", "recurrent", x, why, "gates that do not read the state, in a scan")
         # in the dtype of x, whatever autocast or a cast of the model made of it where the state comes from
         last = x.new_zeros(x.shape[0], *weights.sizes) if state is None else state[self.last].to(x.dtype)
         parts = None if state is None else state["parts"]

@@ -139,9 +139,10 @@ class Mixer(nn.Module):
         layer, common: as in Flow.
         positions: [B] those before and after these tokens, where a model has found them for all its layers.
         """
-        bind("Mixer", x=(x, "B T D"))
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != self.dim:
+            B, T = (bind("Mixer", x=(x, "B T D"))[letter] for letter in "BT")
+            expect("Mixer", "x", x, "B T D", (B, T, self.dim))
         B, T, _ = x.shape
-        expect("Mixer", "x", x, "B T D", (B, T, self.dim))
         check_packing("Mixer", cu_seqlens, B, T)
         inputs = inputs or {}
         self._check_inputs(inputs, B, T)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -16,7 +16,15 @@ from recur import kernel
 from recur.kernels.packing import document_starts
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.operators import batched_at, operator, remember
-from recur.shapes import accumulation_dtype, bind, check_given, check_number, readable, without_autocast
+from recur.shapes import (
+    accumulation_dtype,
+    bind,
+    check_given,
+    check_number,
+    per_signature,
+    readable,
+    without_autocast,
+)
 
 SIDE_BY_SIDE = 65_536  # numbers that one call should update: fewer waste the call and a second thread
 LOG2_E = math.log2(math.e)
@@ -272,11 +280,13 @@ def gated_scan(
     >>> recur.gated_scan(torch.ones(1, 4, 1), half).y.flatten()
     tensor([1.0000, 1.5000, 1.7500, 1.8750])
     """
-    gates, states = _axes_of_gate(x, log_decay, "B T *"), "B *" if cu_seqlens is None else "n *"
-    check_given("gated_scan", x=x, log_decay=log_decay)
-    bind("gated_scan", x=(x, "B T *"), log_decay=(log_decay, gates), initial_state=(initial_state, states))
+    gates, number = per_signature(
+        _CHECKED,
+        cu_seqlens is None,
+        (x, log_decay, initial_state),
+        lambda: _check(x, log_decay, initial_state, "B *" if cu_seqlens is None else "n *"),
+    )
     check_packing("gated_scan", cu_seqlens, x.shape[0], x.shape[1], initial_state)
-    number = _number("gated_scan", x, log_decay, initial_state=initial_state)
     refusal = partial(kernel.refusal, number)
     form = choose_form("gated_scan", form, ("recurrent", "chunked", "triton"), kernel.device_of(x), refusal)
     if form == "triton":
@@ -308,10 +318,7 @@ def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     >>> [recur.gated_step(torch.ones(1, 1), half, state).item() for _ in range(3)]
     [1.0, 1.5, 1.75]
     """
-    gates = _axes_of_gate(x, log_decay, "B *")
-    check_given("gated_step", x=x, log_decay=log_decay, state=state)
-    bind("gated_step", x=(x, "B *"), log_decay=(log_decay, gates), state=(state, "B *"))
-    number = _number("gated_step", x, log_decay, state=state)
+    gates, number = per_signature(_STEPPED, None, (x, log_decay, state), lambda: _check_step(x, log_decay, state))
     check_state("gated_step", state, number)
     if kernel.takes_step(1, state):
         return _launch(x, log_decay[None] if gates == "*" else log_decay, state)
@@ -388,6 +395,28 @@ def _number(function: str, x: Tensor, log_decay: Tensor, **state: Tensor | None)
     check_number(function, x=x, log_decay=log_decay, **state)
     real = accumulation_dtype(x, log_decay, *state.values())
     return state_number(function, real, "x and log_decay are", (x, log_decay), **state)
+
+
+_CHECKED: dict[Hashable, tuple[str, torch.dtype]] = {}
+
+
+def _check(x: Tensor, log_decay: Tensor, initial_state: Tensor | None, states: str) -> tuple[str, torch.dtype]:
+    """The axes of the gate, and what a gated scan computes in, once its arguments fit."""
+    gates = _axes_of_gate(x, log_decay, "B T *")
+    check_given("gated_scan", x=x, log_decay=log_decay)
+    bind("gated_scan", x=(x, "B T *"), log_decay=(log_decay, gates), initial_state=(initial_state, states))
+    return gates, _number("gated_scan", x, log_decay, initial_state=initial_state)
+
+
+_STEPPED: dict[Hashable, tuple[str, torch.dtype]] = {}
+
+
+def _check_step(x: Tensor, log_decay: Tensor, state: Tensor) -> tuple[str, torch.dtype]:
+    """As `_check`."""
+    gates = _axes_of_gate(x, log_decay, "B *")
+    check_given("gated_step", x=x, log_decay=log_decay, state=state)
+    bind("gated_step", x=(x, "B *"), log_decay=(log_decay, gates), state=(state, "B *"))
+    return gates, _number("gated_step", x, log_decay, state=state)
 
 
 def _axes_of_gate(x: Tensor, log_decay: Tensor, letters: str) -> str:

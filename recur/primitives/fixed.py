@@ -75,10 +75,11 @@ def fixed_scan(
     check_packing("fixed_scan", cu_seqlens, B, T, initial_state)
     forms = ("recurrent", "chunked", "triton", "parallel")[: 3 if cu_seqlens is not None else 4]
     if form == "auto" and cu_seqlens is None:
-        form = "parallel"
-    real = accumulation_dtype(x, log_decay, readout, write, initial_state)
-    refusal = partial(kernel.refusal, real)
-    form = choose_form("fixed_scan", form, forms, kernel.device_of(x), refusal)
+        form, why = "parallel", "no kernel computes the convolution by FFT, which costs less than to walk N states"
+        kernel.without("fixed_scan", form, x, why, "form='triton', a scan over chunks by a kernel, where N is small")
+    else:
+        refusal = partial(kernel.refusal, accumulation_dtype(x, log_decay, readout, write, initial_state))
+        form = choose_form("fixed_scan", form, forms, kernel.device_of(x), refusal)
     x_, log_decay, readout, write, number = _prepare(
         "fixed_scan", x, log_decay, readout, write, initial_state=initial_state
     )
@@ -330,6 +331,7 @@ def tap_conv(u: Tensor, tap: Tensor) -> Tensor:
     if u.shape[1] == 0:
         return u
     dtype = accumulation_dtype(u, tap)
+    kernel.without("tap_conv", "torch", u, "no kernel has as many taps as tokens", "causal_conv, with at most 8 taps")
     return _convolve(u.to(dtype).mT, tap.to(dtype).mT, u.mT.shape).mT.to(u.dtype)
 
 

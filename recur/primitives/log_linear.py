@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.forms import ScanOut, document_of, first_state, state_count
 from recur.primitives.operators import one_node, schema_of
 from recur.shapes import ShapeError, accumulation_dtype, bind, readable
@@ -69,6 +69,9 @@ def log_linear_scan(
         raise NotImplementedError(
             "log_linear_scan: form='parallel' begins with an empty state; form='recurrent' goes on"
         )
+    if form == "auto":
+        runs = "parallel" if initial_state is None and position is None else "recurrent"
+        kernel.without("log_linear_scan", runs, v, "no kernel keeps the levels of a tree", "scan, which has one level")
     run = _run if form == "recurrent" else _node
     return ScanOut(*run(form, q, k, v, log_decay, weights, initial_state, position, cu_seqlens))
 
@@ -144,7 +147,8 @@ def _pairs(
     last = torch.stack([torch.where(document == row, at, -1).flatten().argmax() for row in range(rows)])
     there = torch.stack([(document == row).any() for row in range(rows)])
     row, token = last // at.shape[1], last % at.shape[1]
-    held = F.one_hot(level[row, token], L).to(k.dtype) * (seen[row, token] & there[:, None])[..., None]  # [n S L]
+    levels = torch.arange(L, device=q.device)  # not one_hot, which reads its argument from the host
+    held = ((level[row, token][..., None] == levels) & (seen[row, token] & there[:, None])[..., None]).to(k.dtype)
     state = torch.einsum("nshk,nsh,nsl,nshv->nlhkv", k[row], gap[row, token].exp(), held, v[row])
     return y, state.masked_fill((lost[row, token] & there[:, None])[:, None, :, None, None], torch.nan)
 

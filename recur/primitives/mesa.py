@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.diagonal import gated_scan
 from recur.primitives.scan import scan
 from recur.shapes import accumulation_dtype, bind, pick
@@ -63,6 +64,9 @@ def mesa_scan(
         "conjugate_diagonal": _from_diagonal,
     }
     solve = pick("mesa_scan", "solver", solver, solvers)
+    if solve is _exact and form == "auto":
+        why = "no kernel solves an equation per token"
+        kernel.without("mesa_scan", "chunked", v, why, "solver='conjugate', whose products are scans by the kernel")
     real = accumulation_dtype(q, k, v, log_decay, beta, ridge)
     q, k, log_decay, beta, ridge = (x.to(real) for x in (q, k, log_decay, beta, ridge))
     before = (None, None) if initial_state is None else initial_state

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.forms import ScanOut, first_state, state_count, unroll
 from recur.primitives.operators import one_node, schema_of
 from recur.shapes import accumulation_dtype, bind
@@ -62,6 +63,8 @@ def momentum_scan(
     bind("momentum_scan", v=(v, "B T H V"), **letters)
     if form not in ("auto", "recurrent", "chunked"):
         raise NotImplementedError(f"momentum_scan: form={form!r} is not available here; these are: recurrent, chunked")
+    if form == "auto":
+        kernel.without("momentum_scan", "recurrent", v, "no kernel keeps a momentum", "scan(beta=), which has none")
     loop = _loop if form == "recurrent" else _node
     tokens = (q, k, p, v, log_decay, log_momentum, step, rate)
     return ScanOut(*loop(*tokens, initial_state, cu_seqlens, scale))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.conv import token_shift
 from recur.primitives.diagonal import gated_scan
 from recur.primitives.forms import ScanOut
@@ -60,6 +61,9 @@ def accumulated_angle(
     added = math.pi * angle.to(real).tanh() * step.to(real)[..., None]
     still = added.new_zeros(added.shape[2:], dtype=torch.float64)
     before = None if initial_state is None else initial_state.double()
+    kernel.without(
+        "accumulated_angle", "chunked", angle, "no kernel adds angles in float64", "Rotary, whose angles are fixed"
+    )
     options: dict[str, Any] = {"initial_state": before, "cu_seqlens": cu_seqlens, "form": "chunked"}
     theta, last = gated_scan(added.double(), still, **options)
     return ScanOut(*((x - 2 * math.pi * (x / (2 * math.pi)).round()).to(real) for x in (theta, last)))
