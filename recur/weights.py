@@ -135,9 +135,23 @@ def watched(module: nn.Module) -> bool:
 
     Who computes with its weights in another way must then call it instead.
     """
+    return not isinstance(module, Weights) or hooked(module)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook, compile() or a forward that replaces its own changes what a call of this module does."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return not isinstance(module, Weights) or replaced or any(len(hook) > 0 for hook in hooks)
+    return replaced or any(len(hook) > 0 for hook in hooks)
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether the declared weights of a module are parameters of its own and ordinary tensors: none is computed from
+    others, quantised or spread over devices."""
+    return isinstance(module, Weights) and all(
+        name in module._parameters and not hasattr(module._parameters[name], "__tensor_flatten__")
+        for name in module.declared
+    )
 
 
 # What torch's wrappers call the module inside: torch.compile, DDP, FSDP, activation checkpointing.
