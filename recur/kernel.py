@@ -38,7 +38,7 @@ def rows_of(keys: int, number: torch.dtype) -> int:
 
 def device_of(x: Tensor) -> torch.device:
     """Where a call on x runs: the device of x, or the one that `recur.explain` asks about with tensors without data."""
-    if torch.compiler.is_compiling():
+    if type(x) is Tensor or torch.compiler.is_compiling():
         return x.device
     return getattr(getattr(x, "fake_mode", None), "asked", None) or x.device
 

@@ -374,33 +374,18 @@ class Chain(Part):
                 part.body.prepare()
 
     def __call__(self, flow: Flow, weights: Mapping[str, nn.Module], state: State) -> tuple[Flow, State]:
-        before: Mapping[str, State] = state or {}
-        after: dict[str, State] = {}
-        for keys, part in self.stages:
-            flow = run_stage(keys, part, flow, weights, before, after)
+        before, after = state or {}, {}
+        for (key, *more), part in self.stages:
+            module, old = weights[key], before.get(key)
+            if more:
+                flow, new = part(flow, (module, *(weights[other] for other in more)), old)
+            elif type(part).build is Part.build:  # its module is called, so that its hooks run
+                flow, new = call(module, part.__call__, flow, old)
+            else:  # which calls its module by itself
+                flow, new = part(flow, module, old)
+            if new is not None:
+                after[key] = new
         return flow, after
-
-
-def run_stage(
-    keys: tuple[str, ...],
-    part: Part,
-    flow: Flow,
-    weights: Mapping[str, nn.Module],
-    before: Mapping[str, State],
-    after: dict[str, State],
-) -> Flow:
-    """The flow after one stage of a chain; `before` holds states by key, and `after` is given the new one."""
-    key, *more = keys
-    module, old = weights[key], before.get(key)
-    if more:
-        flow, new = part(flow, (module, *(weights[other] for other in more)), old)
-    elif type(part).build is Part.build:  # its module is called, so that its hooks run
-        flow, new = call(module, part.__call__, flow, old)
-    else:  # which calls its module by itself
-        flow, new = part(flow, module, old)
-    if new is not None:
-        after[key] = new
-    return flow
 
 
 class Around(Part):

@@ -23,7 +23,7 @@ from recur.blocks.compose import ACTS, SCANS, Cannot, Composed, Own, Unit, Value
 from recur.blocks.glue import LowRank, Project, Projection, ShortConv
 from recur.blocks.leave import join
 from recur.primitives.forms import Choice, Refusal, listener
-from recur.recipe import Around, Chain, Flow, Part, Site, State, above, run_stage
+from recur.recipe import Around, Chain, Flow, Part, Site, State, above
 from recur.weights import plain, watched
 
 if TYPE_CHECKING:
@@ -54,7 +54,12 @@ class AsTheyAre(Stage):
         if self.reason and (note := listener.get()) is not None:
             refused = Refusal(f"in a step its kernel ends here: {self.reason}", "its parts run one by one", "")
             note(Choice(f"step of {', '.join(self.keys)}", "torch", refused))
-        return run_stage(self.keys, self.part, flow, modules, before, after)
+        key, *more = self.keys
+        own = (modules[key], *(modules[other] for other in more)) if more else modules[key]
+        flow, new = self.part(flow, own, before.get(key))  # not through its module, which nothing watches
+        if new is not None:
+            after[key] = new
+        return flow
 
 
 class Products(Stage):
@@ -68,22 +73,26 @@ class Products(Stage):
 
     def __init__(self, keys: tuple[str, ...], parts: tuple[Project, ...]) -> None:
         self.keys, self.parts, self.narrow = keys, parts, frozenset[str]()
+        self.names: dict[str, str] = {}
         self.joined: dict[str, Tensor] = {}  # "weight" and "bias"
         self.lock = threading.Lock()
 
     def __call__(self, flow: Flow, modules: Modules, before: Mapping[str, State], after: dict[str, State]) -> Flow:
         own = self._own(modules)
         product = F.linear(_read(flow, self.parts[0]), *self.prepare(modules))
-        made: dict[str, Tensor] = {}
-        pieces = product.split_with_sizes([len(module.weight) for module in own], -1)
-        for module, piece in zip(own, pieces, strict=True):
-            made |= module.outputs(piece, self.narrow)
-        return flow.set(**{narrowed(name) if name in self.narrow else name: x for name, x in made.items()})
+        if len(own) == 1:
+            made = own[0].outputs(product, self.narrow)
+        else:
+            made, pieces = {}, product.split_with_sizes([len(module.weight) for module in own], -1)
+            for module, piece in zip(own, pieces, strict=True):
+                made |= module.outputs(piece, self.narrow)
+        return flow.set(**({self.names.get(name, name): x for name, x in made.items()} if self.names else made))
 
     def leaving(self, narrow: Collection[str]) -> Products:
         """The same products, of the same matrix, without the last maps of these outputs."""
         other = copy.copy(self)
         other.narrow = frozenset(narrow)
+        other.names = {name: narrowed(name) for name in narrow}
         return other
 
     def _own(self, modules: Modules) -> list[Projection]:
@@ -92,6 +101,8 @@ class Products(Stage):
     def prepare(self, modules: Modules) -> tuple[Tensor, Tensor | None]:
         """The matrix of all weights, and the vector of all biases."""
         own = self._own(modules)
+        if len(own) == 1:
+            return own[0].weight, own[0].declared_or_none("bias")
         with self.lock, torch.inference_mode(False):
             weight, bias = (self._matrix(name, own) for name in ("weight", "bias"))
         assert weight is not None
@@ -110,8 +121,8 @@ class Products(Stage):
         """What the weights, or the biases, of these make together: zeros where one has none."""
         pieces, rows = [module.declared_or_none(name) for module in own], [len(module.weight) for module in own]
         given = [piece for piece in pieces if piece is not None]
-        if len(pieces) == 1 or not given:
-            return pieces[0]
+        if not given:
+            return None
         whole = self.joined.get(name)
         if whole is None or not _is_made_of(whole, pieces, rows):
             whole = self.joined[name] = given[0].new_zeros(sum(rows), *given[0].shape[1:], requires_grad=False)
