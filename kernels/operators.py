@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from threading import Lock
+from threading import RLock
 from typing import Any
 from unittest.mock import patch
 
@@ -165,7 +165,7 @@ def differentiable(
 
 # For `recur.explain`: launches are noted instead of made, as a launcher plans them for the device that is asked about.
 _NOTE: ContextVar[tuple[Callable[..., None], torch.device] | None] = ContextVar("note", default=None)
-_LOCK = Lock()
+_LOCK = RLock()  # an operator may launch kernels of another, as the loss does
 
 
 @contextmanager

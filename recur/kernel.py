@@ -222,6 +222,20 @@ def _one_number(
     return ScanOut((y if scale == 1.0 else y * scale).to(v.dtype), state.unsqueeze(-1))
 
 
+def steps_fused(x: Tensor) -> bool:
+    """Whether a layer's parts may be one kernel in a step (recur.blocks.compose) that computes the token x."""
+    return fused("auto", x)
+
+
+def fused_step(
+    x: Tensor, given: list[Tensor], written: list[Tensor], numbers: list[int], source: str, *sizes: int
+) -> None:
+    """Launch the kernel that is written in `source` for the token x; the rest is as in kernels/fused_step.py."""
+    from recur.kernels import fused_step as kernels
+
+    kernels.fused_step(x, given, written, kernels.kernel_of(source), numbers, *sizes)
+
+
 GATES = ("identity", "silu", "sigmoid", "gelu")  # activations that kernels around the scans know
 ROWS = "rows that are too long, or an eps per row that wants a gradient", "norm in groups, detach eps"
 FUSED = (torch.float32, torch.bfloat16, torch.float16)

@@ -135,9 +135,31 @@ def watched(module: nn.Module) -> bool:
 
     Who computes with its weights in another way must then call it instead.
     """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return not isinstance(module, Weights) or replaced or any(len(hook) > 0 for hook in hooks)
+    return not isinstance(module, Weights) or hooked(module)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook, compile() or a forward that replaces its own changes what a call of this module does."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+    )
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether the declared weights of a module are parameters of its own and ordinary tensors: none is computed from
+    others, quantised or spread over devices."""
+    if not isinstance(module, Weights):
+        return False
+    for name in module.declared:
+        weight = module._parameters.get(name)
+        if weight is None or (type(weight) is not nn.Parameter and hasattr(weight, "__tensor_flatten__")):
+            return False
+    return True
 
 
 # What torch's wrappers call the module inside: torch.compile, DDP, FSDP, activation checkpointing.

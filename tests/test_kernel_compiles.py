@@ -24,6 +24,7 @@ import torch
 from specialisations import FAMILIES, Family
 from tiers import quick
 
+from recur import LanguageModel
 from recur import kernel as public
 
 triton = pytest.importorskip("triton")
@@ -220,6 +221,18 @@ def test_kernels_around_the_scans_compile_and_do_not_spill(sm: int, dtype: torch
         registers, spilled, shared = resources(compiled(launch, sm))
         assert spilled == 0, f"{name}: {launch[0].fn.__name__} spills {spilled} bytes, {registers} registers"
         assert shared <= SHARED[sm]
+
+
+@pytest.mark.parametrize("name", ["gla", "hgrn2", "retnet", "mamba2", "mamba", "longhorn", "gated_delta_net", "llama"])
+def test_the_kernel_of_a_step_compiles_and_does_not_spill(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a few lines is composed for every recipe."""
+    model = LanguageModel(name, vocab_size=8, dim=64, depth=1, ffn=None).bfloat16()
+    monkeypatch.setattr(public, "steps_fused", lambda x: True)
+    with recorded(90) as log:
+        model.step(torch.zeros(2, dtype=torch.long), model.init_state(2, 16))
+    composed = [launch for launch in log if launch[0].fn.__name__ == "layer"]
+    assert composed
+    assert all(resources(compiled(launch, 90))[1] == 0 for launch in composed)
 
 
 if __name__ == "__main__":

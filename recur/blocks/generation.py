@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from recur.blocks.mixer import Mixer
 from recur.blocks.sampling import Sampling, sample_token, uniforms
 from recur.blocks.state import overwrite
 from recur.primitives.forms import SlowPath
@@ -242,6 +243,9 @@ class Loop:
         if reason is not None:
             _warn(reason)
             return cls(batch, kind, logits.device)
+        for module in model.modules():
+            if isinstance(module, Mixer):
+                module.prepare_step()  # before it counts where weights lie
         weights = tuple(weight.data_ptr() for weight in chain(model.parameters(), model.buffers()))
         key = (batch, room, kind, logits.device, logits.dtype, weights)
         with cls._lock:

@@ -32,6 +32,7 @@ from recur.weights import (
     bias_init,
     call,
     decay_groups,
+    hooked,
     matrix_init,
     normal,
     parameter_count,
@@ -124,7 +125,11 @@ class Block(nn.Module):
     ) -> tuple[Tensor, State]:
         assert norm is not None
         drops, form = self.training and not options["evaluate"], options.get("form", "auto")
-        y, state = branch(norm(x, form) if self.order == "pre" else x, state, **options)
+        read = norm(x, form) if self.order == "pre" else x
+        if options.get("in_place") and not drops and isinstance(branch, Mixer) and not hooked(branch):
+            x, state = branch(read, state, residual=x, **options)
+            return (x if self.order == "pre" else norm(x, form)), state
+        y, state = branch(read, state, **options)
         y = F.dropout(y, p) if drops and p and self.drop == "branch" else y
         x = x + y.to(x.dtype)
         x = F.dropout(x, p) if drops and p and self.drop == "sum" else x
@@ -370,7 +375,7 @@ class LanguageModel(nn.Module):
         layers: list[State] = []
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form}
         options |= {"in_place": in_place, "evaluate": evaluate}
-        own = self._own(position, T, cu_seqlens, state)
+        own = self._own(position, T, cu_seqlens, state, in_place)
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
             options |= {name: each[layer] for name, each in own.items()}
@@ -381,10 +386,18 @@ class LanguageModel(nn.Module):
                 x, after, published = block(x, before, **options)
             past += (published,)
             layers.append(after)
+        if in_place and "positions" in own:  # those of all layers at once
+            torch._foreach_add_([position, *(rows for each in own["positions"] for rows in each[1:])], T)
+            return self.final_norm(x, form), {"position": position, "layers": layers}
         return self.final_norm(x, form), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
 
-    def _own(self, position: Tensor, T: int, cu_seqlens: Tensor | None, state: State) -> dict[str, Sequence[Any]]:
-        """Further arguments of each layer's call: what layers have in common, what would set one apart in a graph."""
+    def _own(
+        self, position: Tensor, T: int, cu_seqlens: Tensor | None, state: State, in_place: bool
+    ) -> dict[str, Sequence[Any]]:
+        """Further arguments of each layer's call: what layers have in common, what would set one apart in a graph.
+
+        In a step they read one position, and their own are overwritten after the last of them.
+        """
         if torch.compiler.is_compiling():
             return {}
         own: dict[str, Sequence[Any]] = {"common": [Common()] * self.depth}
@@ -394,6 +407,10 @@ class LanguageModel(nn.Module):
             seen = passed(position, T, cu_seqlens, False)
             rows = seen.expand(2 * self.depth, -1).clone().unbind(0)  # a step overwrites each
             own["positions"] = [(position, *rows[2 * i : 2 * i + 2]) for i in range(self.depth)]
+        elif in_place:
+            own["positions"] = [
+                (position, *(branch["position"] for branch in layer.values())) for layer in state["layers"]
+            ]
         return own
 
     def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
