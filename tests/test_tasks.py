@@ -536,24 +536,24 @@ def test_chance_of_every_task_by_counting() -> None:
     assert lm.chance() == lm.levels()["single-token entropy"]
 
 
-def result(recipe: str, value: float, chance: float | None, shown: str = "accuracy") -> dict[str, Any]:
-    return {"recipe": recipe, "width": None, "chance": chance, "answers": 900, "final": {"valid": {shown: value}}}
+def result(recipe: str, value: float, shown: str = "accuracy") -> dict[str, Any]:
+    return {"recipe": recipe, "width": None, "final": {"valid": {shown: value}}}
 
 
 def test_guesses_are_not_ordered() -> None:
-    from recur.train.compare import _order
+    from recur.train.compare import Guess, _order
 
-    done = [result("longhorn", 0.53, 0.5), result("gla", 0.54, 0.5), result("retnet", 0.56, 0.5)]  # 0.5 + 3 x 0.0167
-    said = "\n".join(_order("mqar", done, "accuracy", max))
+    done = [result("longhorn", 0.53), result("gla", 0.54), result("retnet", 0.56)]
+    said = "\n".join(_order("mqar", done, "accuracy", max, Guess(0.5, 900)))  # 0.5 + 3 x 0.0167
     assert "Order by accuracy, best first: retnet 0.5600." in said
     assert "No better than chance (0.5): gla, longhorn." in said
     assert re.search(r"longhorn ahead of gla \(.*\): both at chance\.", said)
     assert re.search(r"longhorn ahead of retnet \(.*\): not seen\.", said)
-    losses = [result("longhorn", 2.99, 3.0, "loss"), result("gla", 2.5, 3.0, "loss")]
-    said = "\n".join(_order("lm", losses, "loss", min))
+    losses = [result("longhorn", 2.99, "loss"), result("gla", 2.5, "loss")]
+    said = "\n".join(_order("lm", losses, "loss", min, Guess(3.0, 900)))
     assert "best first: gla 2.5000." in said
     assert "No better than chance (3): longhorn." in said
-    said = "\n".join(_order("lm", [result("gla", 0.1, None)], "accuracy", max))  # of an older comparison
+    said = "\n".join(_order("lm", [result("gla", 0.1)], "accuracy", max, Guess(None, 900)))
     assert said.startswith("Order by accuracy, best first: gla 0.1000.")
 
 
