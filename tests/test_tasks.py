@@ -586,15 +586,17 @@ def test_the_drawn_and_the_printed_loss_are_one(
     assert drawn["final"]["loss"] != drawn["curve"][-1]["valid_loss"]  # of two rows
 
 
-def test_a_prompt_is_of_whole_lines() -> None:
-    from recur.train.tasks.lm import whole_lines
+def test_a_prompt_is_of_whole_lines_of_prose() -> None:
+    from recur.train.tasks.lm import prose, whole_lines
     from recur.train.tokenize import Characters
 
-    letters = Characters("\nab")
+    letters = Characters("\n ab")
     read = lambda text: letters.decode(whole_lines(letters, letters.encode(text).tolist()))  # noqa: E731
     assert read("ab\nba\nab\na") == "ba\nab\n"
     assert read("abab\nab") == "abab\nab"
     assert read("abab") == "abab"
+    rows = [letters.encode(text).tolist() for text in ("a\n    b\n", "b\nabab\na", "b\na  a\na", "ab ab\n")]
+    assert letters.decode(prose(letters, rows)) == "abab\n"
 
 
 def test_tables_of_no_use(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def draw_curve(
     unit: str,
     metrics: Sequence[str],
     levels: Mapping[str, float],
+    rows: int,
     chance: float | None = None,
     final: Mapping[str, float] | None = None,
 ) -> None:
@@ -55,7 +56,8 @@ def draw_curve(
 
     Args:
         chance: drawn where the first metric is, or the loss if there is none.
-        final:  the last evaluation, of the whole validation part; it stands in the place of the curve's last one.
+        rows:   of the validation part, that the evaluations on the way are of.
+        final:  the last evaluation, of all rows: a mark of its own.
     """
     steps = [point["step"] for point in curve]
     panels = 1 + len(metrics)
@@ -66,11 +68,12 @@ def draw_curve(
     axes[0].plot(steps, running_mean(losses), color=BLUE, linewidth=1.8, label="training, running mean")
     for name, ax in zip(("loss", *metrics), axes, strict=True):
         measured = {p["step"]: p[f"valid_{name}"] for p in curve if f"valid_{name}" in p}
-        if final is not None:
-            measured[steps[-1]] = final[name]
         if measured:
-            label = f"validation, at last {list(measured.values())[-1]:.3f}"
+            label = f"validation, {rows} rows"
             ax.plot(list(measured), list(measured.values()), "o-", color=ORANGE, markersize=4, label=label)
+        if final is not None:
+            label = f"final validation {final[name]:.3f}"
+            ax.plot(steps[-1], final[name], "D", color=ORANGE, markersize=7, clip_on=False, label=label)
         ax.set(ylabel=unit if name == "loss" else name, xlim=(0, steps[-1]), ylim=(0, None if name == "loss" else 1.02))
     for name, level in levels.items():
         _level(axes[0], name, level)
