@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -147,7 +147,14 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line of moderate length and exits with 2."""
+    """Says what is wrong in one line of moderate length and exits with 2. A value may be "--", as in --prompt=--."""
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if not action.option_strings or arg_strings != ["--"]:
+            return super()._get_values(action, arg_strings)
+        value = self._get_value(action, "--")  # argparse drops it, and an empty list is left, of no type
+        self._check_value(action, value)
+        return value if action.nargs is None else [value]
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())

@@ -492,6 +492,8 @@ def commands(tmp_path: Path, text_file: str) -> dict[str, tuple[list[object], st
         "train depth": (["train", "gla", "--depth", 10**6, *out], "must be a whole number below 10000"),
         "train batch": (["train", "gla", "--batch", 10**12, *out], "must be a whole number below 2147483648"),
         "train tokenizer": (["train", "gla", *text, "--tokenizer", "", *out], "a tokenizer must be char, byte"),
+        "train setup": (["train", "gla", "--setup=--", *text, *out], "task lm has no setup '--'"),
+        "train dashes": (["train", "gla", "--dim=--", *text, *out], "must be a whole number of at least 1, got '--'"),
         "train config": (["train", "gla", "--config", junk, *out], "must be UTF-8 text"),
         "train backend": (["train", "gla", *text, "--compile", "inductr", *out], "no backend is called 'inductr'"),
         "train dim": (["train", "gla", *text, "--dim", 2**26, *out], "not enough memory"),

@@ -1,7 +1,7 @@
 """Every tensor that a kernel is given may be any view, gradients too: results are those of contiguous copies.
 
 Laws run in a process of their own, in Triton's interpreter: `TRITON_INTERPRET=1 python tests/test_kernel_strides.py
-LAW...`; gpu_strides.py runs them on a GPU.
+LAW...`; gpu_laws.py runs them on a GPU.
 """
 
 from __future__ import annotations

@@ -536,24 +536,24 @@ def test_chance_of_every_task_by_counting() -> None:
     assert lm.chance() == lm.levels()["single-token entropy"]
 
 
-def result(recipe: str, value: float, chance: float | None, shown: str = "accuracy") -> dict[str, Any]:
-    return {"recipe": recipe, "width": None, "chance": chance, "answers": 900, "final": {"valid": {shown: value}}}
+def result(recipe: str, value: float, shown: str = "accuracy") -> dict[str, Any]:
+    return {"recipe": recipe, "width": None, "final": {"valid": {shown: value}}}
 
 
 def test_guesses_are_not_ordered() -> None:
-    from recur.train.compare import _order
+    from recur.train.compare import Guess, _order
 
-    done = [result("longhorn", 0.53, 0.5), result("gla", 0.54, 0.5), result("retnet", 0.56, 0.5)]  # 0.5 + 3 x 0.0167
-    said = "\n".join(_order("mqar", done, "accuracy", max))
+    done = [result("longhorn", 0.53), result("gla", 0.54), result("retnet", 0.56)]
+    said = "\n".join(_order("mqar", done, "accuracy", max, Guess(0.5, 900)))  # 0.5 + 3 x 0.0167
     assert "Order by accuracy, best first: retnet 0.5600." in said
     assert "No better than chance (0.5): gla, longhorn." in said
     assert re.search(r"longhorn ahead of gla \(.*\): both at chance\.", said)
     assert re.search(r"longhorn ahead of retnet \(.*\): not seen\.", said)
-    losses = [result("longhorn", 2.99, 3.0, "loss"), result("gla", 2.5, 3.0, "loss")]
-    said = "\n".join(_order("lm", losses, "loss", min))
+    losses = [result("longhorn", 2.99, "loss"), result("gla", 2.5, "loss")]
+    said = "\n".join(_order("lm", losses, "loss", min, Guess(3.0, 900)))
     assert "best first: gla 2.5000." in said
     assert "No better than chance (3): longhorn." in said
-    said = "\n".join(_order("lm", [result("gla", 0.1, None)], "accuracy", max))  # of an older comparison
+    said = "\n".join(_order("lm", [result("gla", 0.1)], "accuracy", max, Guess(None, 900)))
     assert said.startswith("Order by accuracy, best first: gla 0.1000.")
 
 
@@ -586,15 +586,17 @@ def test_the_drawn_and_the_printed_loss_are_one(
     assert drawn["final"]["loss"] != drawn["curve"][-1]["valid_loss"]  # of two rows
 
 
-def test_a_prompt_is_of_whole_lines() -> None:
-    from recur.train.tasks.lm import whole_lines
+def test_a_prompt_is_of_whole_lines_of_prose() -> None:
+    from recur.train.tasks.lm import prose, whole_lines
     from recur.train.tokenize import Characters
 
-    letters = Characters("\nab")
+    letters = Characters("\n ab")
     read = lambda text: letters.decode(whole_lines(letters, letters.encode(text).tolist()))  # noqa: E731
     assert read("ab\nba\nab\na") == "ba\nab\n"
     assert read("abab\nab") == "abab\nab"
     assert read("abab") == "abab"
+    rows = [letters.encode(text).tolist() for text in ("a\n    b\n", "b\nabab\na", "b\na  a\na", "ab ab\n")]
+    assert letters.decode(prose(letters, rows)) == "abab\n"
 
 
 def test_tables_of_no_use(tmp_path: Path) -> None:

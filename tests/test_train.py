@@ -313,7 +313,8 @@ def test_pictures(tmp_path: Path) -> None:
         {"step": 1, "lr": 0.1, "loss": 3.0},
         {"step": 2, "lr": 0.1, "loss": 2.5, "valid_loss": 2.7, "valid_a": 0.5},
     ]
-    draw_curve(tmp_path / "one.png", curve, title="two steps", unit="nats", metrics=("a",), levels={"unigram": 3.1})
+    look = {"title": "two steps", "unit": "nats", "metrics": ("a",), "levels": {"unigram": 3.1}, "rows": 8}
+    draw_curve(tmp_path / "one.png", curve, **look, final={"loss": 2.6, "a": 0.6})
     runs = {"one": [[(1, 2.0), (2, 1.0)], [(1, 2.5), (2, 1.5)]], "other": [[(1, 3.0), (2, 2.0)]]}
     draw_comparison(tmp_path / "two.png", runs, title="two", x="width", y="nats", log=True)
     for name in ("one", "two"):

@@ -88,7 +88,7 @@ def _write_report(run: Training, finals: Mapping[str, Mapping[str, float]]) -> N
     size = parameter_count(run.plain_model)
     title = f"{task.name}: {run.settings.recipe}, {size / 1e6:.2f}M parameters"
     look: dict[str, Any] = {"title": title, "unit": task.unit, "metrics": task.metrics, "levels": task.levels()}
-    look |= {"chance": task.chance(), "final": finals.get("valid")}
+    look |= {"chance": task.chance(), "rows": run.settings.evaluate, "final": finals.get("valid")}
     draw_curve(run.out / "curve.png", run.curve, **look)
     lengths = [(run.settings.length * int(split[:-1]), split) for split in finals if split.endswith("x")]
     if lengths:
