@@ -7,6 +7,7 @@ Notation
     C           tokens per chunk; chunks begin at fixed places of a row, so every kernel finds the same ones
     chunk_head  number of a chunk of one head, chunk · H + h; a tensor [chunks H ...] has one entry for each
     segment     consecutive chunks of one head, which one program scans with the state in registers
+    border      the place between two segments of a row or document; a tensor [borders H ...] has one entry per head
     u           v, or with beta the corrected value β_t (v_t − (a_t S_{t-1})ᵀ k_t) of the delta rule
     error       u / β, which the forward pass keeps for dβ
     decay_in, decay_out, decay_total    see `decay`
@@ -21,7 +22,12 @@ A chunk that is entered by S computes
     y = q_in S + A_qk u      S <- decay_total S + k_outᵀ u      u = v, or u = A_inv β (v − k_in S)
 
 which is linear in S, as is any number of chunks: a segment maps S to Q S + L, with Q [K K], or diagonal without delta
-rule. So the derivative has the same shape in the other direction:
+rule. Where the gates of a few chunks before a border multiply to less than 2^FORGOTTEN, whatever enters those chunks is
+lost at the border, and the segment behind it needs no map: it begins with zeros that many chunks earlier, a warm-up that
+writes nothing. `warm_up` finds the numbers of chunks; maps are computed and combined for the other borders alone. What
+is not finite before a warm-up does not reach the segment. The backward pass warms up in the other direction.
+
+The derivative has the shape of the scan in the other direction:
 
     du = A_qkᵀ dy + k_out dS    dS <- decay_total dS + q_inᵀ dy    dv = du, or dv = β A_invᵀ du, and dS <- dS − k_inᵀ dv
     dq_in = dy Sᵀ    dk_out = u dSᵀ    dk_in = −dv Sᵀ    dA_qk = dy uᵀ    dA_kk = −dv uᵀ    ddecay_total = rowsum(dS S)
@@ -38,6 +44,7 @@ Kernels, in the order of a training step
     chunk_prepare.prepare           decayed and rotated q and k; in_range; A_kk; the term of a bonus
     chunk_prepare.scores_exact      A_qk and A_kk of chunks that are not in range
     chunk_prepare.solve_tril        A_inv
+    chunk_forward.warm_up           where segments may begin with zeros, and how many chunks earlier
     chunk_forward.forward           y; or the map of a segment; or the state before every chunk
     chunk_forward.combine           the state that enters each segment
     chunk_backward.backward_states  against the direction of the scan: dv, and dS after every chunk; or the map of a segment
@@ -103,9 +110,9 @@ class Given(NamedTuple):
 class Prepared(NamedTuple):
     """Pointers to what is computed of q, k and gates alone; None where a scan, or a kernel, does not need it."""
 
-    q_in: Any = None  # [B T H K], these three; or those of the caller
+    q_in: Any = None  # [B T H K], these two; or those of the caller
     k_out: Any = None
-    k_in: Any = None
+    k_in: Any = None  # [B T H K] of key-wise decay and the delta rule; otherwise it is k_out
     anchor_in: Any = (
         None  # [chunks H K] of key-wise decay: decay from the entry of a chunk to its anchor, and from there
     )
@@ -115,9 +122,21 @@ class Prepared(NamedTuple):
     state_angle: Any = None  # [B H KEYS] of complex gates
     log_decays: Any = None  # [chunks H 4 C] of one gate per head, or for a bonus
     log_total: Any = None  # [chunks H] of one gate per head
+    log_norm: Any = None  # [chunks H] of the delta rule: log2 of what the norm of a chunk's Q cannot exceed
     A_qk: Any = None  # [chunks H C C], of chunks that are not in range
     A_kk: Any = None  # [chunks H C C] of the delta rule
     A_inv: Any = None  # [chunks H C C] of the delta rule
+
+
+class Entry(NamedTuple):
+    """Pointers to what enters the segments of a pass: the state or gradient that enters the scan [rows H K V], or one
+    per document; at borders without a warm-up what `combine` found [borders H K V], and chunks of warm-up [borders H],
+    -1 for none, in the direction of the pass and against it. None where there is one segment, and no gate."""
+
+    initial: Any = None
+    states: Any = None
+    warm: Any = None
+    against: Any = None
 
 
 @triton.jit
@@ -165,7 +184,9 @@ def decayed_scores(
     C: tl.constexpr = SCAN.C
     if SCAN.DECAY == "scalar":
         log_a = load_gates(gates, start, offs, inside, offs, SCAN.K, SCAN.DECAY)
-        cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
+        cumulative = log_in
+        if SCAN.BEFORE:
+            cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
         A = A * (pair_decay(log_a, log_in, cumulative, SCAN.REVERSE, SCAN.BEFORE, TRANSPOSE, SCAN.DOT) * scale)
     elif SCAN.DECAY == "key":
         in_range = tl.load(prepared.in_range + chunk_head) != 0
@@ -180,6 +201,56 @@ def decayed_scores(
     else:
         A = tl.where(mask, A, 0.0) * scale
     return A
+
+
+# Where segments begin
+
+
+@triton.jit
+def warm_chunks(warm_ptr, border, h, passed, H: tl.constexpr):
+    """Chunks with which a pass that has `passed` chunks behind it warms up at a border, -1 if none suffice."""
+    warm = tl.where(passed == 0, 0, -1).to(tl.int32)
+    if warm_ptr is not None:
+        warm = tl.load(warm_ptr + border * H + h, mask=passed > 0, other=0)
+    return warm
+
+
+@triton.jit
+def map_is_needed(entry, warm, enters, leaves, h, passed, is_Q, H: tl.constexpr, DELTA: tl.constexpr):
+    """Whether the border at which a segment is left has no warm-up; of Q whether neither of its two has one, in the
+    direction of the pass or against it."""
+    last = warm * 0 - 1
+    if entry.warm is not None:
+        last = tl.load(entry.warm + leaves * H + h)
+    needed = last < 0
+    if DELTA:
+        inner = needed & (warm < 0)
+        if entry.against is not None:
+            back = tl.load(entry.against + enters * H + h, mask=passed > 0, other=0) < 0
+            inner = inner | (back & (tl.load(entry.against + leaves * H + h) < 0))
+        needed = tl.where(is_Q, inner, needed)
+    return needed
+
+
+@triton.jit
+def entering_state(
+    entry, document, border, h, from_initial, from_border, rows, cols, SCAN: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Parts of the state that enters a segment: that of the scan, that of its border, or zeros."""
+    S, ptr = (), entry.states if entry.initial is None else entry.initial
+    at, given = document * SCAN.H + h, from_initial
+    if entry.states is not None:
+        at, given = tl.where(from_border, border * SCAN.H + h, at), from_border
+        if entry.initial is not None:  # one load: two would take twice the registers
+            ptr, given = entry.states if from_border else entry.initial, from_border | from_initial
+    for p in tl.static_range(PARTS):
+        cell, mask = state_offsets(rows, cols, SCAN.K - p * rows.shape[0], SCAN.V)
+        state = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
+        if ptr is not None:
+            ptrs = ptr + (at * SCAN.K + p * rows.shape[0]) * SCAN.V + cell
+            state = tl.load(ptrs, mask=mask & given, other=0.0)
+        S += (state,)
+    return S
 
 
 # Token by token, for chunks that are not in range

@@ -4,18 +4,20 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from recur.kernels import chunk_backward, chunk_forward, chunk_prepare, rotate
-from recur.kernels.chunk_scan import Given, Prepared, Scan
+from recur.kernels.chunk_scan import Entry, Given, Prepared, Scan
 from recur.kernels.operators import capability, cdiv, differentiable, fake, operator, power_of_2, processors
 from recur.kernels.packing import state_count
 from recur.kernels.tiles import constants
 from torch import Tensor
 
+WARM_UP = 32  # chunks at most that a segment begins earlier; more would take `warm_up` more registers
 CHUNKS_PER_PROGRAM = 8  # of `scores_exact` and `gradients_exact`, which mostly find nothing to do
 INTERPRETED = not isinstance(chunk_forward.forward, triton.JITFunction)  # by Triton's interpreter, on a CPU
 
@@ -71,6 +73,7 @@ _INPUT_TILES = {
     torch.bfloat16: {64: (64, 4, 1), 128: (64, 4, 1), 256: (64, 4, 1)},
     torch.float32: {64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 8, 1)},
 }
+_WARM_UP_EXPECTED = 3  # chunks with which a segment begins where gates forget, for the number of segments
 _BLOCK = 256  # columns of a program of `backward_inputs`, at most
 
 
@@ -93,14 +96,21 @@ def _fills(programs: int, processors: int) -> bool:
     return 4 * programs >= 3 * processors
 
 
-def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, processors: int = 132) -> Plan:
+@lru_cache(256)
+def plan(
+    *, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, decay: str = "scalar",
+    processors: int = 132,
+) -> Plan:  # fmt: skip
     """The plan for `heads` states [K V] (batch times heads) over T tokens.
 
-    One segment if the heads alone give three of four processors a program; otherwise enough to give each processor two
-    programs, with at least 512 tokens per segment. The delta rule has at most 8 segments of at least 1024 tokens, as
-    many as make the longest chain of chunks shortest, with one program per processor: first the maps of all segments
-    but the last, those of inner segments with K more columns for Q, then all segments. Joining a segment is estimated
-    to take as long as four chunks.
+    One segment if the heads alone give three of four processors a program; otherwise as many as two programs per
+    processor allow, with at least 512 tokens per segment. Packed documents are cut as one row would be.
+
+    The delta rule has as many as make the longest chain of chunks shortest where gates forget: each segment but the
+    first begins with a warm-up. Where gates keep everything, segments need maps: first those of all segments but the
+    last, those of inner segments with K more columns for Q, then all segments; joining one is estimated to take as long
+    as four chunks. So more segments are not taken if that chain is a quarter longer than the shortest; without gates
+    that one is taken.
     """
     block_k, block_v = (max(64, power_of_2(size)) for size in (K, min(V, _BLOCK)))
     dtype = computed_as(dtype, K)
@@ -112,17 +122,23 @@ def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool 
         Tiles(block, cdiv(size, block), warps, stages)
         for (block, warps, stages), size in zip((*state_tiles, _INPUT_TILES[kept][block_v]), (V, V, K), strict=True)
     )
-    programs, chunks = heads * forward.parts, cdiv(T, chunk)
+    programs, chunks = max(1, heads * forward.parts), cdiv(T, chunk)
+    most = max(1, min(T // 512, 2 * processors // programs))
 
-    def longest_chain(n: int) -> int:
+    def keeping(n: int) -> int:
         maps = (n - 1) * programs + max(0, n - 2) * heads * cdiv(K, forward.block)
         return cdiv(chunks, n) * (cdiv(maps, processors) + cdiv(n * programs, processors)) + 4 * n
 
+    def forgetting(n: int) -> int:
+        return (cdiv(chunks, n) + _WARM_UP_EXPECTED * (n > 1)) * cdiv(n * programs, processors)
+
     if delta:
-        wanted = min(range(1, 1 + max(1, min(8, T // 1024))), key=longest_chain) if 2 * programs < processors else 1
+        shortest = min(map(keeping, range(1, most + 1)))
+        allowed = [n for n in range(1, most + 1) if 4 * keeping(n) <= (4 if decay == "none" else 5) * shortest]
+        wanted = min(allowed, key=keeping if decay == "none" else forgetting)
     else:
-        wanted = 1 if _fills(programs, processors) else cdiv(2 * processors, max(1, programs))
-    span = chunk * cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
+        wanted = 1 if _fills(programs, processors) else most
+    span = chunk * cdiv(max(T, 1), chunk * wanted)
     segments = max(1, cdiv(T, span))
     return Plan(chunk, segments, span, block_k, block_v, cdiv(V, block_v), forward, backward_states, backward_inputs)
 
@@ -210,6 +226,7 @@ def prepared(x: Tensors, before: bool) -> dict[str, tuple[tuple[int, ...], torch
     if decay == "scalar":
         found["log_total"] = chunk_heads, torch.float32
     if x.beta is not None:
+        found["log_norm"] = chunk_heads, torch.float32
         found["A_kk"] = (*chunk_heads, chunk, chunk), torch.float32
         found["A_inv"] = (*chunk_heads, chunk, chunk), kept
     return found
@@ -224,13 +241,17 @@ class _Launcher:
         (B, T, H, V), self.keys, K = x.v.shape, x.q.shape[3], rows_of(x)
         delta, packed = x.beta is not None, x.cu_seqlens is not None
         self.dtype = computed_as(x.v.dtype, K)
-        self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=self.dtype, delta=delta, processors=processors(x.v.device))
-        if packed:
-            self.plan = self.plan._replace(segments=1, span=T)
+        self.decay, strides = decay_of(x), [0, 0, 0, 0]
+        self.plan = plan(
+            heads=B * H, T=T, K=K, V=V, dtype=self.dtype, delta=delta, decay=self.decay,
+            processors=processors(x.v.device),
+        )  # fmt: skip
         self.x, self.reverse, self.before, self.sizes = x, reverse, before, (B, T, H, K, V)
         self.documents = state_count(B, x.cu_seqlens)
         self.chunks = chunk_slots(B, T, self.dtype, x.cu_seqlens)
-        self.decay, strides = decay_of(x), [0, 0, 0, 0]
+        # slots of segments, and numbers of borders, see `tiles.locate_segment`
+        self.slots = T // self.plan.span + self.documents if packed else B * self.plan.segments
+        self.borders = T // self.plan.span + 1 if packed else self.slots
         if x.log_decay is not None:
             strides = list(x.log_decay.expand(B, T, H, *x.log_decay.shape[3:]).stride())
         dot, precision, self.limit = _arithmetic(self.dtype)
@@ -248,15 +269,18 @@ class _Launcher:
         made = self.made.get
         q_in, k_out = made("q_in", x.q), made("k_out", x.k)
         self.prepared = Prepared(
-            q_in=q_in, k_out=k_out, k_in=made("k_in", k_out), anchor_in=made("anchor_in"),
+            q_in=q_in, k_out=k_out, k_in=made("k_in"), anchor_in=made("anchor_in"),
             anchor_out=made("anchor_out"), in_range=made("in_range"), log_decays=made("log_decays"),
-            log_total=made("log_total"), A_qk=self.scores, A_kk=made("A_kk"), A_inv=made("A_inv"),
+            log_total=made("log_total"), log_norm=made("log_norm"), A_qk=self.scores, A_kk=made("A_kk"),
+            A_inv=made("A_inv"),
         )  # fmt: skip
         self.laid = {"cu_ptr": x.cu_seqlens, "T": T, "SCAN": self.scan, "enable_fp_fusion": True}
+        self.laid["documents"] = self.documents
         self.common = {**self.laid, "scale": scale}
         if dot != tl.bfloat16 or capability(x.v.device) < 90:  # else the assembler gives up on some, in 32 registers
             self.common["maxnreg"] = 255
         self._prepare(first)
+        self.warm = self._warm_up() if self.plan.segments > 1 and self.decay != "none" else None
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.v.device)
@@ -283,7 +307,7 @@ class _Launcher:
             block_h = min(16, power_of_2(H))
             chunk_prepare.cumulative_decay[(self.chunks, cdiv(H, block_h))](
                 x=Given(gate=x.log_decay, gate_sb=self.given.gate_sb, gate_sh=self.given.gate_sh),
-                log_decays_ptr=made("log_decays"), log_total_ptr=made("log_total"), documents=self.documents,
+                log_decays_ptr=made("log_decays"), log_total_ptr=made("log_total"),
                 BLOCK_H=block_h, num_warps=1, **self.laid,
             )  # fmt: skip
         options = {"maxnreg": 128} if self.decay == "key" and x.beta is not None else {}  # of bfloat16 on Hopper
@@ -295,10 +319,11 @@ class _Launcher:
             out = Prepared(
                 q_in=made("q_in"), k_out=made("k_out"), k_in=made("k_in"), anchor_in=made("anchor_in"),
                 anchor_out=made("anchor_out"), in_range=made("in_range"), chunk_phase=made("chunk_phase"),
-                state_angle=made("state_angle"), log_decays=made("log_decays"), A_kk=A_kk,
+                state_angle=made("state_angle"), log_decays=made("log_decays"), log_total=made("log_total"),
+                log_norm=made("log_norm") if self.plan.segments > 1 else None, A_kk=A_kk,
             )  # fmt: skip
             chunk_prepare.prepare[(self.chunks * H,)](
-                x=self.given._replace(bonus=x.bonus), out=out, descriptors_ptr=descriptors, documents=self.documents,
+                x=self.given._replace(beta=x.beta, bonus=x.bonus), out=out, descriptors_ptr=descriptors,
                 chunks=self.chunks, LIMIT=self.limit, WINDOW=rotate.WINDOW, BLOCK_K=self.plan.block_k,
                 PART=32 if self.decay == "key" or descriptors is not None else 64, num_warps=4,
                 **(options | self.common),
@@ -307,54 +332,77 @@ class _Launcher:
             block_k = self.plan.block_k
             chunk_prepare.scores_exact[(cdiv(self.chunks * H, CHUNKS_PER_PROGRAM),)](
                 x=self.given, prepared=Prepared(chunk_phase=made("chunk_phase"), in_range=made("in_range")),
-                A_qk_ptr=self.scores, A_kk_ptr=A_kk, documents=self.documents, chunk_heads=self.chunks * H,
+                A_qk_ptr=self.scores, A_kk_ptr=A_kk, chunk_heads=self.chunks * H,
                 CHUNKS_PER_PROGRAM=CHUNKS_PER_PROGRAM, BLOCK_K=block_k, num_warps=4 if block_k <= 256 else 8,
                 **self.common,
             )  # fmt: skip
         if A_kk is not None:
             chunk_prepare.solve_tril[(self.chunks * H,)](
-                A_kk_ptr=A_kk, beta_ptr=x.beta, A_inv_ptr=made("A_inv"), documents=self.documents, num_warps=1,
+                A_kk_ptr=A_kk, beta_ptr=x.beta, A_inv_ptr=made("A_inv"), num_warps=1,
                 maxnreg=128, **self.laid,
             )  # fmt: skip
 
-    def _tiles(self, tiles: Tiles) -> dict[str, Any]:
-        """What `forward` and `backward_states` take by name."""
-        return {
-            **self.common, "tiles": tiles.parts, "segments": self.plan.segments, "span": self.plan.span,
+    def _warm_up(self) -> Tensor:
+        """Launch `chunk_forward.warm_up`: [2 borders H], for passes from left to right and from right to left."""
+        H, K = self.sizes[2:4]
+        warm = self.new(2, self.borders, H, dtype=torch.int32)
+        chunk_forward.warm_up[((self.borders - 1) * H,)](
+            prepared=Prepared(
+                anchor_in=self.prepared.anchor_in, anchor_out=self.prepared.anchor_out,
+                log_total=self.prepared.log_total, log_norm=self.prepared.log_norm,
+            ),
+            warm_ptr=warm, span=self.plan.span, borders=self.borders, CHUNKS=WARM_UP, BLOCK_K=power_of_2(K),
+            num_warps=4 if K <= 256 else 8, **self.laid,
+        )  # fmt: skip
+        return warm
+
+    def entry(self, right_to_left: bool, initial: Tensor | None, states: Tensor | None = None) -> Entry:
+        """Where the segments of a pass begin."""
+        if self.warm is None:
+            return Entry(initial, states)
+        return Entry(initial, states, self.warm[int(right_to_left)], self.warm[int(not right_to_left)])
+
+    def _passes(self, tiles: Tiles, map_of_segments: bool) -> tuple[tuple[int], dict[str, Any]]:
+        """The grid of `forward` and `backward_states`, and what both take by name."""
+        places = self.borders - 1 if map_of_segments else self.slots
+        return (tiles.parts * self.sizes[2] * places,), {
+            **self.common, "tiles": tiles.parts, "span": self.plan.span,
             "BLOCK_K": self.plan.part, "PARTS": cdiv(self.sizes[3], self.plan.part), "BLOCK_V": tiles.block,
             "STAGES": tiles.stages, "num_warps": tiles.warps,
         }  # fmt: skip
 
     def forward(
-        self, *, y: Tensor | None = None, error: Tensor | None = None, chunk_states: Tensor | None = None,
-        enter: Tensor | None = None, leave: Tensor | None = None, decay_product: Tensor | None = None,
+        self, entry: Entry, *, y: Tensor | None = None, error: Tensor | None = None,
+        chunk_states: Tensor | None = None, leave: Tensor | None = None, decay_product: Tensor | None = None,
         dy: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Launch `chunk_forward.forward`; `dy` selects the map for the backward pass."""
         x, given, tiles, backward = self.x, self.given, self.plan.forward, dy is not None
         if leave is not None:  # [L Q] has more columns
             tiles = tiles._replace(parts=cdiv(leave.shape[-1], tiles.block))
-        chunk_forward.forward[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
+        grid, options = self._passes(tiles, y is None and chunk_states is None)
+        chunk_forward.forward[grid](
             x=Given(
                 v=dy if backward else x.v, gate=given.gate, gate_sb=given.gate_sb, gate_sh=given.gate_sh, beta=x.beta
             ),
             prepared=self.prepared._replace(k_out=self.prepared.q_in) if backward else self.prepared,
-            y_ptr=y, error_ptr=error, chunk_states_ptr=chunk_states, enter_ptr=enter, leave_ptr=leave,
-            decay_product_ptr=decay_product, BACKWARD=backward, EMIT=y is not None, **self._tiles(tiles),
+            entry=entry, y_ptr=y, error_ptr=error, chunk_states_ptr=chunk_states, leave_ptr=leave,
+            decay_product_ptr=decay_product, BACKWARD=backward, EMIT=y is not None, **options,
         )  # fmt: skip
 
     def backward_states(
-        self, dy: Tensor, dv: Tensor | None = None, chunk_dstates: Tensor | None = None, *,
-        error: Tensor | None = None, dbeta: Tensor | None = None, enter: Tensor | None = None,
-        leave: Tensor | None = None, chunk_states: Tensor | None = None, dphase_state: Tensor | None = None,
+        self, entry: Entry, dy: Tensor, dv: Tensor | None = None, chunk_dstates: Tensor | None = None, *,
+        error: Tensor | None = None, dbeta: Tensor | None = None, leave: Tensor | None = None,
+        chunk_states: Tensor | None = None, dphase_state: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Launch `chunk_backward.backward_states`."""
         given, tiles = self.given, self.plan.backward_states
-        chunk_backward.backward_states[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
+        grid, options = self._passes(tiles, dv is None)
+        chunk_backward.backward_states[grid](
             x=Given(gate=given.gate, gate_sb=given.gate_sb, gate_sh=given.gate_sh, beta=self.x.beta),
-            prepared=self.prepared._replace(A_kk=None), dy_ptr=dy, error_ptr=error, chunk_states_ptr=chunk_states,
-            dv_ptr=dv, dbeta_ptr=dbeta, chunk_dstates_ptr=chunk_dstates, enter_ptr=enter, leave_ptr=leave,
-            dphase_state_ptr=dphase_state, B=self.sizes[0], chunk_slots=self.chunks, **self._tiles(tiles),
+            prepared=self.prepared._replace(A_kk=None), entry=entry, dy_ptr=dy, error_ptr=error,
+            chunk_states_ptr=chunk_states, dv_ptr=dv, dbeta_ptr=dbeta, chunk_dstates_ptr=chunk_dstates, leave_ptr=leave,
+            dphase_state_ptr=dphase_state, B=self.sizes[0], chunk_slots=self.chunks, **options,
         )  # fmt: skip
 
     def backward_inputs(
@@ -368,7 +416,7 @@ class _Launcher:
             x=self.given._replace(beta=x.beta, bonus=x.bonus),
             prepared=self.prepared._replace(A_qk=None, A_kk=None, A_inv=None), u_ptr=u, dy_ptr=dy, dv_ptr=dv,
             chunk_states_ptr=chunk_states, chunk_dstates_ptr=chunk_dstates, dbonus_ptr=dbonus, B=self.sizes[0],
-            tiles=tiles.parts, documents=self.documents, chunks=self.chunks, BLOCKS=self.plan.blocks,
+            tiles=tiles.parts, chunks=self.chunks, BLOCKS=self.plan.blocks,
             BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v, num_warps=tiles.warps, **written, **self.common,
         )  # fmt: skip
         if self.decay == "key":
@@ -376,7 +424,7 @@ class _Launcher:
                 x=self.given._replace(beta=x.beta),
                 prepared=Prepared(chunk_phase=self.made.get("chunk_phase"), in_range=self.made["in_range"]),
                 dy_ptr=dy, u_ptr=u, dv_ptr=dv, dA_qk_ptr=self.matrices(torch.float32),
-                dA_kk_ptr=self.matrices(torch.float32) if x.beta is not None else None, documents=self.documents,
+                dA_kk_ptr=self.matrices(torch.float32) if x.beta is not None else None,
                 chunk_heads=self.chunks * H, CHUNKS_PER_PROGRAM=CHUNKS_PER_PROGRAM,
                 BLOCK_K=min(self.plan.block_k, 256), BLOCK_V=self.plan.block_v, num_warps=8, **written, **self.common,
             )  # fmt: skip
@@ -391,7 +439,7 @@ class _Launcher:
         rotate.rotate_backward[(self.chunks * H * cdiv(self.keys, block),)](
             x=self.given, prepared=Prepared(chunk_phase=self.made["chunk_phase"]), dq_rotated_ptr=dq,
             dk_rotated_ptr=dk, drows_ptr=dgate, dphase_state_ptr=dphase_state.unflatten(3, (2, -1)).sum((0, 3)),
-            dq_ptr=outs[0], dk_ptr=outs[1], dgate_ptr=outs[2], documents=self.documents, BLOCK_D=block, num_warps=4,
+            dq_ptr=outs[0], dk_ptr=outs[1], dgate_ptr=outs[2], BLOCK_D=block, num_warps=4,
             maxnreg=128, **self.laid,
         )  # fmt: skip
         return outs[0], outs[1], outs[2]
@@ -405,31 +453,35 @@ class _Launcher:
         cos, sin = angle.cos().unsqueeze(-1), sign * angle.sin().unsqueeze(-1)
         return torch.cat([re * cos + im * sin, im * cos - re * sin], 2)
 
-    def entering(self, initial: Tensor | None, dy: Tensor | None = None) -> Tensor | None:
-        """[B H segments K V], the state that enters each segment; or, given dy, the gradient that enters it from the
-        end. The latter after the former, whose Q the delta rule needs again."""
-        segments, delta, backward = self.plan.segments, self.x.beta is not None, dy is not None
-        if segments == 1:
-            return initial
-        B, _, H, K, V = self.sizes
-        states = self.new(B, H, segments, K, V)
-        maps = self.new(B, H, segments, K, V + K if delta and not backward else V)
+    def entering(self, initial: Tensor | None, dy: Tensor | None = None) -> Entry:
+        """Where the segments of the pass in the direction of the scan begin; or, given dy, of the pass against it. The
+        latter after the former, whose Q the delta rule needs again."""
+        delta, backward = self.x.beta is not None, dy is not None
+        right_to_left = self.reverse != backward
+        entry = self.entry(right_to_left, initial)
+        if self.plan.segments == 1:
+            return entry
+        _, _, H, K, V = self.sizes
+        states, first = self.new(self.borders, H, K, V), V
+        if delta and not backward:
+            first = self.plan.forward.parts * self.plan.forward.block
+        maps = self.new(self.borders, H, K, first + K if delta and not backward else V)
         if not delta:
-            self.Q = self.new(B, H, segments, K)
-            self.forward(enter=initial, leave=maps, decay_product=self.Q, dy=dy)
+            self.Q = self.new(self.borders, H, K)
+            self.forward(entry, leave=maps, decay_product=self.Q, dy=dy)
         elif dy is None:
-            self.forward(enter=initial, leave=maps)
-            self.Q = maps[..., V:]
+            self.forward(entry, leave=maps)
+            self.Q = maps[..., first:]
         else:
-            self.backward_states(dy, enter=initial, leave=maps)
+            self.backward_states(entry, dy, leave=maps)
         block_k, block_v = (self.plan.block_k, 32) if delta else (min(16, power_of_2(K)), min(64, power_of_2(V)))
-        chunk_forward.combine[(B * H, cdiv(K, block_k), cdiv(V, block_v))](
-            L_ptr=maps, Q_ptr=self.Q, enter_ptr=initial, state_ptr=states, K=K, V=V, segments=segments,
-            L_stride=maps.stride(3), Q_stride=self.Q.stride(3) if delta else 1,
-            RIGHT_TO_LEFT=self.reverse != backward, DELTA=delta, TRANSPOSE=backward, BLOCK_K=block_k,
-            BLOCK_V=block_v, num_warps=max(4, block_k // 32), enable_fp_fusion=True,
+        chunk_forward.combine[((self.borders - 1) * H, cdiv(K, block_k), cdiv(V, block_v))](
+            L_ptr=maps, Q_ptr=self.Q, warm_ptr=entry.warm, state_ptr=states, span=self.plan.span,
+            L_stride=maps.stride(2), Q_stride=self.Q.stride(2) if delta else 1, RIGHT_TO_LEFT=right_to_left,
+            DELTA=delta, TRANSPOSE=backward, BLOCK_K=block_k, BLOCK_V=block_v, num_warps=max(4, block_k // 32),
+            **self.laid,
         )  # fmt: skip
-        return states
+        return self.entry(right_to_left, initial, states)
 
 
 @operator("scan", f"({SCHEMA}, bool save) -> (Tensor, Tensor, Tensor[])")
@@ -444,7 +496,7 @@ def scan_forward(*inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     run = _Launcher(x, scale, reverse, before)
     _, _, H, K, V = run.sizes
     y, state = torch.empty_like(x.v), run.new(run.documents, H, K, V)
-    run.forward(y=y, enter=run.entering(run.rotated(x.initial)), leave=state)
+    run.forward(run.entering(run.rotated(x.initial)), y=y, leave=state)
     return y, state, list(run.made.values()) if save else []
 
 
@@ -467,12 +519,11 @@ def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tens
     dv, dinitial = torch.empty_like(x.v), None if x.initial is None else torch.empty_like(x.initial)
     delta, rotated = x.beta is not None, "chunk_phase" in run.made
     error, dbeta = (torch.empty_like(x.v), run.new(run.plan.backward_states.parts, B, T, H)) if delta else (None, None)
-    run.forward(chunk_states=chunk_states, error=error, enter=run.entering(run.rotated(x.initial)))
+    run.forward(run.entering(run.rotated(x.initial)), chunk_states=chunk_states, error=error)
     dphase_state = run.new(run.plan.backward_states.parts, run.chunks, H, K) if rotated else None
-    entering = run.entering(dstate, dy=dy)
     run.backward_states(
-        dy, dv, chunk_dstates, error=error, dbeta=dbeta, enter=entering, leave=dinitial, chunk_states=chunk_states,
-        dphase_state=dphase_state,
+        run.entering(dstate, dy=dy), dy, dv, chunk_dstates, error=error, dbeta=dbeta, leave=dinitial,
+        chunk_states=chunk_states, dphase_state=dphase_state,
     )  # fmt: skip
 
     dq = run.summands(B, T, H, K, dtype=x.q.dtype if rotated or x.q.shape[2] == H else torch.float32)
@@ -551,10 +602,8 @@ def products(kernel: Any, grid: tuple[int, ...], x: dict[str, Any]) -> int:
     if not passes:
         each = 2 * (state + scores) + values + delta * (state + 2 * scores + values)
         return grid[0] * each
-    T, segments, per, packed = x["T"], x["segments"], cdiv(x["span"], C), x["cu_ptr"] is not None
-    columns, chunks = grid[0] // segments, T // C if packed else cdiv(T, C)
-    if packed:
-        columns //= x["cu_ptr"].shape[0] - 1
+    T, packed, columns = x["T"], x["cu_ptr"] is not None, x["tiles"] * x["SCAN"].H
+    chunks = T // C if packed else x["documents"] * cdiv(T, C)
     if kernel is chunk_backward.backward_states:
         each, alone = 2 * state + scores + values + delta * (state + values), x["dv_ptr"] is None
     else:
@@ -563,8 +612,9 @@ def products(kernel: Any, grid: tuple[int, ...], x: dict[str, Any]) -> int:
             each + delta * (x["error_ptr"] is not None) * values,
             not x["EMIT"] and x["chunk_states_ptr"] is None,
         )
-    if alone:  # no segment but those before the last
-        chunks = (segments - 1) * per
-        if delta and kernel is chunk_forward.forward:  # the first gives no Q
-            return columns * each * (chunks - per) + columns // x["tiles"] * cdiv(width, V) * per * each
+    if alone:  # segments before a border, at most: none whose gates forget
+        per, segments = x["span"] // C, cdiv(T, x["span"])
+        before, inner = (T // x["span"],) * 2 if packed else (x["documents"] * (segments - n) for n in (1, 2))
+        written = x["tiles"] if kernel is chunk_backward.backward_states else cdiv(width, V)  # tiles of L; then of Q
+        return x["SCAN"].H * per * each * (written * before + (x["tiles"] - written) * max(0, inner))
     return columns * chunks * each

@@ -30,6 +30,11 @@ def decays(axes: tuple[int, ...], kind: str) -> Tensor:
         return -torch.rand(axes)
     if kind == "complex":
         return torch.complex(-torch.rand(axes), 3 * torch.randn(axes))
+    if kind.startswith("stretches"):  # of 24 tokens, that forget or keep
+        forgets = torch.rand(axes[0], -(-axes[1] // 24), axes[2], *(1,) * len(axes[3:])) < 0.6
+        forgets = forgets.repeat_interleave(24, 1)[:, : axes[1]]
+        sizes = torch.where(forgets, -0.7 - 0.7 * torch.rand(axes), -0.02 * torch.rand(axes).round())
+        return torch.complex(sizes, 3 * torch.randn(axes)) if kind == "stretches complex" else sizes
     values = LEAKY if kind == "leaky" else HARD
     sizes = values[torch.randint(len(values), axes)]
     return torch.complex(sizes, 3 * torch.randn(axes)) if kind == "hard complex" else sizes
