@@ -43,7 +43,7 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
     from recur.kernels import scan
 
     K, V = shape[3:]
-    scan._STATE_TILES[torch.bfloat16][max(64, K)] = ((setting, setting), (setting, setting))
+    scan._STATE_TILES[torch.bfloat16][max(64, K)] = ((setting,) * 2,) * 3
     scan._INPUT_TILES[torch.bfloat16][max(64, V)] = setting
     q, k, v, a, beta = inputs(family, *shape)
     x = scan.Tensors(q=q, v=v, k=k, log_decay=a, beta=beta)
@@ -53,14 +53,15 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
     error, dv, dq, dk = new(v), new(v), new(q), new(k)
     options = {"error": error, "dbeta": run.new(2, *v.shape[:3])} if delta else {}
     kept = scan.scan_forward(*x, K**-0.5, False, False, True)[2]
-    run.forward(chunk_states=states, error=options.get("error"))
-    run.backward_states(dy, dv, dstates, **options)
+    entry, back = run.entering(None), run.entering(None, dy=dy)
+    run.forward(entry, chunk_states=states, error=options.get("error"))
+    run.backward_states(back, dy, dv, dstates, **options)
     dgate = None if a is None else new(a) if family in ("key", "kda") else run.new(4, *a.shape[:3])
     return {
         "prepare": lambda: scan._Launcher(x, K**-0.5, False, False),
-        "forward": lambda: run.forward(y=y),
-        "chunk_states": lambda: run.forward(chunk_states=states, error=options.get("error")),
-        "backward_states": lambda: run.backward_states(dy, dv, dstates, **options),
+        "forward": lambda: run.forward(entry, y=y),
+        "chunk_states": lambda: run.forward(entry, chunk_states=states, error=options.get("error")),
+        "backward_states": lambda: run.backward_states(back, dy, dv, dstates, **options),
         "backward_inputs": lambda: run.backward_inputs(
             error if delta else v, dy, dv, states, dstates, dq, dk, dgate, None
         ),

@@ -95,8 +95,6 @@ def backward_states(
     group = h * SCAN.GROUPS_IN // H
     queries, keys = (prepared.q_in, SCAN.GROUPS_IN, group, K), (prepared.k_out, SCAN.GROUPS_IN, group, K)
     erasers = (prepared.k_in, SCAN.GROUPS_IN, group, K)
-    if prepared.k_in is None:
-        erasers = keys
     read = off_diagonal(causal(C, not SCAN.REVERSE)) if SCAN.BEFORE else causal(C, not SCAN.REVERSE)  # [s t]
     gates = ()
     if SCAN.DECAY == "scalar":
@@ -152,10 +150,8 @@ def backward_states(
             A_inv = tl.load(prepared.A_inv + chunk_head * (C * C) + offs[None, :] * C + offs[:, None])  # transposed
             du = tl.dot(A_inv, du.to(DOT), input_precision=PRECISION)
             beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-            if PARTS == 1:
-                k_in = k_out
-                if prepared.k_in is not None:
-                    k_in = load_tile(erasers, row, offs, inside, offs_k).to(DOT)
+            if PARTS == 1:  # where it is k_out, by another pointer: one load for both would spill
+                k_in = load_tile(erasers, row, offs, inside, offs_k).to(DOT)
             if not MAP:
                 error = load_tile((error_ptr, H, h, V), row, offs, inside, offs_v)
                 at = tile * B * T * H + (row + offs) * H + h

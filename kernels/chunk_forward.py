@@ -137,7 +137,9 @@ def forward(
     enters, leaves = (left + 1, left) if RIGHT_TO_LEFT else (left, left + 1)
     if (own == 0) & (before > 0):  # a slot without tokens
         return
-    warm = warm_chunks(entry.warm, enters, h, passed, H)
+    warm = passed * 0
+    if MAP or entry.states is not None:
+        warm = warm_chunks(entry.warm, enters, h, passed, H)
     if MAP:
         if (leaves != wanted) | (ahead == 0):
             return
@@ -155,12 +157,17 @@ def forward(
         gates = head_gates(x, first, T, h, cu_ptr, SCAN)
     S = entering_state(entry, document, enters, h, warm == passed, warm < 0, offs_k, offs_v, SCAN, PARTS)
     S, decay_product = _identities(S, offs_k, offs_v - Q_BEGIN, MAP and DELTA)
-    warm = tl.maximum(warm, 0)
-    if MAP and DELTA:
-        warm = tl.where(tile * BLOCK_V >= V, 0, warm)
+    steps = own
+    if entry.warm is not None:
+        warm = tl.maximum(warm, 0)
+        if MAP and DELTA:
+            warm = tl.where(tile * BLOCK_V >= V, 0, warm)
+        steps += warm
 
-    for i in tl.range(0, own + warm, num_stages=STAGES):
-        n = own - 1 + warm - i if RIGHT_TO_LEFT else i - warm
+    for i in tl.range(0, steps, num_stages=STAGES):
+        n = own - 1 - i if RIGHT_TO_LEFT else i
+        if entry.warm is not None:
+            n += warm if RIGHT_TO_LEFT else -warm
         start = begin + n * C
         row, inside = first + start, offs < end - start
         chunk_head, log_in = (chunk + n) * H + h, 0.0
@@ -241,16 +248,15 @@ def forward(
             y = tl.dot(A_qk.to(SCAN.DOT), u, y, input_precision=SCAN.PRECISION)
             if SCAN.BEFORE:
                 y += load_log_decay(prepared.log_decays, chunk_head, C, BONUS)[:, None] * u.to(tl.float32)
-            if (n >= 0) & (n < own):
-                store_tile((y_ptr, H, h, V), row, offs, inside, offs_v, y)
+            store_tile((y_ptr, H, h, V), row, offs, stored, offs_v, y)
 
     if leave_ptr is not None:
         at = ((leaves if MAP else document) * H + h) * K
         for p in tl.static_range(PARTS):
             cell, mask = state_offsets(offs_k, offs_v, K - p * BLOCK_K, WIDTH)
-            if not MAP:
+            if entry.states is not None:
                 mask = mask & (ahead == 0)
-            elif DELTA:  # no column of L is one of Q
+            elif MAP and DELTA:  # no column of L is one of Q
                 mask = mask & ((offs_v < V) | (offs_v >= Q_BEGIN))[None, :]
             tl.store(leave_ptr + (at + p * BLOCK_K) * WIDTH + cell, S[p], mask=mask)
             if decay_product_ptr is not None:

@@ -53,18 +53,20 @@ class Plan(NamedTuple):
 
 
 # Measured on an H100 and an H200; 512 rows by what fits. By rows of the state, at most 64 to 512: columns of a tile,
-# warps and stages of `forward` and `backward_states`, then the same for the delta rule.
+# warps and stages of `forward` and `backward_states`, then the same for the delta rule, and for it with key-wise decay.
+# Of 128 rows in bfloat16 the delta rule's `forward` has as many stages as let two programs share a processor (113 KiB
+# of shared memory each; not measured), which three tiles of keys and queries do not.
 _STATE_TILES = {
     torch.bfloat16: {
-        64: (((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3))),
-        128: (((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2))),
-        256: (((64, 8, 2), (64, 8, 2)), ((64, 8, 1), (64, 8, 1))),
+        64: (((64, 4, 3),) * 2,) * 3,
+        128: (((64, 4, 2),) * 2, ((64, 4, 2),) * 2, ((64, 4, 3), (64, 4, 2))),
+        256: (((64, 8, 2),) * 2, ((64, 8, 1),) * 2, ((64, 8, 1),) * 2),
     },
     torch.float32: {
-        64: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1))),
-        128: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1))),
-        256: (((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1))),
-        512: (((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1))),
+        64: (((32, 4, 1),) * 2,) * 3,
+        128: (((32, 4, 1),) * 2,) * 3,
+        256: (((16, 8, 1),) * 2,) * 3,
+        512: (((16, 8, 1),) * 2,) * 3,
     },
 }
 _NARROW_STATE_TILES = ((32, 4, 2), (32, 4, 2))  # 256 rows in bfloat16, where 64 columns would make too few programs
@@ -109,15 +111,17 @@ def plan(
     The delta rule has as many as make the longest chain of chunks shortest where gates forget: each segment but the
     first begins with a warm-up. Where gates keep everything, segments need maps: first those of all segments but the
     last, those of inner segments with K more columns for Q, then all segments; joining one is estimated to take as long
-    as four chunks. So more segments are not taken if that chain is a quarter longer than the shortest; without gates
-    that one is taken.
+    as four chunks. Segments for which that chain is more than a quarter longer than the shortest are not taken. Without
+    gates the shortest is taken, of at most 8 segments of at least 1024 tokens.
     """
     block_k, block_v = (max(64, power_of_2(size)) for size in (K, min(V, _BLOCK)))
     dtype = computed_as(dtype, K)
     chunk, kept = chunk_of(dtype), _kept(dtype)
     wide = (kept, block_k, delta) == (torch.bfloat16, 256, False)
     underfilled = wide and not _fills(heads * cdiv(V, 64), processors)
-    state_tiles = _NARROW_STATE_TILES if underfilled else _STATE_TILES[kept][block_k][delta]
+    state_tiles = (
+        _NARROW_STATE_TILES if underfilled else _STATE_TILES[kept][block_k][delta + (delta and decay == "key")]
+    )
     forward, backward_states, backward_inputs = (
         Tiles(block, cdiv(size, block), warps, stages)
         for (block, warps, stages), size in zip((*state_tiles, _INPUT_TILES[kept][block_v]), (V, V, K), strict=True)
@@ -130,14 +134,15 @@ def plan(
         return cdiv(chunks, n) * (cdiv(maps, processors) + cdiv(n * programs, processors)) + 4 * n
 
     def forgetting(n: int) -> int:
-        return (cdiv(chunks, n) + _WARM_UP_EXPECTED * (n > 1)) * cdiv(n * programs, processors)
+        return (cdiv(chunks, n) + _WARM_UP_EXPECTED * (n > 1)) * cdiv(n * programs, 2 * processors)
 
-    if delta:
-        shortest = min(map(keeping, range(1, most + 1)))
-        allowed = [n for n in range(1, most + 1) if 4 * keeping(n) <= (4 if decay == "none" else 5) * shortest]
-        wanted = min(allowed, key=keeping if decay == "none" else forgetting)
-    else:
+    if not delta:
         wanted = 1 if _fills(programs, processors) else most
+    elif decay == "none":
+        wanted = min(range(1, 1 + max(1, min(8, T // 1024))), key=keeping)
+    else:
+        shortest = min(map(keeping, range(1, most + 1)))
+        wanted = min((n for n in range(1, most + 1) if 4 * keeping(n) <= 5 * shortest), key=forgetting)
     span = chunk * cdiv(max(T, 1), chunk * wanted)
     segments = max(1, cdiv(T, span))
     return Plan(chunk, segments, span, block_k, block_v, cdiv(V, block_v), forward, backward_states, backward_inputs)
@@ -400,9 +405,10 @@ class _Launcher:
         grid, options = self._passes(tiles, dv is None)
         chunk_backward.backward_states[grid](
             x=Given(gate=given.gate, gate_sb=given.gate_sb, gate_sh=given.gate_sh, beta=self.x.beta),
-            prepared=self.prepared._replace(A_kk=None), entry=entry, dy_ptr=dy, error_ptr=error,
-            chunk_states_ptr=chunk_states, dv_ptr=dv, dbeta_ptr=dbeta, chunk_dstates_ptr=chunk_dstates, leave_ptr=leave,
-            dphase_state_ptr=dphase_state, B=self.sizes[0], chunk_slots=self.chunks, **options,
+            prepared=self.prepared._replace(A_kk=None, k_in=self.made.get("k_in", self.prepared.k_out)), entry=entry,
+            dy_ptr=dy, error_ptr=error, chunk_states_ptr=chunk_states, dv_ptr=dv, dbeta_ptr=dbeta,
+            chunk_dstates_ptr=chunk_dstates, leave_ptr=leave, dphase_state_ptr=dphase_state, B=self.sizes[0],
+            chunk_slots=self.chunks, **options,
         )  # fmt: skip
 
     def backward_inputs(

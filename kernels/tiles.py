@@ -119,10 +119,9 @@ def locate_segment(slot, cu_ptr, T, documents, span, C: tl.constexpr):
     if cu_ptr is not None:
         cu = begin - index * span
         border, chunk = cu // span, cu // C + document
-    left = tl.cdiv(tl.maximum(end - begin, 0), C).to(tl.int32)
+    left = tl.cdiv(tl.maximum(end - begin, 0), C)
     own = tl.minimum(left, per)
-    before = (index * per).to(tl.int32)
-    return document, border + index, first, begin, end, chunk + index * per, before, own, left - own
+    return document, border + index, first, begin, end, chunk + index * per, index * per, own, left - own
 
 
 @triton.jit

@@ -62,7 +62,6 @@ SCAN = Family(
         {"keys": "tied", "decay": "none one"},  # refused
         {"keys": "tied", "phase": "yes"},  # refused
         {"keys": "tied", "write": "delta"},  # keys are written out
-        {"segments": "more", "rows": "packed"},
         {"segments": "more", "V": "640"},  # many columns fill the machine
     ),
     rows=_rows("""
@@ -76,7 +75,7 @@ gated-delta-net  90 bfloat16 right one   token wide   no    delta own  each  who
 kda              90 bfloat16 right key   token narrow no    delta own  each  whole  one      zero   128 128
 -                80 float16  left  key   fixed narrow no    bonus tied each  packed one      given  256 200
 -                80 float32  left  one   token wide   yes   plain own  each  whole  more     given  64  200
--                90 float16  right one   fixed wide   yes   delta own  group packed one      given  128 64
+-                90 float16  right one   fixed wide   yes   delta own  group packed more     given  128 64
 -                80 float32  left  none  token wide   no    delta own  group packed one      zero   256 64
 -                80 float16  right one   fixed narrow no    plain own  each  whole  more     given  256 128
 -                80 float32  left  key   token wide   yes   bonus own  group whole  more     zero   128 128
