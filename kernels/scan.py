@@ -403,9 +403,8 @@ class _Launcher:
         """Launch `rotate.rotate_backward`: gradients of q, k, erase [B T H K] and of complex gates [B T H K 2]."""
         x, (B, T, H, _, _), block = self.x, self.sizes, min(32, power_of_2(self.keys))
         own = x.q.dtype if x.q.shape[2] == H else torch.float32
-        of_q, of_k, of_erase = (
-            None if x is None else self.new(B, T, H, self.keys, dtype=own) for x in (dq, dk, derase)
-        )
+        of_q, of_k = (self.new(B, T, H, self.keys, dtype=own) for _ in range(2))
+        of_erase = None if derase is None else torch.empty_like(of_q)
         of_gate = self.new(B, T, H, self.keys, 2)
         rotate.rotate_backward[(self.chunks * H * cdiv(self.keys, block),)](
             x=self.given, prepared=Prepared(chunk_phase=self.made["chunk_phase"]), dq_rotated_ptr=dq,
@@ -480,8 +479,8 @@ def _(*inputs):
 @operator("scan_backward", f"(Tensor dy, Tensor? dstate, {SCHEMA}, Tensor[] saved) -> {GRADIENTS}")
 def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients of all `Tensors` but the last; empty for what is None. Has no derivative."""
-    x, (*options, saved) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
-    run = _Launcher(x, *options, saved)
+    x, options = Tensors(*inputs[:COUNT]), inputs[COUNT:]
+    run = _Launcher(x, *options)
     B, T, H, K, _ = run.sizes
     chunk_states, chunk_dstates, blocks = run.chunk_states(), run.chunk_states(), run.plan.blocks
     dv, dinitial = torch.empty_like(x.v), None if x.initial is None else torch.empty_like(x.initial)
@@ -509,7 +508,8 @@ def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tens
     u = x.v if error is None else error
     run.backward_inputs(u, dy, dv, chunk_states, chunk_dstates, dq, dk, derase, dgate, dbonus)
     if blocks > 1:
-        dq, dk, derase = (None if summands is None else summands.sum(0) for summands in (dq, dk, derase))
+        dq = dq.sum(0)
+        dk, derase = (None if summands is None else summands.sum(0) for summands in (dk, derase))
         dgate = dgate.sum(0) if dgate is not None and run.decay == "key" else dgate
 
     if dgate is not None and x.log_decay is not None:

@@ -159,7 +159,8 @@ def scan(
     if log_decay is not None:
         log_decay = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
     if len({x.shape[2] for x in (q, k, erase) if x is not None}) > 1:
-        q, k, erase = (None if x is None else to_heads(x, v.shape[2]) for x in (q, k, erase))
+        q = to_heads(q, v.shape[2])
+        k, erase = (None if x is None else to_heads(x, v.shape[2]) for x in (k, erase))
     if bonus is not None:
         bonus = bonus.float().reshape(v.shape[2], -1).expand(-1, q.shape[-1])
     q, w = q.to(dtype), v.to(dtype)

@@ -31,7 +31,7 @@ SHARED = {80: 166_912, 90: 232_448}  # bytes one program may have
 # Bytes per thread that programs of hot specialisations may spill; what is not named spills none. `gradients_exact` is
 # not hot: it looks for chunks whose gates forget too much for matmuls, and mostly finds none.
 SPILLS = {"gla gradients_exact": 1288, "hgrn2 gradients_exact": 1288, "rwkv5 gradients_exact": 1176}
-SPILLS |= {"kda gradients_exact": 1256}
+SPILLS |= {"kda gradients_exact": 1256, "gated-delta-net2 gradients_exact": 1272, "rwkv7 gradients_exact": 1072}
 Launch = tuple[Any, tuple, dict]
 Pair = tuple[tuple[str, str], tuple[str, str]]
 

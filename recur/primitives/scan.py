@@ -93,7 +93,8 @@ def scan(
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError for arguments that exclude each other,
         NotImplementedError for forms.
     Cost: "chunked" O(T (C + K) (K + V)) per head with C = 64, and O(T (C + K V / C)) memory; twice that where something
-        is erased, three times with a removal key; times M. Defined by `wide_step`.
+        is erased, three times with a removal key; times M. In "triton" M writes and R reads are M + R − 1 tokens, twice
+        as many writes with a removal key. Defined by `wide_step`.
     Source: Katharopoulos et al. 2020, arXiv:2006.16236; Yang et al. 2024, arXiv:2312.06635 and arXiv:2412.06464;
         Siems et al. 2025, arXiv:2502.10297; Peng et al. 2025, arXiv:2503.14456.
 
@@ -124,8 +125,8 @@ def scan(
     if form == "triton":
         found, places = sub_tokens(*given, previous=previous, reverse=reverse)
         borders = cu_seqlens if cu_seqlens is None or places.length == 1 else cu_seqlens * places.length
-        options = {"previous": previous, "scale": scale, "reverse": reverse}
-        y, state = kernel.scan(initial_state, borders, **found._asdict(), **options)
+        tensors: Any = found._asdict()
+        y, state = kernel.scan(initial_state, borders, **tensors, previous=previous, scale=scale, reverse=reverse)
         y = y if places.length == 1 and q.ndim == 4 else places.reads_of(y)
         return ScanOut(y if y.ndim == q.ndim else y.squeeze(2), state)
     with without_autocast(v):
