@@ -22,10 +22,10 @@ import sys
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from itertools import accumulate
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,8 @@ WIDE = [
 GATED_DELTA = [*MATRIX, (1, 2048, 16, 128, 128), (1, 131072, 8, 128, 128)]
 GROUPED = [(1, 8192, 4, 8, 128, 128)]
 PACKED = [(1, 32768, 16, 128, 128), (1, 131072, 8, 128, 128)]  # documents of `mixed` lengths
+# Of scans with erase and removal keys, or several writes per token.
+ERASING = [(8, 2048, 16, 64, 64), (8, 2048, 16, 128, 128), (1, 32768, 16, 64, 64), (1, 32768, 16, 128, 128)]
 CHANNELS = [(8, 2048, 4096, 16), (1, 32768, 4096, 16), (4, 8192, 2048, 16)]
 DIAGONAL = [(8, 2048, 2048), (1, 65536, 1024), (16, 8192, 1024), (32, 1024, 4096)]
 DECODE = [(1, 16, 128, 128), (64, 16, 128, 128), (256, 16, 128, 128)]
@@ -137,14 +139,76 @@ def retention(B: int, T: int, H: int, K: int) -> Tensor:
 
 def fla(name: str) -> Any:
     import fla.ops.common.chunk_o as guard
-    from fla import ops
 
     guard.TRITON_ABOVE_3_7_1 = True  # its refusal of Hopper's gated backward; the errors here show whether it was right
-    return attrgetter(name)(ops)
+    module, _, function = f"fla.ops.{name}".rpartition(".")
+    return getattr(import_module(module), function)
 
 
 def fla_peer(name: str, call: Callable[..., Any]) -> dict[str, Peer]:
     return {f"fla {name}": Peer("fla", lambda *tensors: call(fla(name), *tensors)[0])}
+
+
+# The same with erase and removal keys, write gates and several writes per token
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape), dim=-1).to(BF16).requires_grad_()
+
+
+def strengths(*shape: int) -> Tensor:
+    return torch.rand(*shape).to(BF16).requires_grad_()
+
+
+def low_rank(B: int, T: int, H: int, K: int, V: int) -> Tensors:
+    """q, k, v, log_decay, erase, remove; gates as RWKV-7 bounds them."""
+    decay = (-math.exp(-0.5) * torch.sigmoid(torch.randn(B, T, H, K) - 1)).to(BF16).requires_grad_()
+    e = unit(B, T, H, K)
+    b = (e.detach() * torch.rand(B, T, H, K)).to(BF16).requires_grad_()
+    return [rand(B, T, H, K), unit(B, T, H, K), rand(B, T, H, V), decay, e, b]
+
+
+def low_rank_scan(form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, e: Tensor, b: Tensor) -> Tensor:
+    options: Any = {"erase_from": "previous", "scale": q.shape[-1] ** -0.5, "form": form}
+    return recur.scan(q, k, v, g, erase=e, remove=b, **options).y
+
+
+def comba(B: int, T: int, H: int, K: int, V: int) -> Tensors:
+    """q, k, v, log_decay, p, beta."""
+    k = unit(B, T, H, K)
+    p = (k.detach() * torch.rand(H, 1)).to(BF16).requires_grad_()
+    return [rand(B, T, H, K), k, rand(B, T, H, V), by_head(B, T, H, K), p, strengths(B, T, H)]
+
+
+def comba_scan(form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, p: Tensor, beta: Tensor) -> Tensor:
+    options: Any = {"erase_from": "previous", "scale": q.shape[-1] ** -0.5, "form": form}
+    return recur.scan(q, k, v, g, erase=beta.unsqueeze(-1) * p, write=beta, **options).y
+
+
+def gated_keys(B: int, T: int, H: int, K: int, V: int) -> Tensors:
+    """q, k, v, log_decay, and the gates that erase and write."""
+    gate = gates(B, T, H, K, shift=2.0)
+    return [rand(B, T, H, K), unit(B, T, H, K), rand(B, T, H, V), gate, strengths(B, T, H, K), strengths(B, T, H, V)]
+
+
+def gated_keys_scan(form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor) -> Tensor:
+    return recur.scan(q, k, v, g, erase=b * k, write=w, scale=q.shape[-1] ** -0.5, form=form).y
+
+
+def delta_product(B: int, T: int, H: int, K: int, V: int, *, writes: int) -> Tensors:
+    """q, k, v, log_decay, beta."""
+    several = (B, T, writes, H)
+    gate = by_head(B, T, H, K)
+    return [rand(B, T, H, K), unit(*several, K), rand(*several, V), gate, strengths(*several)]
+
+
+def sub_tokens(writes: int) -> Callable[..., tuple[float, float]]:
+    """Products where every token is so many."""
+    return lambda B, T, *sizes: delta_products(B, writes * T, *sizes)
+
+
+def fla_product(run: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Any:
+    return run(q, k.flatten(1, 2), v.flatten(1, 2), g, beta.flatten(1, 2), k.shape[2])
 
 
 def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
@@ -229,8 +293,6 @@ def log_to_gate(x: Tensor, g: Tensor) -> Tensors:
 
 
 def accelerated(module: str, a: Tensor, x: Tensor) -> Tensor:
-    from importlib import import_module
-
     return import_module(f"accelerated_scan.{module}").scan(a, x)
 
 
@@ -312,6 +374,10 @@ def wide(flops: Any = chunked_products, **options: Any) -> Family:
     return separable(no_peers, flops, **options)._replace(shapes=WIDE)
 
 
+def erasing(name: str, call: Callable[..., Any], inputs: Any, ours: Any, writes: int = 1, like: int = 2) -> Family:
+    return Family(ERASING, inputs, ours, lambda: fla_peer(name, call), sub_tokens(writes), like=like)
+
+
 FAMILIES = {
     "keywise": separable(
         lambda: fla_peer("chunk_gla", lambda run, q, k, v, g, *_: run(q, k, v, g)), gate=by_key(slow=16.0)
@@ -362,6 +428,22 @@ FAMILIES = {
         gate=by_key(slow=16.0), bonus=True,
     ),
     "complex": separable(no_peers, gate=complex_gates),
+    "rwkv7": erasing(
+        "chunk_rwkv7", lambda run, q, k, v, g, e, b: run(q, g, k, v, -e, b, scale=q.shape[-1] ** -0.5), low_rank,
+        low_rank_scan, 2,
+    ),
+    "dplr": erasing(
+        "chunk_dplr_delta_rule", lambda run, q, k, v, g, e, b: run(q, k, v, -e, b, g), low_rank, low_rank_scan, 2
+    ),
+    "comba": erasing("chunk_comba", lambda run, q, k, v, g, p, beta: run(q, k, v, p, g, beta), comba, comba_scan),
+    "gated_delta_net2": erasing("chunk_gdn2", lambda run, *tensors: run(*tensors), gated_keys, gated_keys_scan),
+    **{
+        f"delta_product {writes}": erasing(
+            "gated_delta_product.chunk_gated_delta_product", fla_product, partial(delta_product, writes=writes),
+            matrix_scan, writes, 0,
+        )
+        for writes in (2, 3)
+    },
     "wide keywise": wide(gate=by_key(slow=16.0)),
     "wide scalar": wide(gate=by_head),
     "wide gated_delta": wide(delta_products, gate=by_head, delta=True),

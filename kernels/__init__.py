@@ -36,6 +36,7 @@ Words
     decay       product of gates: decay_in from the entry of a chunk, decay_out to its end, decay_total over all of it
     anchor      the point of a chunk from which key-wise decay is counted; in_range: whether that overflows nowhere
     A_qk, A_kk  decayed scores inside a chunk; A_inv: (1 + β A_kk)⁻¹, the UT transform
+    eraser      key under which the delta rule reads what it erases: k, or an erase key e
     phase       angle of a complex gate, a 32-bit fraction of a circle
     descriptor  what a program publishes for those that wait for it, see `lookback`
     slot        number of a chunk in tensors [chunks ...]; with packed documents some stay empty

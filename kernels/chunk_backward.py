@@ -20,6 +20,7 @@ from recur.kernels.chunk_scan import (
     first_phase,
     head_gates,
     load_log_decay,
+    load_log_erase,
     load_rotated,
     log_anchor,
     map_is_needed,
@@ -28,7 +29,7 @@ from recur.kernels.chunk_scan import (
     token_phases,
     warm_chunks,
 )
-from recur.kernels.decay import RESET, chunk_decays, load_gates, masked_sums, pair_decay, tied_key
+from recur.kernels.decay import RESET, chunk_decays, load_gates, log_before, masked_sums, pair_decay, tied_key
 from recur.kernels.rotate import load_phases
 from recur.kernels.tiles import (
     LOG2E,
@@ -70,7 +71,7 @@ def backward_states(
     C: tl.constexpr = SCAN.C
     DOT: tl.constexpr = SCAN.DOT
     PRECISION: tl.constexpr = SCAN.PRECISION
-    DELTA: tl.constexpr = x.beta is not None
+    DELTA: tl.constexpr = x.beta is not None or SCAN.ERASE != "none"
     MAP: tl.constexpr = dv_ptr is None
     pid = tl.program_id(0).to(tl.int64)
     tile, h, slot = pid % tiles, pid // tiles % H, pid // tiles // H
@@ -149,15 +150,20 @@ def backward_states(
         if DELTA:
             A_inv = tl.load(prepared.A_inv + chunk_head * (C * C) + offs[None, :] * C + offs[:, None])  # transposed
             du = tl.dot(A_inv, du.to(DOT), input_precision=PRECISION)
-            beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+            if x.beta is not None:
+                beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
             if PARTS == 1:  # where it is k_out, by another pointer: one load for both would spill
                 k_in = load_tile(erasers, row, offs, inside, offs_k).to(DOT)
-            if not MAP:
+            if not MAP and x.beta is not None:
                 error = load_tile((error_ptr, H, h, V), row, offs, inside, offs_v)
                 at = tile * B * T * H + (row + offs) * H + h
                 tl.store(dbeta_ptr + at, tl.sum(du * error, 1), mask=stored)
-            du = du * beta[:, None]
-            dprediction = du * (tl.exp2(log_in) * -1.0)[:, None] if SCAN.DECAY == "scalar" else du * -1.0
+            if x.beta is not None:
+                du = du * beta[:, None]
+            if SCAN.DECAY == "scalar":
+                dprediction = du * (tl.exp2(load_log_erase(prepared, chunk_head, log_in, SCAN)) * -1.0)[:, None]
+            else:
+                dprediction = du * -1.0
             states = ()
             for p in tl.static_range(PARTS):
                 if PARTS > 1:
@@ -209,19 +215,24 @@ def row_gates(gates, start, offs, inside, tile, SCAN: tl.constexpr, BLOCK_K: tl.
 
 @triton.jit
 def _anchored_decays(log_a, in_range, SCAN: tl.constexpr):
-    """decay_in / anchor_in and decay_out / anchor_out [C K] of key-wise decay."""
+    """decay_in / anchor_in, decay_out / anchor_out and the former of erasers [C K], of key-wise decay."""
     log_in, log_out, log_total = chunk_decays(log_a, SCAN.REVERSE, SCAN.BEFORE, SCAN.DOT)
     anchor = log_anchor(log_total, in_range)[None, :]
-    return tl.exp2(log_in - anchor), tl.exp2(log_out - anchor)
+    decay_in = tl.exp2(log_in - anchor)
+    decay_erase = decay_in
+    if SCAN.ERASE == "previous":
+        decay_erase = tl.exp2(log_before(log_a.to(tl.float32) * LOG2E, log_in, SCAN.REVERSE, SCAN.DOT) - anchor)
+    return decay_in, tl.exp2(log_out - anchor), decay_erase
 
 
 @triton.jit
 def _score_gradients(
-    dy, u, beta, dv, seen, log_a, log_in, cumulative, in_range, scale, SCAN: tl.constexpr, DELTA: tl.constexpr
+    dy, u, beta, dv, seen, log_a, log_in, log_erase, cumulative, in_range, scale,
+    SCAN: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
     """dA_qk and dA_kk [t s] before their decay; those of a chunk that is not in range are `gradients_exact`'s part."""
     dA_qk = tl.dot(dy, tl.trans(u), input_precision=SCAN.PRECISION)
-    if DELTA:
+    if DELTA and SCAN.ERASE == "none":
         dA_qk = dA_qk * beta[None, :]
     if SCAN.DECAY == "scalar":
         dA_qk = dA_qk * (pair_decay(log_a, log_in, cumulative, SCAN.REVERSE, SCAN.BEFORE, False, SCAN.DOT) * scale)
@@ -232,9 +243,11 @@ def _score_gradients(
     dA_qk = dA_qk.to(SCAN.DOT)
     dA_kk = dA_qk
     if DELTA:
-        dA_kk = tl.dot(dv, tl.trans(u), input_precision=SCAN.PRECISION) * -beta[None, :]
+        dA_kk = tl.dot(dv, tl.trans(u), input_precision=SCAN.PRECISION)
+        dA_kk = dA_kk * -beta[None, :] if SCAN.ERASE == "none" else -dA_kk
         if SCAN.DECAY == "scalar":
-            dA_kk = dA_kk * pair_decay(log_a, log_in, cumulative, SCAN.REVERSE, False, False, SCAN.DOT)
+            PREVIOUS: tl.constexpr = SCAN.ERASE == "previous"
+            dA_kk = dA_kk * pair_decay(log_a, log_erase, cumulative, SCAN.REVERSE, PREVIOUS, False, SCAN.DOT)
         dA_kk = tl.where(off_diagonal(seen) & in_range, dA_kk, 0.0).to(SCAN.DOT)
     return dA_qk, dA_kk
 
@@ -269,17 +282,17 @@ def _reader(
     elif SCAN.DECAY == "key":
         sums = q_in * dq
     if GATES_FIRST:
-        decay_in, decay_out = _anchored_decays(log_a, in_range, SCAN)
+        decay_in, decay_out, _ = _anchored_decays(log_a, in_range, SCAN)
         dq = dq * (decay_in * scale)
     return dq, q_in, sums, decay_out
 
 
 @triton.jit
-def _eraser(dv, S, dA_kk, k_out, sums, erasers, row, offs, inside, cols, log_in, SCAN: tl.constexpr):
+def _eraser(dv, S, dA_kk, k_out, sums, erasers, row, offs, inside, cols, log_erase, SCAN: tl.constexpr):
     """dk_in [C BLOCK_K] of the delta rule, without the decay of key-wise gates; k_in; `sums` plus k_in dk_in."""
     dk_in = -tl.dot(dv, tl.trans(S), input_precision=SCAN.PRECISION)
     if SCAN.DECAY == "scalar":
-        dk_in = dk_in * tl.exp2(log_in)[:, None]
+        dk_in = dk_in * tl.exp2(log_erase)[:, None]
     dk_in = tl.dot(dA_kk, k_out, dk_in, input_precision=SCAN.PRECISION)
     k_in = load_tile(erasers, row, offs, inside, cols).to(SCAN.DOT)
     if SCAN.DECAY == "scalar":
@@ -297,7 +310,7 @@ def _writer(
     """dk [C BLOCK_K], without the decay of key-wise gates. What passes through the chunk or leaves it belongs to
     d log a of every token: `through` of one gate per head; of key-wise gates it joins `sums` at the last token."""
     dk = tl.dot(u, tl.trans(dS), input_precision=SCAN.PRECISION)
-    if DELTA:
+    if DELTA and SCAN.ERASE == "none":
         dk = dk * beta[:, None]
     if SCAN.DECAY == "scalar":
         dk = dk * tl.exp2(load_log_decay(prepared.log_decays, chunk_head, SCAN.C, LOG_OUT))[:, None]
@@ -313,34 +326,41 @@ def _writer(
 
 
 @triton.jit
-def _scalar_dgate(sums, through, k_out, dq, dk, queries, row, offs, inside, cols, SCAN: tl.constexpr):
+def _scalar_dgate(
+    sums, through, k_out, dq, dk, dk_in, queries, erasers, row, offs, inside, cols, SCAN: tl.constexpr
+):  # fmt: skip
     """d log a [C] of one gate per head: reads from t on that reach back before t, less writes before t that leave, plus
     what passes through."""
     sums -= tl.sum(k_out * dk, 1)
     dgate = tl.cumsum(sums, 0, reverse=not SCAN.REVERSE) + through
     if SCAN.BEFORE:
         dgate -= tl.sum(load_tile(queries, row, offs, inside, cols) * dq, 1)
+    if SCAN.ERASE == "previous":
+        dgate -= tl.sum(load_tile(erasers, row, offs, inside, cols) * dk_in, 1)
     return dgate
 
 
 @triton.jit
 def _gates_last(
-    sums, dq, dk_in, x, queries, dgate_to, cu_ptr, first, T, h, tile, start, row, out, offs, inside, cols, in_range,
-    scale, SCAN: tl.constexpr, DELTA: tl.constexpr, BLOCK_K: tl.constexpr,
+    sums, dq, dk_in, x, queries, erasers, dgate_to, cu_ptr, first, T, h, tile, start, row, out, offs, inside, cols,
+    in_range, scale, SCAN: tl.constexpr, DELTA: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d log a of key-wise gates, stored unless keys are tied; dq and dk_in with their decay; decay_out; log a."""
     dgate = tl.cumsum(sums, 0, reverse=not SCAN.REVERSE)
     if SCAN.BEFORE:
         dgate -= load_tile(queries, row, offs, inside, cols) * dq
+    if SCAN.ERASE == "previous":
+        tl.debug_barrier()  # loaded before the sums, the tile would spill
+        dgate -= load_tile(erasers, row, offs, inside, cols) * dk_in
     gates = head_gates(x, first, T, h, cu_ptr, SCAN)  # computed once more: kept from above, it would spill
     log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
     dgate = tl.where(log_a <= RESET, 0.0, dgate)
     if not SCAN.TIED:
         store_tile(dgate_to, out, offs, inside, cols, dgate)
     log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
-    decay_in, decay_out = _anchored_decays(log_a, in_range, SCAN)
+    decay_in, decay_out, _ = _anchored_decays(log_a, in_range, SCAN)
     dq = dq * (decay_in * scale)
-    if DELTA:
+    if DELTA and SCAN.ERASE == "none":
         dk_in = dk_in * decay_in
     return dgate, dq, dk_in, decay_out, log_a
 
@@ -356,9 +376,9 @@ def _gates_last(
 
 @triton.jit(do_not_specialize=["B", "T", "tiles", "documents", "chunks"])
 def backward_inputs(
-    x, prepared, u_ptr, dy_ptr, dv_ptr,  # Given; Prepared; [B T H V], u_ptr v or with beta the error u / β
+    x, prepared, u_ptr, dy_ptr, dv_ptr,  # Given; Prepared; [B T H V], u_ptr v or what is kept as the error
     chunk_states_ptr, chunk_dstates_ptr,  # from `forward` and `backward_states`
-    dq_ptr, dk_ptr, dgate_ptr, dbonus_ptr,  # one per block; dgate, with one gate per head, one per tile too
+    dq_ptr, dk_ptr, derase_ptr, dgate_ptr, dbonus_ptr,  # one per block; dgate of one gate per head one per tile too
     cu_ptr, B, T, tiles, documents, chunks, scale,
     SCAN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -370,7 +390,7 @@ def backward_inputs(
     C: tl.constexpr = SCAN.C
     SCALAR: tl.constexpr = SCAN.DECAY == "scalar"
     KEYWISE: tl.constexpr = SCAN.DECAY == "key"
-    DELTA: tl.constexpr = x.beta is not None
+    DELTA: tl.constexpr = x.beta is not None or SCAN.ERASE != "none"
     STATES_TOGETHER: tl.constexpr = KEYWISE or (SCALAR and (DELTA or BLOCK_V <= 128))
     GATES_FIRST: tl.constexpr = KEYWISE and not DELTA and not SCAN.BEFORE
     GATES_LAST: tl.constexpr = SCAN.BEFORE or (KEYWISE and DELTA)
@@ -390,9 +410,11 @@ def backward_inputs(
     out, seen = row + block * B * T, causal(C, SCAN.REVERSE)  # `out`: rows of what is written
     group = h * SCAN.GROUPS_IN // H
     queries, keys = (prepared.q_in, SCAN.GROUPS_IN, group, K), (prepared.k_out, SCAN.GROUPS_IN, group, K)
+    erasers = (prepared.k_in, SCAN.GROUPS_IN, group, K)
     cell = chunk_head * (K * V) + offs_k[:, None] * V + offs_v[None, :]
     in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
-    gates, log_a, log_in, cumulative, beta, dv, dk_in, k_in, in_range = (), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True
+    gates, log_a, log_in, log_erase, cumulative, in_range = (), 0.0, 0.0, 0.0, 0.0, True
+    beta, dv, dk_in, k_in = 0.0, 0.0, 0.0, 0.0
     if SCAN.DECAY != "none":
         gates = head_gates(x, first, T, h, cu_ptr, SCAN)
     if KEYWISE:
@@ -405,11 +427,13 @@ def backward_inputs(
         cumulative = log_in
         if SCAN.BEFORE:
             cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
+        log_erase = load_log_erase(prepared, chunk_head, log_in, SCAN)
 
     dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
     u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
-    if DELTA:
+    if x.beta is not None:
         beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+    if DELTA:
         dv = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
     S = tl.load(chunk_states_ptr + cell, mask=in_state, other=0.0)
     if STATES_TOGETHER:
@@ -418,7 +442,9 @@ def backward_inputs(
         if KEYWISE:
             through *= tl.load(prepared.anchor_out + chunk_head * K + offs_k, mask=offs_k < K, other=0.0)
     k_out = load_tile(keys, row, offs, inside, offs_k).to(SCAN.DOT)
-    dA_qk, dA_kk = _score_gradients(dy, u, beta, dv, seen, log_a, log_in, cumulative, in_range, scale, SCAN, DELTA)
+    dA_qk, dA_kk = _score_gradients(
+        dy, u, beta, dv, seen, log_a, log_in, log_erase, cumulative, in_range, scale, SCAN, DELTA
+    )
 
     dq, q_in, sums, decay_out = _reader(
         dy, S, dA_qk, k_out, queries, row, offs, inside, offs_k, log_a, log_in, in_range, scale, SCAN, GATES_FIRST
@@ -426,8 +452,7 @@ def backward_inputs(
     if not GATES_LAST:
         store_tile((dq_ptr, H, h, K), out, offs, inside, offs_k, dq)
     if DELTA:
-        erasers = keys if prepared.k_in is None else (prepared.k_in, SCAN.GROUPS_IN, group, K)
-        dk_in, k_in, sums = _eraser(dv, S, dA_kk, k_out, sums, erasers, row, offs, inside, offs_k, log_in, SCAN)
+        dk_in, k_in, sums = _eraser(dv, S, dA_kk, k_out, sums, erasers, row, offs, inside, offs_k, log_erase, SCAN)
     if x.bonus is not None:  # a token reads what it writes
         now = tl.sum(dy.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
         q = _load_given(x.q, row, offs, inside, h, offs_k, SCAN)
@@ -445,18 +470,20 @@ def backward_inputs(
     )
 
     if SCALAR:
-        dgate = _scalar_dgate(sums, through, k_out, dq, dk, queries, row, offs, inside, offs_k, SCAN)
+        dgate = _scalar_dgate(
+            sums, through, k_out, dq, dk, dk_in, queries, erasers, row, offs, inside, offs_k, SCAN
+        )  # fmt: skip
         at = (block * tiles + tile) * B * T * H + (row + offs) * H + h
         tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
     elif KEYWISE:
         sums -= k_out * dk
         if GATES_LAST:
             dgate, dq, dk_in, decay_out, log_a = _gates_last(
-                sums, dq, dk_in, x, queries, (dgate_ptr, H, h, K), cu_ptr, first, T, h, tile, start, row, out, offs,
-                inside, offs_k, in_range, scale, SCAN, DELTA, BLOCK_K,
+                sums, dq, dk_in, x, queries, erasers, (dgate_ptr, H, h, K), cu_ptr, first, T, h, tile, start, row, out,
+                offs, inside, offs_k, in_range, scale, SCAN, DELTA, BLOCK_K,
             )  # fmt: skip
         dk = dk * decay_out
-    if DELTA:
+    if x.beta is not None:
         dk += dk_in
     if x.bonus is not None:
         q = _load_given(x.q, row, offs, inside, h, offs_k, SCAN)
@@ -468,6 +495,12 @@ def backward_inputs(
         store_tile((dq_ptr, H, h, K), out, offs, inside, offs_k, dq)
     if not SCAN.TIED:
         store_tile((dk_ptr, H, h, K), out, offs, inside, offs_k, dk)
+    if SCAN.ERASE != "none":
+        if KEYWISE:
+            log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
+            _, _, decay_erase = _anchored_decays(log_a, in_range, SCAN)
+            dk_in = dk_in * decay_erase
+        store_tile((derase_ptr, H, h, K), out, offs, inside, offs_k, dk_in)
     if GATES_FIRST:
         if BLOCK_V > 64:
             log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
@@ -483,7 +516,7 @@ def backward_inputs(
 def gradients_exact(
     x, prepared, dy_ptr, u_ptr, dv_ptr,  # Given; Prepared; [B T H V], u_ptr as in `backward_inputs`
     dA_qk_ptr, dA_kk_ptr,  # [chunks H C C] float32, scratch
-    dq_ptr, dk_ptr, dgate_ptr,  # added to
+    dq_ptr, dk_ptr, derase_ptr, dgate_ptr,  # added to
     cu_ptr, T, documents, chunk_heads, scale,
     SCAN: tl.constexpr, CHUNKS_PER_PROGRAM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -496,7 +529,7 @@ def gradients_exact(
     begin = tl.program_id(0).to(tl.int64) * CHUNKS_PER_PROGRAM
     if all_in_range(prepared.in_range, begin, chunk_heads, CHUNKS_PER_PROGRAM):
         return
-    DELTA: tl.constexpr = x.beta is not None
+    DELTA: tl.constexpr = x.beta is not None or SCAN.ERASE != "none"
     for chunk_head in range(begin, tl.minimum(begin + CHUNKS_PER_PROGRAM, chunk_heads)):
         if tl.load(prepared.in_range + chunk_head) == 0:
             chunk, h = chunk_head // H, chunk_head % H
@@ -507,12 +540,15 @@ def gradients_exact(
             seen, later = causal(C, SCAN.REVERSE), causal(C, not SCAN.REVERSE)
             q, k = (x.q, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), (x.k, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
             dq, dk, dgate = (dq_ptr, H, h, K), (dk_ptr, H, h, K), (dgate_ptr, H, h, K)
+            erase, derase = (x.erase, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), dk
+            if SCAN.ERASE != "none":
+                derase = (derase_ptr, H, h, K)
             gates = head_gates(x, first, T, h, cu_ptr, SCAN)
             dA_qk, dA_kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
             for part in tl.range(0, V, BLOCK_V, num_stages=1):
                 offs_v = part + tl.arange(0, BLOCK_V)
                 u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
-                if DELTA:
+                if x.beta is not None:
                     u = u * tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
                 u = u.to(SCAN.DOT)
                 dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
@@ -533,6 +569,7 @@ def gradients_exact(
                 # in the direction of the scan, E [s K] as in `scores_exact`; D [t K] collects d log a
                 E = tl.zeros([C, BLOCK_K], tl.float32)
                 D = tl.zeros([C, BLOCK_K], tl.float32)
+                own = D  # of erasers, which their own gate does not decay
                 phase = first_phase(prepared.chunk_phase, chunk_head, offs_k, K, KEYS)
                 for i in tl.range(0, length, num_stages=1):
                     t = length - 1 - i if SCAN.REVERSE else i
@@ -542,9 +579,15 @@ def gradients_exact(
                         phase -= token_phases(gates, start + t, offs_k, K, KEYS)
                     key = tied_key(log_t) if SCAN.TIED else load_rotated(k, row + t, offs_k, phase, K)
                     query = load_rotated(q, row + t, offs_k, phase_before if SCAN.BEFORE else phase, K)
+                    eraser = key
+                    if SCAN.ERASE != "none":
+                        eraser_phase = phase_before if SCAN.ERASE == "previous" else phase
+                        eraser = load_rotated(erase, row + t, offs_k, eraser_phase, K)
+                    if SCAN.ERASE == "previous":
+                        dk_in = tl.sum(E * tl.load(dA_kk_ptr + at + t * C + offs)[:, None], 0)
                     if not SCAN.BEFORE:
                         E = E * a[None, :]
-                    if DELTA:
+                    if DELTA and SCAN.ERASE != "previous":
                         dk_in = tl.sum(E * tl.load(dA_kk_ptr + at + t * C + offs)[:, None], 0)
                     if not SCAN.BEFORE:
                         E = tl.where((offs == t)[:, None], key[None, :], E)
@@ -553,11 +596,14 @@ def gradients_exact(
                         E = tl.where((offs == t)[:, None], key[None, :], E * a[None, :])
                     product = dquery * query
                     if DELTA:
-                        product += dk_in * key
-                        add_to_row(dk, row + t, offs_k, dk_in)
+                        product += dk_in * eraser
+                        add_to_row(derase, row + t, offs_k, dk_in)
+                    if SCAN.ERASE == "previous":
+                        own = tl.where((offs == t)[:, None], (dk_in * eraser)[None, :], own)
                     add_to_row(dq, row + t, offs_k, dquery)
                     D = tl.where((offs == t)[:, None], product[None, :], D)
-                read = D
+                if SCAN.BEFORE:
+                    own = D
 
                 # against it, E [t K]: the query of token t times the gates before it, down to the token that writes
                 tl.debug_barrier()
@@ -574,9 +620,16 @@ def gradients_exact(
                     if not SCAN.BEFORE:
                         E = tl.where((offs == t)[:, None], query[None, :], E)
                     dkey = tl.sum(E * tl.load(dA_qk_ptr + at + offs * C + t)[:, None], 0)
+                    eraser = key
+                    if SCAN.ERASE != "none":
+                        eraser_phase = phase if SCAN.ERASE == "previous" else phase_after
+                        eraser = load_rotated(erase, row + t, offs_k, eraser_phase, K)
                     if DELTA:
                         dkey += tl.sum(R * tl.load(dA_kk_ptr + at + offs * C + t)[:, None], 0)
-                        R = tl.where((offs == t)[:, None], key[None, :], R) * a[None, :]
+                        if SCAN.ERASE == "previous":
+                            R = tl.where((offs == t)[:, None], eraser[None, :], R * a[None, :])
+                        else:
+                            R = tl.where((offs == t)[:, None], eraser[None, :], R) * a[None, :]
                     E = E * a[None, :]
                     if SCAN.BEFORE:
                         E = tl.where((offs == t)[:, None], query[None, :], E)
@@ -590,7 +643,7 @@ def gradients_exact(
                 tl.debug_barrier()
                 log_a = load_gates(gates, start, offs, inside, offs_k % KEYS, K, "key")
                 sums = masked_sums(later, D, tl.float32)
-                if SCAN.BEFORE:
-                    sums -= read
+                if SCAN.BEFORE or SCAN.ERASE == "previous":
+                    sums -= own
                 old = load_tile(dgate, row, offs, inside, offs_k).to(tl.float32)
                 store_tile(dgate, row, offs, inside, offs_k, tl.where(log_a <= RESET, old, old + sums))

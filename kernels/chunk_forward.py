@@ -17,6 +17,7 @@ from recur.kernels.chunk_scan import (
     entering_state,
     head_gates,
     load_log_decay,
+    load_log_erase,
     map_is_needed,
     state_offsets,
     warm_chunks,
@@ -84,18 +85,26 @@ def _identities(S, rows, cols, ADD: tl.constexpr):
 
 @triton.jit
 def _correct(v, prediction, x, prepared, error_ptr, chunk, n, h, row, offs, inside, stored, cols, SCAN: tl.constexpr):
-    """The delta rule in a chunk: u = A_inv β (v − prediction) [C V], prediction = k_in S. Stores the error u / β."""
+    """The delta rule in a chunk: u = A_inv β (v − prediction) [C V], prediction = k_in S. Stores the error u / β; β is
+    1 with an erase key."""
     H: tl.constexpr = SCAN.H
     C: tl.constexpr = SCAN.C
     DOT: tl.constexpr = SCAN.DOT
-    beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+    if x.beta is not None:
+        beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
     chunk_head = (chunk + n) * H + h
     A_inv = tl.load(matrix_ptrs(prepared.A_inv, chunk_head, C))
     error = v - prediction
-    u = tl.dot(A_inv, (error * beta[:, None]).to(DOT), input_precision=SCAN.PRECISION)
+    if x.beta is not None:
+        u = tl.dot(A_inv, (error * beta[:, None]).to(DOT), input_precision=SCAN.PRECISION)
+    else:
+        u = tl.dot(A_inv, error.to(DOT), input_precision=SCAN.PRECISION)
     if error_ptr is not None:
-        A_kk = tl.load(matrix_ptrs(prepared.A_kk, chunk_head, C), mask=inside[:, None], other=0.0)
-        error -= tl.dot(A_kk.to(DOT), u.to(DOT), input_precision=SCAN.PRECISION)
+        if x.beta is not None:
+            A_kk = tl.load(matrix_ptrs(prepared.A_kk, chunk_head, C), mask=inside[:, None], other=0.0)
+            error -= tl.dot(A_kk.to(DOT), u.to(DOT), input_precision=SCAN.PRECISION)
+        else:
+            error = u
         tensor = (error_ptr, H, h, SCAN.V)
         store_tile(tensor, row, offs, stored, cols, error)
     return u
@@ -121,7 +130,7 @@ def forward(
     V: tl.constexpr = SCAN.V
     C: tl.constexpr = SCAN.C
     RIGHT_TO_LEFT: tl.constexpr = SCAN.REVERSE != BACKWARD
-    DELTA: tl.constexpr = x.beta is not None
+    DELTA: tl.constexpr = x.beta is not None or SCAN.ERASE != "none"
     MAP: tl.constexpr = not EMIT and chunk_states_ptr is None
     Q_BEGIN: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V * BLOCK_V  # first column of Q
     WIDTH: tl.constexpr = Q_BEGIN + K if MAP and DELTA else V
@@ -218,7 +227,7 @@ def forward(
                     k_in = load_tile(erasers, row, offs, inside, offs_k)
                 prediction = tl.dot(k_in.to(SCAN.DOT), entering[0], input_precision=SCAN.PRECISION)
             if SCAN.DECAY == "scalar":
-                prediction = prediction * tl.exp2(log_in)[:, None]
+                prediction = prediction * tl.exp2(load_log_erase(prepared, chunk_head, log_in, SCAN))[:, None]
             u = _correct(u, prediction, x, prepared, error_ptr, chunk, n, h, row, offs, inside, stored, offs_v, SCAN)
         written = u
         if SCAN.DECAY == "scalar":

@@ -8,13 +8,17 @@ Notation
     chunk_head  number of a chunk of one head, chunk · H + h; a tensor [chunks H ...] has one entry for each
     segment     consecutive chunks of one head, which one program scans with the state in registers
     border      the place between two segments of a row or document; a tensor [borders H ...] has one entry per head
-    u           v, or with beta the corrected value β_t (v_t − (a_t S_{t-1})ᵀ k_t) of the delta rule
-    error       u / β, which the forward pass keeps for dβ
+    u           v, or with beta the corrected value β_t (v_t − (a_t S_{t-1})ᵀ k_t) of the delta rule, or with an erase key
+                v_t − (a_t S_{t-1})ᵀ e_t, without a_t if it reads from the previous state
+    error       u / β, which the forward pass keeps for dβ; u itself with an erase key
     decay_in, decay_out, decay_total    see `decay`
     q_in        q · decay_in, k_out = k · decay_out, k_in = k · decay_in, if there is one gate per key channel; otherwise
                 they are q, k and k, and decay is applied to their products. Rotated if gates are complex, see `rotate`
     A_qk, A_kk  [C C] decayed scores q_t·k_s and, for the delta rule, k_t·k_s inside a chunk
     A_inv       (1 + β A_kk)⁻¹, the UT transform (Yang et al. 2024)
+    eraser      k, the key under which the delta rule looks up what it corrects; with an erase key e, k_in is e · decay_in
+                (decay up to the token before, if it reads from the previous state), A_kk the decayed scores e_t·k_s, and β
+                is 1 in all that follows
     KEYS        key channels: K of them, or K / 2 if gates are complex, whose rotation doubles the rows of the state
 
 A chunk that is entered by S computes
@@ -71,6 +75,7 @@ from recur.kernels.tiles import LOG2E, load_row, matrix_ptrs
 # Rows of log_decays [chunks H 4 C]
 LOG_IN, CUMULATIVE, LOG_OUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BONUS = tl.constexpr(3)  # what a token's bonus adds to its own read: scale q·(bonus k)
+LOG_ERASE = tl.constexpr(3)  # without a bonus: log_in of an eraser that reads from the previous state
 
 
 class Scan(NamedTuple):
@@ -88,6 +93,7 @@ class Scan(NamedTuple):
     REVERSE: bool  # from right to left
     BEFORE: bool  # tokens read before their own gate is applied
     TIED: bool  # k is 1 − exp(log a)
+    ERASE: str  # state that an erase key reads from, "decayed" or "previous"; "none" without one
     DOT: Any  # dtype that matmuls take
     PRECISION: str
     C: int  # tokens per chunk
@@ -95,7 +101,8 @@ class Scan(NamedTuple):
 
 class Given(NamedTuple):
     """Pointers to tensors of the caller, those that a kernel reads: q, k [B T G KEYS], v [B T H V], gate [B|1 T|1 H
-    KEYS|1], complex ones with a last axis of 2, with strides over batch and heads, beta [B T H], bonus [H K]."""
+    KEYS|1], complex ones with a last axis of 2, with strides over batch and heads, beta [B T H], bonus [H K], erase
+    [B T G KEYS]."""
 
     q: Any = None
     k: Any = None
@@ -105,14 +112,15 @@ class Given(NamedTuple):
     gate_sh: Any = None
     beta: Any = None
     bonus: Any = None
+    erase: Any = None
 
 
 class Prepared(NamedTuple):
     """Pointers to what is computed of q, k and gates alone; None where a scan, or a kernel, does not need it."""
 
-    q_in: Any = None  # [B T H K], these two; or those of the caller
+    q_in: Any = None  # [B T H K], these three; or those of the caller
     k_out: Any = None
-    k_in: Any = None  # [B T H K] of key-wise decay and the delta rule; otherwise it is k_out
+    k_in: Any = None  # for `forward` None where it is k_out
     anchor_in: Any = (
         None  # [chunks H K] of key-wise decay: decay from the entry of a chunk to its anchor, and from there
     )
@@ -149,6 +157,15 @@ def head_gates(x, first, T, h, cu_ptr, SCAN: tl.constexpr):
 def load_log_decay(ptr, chunk_head, C: tl.constexpr, ROW: tl.constexpr):
     """One of the rows [C] of log_decays."""
     return tl.load(ptr + chunk_head * (4 * C) + ROW * C + tl.arange(0, C))
+
+
+@triton.jit
+def load_log_erase(prepared, chunk_head, log_in, SCAN: tl.constexpr):
+    """log_in [C] of what an eraser reads, of one gate per head."""
+    log = log_in
+    if SCAN.ERASE == "previous":
+        log = load_log_decay(prepared.log_decays, chunk_head, SCAN.C, LOG_ERASE)
+    return log
 
 
 @triton.jit

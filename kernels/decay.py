@@ -73,6 +73,16 @@ def masked_sums(mask, x, DOT: tl.constexpr):
 
 
 @triton.jit
+def log_before(log_a, log_in, REVERSE: tl.constexpr, DOT: tl.constexpr):
+    """log_in [C K] without the token's own gate, for erasers that read from the previous state; log_a in base 2."""
+    if tl.bfloat16 == DOT:
+        log = tl.minimum(log_in - log_a, 0.0)
+    else:
+        log = masked_sums(off_diagonal(causal(log_a.shape[0], REVERSE)), log_a, DOT)
+    return log
+
+
+@triton.jit
 def chunk_decays(log_a, REVERSE: tl.constexpr, BEFORE: tl.constexpr, DOT: tl.constexpr):
     """log_in and log_out [C K], log_total [K] of gates per key channel."""
     log_a = log_a.to(tl.float32) * LOG2E

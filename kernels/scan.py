@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
 
 # Measured on an H100 and an H200; 512 rows by what fits. By rows of the state, at most 64 to 512: columns of a tile,
-# warps and stages of `forward` and `backward_states`, then the same for the delta rule, and for it with key-wise decay.
+# warps and stages of `forward` and `backward_states`, then the same for the delta rule, and with erasers of their own.
 # Of 128 rows in bfloat16 the delta rule's `forward` has as many stages as let two programs share a processor (113 KiB
 # of shared memory each; not measured), which three tiles of keys and queries do not.
 _STATE_TILES = {
@@ -100,10 +100,11 @@ def _fills(programs: int, processors: int) -> bool:
 
 @lru_cache(256)
 def plan(
-    *, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, decay: str = "scalar",
-    processors: int = 132,
+    *, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, own: bool = False,
+    decay: str = "scalar", processors: int = 132,
 ) -> Plan:  # fmt: skip
-    """The plan for `heads` states [K V] (batch times heads) over T tokens.
+    """The plan for `heads` states [K V] (batch times heads) over T tokens; own: what the delta rule erases with is a
+    tensor beside the keys; decay: "none" where gates forget nothing, or cannot be relied on to.
 
     One segment if the heads alone give three of four processors a program; otherwise as many as two programs per
     processor allow, with at least 512 tokens per segment. Packed documents are cut as one row would be.
@@ -119,9 +120,7 @@ def plan(
     chunk, kept = chunk_of(dtype), _kept(dtype)
     wide = (kept, block_k, delta) == (torch.bfloat16, 256, False)
     underfilled = wide and not _fills(heads * cdiv(V, 64), processors)
-    state_tiles = (
-        _NARROW_STATE_TILES if underfilled else _STATE_TILES[kept][block_k][delta + (delta and decay == "key")]
-    )
+    state_tiles = _NARROW_STATE_TILES if underfilled else _STATE_TILES[kept][block_k][delta + own]
     forward, backward_states, backward_inputs = (
         Tiles(block, cdiv(size, block), warps, stages)
         for (block, warps, stages), size in zip((*state_tiles, _INPUT_TILES[kept][block_v]), (V, V, K), strict=True)
@@ -175,8 +174,8 @@ class Tensors(NamedTuple):
 
     q, k [B T G K], k None if tied: 1 − exp(log_decay), not with beta; v [B T H V], all of one dtype; log_decay
     [B|1 T|1 H K|1], or complex with a last axis of 2: states then have 2K rows, real parts before imaginary ones;
-    beta [B T H]; bonus [H K] float32, not with complex gates; initial [B H K V] float32, or [n H K V] for the n
-    documents of cu_seqlens [n+1].
+    beta [B T H]; bonus [H K] float32, not with complex gates; erase [B T G K], of v's dtype, not with beta, bonus or
+    tied keys; initial [B H K V] float32, or [n H K V] for the n documents of cu_seqlens [n+1].
     """
 
     q: Tensor
@@ -185,6 +184,7 @@ class Tensors(NamedTuple):
     log_decay: Tensor | None = None
     beta: Tensor | None = None
     bonus: Tensor | None = None
+    erase: Tensor | None = None
     initial: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
@@ -192,7 +192,7 @@ class Tensors(NamedTuple):
 COUNT = len(Tensors._fields)
 _OPTIONAL = Tensors._field_defaults
 SCHEMA = ", ".join(f"Tensor{'?' if name in _OPTIONAL else ''} {name}" for name in Tensors._fields)
-SCHEMA += ", float scale, bool reverse, bool before"
+SCHEMA += ", float scale, bool reverse, bool before, bool previous"
 GRADIENTS = f"({', '.join(['Tensor'] * (COUNT - 1))})"
 
 
@@ -203,13 +203,18 @@ def decay_of(x: Tensors) -> str:
     return "scalar" if x.log_decay.shape[3] == 1 and x.k is not None else "key"
 
 
+def erases(x: Tensors) -> bool:
+    """Whether tokens erase something of the state before they write."""
+    return x.beta is not None or x.erase is not None
+
+
 def rows_of(x: Tensors) -> int:
     """Rows of a state: two per key channel if gates are complex."""
     return x.q.shape[3] * (2 if x.log_decay is not None and x.log_decay.ndim == 5 else 1)
 
 
 def prepared(x: Tensors, before: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what is computed of q, k and gates alone, and kept for the backward: the fields of
+    """Shapes and dtypes of what is computed of keys, queries and gates alone, and kept for the backward: the fields of
     `chunk_scan.Prepared` that this scan needs."""
     (B, T, H, _), keys, K = x.v.shape, x.q.shape[3], rows_of(x)
     dtype = computed_as(x.v.dtype, K)
@@ -221,7 +226,7 @@ def prepared(x: Tensors, before: bool) -> dict[str, tuple[tuple[int, ...], torch
     if decay == "key":
         found |= dict.fromkeys(("anchor_in", "anchor_out"), ((*chunk_heads, K), torch.float32))
         found["in_range"] = chunk_heads, torch.int32
-    if decay == "key" and x.beta is not None:
+    if (decay == "key" and x.beta is not None) or ("q_in" in found and x.erase is not None):
         found["k_in"] = (B, T, H, K), kept
     if rotated:
         found["chunk_phase"] = (*chunk_heads, keys), torch.int32
@@ -232,6 +237,7 @@ def prepared(x: Tensors, before: bool) -> dict[str, tuple[tuple[int, ...], torch
         found["log_total"] = chunk_heads, torch.float32
     if x.beta is not None:
         found["log_norm"] = chunk_heads, torch.float32
+    if erases(x):
         found["A_kk"] = (*chunk_heads, chunk, chunk), torch.float32
         found["A_inv"] = (*chunk_heads, chunk, chunk), kept
     return found
@@ -241,15 +247,22 @@ class _Launcher:
     """One scan: its plan, what is prepared for it (unless `saved` has it), and the launches of its kernels."""
 
     def __init__(
-        self, x: Tensors, scale: float, reverse: bool, before: bool, saved: list[Tensor] | None = None
+        self,
+        x: Tensors,
+        scale: float,
+        reverse: bool,
+        before: bool,
+        previous: bool,
+        saved: list[Tensor] | None = None,
     ) -> None:
         (B, T, H, V), self.keys, K = x.v.shape, x.q.shape[3], rows_of(x)
-        delta, packed = x.beta is not None, x.cu_seqlens is not None
+        delta, packed = erases(x), x.cu_seqlens is not None
         self.dtype = computed_as(x.v.dtype, K)
         self.decay, strides = decay_of(x), [0, 0, 0, 0]
+        forgets = self.decay if x.erase is None else "none"  # no bound is computed of what an erase key lets grow
         self.plan = plan(
-            heads=B * H, T=T, K=K, V=V, dtype=self.dtype, delta=delta, decay=self.decay,
-            processors=processors(x.v.device),
+            heads=B * H, T=T, K=K, V=V, dtype=self.dtype, delta=delta, decay=forgets,
+            own=delta and (self.decay == "key" or x.erase is not None), processors=processors(x.v.device),
         )  # fmt: skip
         self.x, self.reverse, self.before, self.sizes = x, reverse, before, (B, T, H, K, V)
         self.documents = state_count(B, x.cu_seqlens)
@@ -268,16 +281,17 @@ class _Launcher:
         self.scan = constants(Scan(
             H=H, K=K, V=V, KEYS=self.keys, GROUPS=x.q.shape[2], GROUPS_IN=H if "q_in" in self.made else x.q.shape[2],
             DECAY=self.decay, GATE_ST=strides[1], GATE_SD=strides[3], REVERSE=reverse, BEFORE=before, TIED=x.k is None,
-            DOT=dot, PRECISION=precision, C=self.plan.chunk,
+            ERASE="none" if x.erase is None else "previous" if previous else "decayed", DOT=dot, PRECISION=precision,
+            C=self.plan.chunk,
         ))  # fmt: skip
-        self.given = Given(q=x.q, k=x.k, gate=x.log_decay, gate_sb=strides[0], gate_sh=strides[2])
+        self.given = Given(q=x.q, k=x.k, gate=x.log_decay, gate_sb=strides[0], gate_sh=strides[2], erase=x.erase)
         made = self.made.get
         q_in, k_out = made("q_in", x.q), made("k_out", x.k)
         self.prepared = Prepared(
-            q_in=q_in, k_out=k_out, k_in=made("k_in"), anchor_in=made("anchor_in"),
-            anchor_out=made("anchor_out"), in_range=made("in_range"), log_decays=made("log_decays"),
-            log_total=made("log_total"), log_norm=made("log_norm"), A_qk=self.scores, A_kk=made("A_kk"),
-            A_inv=made("A_inv"),
+            q_in=q_in, k_out=k_out, k_in=made("k_in", k_out if x.erase is None else x.erase),
+            anchor_in=made("anchor_in"), anchor_out=made("anchor_out"), in_range=made("in_range"),
+            log_decays=made("log_decays"), log_total=made("log_total"), log_norm=made("log_norm"), A_qk=self.scores,
+            A_kk=made("A_kk"), A_inv=made("A_inv"),
         )  # fmt: skip
         self.laid = {"cu_ptr": x.cu_seqlens, "T": T, "SCAN": self.scan, "enable_fp_fusion": True}
         self.laid["documents"] = self.documents
@@ -285,7 +299,7 @@ class _Launcher:
         if dot != tl.bfloat16 or capability(x.v.device) < 90:  # else the assembler gives up on some, in 32 registers
             self.common["maxnreg"] = 255
         self._prepare(first)
-        self.warm = self._warm_up() if self.plan.segments > 1 and self.decay != "none" else None
+        self.warm = self._warm_up() if self.plan.segments > 1 and forgets != "none" else None
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.v.device)
@@ -315,7 +329,9 @@ class _Launcher:
                 log_decays_ptr=made("log_decays"), log_total_ptr=made("log_total"),
                 BLOCK_H=block_h, num_warps=1, **self.laid,
             )  # fmt: skip
-        options = {"maxnreg": 128} if self.decay == "key" and x.beta is not None else {}  # of bfloat16 on Hopper
+        options = {}
+        if self.decay == "key" and erases(x):
+            options = {"maxnreg": 128 if x.erase is None else 168}  # of bfloat16 on Hopper
         if first and "chunk_phase" in self.made:
             options = {"maxnreg": 168}
             descriptors = self.new(2 + self.chunks * H * self.keys, dtype=torch.int64).fill_(-1)  # see `lookback`
@@ -386,11 +402,14 @@ class _Launcher:
         if leave is not None:  # [L Q] has more columns
             tiles = tiles._replace(parts=cdiv(leave.shape[-1], tiles.block))
         grid, options = self._passes(tiles, y is None and chunk_states is None)
+        reads = self.prepared
+        if reads.k_in is reads.k_out:
+            reads = reads._replace(k_in=None)  # so that it is loaded once
         chunk_forward.forward[grid](
             x=Given(
                 v=dy if backward else x.v, gate=given.gate, gate_sb=given.gate_sb, gate_sh=given.gate_sh, beta=x.beta
             ),
-            prepared=self.prepared._replace(k_out=self.prepared.q_in) if backward else self.prepared,
+            prepared=reads._replace(k_out=reads.q_in) if backward else reads,
             entry=entry, y_ptr=y, error_ptr=error, chunk_states_ptr=chunk_states, leave_ptr=leave,
             decay_product_ptr=decay_product, BACKWARD=backward, EMIT=y is not None, **options,
         )  # fmt: skip
@@ -405,7 +424,7 @@ class _Launcher:
         grid, options = self._passes(tiles, dv is None)
         chunk_backward.backward_states[grid](
             x=Given(gate=given.gate, gate_sb=given.gate_sb, gate_sh=given.gate_sh, beta=self.x.beta),
-            prepared=self.prepared._replace(A_kk=None, k_in=self.made.get("k_in", self.prepared.k_out)), entry=entry,
+            prepared=self.prepared._replace(A_kk=None), entry=entry,
             dy_ptr=dy, error_ptr=error, chunk_states_ptr=chunk_states, dv_ptr=dv, dbeta_ptr=dbeta,
             chunk_dstates_ptr=chunk_dstates, leave_ptr=leave, dphase_state_ptr=dphase_state, B=self.sizes[0],
             chunk_slots=self.chunks, **options,
@@ -413,11 +432,11 @@ class _Launcher:
 
     def backward_inputs(
         self, u: Tensor, dy: Tensor, dv: Tensor, chunk_states: Tensor, chunk_dstates: Tensor, dq: Tensor,
-        dk: Tensor | None, dgate: Tensor | None, dbonus: Tensor | None,
+        dk: Tensor | None, derase: Tensor | None, dgate: Tensor | None, dbonus: Tensor | None,
     ) -> None:  # fmt: skip
         """Launch `chunk_backward.backward_inputs`, and `gradients_exact` where a chunk may not be in range."""
         x, tiles, H = self.x, self.plan.backward_inputs, self.sizes[2]
-        written = {"dq_ptr": dq, "dk_ptr": dk, "dgate_ptr": dgate}
+        written = {"dq_ptr": dq, "dk_ptr": dk, "derase_ptr": derase, "dgate_ptr": dgate}
         chunk_backward.backward_inputs[(self.chunks * H * self.plan.blocks * tiles.parts,)](
             x=self.given._replace(beta=x.beta, bonus=x.bonus),
             prepared=self.prepared._replace(A_qk=None, A_kk=None, A_inv=None), u_ptr=u, dy_ptr=dy, dv_ptr=dv,
@@ -430,25 +449,27 @@ class _Launcher:
                 x=self.given._replace(beta=x.beta),
                 prepared=Prepared(chunk_phase=self.made.get("chunk_phase"), in_range=self.made["in_range"]),
                 dy_ptr=dy, u_ptr=u, dv_ptr=dv, dA_qk_ptr=self.matrices(torch.float32),
-                dA_kk_ptr=self.matrices(torch.float32) if x.beta is not None else None,
+                dA_kk_ptr=self.matrices(torch.float32) if erases(x) else None,
                 chunk_heads=self.chunks * H, CHUNKS_PER_PROGRAM=CHUNKS_PER_PROGRAM,
                 BLOCK_K=min(self.plan.block_k, 256), BLOCK_V=self.plan.block_v, num_warps=8, **written, **self.common,
             )  # fmt: skip
 
     def rotate_backward(
-        self, dq: Tensor, dk: Tensor, dgate: Tensor | None, dphase_state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Launch `rotate.rotate_backward`: gradients of q, k and complex gates, [B T H K] and [B T H K 2]."""
+        self, dq: Tensor, dk: Tensor, derase: Tensor | None, dgate: Tensor | None, dphase_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Launch `rotate.rotate_backward`: gradients of q, k, erase [B T H K] and of complex gates [B T H K 2]."""
         x, (B, T, H, _, _), block = self.x, self.sizes, min(32, power_of_2(self.keys))
         own = x.q.dtype if x.q.shape[2] == H else torch.float32
-        outs = [self.new(B, T, H, self.keys, dtype=own) for _ in range(2)] + [self.new(B, T, H, self.keys, 2)]
+        of_q, of_k = (self.new(B, T, H, self.keys, dtype=own) for _ in range(2))
+        of_erase = None if derase is None else torch.empty_like(of_q)
+        of_gate = self.new(B, T, H, self.keys, 2)
         rotate.rotate_backward[(self.chunks * H * cdiv(self.keys, block),)](
             x=self.given, prepared=Prepared(chunk_phase=self.made["chunk_phase"]), dq_rotated_ptr=dq,
-            dk_rotated_ptr=dk, drows_ptr=dgate, dphase_state_ptr=dphase_state.unflatten(3, (2, -1)).sum((0, 3)),
-            dq_ptr=outs[0], dk_ptr=outs[1], dgate_ptr=outs[2], BLOCK_D=block, num_warps=4,
-            maxnreg=128, **self.laid,
+            dk_rotated_ptr=dk, derase_rotated_ptr=derase, drows_ptr=dgate,
+            dphase_state_ptr=dphase_state.unflatten(3, (2, -1)).sum((0, 3)), dq_ptr=of_q, dk_ptr=of_k,
+            derase_ptr=of_erase, dgate_ptr=of_gate, BLOCK_D=block, num_warps=4, maxnreg=128, **self.laid,
         )  # fmt: skip
-        return outs[0], outs[1], outs[2]
+        return of_q, of_k, of_erase, of_gate
 
     def rotated(self, state: Tensor | None, sign: int = 1) -> Tensor | None:
         """The rows of a state that enters or leaves, rotated to where phases are counted from; from there by −1."""
@@ -462,7 +483,7 @@ class _Launcher:
     def entering(self, initial: Tensor | None, dy: Tensor | None = None) -> Entry:
         """Where the segments of the pass in the direction of the scan begin; or, given dy, of the pass against it. The
         latter after the former, whose Q the delta rule needs again."""
-        delta, backward = self.x.beta is not None, dy is not None
+        delta, backward = erases(self.x), dy is not None
         right_to_left = self.reverse != backward
         entry = self.entry(right_to_left, initial)
         if self.plan.segments == 1:
@@ -495,11 +516,11 @@ def scan_forward(*inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """`recur.scan`; T is at least 1.
 
     Args: the `Tensors`; scale; reverse: from right to left; before: tokens are read before their own gate, as a bonus
-        wants it; save: for a derivative.
+        wants it; previous: what is erased is read before it; save: for a derivative.
     Returns: y [B T H V]; state like initial; with `save`, what is `prepared`.
     """
-    x, (scale, reverse, before, save) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
-    run = _Launcher(x, scale, reverse, before)
+    x, (*options, save) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
+    run = _Launcher(x, *options)
     _, _, H, K, V = run.sizes
     y, state = torch.empty_like(x.v), run.new(run.documents, H, K, V)
     run.forward(run.entering(run.rotated(x.initial)), y=y, leave=state)
@@ -508,7 +529,7 @@ def scan_forward(*inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 
 @fake("scan")
 def _(*inputs):
-    x, (_, _, before, save) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
+    x, (_, _, before, _, save) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
     B, _, H, V = x.v.shape
     y, state = torch.empty_like(x.v), x.v.new_empty(state_count(B, x.cu_seqlens), H, rows_of(x), V, dtype=torch.float32)
     shapes = prepared(x, before) if save else {}
@@ -518,13 +539,14 @@ def _(*inputs):
 @operator("scan_backward", f"(Tensor dy, Tensor? dstate, {SCHEMA}, Tensor[] saved) -> {GRADIENTS}")
 def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients of all `Tensors` but the last; empty for what is None. Has no derivative."""
-    x, (scale, reverse, before, saved) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
-    run = _Launcher(x, scale, reverse, before, saved)
+    x, options = Tensors(*inputs[:COUNT]), inputs[COUNT:]
+    run = _Launcher(x, *options)
     B, T, H, K, _ = run.sizes
     chunk_states, chunk_dstates, blocks = run.chunk_states(), run.chunk_states(), run.plan.blocks
     dv, dinitial = torch.empty_like(x.v), None if x.initial is None else torch.empty_like(x.initial)
-    delta, rotated = x.beta is not None, "chunk_phase" in run.made
-    error, dbeta = (torch.empty_like(x.v), run.new(run.plan.backward_states.parts, B, T, H)) if delta else (None, None)
+    rotated = "chunk_phase" in run.made
+    error = torch.empty_like(x.v) if erases(x) else None
+    dbeta = None if x.beta is None else run.new(run.plan.backward_states.parts, B, T, H)
     run.forward(run.entering(run.rotated(x.initial)), chunk_states=chunk_states, error=error)
     dphase_state = run.new(run.plan.backward_states.parts, run.chunks, H, K) if rotated else None
     run.backward_states(
@@ -533,7 +555,7 @@ def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tens
     )  # fmt: skip
 
     dq = run.summands(B, T, H, K, dtype=x.q.dtype if rotated or x.q.shape[2] == H else torch.float32)
-    dk = None if x.k is None else torch.empty_like(dq)
+    dk, derase = (None if key is None else torch.empty_like(dq) for key in (x.k, x.erase))
     dgate = dbonus = None
     if run.decay == "scalar":
         dgate = run.new(blocks * run.plan.backward_inputs.parts, B, T, H)
@@ -543,15 +565,17 @@ def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tens
     if x.bonus is not None:
         dbonus = run.new(blocks * run.chunks, H, K).zero_()  # documents leave some chunk slots unused
     u = x.v if error is None else error
-    run.backward_inputs(u, dy, dv, chunk_states, chunk_dstates, dq, dk, dgate, dbonus)
+    run.backward_inputs(u, dy, dv, chunk_states, chunk_dstates, dq, dk, derase, dgate, dbonus)
     if blocks > 1:
-        dq, dk = dq.sum(0), None if dk is None else dk.sum(0)
+        dq = dq.sum(0)
+        dk, derase = (None if summands is None else summands.sum(0) for summands in (dk, derase))
         dgate = dgate.sum(0) if dgate is not None and run.decay == "key" else dgate
 
     if dgate is not None and x.log_decay is not None:
         total = dgate.sum(0).unsqueeze(-1) if run.decay == "scalar" else dgate
         if dphase_state is not None and dk is not None:
-            dq, dk, pairs = run.rotate_backward(dq, dk, None if run.decay == "scalar" else dgate, dphase_state)
+            rows = None if run.decay == "scalar" else dgate
+            dq, dk, derase, pairs = run.rotate_backward(dq, dk, derase, rows, dphase_state)
             dgate = pairs.sum_to_size(x.log_decay.shape)
             if run.decay == "scalar":
                 dgate[..., 0] += total.sum_to_size(x.log_decay.shape[:4])
@@ -560,7 +584,9 @@ def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tens
     gradients = Tensors(
         q=sum_groups(dq, x.q), v=dv, k=None if x.k is None or dk is None else sum_groups(dk, x.k), log_decay=dgate,
         beta=None if dbeta is None or x.beta is None else dbeta.sum(0).to(x.beta.dtype),
-        bonus=None if dbonus is None else dbonus.sum(0), initial=run.rotated(dinitial, -1),
+        bonus=None if dbonus is None else dbonus.sum(0),
+        erase=None if x.erase is None or derase is None else sum_groups(derase, x.erase),
+        initial=run.rotated(dinitial, -1),
     )  # fmt: skip
     return tuple(dv.new_empty(0) if g is None else g for g in gradients[:-1])
 
@@ -603,7 +629,9 @@ def products(kernel: Any, grid: tuple[int, ...], x: dict[str, Any]) -> int:
     if not passes and kernel is not chunk_backward.backward_inputs:
         return 0
     C, width = (int(getattr(size, "value", size)) for size in (x["SCAN"].C, x["SCAN"].V))  # constexpr, when compiled
-    rows, V, delta = x["BLOCK_K"] * x.get("PARTS", 1), x["BLOCK_V"], x["x"].beta is not None
+    erase = getattr(x["SCAN"].ERASE, "value", x["SCAN"].ERASE)
+    delta = x["x"].beta is not None or erase != "none"
+    rows, V = x["BLOCK_K"] * x.get("PARTS", 1), x["BLOCK_V"]
     state, scores, values = 2 * C * rows * V, 2 * C * C * rows, 2 * C * C * V
     if not passes:
         each = 2 * (state + scores) + values + delta * (state + 2 * scores + values)
@@ -615,7 +643,7 @@ def products(kernel: Any, grid: tuple[int, ...], x: dict[str, Any]) -> int:
     else:
         each = state + x["EMIT"] * (state + scores + values) + delta * (state + values)
         each, alone = (
-            each + delta * (x["error_ptr"] is not None) * values,
+            each + (x["x"].beta is not None) * (x["error_ptr"] is not None) * values,
             not x["EMIT"] and x["chunk_states_ptr"] is None,
         )
     if alone:  # segments before a border, at most: none whose gates forget

@@ -139,13 +139,16 @@ def scan(
     log_decay: Tensor | None = None,
     beta: Tensor | None = None,
     bonus: Tensor | None = None,
+    erase: Tensor | None = None,
+    previous: bool = False,
     scale: float = 1.0,
     reverse: bool = False,
 ) -> ScanOut:
     """`recur.scan` by the Triton kernel; arguments as there, already checked, log_decay [B|1 T|1 H] or with an axis K.
-    T is at least 1.
+    T is at least 1. An erase key removes under k; `previous`: it reads the state before the gate.
 
-    Operands are read in their own dtype, the widest of q, k and v; states and gates are float32.
+    Operands are read in their own dtype, the widest of q, k and v, to which erase is rounded; states and gates are
+    float32.
     """
     from recur.kernels.operators import recorded
     from recur.kernels.scan import Tensors, scan_forward
@@ -155,12 +158,13 @@ def scan(
         dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
     if log_decay is not None:
         log_decay = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
-        if k is None and beta is not None:
-            k = -torch.expm1(log_decay.float()).expand(*v.shape[:3], -1)
-            q = to_heads(q, v.shape[2])
+    if len({x.shape[2] for x in (q, k, erase) if x is not None}) > 1:
+        q = to_heads(q, v.shape[2])
+        k, erase = (None if x is None else to_heads(x, v.shape[2]) for x in (k, erase))
     if bonus is not None:
         bonus = bonus.float().reshape(v.shape[2], -1).expand(-1, q.shape[-1])
-    q, k, w = q.to(dtype), None if k is None else k.to(dtype), v.to(dtype)
+    q, w = q.to(dtype), v.to(dtype)
+    k, erase = (None if x is None else x.to(dtype) for x in (k, erase))
     before, rotated, now = bonus is not None, log_decay is not None and log_decay.is_complex(), None
     if log_decay is not None and rotated:
         log_decay = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj())
@@ -169,8 +173,8 @@ def scan(
             now = (to_heads(q, v.shape[2]).float() * to_heads(k, v.shape[2]) * bonus).sum(-1, keepdim=True) * scale * w
             bonus = None
     initial_state = None if initial_state is None else initial_state.float()
-    x = Tensors(q, w, k, log_decay, beta, bonus, initial_state, cu_seqlens)
-    y, state, _ = scan_forward(*x, scale, reverse, before, recorded(*x))
+    x = Tensors(q, w, k, log_decay, beta, bonus, erase, initial_state, cu_seqlens)
+    y, state, _ = scan_forward(*x, scale, reverse, before, previous, recorded(*x))
     y = y if now is None else y + now
     return ScanOut(y.to(v.dtype), as_complex(state) if rotated else state)
 

@@ -22,6 +22,7 @@ import gpu_walk
 import pytest
 import torch
 from specialisations import FAMILIES, Family
+from tiers import quick
 
 from recur import kernel as public
 
@@ -31,7 +32,7 @@ SHARED = {80: 166_912, 90: 232_448}  # bytes one program may have
 # Bytes per thread that programs of hot specialisations may spill; what is not named spills none. `gradients_exact` is
 # not hot: it looks for chunks whose gates forget too much for matmuls, and mostly finds none.
 SPILLS = {"gla gradients_exact": 1288, "hgrn2 gradients_exact": 1288, "rwkv5 gradients_exact": 1176}
-SPILLS |= {"kda gradients_exact": 1256}
+SPILLS |= {"kda gradients_exact": 1256, "gated-delta-net2 gradients_exact": 1272, "rwkv7 gradients_exact": 1072}
 Launch = tuple[Any, tuple, dict]
 Pair = tuple[tuple[str, str], tuple[str, str]]
 
@@ -138,10 +139,10 @@ def test_every_possible_pair_of_values_is_listed(family: Family) -> None:
 
 
 def test_the_list_is_short() -> None:
-    assert len(ROWS) <= 48
+    assert len(ROWS) <= 52
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, {name for name, (row, _) in CASES.items() if row["name"] != "-"}))
 def test_programs_compile_and_fit(name: str) -> None:
     """Hot ones do not spill."""
     row, case = CASES[name]

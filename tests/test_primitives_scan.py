@@ -351,17 +351,6 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
             ("several reads per token", {"q": q_[:, :, None]}),
         )
     ),
-    *(
-        ({"form": "triton", **more}, NotImplementedError, f"form='triton' does not cover {name}.*; form='chunked' does")
-        for name, more in (
-            ("erase=", {"erase": q_}),
-            ("write=", {"write": v_}),
-            ("several writes per token", {"k": q_[:, :, None], "v": v_[:, :, None]}),
-            ("several reads per token", {"q": q_[:, :, None]}),
-            ("remove=", {"beta": torch.zeros(2, 4, 4), "remove": q_}),
-            ("erase_from='previous'", {"beta": torch.zeros(2, 4, 4), "erase_from": "previous"}),
-        )
-    ),
 ]
 
 

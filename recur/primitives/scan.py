@@ -13,6 +13,7 @@ from recur.primitives.chunked import chunked_scan
 from recur.primitives.diagonal import check_state, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.reference import wide_step
+from recur.primitives.sub_tokens import sub_tokens
 from recur.shapes import (
     ShapeError,
     accumulation_dtype,
@@ -92,7 +93,8 @@ def scan(
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError for arguments that exclude each other,
         NotImplementedError for forms.
     Cost: "chunked" O(T (C + K) (K + V)) per head with C = 64, and O(T (C + K V / C)) memory; twice that where something
-        is erased, three times with a removal key; times M. Defined by `wide_step`.
+        is erased, three times with a removal key; times M. In "triton" M writes and R reads are M + R − 1 tokens, twice
+        as many writes with a removal key. Defined by `wide_step`.
     Source: Katharopoulos et al. 2020, arXiv:2006.16236; Yang et al. 2024, arXiv:2312.06635 and arXiv:2412.06464;
         Siems et al. 2025, arXiv:2502.10297; Peng et al. 2025, arXiv:2503.14456.
 
@@ -109,7 +111,7 @@ def scan(
     (B, T, H, V), K = (*v.shape[:2], *v.shape[-2:]), q.shape[-1]
     real = accumulation_dtype(*given, initial_state)
     number = state_number("scan", real, "log_decay is not complex", (log_decay,), initial_state=initial_state)
-    refusal = partial(kernel.refusal, number, lacks=_wide(given, previous, rank=4), K=K)
+    refusal = partial(kernel.refusal, number, K=K)
     form = choose_form("scan", form, ("recurrent", "chunked", "parallel", "triton"), kernel.device_of(v), refusal)
     check_packing("scan", cu_seqlens, B, T, initial_state)
     if T == 0:
@@ -121,8 +123,12 @@ def scan(
     if log_decay is not None and log_decay.ndim <= 2:
         given = given._replace(log_decay=log_decay[None, None])
     if form == "triton":
-        tensors: Any = dict(zip(Given._fields[:6], given, strict=False))
-        return kernel.scan(initial_state, cu_seqlens, **tensors, scale=scale, reverse=reverse)
+        found, places = sub_tokens(*given, previous=previous, reverse=reverse)
+        borders = cu_seqlens if cu_seqlens is None or places.length == 1 else cu_seqlens * places.length
+        tensors: Any = found._asdict()
+        y, state = kernel.scan(initial_state, borders, **tensors, previous=previous, scale=scale, reverse=reverse)
+        y = y if places.length == 1 and q.ndim == 4 else places.reads_of(y)
+        return ScanOut(y if y.ndim == q.ndim else y.squeeze(2), state)
     with without_autocast(v):
         tokens = _tokens(real, given, scale)
         weight = None if bonus is None else bonus.to(real).reshape(H, -1)
@@ -184,7 +190,7 @@ def step(
     check_state("step", state, number)
     if log_decay is not None and not token_decay:
         given = given._replace(log_decay=log_decay[None])
-    if kernel.takes_step(q.shape[-1], state, _wide(given, previous, rank=3)):
+    if kernel.takes_step(q.shape[-1], state, _wide(given, previous)):
         return _launch(given, state, scale)
     with torch.no_grad(), without_autocast(state):
         present = {name: x for name, x in given._asdict().items() if x is not None and name != "bonus"}
@@ -210,17 +216,16 @@ def _launch(given: Given, state: Tensor, scale: float) -> Tensor:
     return kernel.step(rule, state, v.unsqueeze(2), **operands, scale=scale, tied=k is None)
 
 
-def _wide(given: Given, previous: bool, rank: int) -> tuple[str, str] | None:
-    """What a call needs that no kernel computes, by the name of the argument, and the remedy; None if kernels have it
-    all. q and v with one read and one write per token have this rank."""
+def _wide(given: Given, previous: bool) -> tuple[str, str] | None:
+    """What a step needs that its kernel lacks, by the name of the argument, and the remedy; None if nothing."""
     names = [name for name in ("erase", "remove", "write") if getattr(given, name) is not None]
     if previous and given.beta is not None:
         lacks = "erase_from='previous'"
     elif names:
         lacks = f"{names[0]}="
-    elif given.v.ndim > rank:
+    elif given.v.ndim > 3:
         lacks = "several writes per token"
-    elif given.q.ndim > rank:
+    elif given.q.ndim > 3:
         lacks = "several reads per token"
     else:
         return None
