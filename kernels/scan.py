@@ -442,11 +442,12 @@ class _Launcher:
         else:
             self.backward_states(dy, enter=initial, leave=maps)
         block_k, block_v = (self.plan.block_k, 32) if delta else (min(16, power_of_2(K)), min(64, power_of_2(V)))
+        limit = {"maxnreg": 128} if block_k > 256 else {}  # or the assembler gives up on some, in 32 registers
         chunk_forward.combine[(B * H, cdiv(K, block_k), cdiv(V, block_v))](
             L_ptr=maps, Q_ptr=self.Q, enter_ptr=initial, state_ptr=states, K=K, V=V, segments=segments,
             L_stride=maps.stride(3), Q_stride=self.Q.stride(3) if delta else 1,
             RIGHT_TO_LEFT=self.reverse != backward, DELTA=delta, TRANSPOSE=backward, BLOCK_K=block_k,
-            BLOCK_V=block_v, num_warps=max(4, block_k // 32), enable_fp_fusion=True,
+            BLOCK_V=block_v, num_warps=max(4, block_k // 32), enable_fp_fusion=True, **limit,
         )  # fmt: skip
         return states
 
