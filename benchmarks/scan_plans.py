@@ -48,26 +48,26 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
     scan.plan.cache_clear()
     q, k, v, a, beta = inputs(family, *shape)
     x = scan.Tensors(q=q, v=v, k=k, log_decay=a, beta=beta)
-    run = scan._Launcher(x, K**-0.5, False, False)
+    run = scan._Launcher(x, K**-0.5, False, False, False)
     new, delta = torch.empty_like, beta is not None
     y, states, dstates, dy = new(v), run.chunk_states(), run.chunk_states(), torch.randn_like(v)
     error, dv, dq, dk = new(v), new(v), new(q), new(k)
     options = {"error": error, "dbeta": run.new(2, *v.shape[:3])} if delta else {}
-    kept = scan.scan_forward(*x, K**-0.5, False, False, True)[2]
+    kept = scan.scan_forward(*x, K**-0.5, False, False, False, True)[2]
     entry, back = run.entering(None), run.entering(None, dy=dy)
     run.forward(entry, chunk_states=states, error=options.get("error"))
     run.backward_states(back, dy, dv, dstates, **options)
     dgate = None if a is None else new(a) if family in ("key", "kda") else run.new(4, *a.shape[:3])
     return {
-        "prepare": lambda: scan._Launcher(x, K**-0.5, False, False),
+        "prepare": lambda: scan._Launcher(x, K**-0.5, False, False, False),
         "forward": lambda: run.forward(entry, y=y),
         "chunk_states": lambda: run.forward(entry, chunk_states=states, error=options.get("error")),
         "backward_states": lambda: run.backward_states(back, dy, dv, dstates, **options),
         "backward_inputs": lambda: run.backward_inputs(
             error if delta else v, dy, dv, states, dstates, dq, dk, dgate, None
         ),
-        "forward_all": lambda: scan.scan_forward(*x, K**-0.5, False, False, True),
-        "backward_all": lambda: scan.scan_backward(dy, None, *x, K**-0.5, False, False, kept),
+        "forward_all": lambda: scan.scan_forward(*x, K**-0.5, False, False, False, True),
+        "backward_all": lambda: scan.scan_backward(dy, None, *x, K**-0.5, False, False, False, kept),
     }
 
 

@@ -502,11 +502,12 @@ class _Launcher:
         else:
             self.backward_states(entry, dy, leave=maps)
         block_k, block_v = (self.plan.block_k, 32) if delta else (min(16, power_of_2(K)), min(64, power_of_2(V)))
+        limit = {"maxnreg": 128} if block_k > 256 else {}  # or the assembler gives up on some, in 32 registers
         chunk_forward.combine[((self.borders - 1) * H, cdiv(K, block_k), cdiv(V, block_v))](
             L_ptr=maps, Q_ptr=self.Q, warm_ptr=entry.warm, state_ptr=states, span=self.plan.span,
             L_stride=maps.stride(2), Q_stride=self.Q.stride(2) if delta else 1, RIGHT_TO_LEFT=right_to_left,
             DELTA=delta, TRANSPOSE=backward, BLOCK_K=block_k, BLOCK_V=block_v, num_warps=max(4, block_k // 32),
-            **self.laid,
+            **(limit | self.laid),
         )  # fmt: skip
         return self.entry(right_to_left, initial, states)
 

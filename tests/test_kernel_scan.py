@@ -73,7 +73,8 @@ def compare(
     q, k, v = torch.randn(*reads, G, K), torch.randn(*writes, G, K) / K**0.5, torch.randn(*writes, H, V)
 
     def beside(axes: str | None, divisor: float = 1.0) -> Tensor | None:
-        return torch.randn(*writes, *(sizes[axis] for axis in axes.split())) / divisor if axes else None
+        x = torch.randn(*writes, *(sizes[axis] for axis in axes.split())) / divisor if axes else None
+        return None if x is None else x.to(dtype)
 
     number = torch.complex64 if a is not None and a.is_complex() else torch.float32
     inputs = [
@@ -222,6 +223,7 @@ def hard_gates() -> None:
 def float16_keeps_its_digits() -> None:
     for axes in (None, "B T H", "B T H K"):
         compare(1, 40, 2, 1, 8, 8, axes, dtype=torch.float16, beta=axes == "B T H")
+    compare(1, 20, 2, 1, 8, 8, "B T H K", dtype=torch.float16, erase="G K", remove="G K", previous=True)
 
 
 @law
