@@ -22,12 +22,11 @@ from recur.kernels.chunk_scan import (
     load_log_decay,
     load_log_erase,
     load_rotated,
+    locate_pass,
     log_anchor,
-    map_is_needed,
     state_offsets,
     token_gates,
     token_phases,
-    warm_chunks,
 )
 from recur.kernels.decay import RESET, chunk_decays, load_gates, log_before, masked_sums, pair_decay, tied_key
 from recur.kernels.rotate import load_phases
@@ -37,10 +36,8 @@ from recur.kernels.tiles import (
     causal,
     chunk_bounds,
     load_tile,
-    locate_segment,
     matrix_ptrs,
     off_diagonal,
-    segment_at,
     store_tile,
 )
 
@@ -75,22 +72,11 @@ def backward_states(
     MAP: tl.constexpr = dv_ptr is None
     pid = tl.program_id(0).to(tl.int64)
     tile, h, slot = pid % tiles, pid // tiles % H, pid // tiles // H
-    if MAP:
-        wanted = slot + 1
-        slot = segment_at(wanted, cu_ptr, documents, span, not SCAN.REVERSE)
-    document, left, first, begin, end, chunk, before, own, after = locate_segment(
-        slot, cu_ptr, T, documents, span, C
+    document, first, begin, end, chunk, own, passed, ahead, enters, leaves, warm, idle = locate_pass(
+        entry, slot, h, cu_ptr, T, documents, span, False, SCAN, not SCAN.REVERSE, MAP, False
     )  # fmt: skip
-    passed, ahead = (before, after) if SCAN.REVERSE else (after, before)
-    enters, leaves = (left, left + 1) if SCAN.REVERSE else (left + 1, left)
-    if (own == 0) & (before > 0):  # a slot without tokens
+    if idle:
         return
-    warm = warm_chunks(entry.warm, enters, h, passed, H)
-    if MAP:
-        if (leaves != wanted) | (ahead == 0):
-            return
-        if not map_is_needed(entry, warm, enters, leaves, h, passed, False, H, False):
-            return
     offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
     group = h * SCAN.GROUPS_IN // H

@@ -18,9 +18,8 @@ from recur.kernels.chunk_scan import (
     head_gates,
     load_log_decay,
     load_log_erase,
-    map_is_needed,
+    locate_pass,
     state_offsets,
-    warm_chunks,
 )
 from recur.kernels.decay import FORGOTTEN
 from recur.kernels.tiles import (
@@ -136,24 +135,11 @@ def forward(
     WIDTH: tl.constexpr = Q_BEGIN + K if MAP and DELTA else V
     pid = tl.program_id(0).to(tl.int64)
     tile, h, slot = pid % tiles, pid // tiles % H, pid // tiles // H
-    if MAP:
-        wanted = slot + 1
-        slot = segment_at(wanted, cu_ptr, documents, span, RIGHT_TO_LEFT)
-    document, left, first, begin, end, chunk, before, own, after = locate_segment(
-        slot, cu_ptr, T, documents, span, C
+    document, first, begin, end, chunk, own, passed, ahead, enters, leaves, warm, idle = locate_pass(
+        entry, slot, h, cu_ptr, T, documents, span, tile * BLOCK_V >= V, SCAN, RIGHT_TO_LEFT, MAP, DELTA
     )  # fmt: skip
-    passed, ahead = (after, before) if RIGHT_TO_LEFT else (before, after)
-    enters, leaves = (left + 1, left) if RIGHT_TO_LEFT else (left, left + 1)
-    if (own == 0) & (before > 0):  # a slot without tokens
+    if idle:
         return
-    warm = passed * 0
-    if MAP or entry.states is not None:
-        warm = warm_chunks(entry.warm, enters, h, passed, H)
-    if MAP:
-        if (leaves != wanted) | (ahead == 0):
-            return
-        if not map_is_needed(entry, warm, enters, leaves, h, passed, tile * BLOCK_V >= V, H, DELTA):
-            return
     offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
     group = h * SCAN.GROUPS_IN // H

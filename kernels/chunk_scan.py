@@ -60,7 +60,7 @@ More than 256 rows are scanned in PARTS of 128, each a tile of its own: S and dS
 columns are differentiated in BLOCKS, each a program with summands of its own.
 """  # noqa: E501
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ import triton
 import triton.language as tl
 from recur.kernels.decay import RESET, gates_of, load_gates, pair_decay
 from recur.kernels.rotate import cos_sin_of, phase_of
-from recur.kernels.tiles import LOG2E, load_row, matrix_ptrs
+from recur.kernels.tiles import LOG2E, load_row, locate_segment, matrix_ptrs, segment_at
 
 # Rows of log_decays [chunks H 4 C]
 LOG_IN, CUMULATIVE, LOG_OUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -224,29 +224,45 @@ def decayed_scores(
 
 
 @triton.jit
-def warm_chunks(warm_ptr, border, h, passed, H: tl.constexpr):
-    """Chunks with which a pass that has `passed` chunks behind it warms up at a border, -1 if none suffice."""
-    warm = tl.where(passed == 0, 0, -1).to(tl.int32)
-    if warm_ptr is not None:
-        warm = tl.load(warm_ptr + border * H + h, mask=passed > 0, other=0)
-    return warm
+def locate_pass(
+    entry, slot, h, cu_ptr, T, documents, span, is_Q,
+    SCAN: tl.constexpr, RIGHT_TO_LEFT: tl.constexpr, MAP: tl.constexpr, DELTA: tl.constexpr,
+):  # fmt: skip
+    """The segment of a program: what `locate_segment` says of it but its borders; chunks ahead of it; the borders where
+    the pass enters and leaves it; chunks of warm-up, -1 where none suffice; whether there is nothing to do.
 
-
-@triton.jit
-def map_is_needed(entry, warm, enters, leaves, h, passed, is_Q, H: tl.constexpr, DELTA: tl.constexpr):
-    """Whether the border at which a segment is left has no warm-up; of Q whether neither of its two has one, in the
-    direction of the pass or against it."""
-    last = warm * 0 - 1
+    If MAP it is the segment that is left at border number slot + 1. Its map is needed if that border has no warm-up; of
+    the delta rule, Q only if the one where the segment is entered has none either, in the direction of the pass or
+    against it.
+    """
+    wanted = slot + 1
+    if MAP:
+        slot = segment_at(wanted, cu_ptr, documents, span, RIGHT_TO_LEFT)
+    document, left, first, begin, end, chunk, before, own, after = locate_segment(
+        slot, cu_ptr, T, documents, span, SCAN.C
+    )  # fmt: skip
+    passed, ahead = (after, before) if RIGHT_TO_LEFT else (before, after)
+    enters, leaves = (left + 1, left) if RIGHT_TO_LEFT else (left, left + 1)
+    idle = (own == 0) & (before > 0)  # a slot without tokens
+    if MAP:
+        idle = idle | (leaves != wanted) | (ahead == 0)
+    warm = passed * 0
+    if MAP or entry.states is not None:
+        warm = tl.where(passed == 0, 0, -1)
     if entry.warm is not None:
-        last = tl.load(entry.warm + leaves * H + h)
-    needed = last < 0
-    if DELTA:
-        inner = needed & (warm < 0)
-        if entry.against is not None:
-            back = tl.load(entry.against + enters * H + h, mask=passed > 0, other=0) < 0
-            inner = inner | (back & (tl.load(entry.against + leaves * H + h) < 0))
-        needed = tl.where(is_Q, inner, needed)
-    return needed
+        warm = tl.load(entry.warm + enters * SCAN.H + h, mask=(passed > 0) & (idle == 0), other=0)
+        if MAP:
+            border, other = leaves * SCAN.H + h, enters * SCAN.H + h
+            last = tl.load(entry.warm + border, mask=idle == 0, other=0) < 0
+            inner = last & (warm < 0)
+            if DELTA:
+                back = tl.load(entry.against + border, mask=idle == 0, other=0) < 0
+                back = back & (tl.load(entry.against + other, mask=(passed > 0) & (idle == 0), other=0) < 0)
+                inner = inner | back
+            idle = idle | (tl.where(is_Q, inner, last) == 0)
+    elif MAP:
+        idle = idle | (is_Q & (passed == 0))
+    return document, first, begin, end, chunk, own, passed, ahead, enters, leaves, warm, idle
 
 
 @triton.jit
