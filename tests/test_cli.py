@@ -119,13 +119,15 @@ BENCH = ["bench", "--device", "cpu", "--form", "chunked"]
 
 
 def test_bench_measures_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    tiny = ["--families", "none", "decode scalar", "--shapes", "1,8,1,2,2", "2,1,2,2", "--out", str(tmp_path)]
+    families = ["none", "decode scalar", "gated_delta grouped", "gated_delta packed"]
+    shapes = ["1,64,1,2,2", "2,1,2,2", "1,8,1,2,2,2"]
+    tiny = ["--families", *families, "--shapes", *shapes, "--out", str(tmp_path)]
     assert main([*BENCH, *tiny]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [json.loads(line)["family"] for line in printed] == ["none", "decode scalar"]
+    assert [json.loads(line)["family"] for line in printed] == families
     assert all(json.loads(line)["y_error"] < 4e-3 for line in printed)  # one rounding to bfloat16
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "gpu.png"}
-    assert "| none | 1×8×1×2×2 | recur |" in (tmp_path / "gpu.md").read_text()
+    assert "| none | 1×64×1×2×2 | recur |" in (tmp_path / "gpu.md").read_text()
     assert (
         "| decode scalar | 2×1×2×2 | mamba_ssm selective_state_update | not run here |"
         in (tmp_path / "gpu.md").read_text()
