@@ -57,7 +57,7 @@ CHECKED = 256  # tokens of the runs whose errors are reported
 class Peer(NamedTuple):
     """Another package's function of the same tensors; its module `needs` is looked for, not imported.
 
-    prepare, untimed, gives it its own layout; answer turns its output into ours; grads: whether those compare; takes:
+    prepare, untimed, gives it its own layout; answer converts its output to ours; grads: whether those compare; takes:
     whether it takes a shape.
     """
 
@@ -175,7 +175,7 @@ def gateloop(a: Tensor, x: Tensor) -> Tensor:
 
 
 def diagonal_peers(module: str, with_fla: bool) -> dict[str, Peer]:
-    turned = Peer(
+    accelerated_peer = Peer(
         "accelerated_scan", partial(accelerated, module), log_to_gate, lambda y: y.mT, grads=False,
         takes=lambda shape: shape[0] * shape[2] < 2**16,  # beyond, it reads what is not there
     )  # fmt: skip
@@ -188,7 +188,7 @@ def diagonal_peers(module: str, with_fla: bool) -> dict[str, Peer]:
     hgrn: dict[str, Peer] = {}
     for name in ("hgrn.chunk_hgrn", "fused_recurrent_hgrn") if with_fla else ():
         hgrn |= fla_peer(name, lambda run, x, g: run(x, g))
-    return hgrn | {f"accelerated_scan {module}": turned, "gateloop_transformer associative_scan": tree}
+    return hgrn | {f"accelerated_scan {module}": accelerated_peer, "gateloop_transformer associative_scan": tree}
 
 
 def complex_gates(*shape: int) -> Tensor:
@@ -337,7 +337,7 @@ def on_gpu() -> bool:
 
 
 def fewer_candidates(most: int) -> None:
-    """Let a peer's autotuner try at most so many of its candidates a kernel, evenly chosen, each for a short time."""
+    """Let a peer's autotuner try at most so many of its candidates per kernel, evenly chosen, each for a short time."""
     from triton.runtime.autotuner import Autotuner
     from triton.testing import do_bench
 
@@ -567,7 +567,7 @@ def table(found: dict[str, Any]) -> str:
             cells.append(f"{r['first_call_s']:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     if found["growth"]:
-        lines += ["", "| family | T | forward + backward ms | ns a token | peak MiB |", "|---|--:|--:|--:|--:|"]
+        lines += ["", "| family | T | forward + backward ms | ns per token | peak MiB |", "|---|--:|--:|--:|--:|"]
         for r in found["growth"]:
             peak = "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"
             lines.append(f"| {r['family']} | {r['T']} | {r['ms']:.4g} | {r['ms'] / r['T'] * 1e6:.3g} | {peak} |")

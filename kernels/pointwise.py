@@ -115,6 +115,15 @@ def _activate_backward(
         tl.store(db_ptr + tl.program_id(0) * D + d, tl.sum(db, 0), mask=d < D)
 
 
+@triton.jit
+def bounded_gate(z, g):
+    """log a and 1 - a of a = g + (1 - g) sigmoid(z), both without a difference that cancels."""
+    keep = (1 - g) * tl.sigmoid(-z)
+    a = g + (1 - g) * tl.sigmoid(z)
+    above = tl.where(a < 0.5, tl.log(a), log_1p(-keep))  # neither is formed by a difference
+    return tl.where(g > 0, above, log_sigmoid(z)), keep
+
+
 @triton.jit(do_not_specialize=["count"])
 def _bounded_forward(z_ptr, g_ptr, log_ptr, keep_ptr, count, D, z_stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """log a of a = g + (1 - g) sigmoid(z), and 1 - a = (1 - g) sigmoid(-z)."""
@@ -123,11 +132,7 @@ def _bounded_forward(z_ptr, g_ptr, log_ptr, keep_ptr, count, D, z_stride, BLOCK_
     z = tl.load(z_ptr + z_at, mask=here, other=0.0).to(tl.float32)
     log_a, keep = log_sigmoid(z), tl.sigmoid(-z)
     if g_ptr is not None:
-        g = tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        keep *= 1 - g
-        a = g + (1 - g) * tl.sigmoid(z)
-        above = tl.where(a < 0.5, tl.log(a), log_1p(-keep))  # neither is formed by a difference
-        log_a = tl.where(g > 0, above, log_a)
+        log_a, keep = bounded_gate(z, tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :])
     tl.store(log_ptr + y_at, log_a, mask=here)
     tl.store(keep_ptr + y_at, keep, mask=here)
 

@@ -116,7 +116,7 @@ def without(function: str, form: str, x: Tensor, why: str, remedy: str) -> None:
 
 
 def _covered(function: str, lacks: tuple[str, str] | None, on_gpu: bool) -> bool:
-    """Whether a kernel that is no scan lacks nothing; if it does, that is said together with the remedy."""
+    """Whether a kernel that is not a scan covers a call; if not, a warning says why and names the remedy."""
     if lacks is None:
         return True
     refused = Refusal(f"its kernel does not cover {lacks[0]}", "the formula in torch does", lacks[1])
@@ -220,6 +220,20 @@ def _one_number(
     )
     y = (h.real if h.is_complex() else h) * to_heads(q, v.shape[2])
     return ScanOut((y if scale == 1.0 else y * scale).to(v.dtype), state.unsqueeze(-1))
+
+
+def steps_fused(x: Tensor) -> bool:
+    """Whether a layer's parts may be one kernel in a step (recur.blocks.compose) that computes the token x."""
+    return fused("auto", x)
+
+
+def fused_step(
+    x: Tensor, given: list[Tensor], written: list[Tensor], numbers: list[int], source: str, *sizes: int
+) -> None:
+    """Launch the kernel that is written in `source` for the token x; the rest is as in kernels/fused_step.py."""
+    from recur.kernels import fused_step as kernels
+
+    kernels.fused_step(x, given, written, kernels.kernel_of(source), numbers, *sizes)
 
 
 GATES = ("identity", "silu", "sigmoid", "gelu")  # activations that kernels around the scans know
@@ -341,7 +355,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, position: Tensor, frequencies: Tensor, halves: bool) -> Tensor:
-    """x [B T H K] turned by position [B|1 T] times float64 frequencies [K/2]; pairs are halves, or neighbours."""
+    """x [B T H K] rotated by position [B|1 T] times float64 frequencies [K/2]; pairs are halves, or neighbours."""
     from recur.kernels.rotary import rotate
 
     y: Tensor = rotate(x, position, frequencies.double(), halves, False)

@@ -35,7 +35,7 @@ def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any
     `bind("gated_scan", x=(x, "B T *"))` returns {"B": 2, "T": 128, "*": (64,)}. A tensor that is None is skipped. Of
     alternatives with as many axes, the first whose sizes are those of the arguments before it is taken.
 
-    Raises: TypeError if an argument is no tensor, ShapeError if ranks or sizes disagree, ValueError if devices do.
+    Raises: TypeError if an argument is not a tensor, ShapeError if ranks or sizes disagree, ValueError if devices do.
     """
     names, patterns, tensors = tuple(arguments), [], []
     for tensor, pattern in arguments.values():
@@ -150,7 +150,7 @@ def check_number(function: str, **tensors: Tensor | None) -> None:
 
 
 def check_given(function: str, **tensors: Tensor | None) -> None:
-    """Raise TypeError if an argument that has no default is no tensor; `bind` would take None for one left out."""
+    """Raise TypeError if an argument that has no default is not a tensor; `bind` would take None for one left out."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got {tensor and type(tensor).__name__}")

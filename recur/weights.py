@@ -135,9 +135,31 @@ def watched(module: nn.Module) -> bool:
 
     Who computes with its weights in another way must then call it instead.
     """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    replaced = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return not isinstance(module, Weights) or replaced or any(len(hook) > 0 for hook in hooks)
+    return not isinstance(module, Weights) or hooked(module)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook, compile() or a forward that replaces its own changes what a call of this module does."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+    )
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether the declared weights of a module are parameters of its own and ordinary tensors: none is computed from
+    others, quantised or spread over devices."""
+    if not isinstance(module, Weights):
+        return False
+    for name in module.declared:
+        weight = module._parameters.get(name)
+        if weight is None or (type(weight) is not nn.Parameter and hasattr(weight, "__tensor_flatten__")):
+            return False
+    return True
 
 
 # What torch's wrappers call the module inside: torch.compile, DDP, FSDP, activation checkpointing.
@@ -275,10 +297,10 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
 
     "linear":   U(-b, b), b = 1/sqrt(fan_in), as torch's Linear, biases too.
     "residual": the same divided by sqrt(depth), for what adds to the residual stream; biases are 0, as of all others.
-    "residual_twice": the same for what adds to it twice a layer.
+    "residual_twice": the same for what adds to it twice per layer.
     "linear_zero": "linear" with biases of 0.
     "normal":   N(0, 0.02^2).
-    "normal_residual": N(0, 0.02^2 / (2 depth)), for what adds to the residual stream twice a layer.
+    "normal_residual": N(0, 0.02^2 / (2 depth)), for what adds to the residual stream twice per layer.
     "xavier":   uniform Xavier with gain 2^-2.5.
     "glorot":   uniform Xavier.
     "lecun":    N(0, 1/fan_in) cut off at two deviations, as Flax's Dense.

@@ -1,4 +1,4 @@
-"""The commands: what they print, and one clear line for each input that is no use."""
+"""The commands: what they print, and one clear line for each input that is invalid."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_show_prints_the_recipe_and_with_a_width_its_numbers(capsys: pytest.Capt
     assert capsys.readouterr().out.strip() == str(recur.Mixer(recur.presets.longhorn(), 32)).strip()
 
 
-def test_check_tells_kept_and_broken_laws(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_lists_kept_and_broken_laws(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import recur.testing
 
     checked = []
@@ -173,7 +173,7 @@ def test_an_unknown_preset_brings_near_names(capsys: pytest.CaptureFixture[str],
     assert "'xyz'; known presets: " in refused(capsys, command, "xyz")
 
 
-def test_an_out_that_is_no_folder_is_told_before_training(
+def test_an_out_that_is_no_folder_is_refused_before_training(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: str
 ) -> None:
     (tmp_path / "file").write_text("taken")
@@ -257,7 +257,7 @@ def test_resuming_with_a_file_of_settings(
     (out / "config.json").write_text("{")
     assert main([*map(str, resume)]) == 0
     said = capsys.readouterr().err
-    assert "recur: passing over the configuration of the run: " in said
+    assert "recur: ignoring the configuration of the run: " in said
     assert "resuming after" not in said
 
 

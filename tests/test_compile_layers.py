@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import quick
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -19,26 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
 ]
-# one for each kind of scan, of decay and of what layers hand down: all presets would take five minutes
-CAUSAL = [
-    "comba",
-    "dense_mamba",
-    "dense_retnet",
-    "gated_rnn",
-    "gateloop",
-    "gla",
-    "gss",
-    "hgrn2",
-    "kda",
-    "llama",
-    "longhorn",
-    "mamba",
-    "mamba2",
-    "mamba3",
-    "retnet",
-    "rwkv",
-    "rwkv7",
-]
+CAUSAL = [name for name in presets.names() if getattr(presets, name)().causal]
+SUITE = ("gla", "gss", "hgrn2", "longhorn", "mamba3", "retnet", "rwkv7")  # one for each kind of scan and of decay
 HYBRID = [presets.gla(heads=2), presets.hgrn2(heads=2), presets.llama(heads=2)]
 # recipe, layers, graphs
 KINDS: dict[str, tuple[Recipe | list[Recipe], int, int]] = {
@@ -113,14 +96,14 @@ def both(name: str, backend: str) -> tuple[LanguageModel, LanguageModel]:
     return compiled.compile_layers(backend=backend, fullgraph=True), eager
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", quick(CAUSAL, SUITE))
 def test_values_and_gradients_are_those_of_the_eager_model(name: str) -> None:
     lms = both(name, "aot_eager")
     assert lms[0].state_dict().keys() == lms[1].state_dict().keys()
     assert_same(*(results(lm, ids_of(2, 9)) for lm in lms))
 
 
-@pytest.mark.parametrize("name", ["hgrn2", "mamba", "retnet"])
+@pytest.mark.parametrize("name", quick(CAUSAL, ("retnet",)))
 def test_other_lengths_documents_states_and_steps_are_those_of_the_eager_model(name: str) -> None:
     """The positions that a fresh state holds are rows of one tensor, so the inputs of a step overlap in memory."""
     lms = both(name, "aot_eager")
@@ -138,7 +121,7 @@ def test_other_lengths_documents_states_and_steps_are_those_of_the_eager_model(n
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("name", ["gla", "mamba"])
+@pytest.mark.parametrize("name", quick(["gla", "mamba"], ("gla",)))
 def test_inductor_computes_the_same(name: str) -> None:
     eager, compiled = model(name), model(name)
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Parts that decide what is kept, turned and let out."""
+"""Parts with gates: how much of the state is kept, its rotation, how much of the output leaves."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class FlooredDecay(Part):
 
 @dataclass(frozen=True)
 class LowerBounds(Part):
-    """The least each layer keeps, rising with depth from 0: sums of softmax(logits over the layers).
+    """Lower bounds of forget gates, which rise with depth from 0: sums of softmax(logits over the layers).
 
     One table for the whole model; every layer takes its row.
 

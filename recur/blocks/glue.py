@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,15 +59,20 @@ class Projection(Weights):
     """The matrices of a Project: x [B T F] to all its outputs, in their order."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        joined = F.linear(x, self.weight, self.bias if "bias" in self.declared else None)
+        return tuple(self.outputs(F.linear(x, self.weight, self.declared_or_none("bias"))).values())
+
+    def outputs(self, joined: Tensor, narrow: Collection[str] = ()) -> dict[str, Tensor]:
+        """All outputs, from the product with `weight`; of those that are `narrow` W1 x, before the last map."""
         pieces = torch.split_with_sizes(joined, self.splits, -1) if len(self.splits) > 1 else (joined,)
-        made = []
+        made = {}
         for (name, out), piece, shape in zip(self.outs, pieces, self.shapes, strict=True):
-            if isinstance(out, LowRank):
+            if name in narrow:
+                shape = piece.shape[-1:]
+            elif isinstance(out, LowRank):
                 bias = getattr(self, f"{name}_bias") if out.bias else None
                 piece = F.linear(activation(out.act)(piece), getattr(self, f"{name}_up"), bias)
-            made.append(piece if len(shape) == 1 else piece.view(*piece.shape[:-1], *shape))
-        return tuple(made)
+            made[name] = piece if len(shape) == 1 else piece.view(*piece.shape[:-1], *shape)
+        return made
 
 
 def _fill_rows(weight: Tensor, rows: list[int], laws: list[Init]) -> None:
@@ -637,8 +642,10 @@ class Sum(Part):
     """Add tensors of equal axes: Sum("f b", out="y").
 
     Args:
-        names: the tensors, "f b".
+        names: two tensors or more, "f b".
         out: tensor written.
+
+    Raises: RecipeError for fewer than two names; `Rename` copies one.
 
     >>> recur.blocks.Sum("f b").formula()
     'y = f + b'
@@ -646,6 +653,10 @@ class Sum(Part):
 
     names: str
     out: str = "y"
+
+    def __post_init__(self) -> None:
+        if len(self.names.split()) < 2:
+            raise RecipeError(f"Sum: names must be two tensors or more, got {self.names!r}; Rename copies one")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.out: axes.same(*self.names.split())}

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from recur.axes import RecipeError, Spec, spec
 from recur.blocks.glue import Dropout
 from recur.blocks.state import Leaf, layout
 from recur.fields import read_part
-from recur.primitives.operators import in_graph, one_node
+from recur.primitives.operators import in_graph, one_node, schema_of
 from recur.recipe import Around, Axes, Flow, Part, Site, State, above, inside
 from recur.weights import Weights, watched
 
@@ -38,7 +38,7 @@ class Loop(Around):
 
     Every form is this loop, so T tokens cost T steps. In a compiled or exported graph it is one node for all lengths,
     with first derivatives, whose backward runs the tokens again. It is unrolled into the graph, which then fits one
-    length, for form="recurrent", and where a node cannot hold the body: one with a Dropout, a Map, a part of one's own,
+    length, for form="recurrent", and where a node cannot hold the body: one with a Dropout, a Map, a part of your own,
     a cache that grows, or a hook.
 
     >>> from recur.blocks import Loop, Project
@@ -200,21 +200,21 @@ def _tree(leaves: Any, tensors: Iterator[Tensor]) -> State:
     return {key: _tree(inner, tensors) for key, inner in leaves.items()}
 
 
-def _run(
-    description: str,
-    names: str,
-    form: str,
-    cast: torch.dtype | None,
-    position: Tensor,
-    cu_seqlens: Tensor | None,
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    state: list[Tensor],
-) -> list[Tensor]:
-    """What the loop writes, then the tensors of its state.
+class _Inputs(NamedTuple):
+    description: str
+    names: str  # of tokens
+    form: str
+    cast: torch.dtype | None  # of autocast, if it was on where the graph was made
+    position: Tensor
+    cu_seqlens: Tensor | None
+    tokens: list[Tensor]
+    weights: list[Tensor]
+    state: list[Tensor]
 
-    Args: names: of tokens; cast: the dtype of autocast, if it was on where the graph was made.
-    """
+
+def _run(*inputs: Any) -> list[Tensor]:
+    """What the loop writes, then the tensors of its state."""
+    description, names, form, cast, position, cu_seqlens, tokens, weights, state = _Inputs(*inputs)
     loop, modules = _read(description)
     given = iter(weights)
     held = {id(owner): {name: next(given) for name in owner.declared} for owner in _owners(modules)}
@@ -226,18 +226,9 @@ def _run(
     return [flow[name] for name in modules.writes] + _flat(modules.leaves, after)
 
 
-def _fake(
-    description: str,
-    names: str,
-    form: str,
-    cast: torch.dtype | None,
-    position: Tensor,
-    cu_seqlens: Tensor | None,
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    state: list[Tensor],
-) -> list[Tensor]:
+def _fake(*inputs: Any) -> list[Tensor]:
     """As many tokens and states as the first token has."""
+    description, names, form, cast, position, _, tokens, weights, state = _Inputs(*inputs)
     x = tokens[names.split().index("x")]
     (B, T), n = x.shape[:2], position.shape[0]
     first = [tensor if tensor.shape[1] == 1 else tensor[:, :1] for tensor in tokens]
@@ -248,4 +239,4 @@ def _fake(
     return written + [leaf.new_empty(n, *leaf.shape[1:]) for leaf in made[count:]]
 
 
-_loop = one_node("recur::loop", _run, _fake)
+_loop = one_node("recur::loop", _run, _fake, schema=schema_of(_Inputs))

@@ -40,7 +40,7 @@ def linear_recurrence(a: Tensor, x: Tensor, initial: Tensor | None = None, start
         starts: [T] bool, tokens at which h_t = x_t whatever h_{t-1} is, NaN and infinity included.
 
     Returns: h [B T *].
-    Cost: T multiply-adds a channel, three times that where few channels are cut into chunks walked side by side.
+    Cost: T multiply-adds per channel, three times that where few channels are cut into chunks that run side by side.
     Gates are multiplied, never divided or subtracted in logs, so an exact 0 forgets exactly. Twice differentiable.
 
     >>> from recur.primitives.diagonal import linear_recurrence
@@ -55,7 +55,7 @@ def _run(a: Tensor, x: Tensor, initial: Tensor | None, starts: Tensor | None, ad
 
     One operator, so that a compiler sees one node and not T of them.
     """
-    return walk_left(a, x, starts=starts) if adjoint else walk_right(a, x, initial, starts=starts)
+    return recur_backward(a, x, starts=starts) if adjoint else recur_forward(a, x, initial, starts=starts)
 
 
 def _fake(a: Tensor, x: Tensor, initial: Tensor | None, starts: Tensor | None, adjoint: bool) -> Tensor:
@@ -111,7 +111,7 @@ _recurrence = operator(
 )
 
 
-def walk_right(
+def recur_forward(
     a: Tensor, x: Tensor, initial: Tensor | None, out: Tensor | None = None, starts: Tensor | None = None
 ) -> Tensor:
     """h_t = x_t + a_t h_{t-1}, or x_t where `starts` [T] says so, without gradient; `out` may be x."""
@@ -120,17 +120,17 @@ def walk_right(
         state = h[:, 0].copy_(x[:, 0])
         if initial is not None:
             state.add_(_past(a[:, 0] * initial, None if starts is None else starts[0]))
-        _walk(_links(a, x, starts), x[:, 1:], h[:, 1:], state, 1, starts)
+        _recur(_links(a, x, starts), x[:, 1:], h[:, 1:], state, 1, starts)
     return h
 
 
-def walk_left(a: Tensor, x: Tensor, out: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+def recur_backward(a: Tensor, x: Tensor, out: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
     """g_t = x_t + conj(a_{t+1}) g_{t+1}, or x_t before a token of `starts` [T], without gradient; `out` may be x."""
     g = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if x.shape[1] > 0:
         if x.is_complex():  # conj(g_t) = conj(x_t) + a_{t+1} conj(g_{t+1}) needs no conjugate of a
             x = torch.conj_physical(x, out=g)
-        _walk(_links(a, x, starts), x[:, :-1], g[:, :-1], g[:, -1].copy_(x[:, -1]), -1, starts)
+        _recur(_links(a, x, starts), x[:, :-1], g[:, :-1], g[:, -1].copy_(x[:, -1]), -1, starts)
         if x.is_complex():
             g.conj_physical_()
     return g
@@ -142,11 +142,11 @@ def _links(a: Tensor, x: Tensor, starts: Tensor | None) -> Tensor:
     return links if starts is None else links.masked_fill(like_batch(starts[1:], x[0]), 0)
 
 
-def _walk(a: Tensor, x: Tensor, out: Tensor, state: Tensor, order: int, starts: Tensor | None) -> None:
+def _recur(a: Tensor, x: Tensor, out: Tensor, state: Tensor, order: int, starts: Tensor | None) -> None:
     """out <- x + a * (the out before it), from the left (order 1) or the right (order -1), after `state`.
 
-    Where a token is too small to be worth a call, n chunks are walked side by side, each from the state that a first
-    walk over all of them has found. n depends on shapes alone. What meets the gate of one of the tokens `starts` is
+    Where a token is too small to be worth a call, n chunks run side by side, each from the state that a first
+    pass over all of them has found. n depends on shapes alone. What meets the gate of one of the tokens `starts` is
     replaced by 0, because 0 times NaN is NaN.
     """
     length = x.shape[1]
@@ -166,7 +166,7 @@ def _walk(a: Tensor, x: Tensor, out: Tensor, state: Tensor, order: int, starts: 
 
 
 def _enter_chunks(a: Tensor, x: Tensor, state: Tensor, order: int, cut: Tensor | None) -> Tensor:
-    """[B n *]: the state with which the walk enters each of the n chunks of a and x [B n C *]."""
+    """[B n *]: the state that enters each of the n chunks of a and x [B n C *]."""
     n = x.shape[1]
     entering = x.new_empty(x.shape[:2] + x.shape[3:])
     if order > 0:
@@ -258,7 +258,7 @@ def gated_scan(
     reverse: bool = False,
     form: str = "auto",
 ) -> ScanOut:
-    """Gated diagonal scan, one memory a channel: h_t = exp(log_decay_t) * h_{t-1} + x_t, y_t = h_t.
+    """Gated diagonal scan, one memory per channel: h_t = exp(log_decay_t) * h_{t-1} + x_t, y_t = h_t.
 
     Args:
         x: [B T *] what each token writes, input gate already applied; real or complex.
@@ -266,7 +266,7 @@ def gated_scan(
         initial_state: [B *] h before the first token; zeros when omitted.
         cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n *].
         reverse: read from the last token to the first: initial_state enters after token T-1, state is h at token 0.
-        form: "recurrent", the token loop; "chunked", chunks walked side by side in place; "triton", the kernel; "auto"
+        form: "recurrent", the token loop; "chunked", chunks side by side, in place; "triton", the kernel; "auto"
             is "triton" for what that covers on a GPU and "chunked" for all else. In no form do NaN and infinity reach
             an earlier token.
 

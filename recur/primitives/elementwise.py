@@ -41,14 +41,14 @@ def selective_scan(
     reverse: bool = False,
     form: str = "auto",
 ) -> ScanOut:
-    """Mamba's selective scan, a vector of N memories a channel.
+    """Mamba's selective scan, a vector of N memories per channel.
 
         S_t[v, n] = exp(delta_t[v] A[v, n]) S_{t-1}[v, n] + delta_t[v] x_t[v] B_t[n]
         y_t[v] = sum_n C_t[n] S_t[v, n]
 
     Args:
         x: [B T V] what each token writes.
-        delta: [B T V] step size, already positive; 0 is a token that does nothing.
+        delta: [B T V] step size, already positive; with 0 the token has no effect.
         A: [V N] log decay per unit of delta, negative.
         B: [B T N] | [B T G N] | [V N] weights of writing; channel v uses group v // (V/G).
         C: [B T N] | [B T G N] | [V N] weights of reading, with groups as B.
@@ -61,7 +61,7 @@ def selective_scan(
 
     Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is).
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.
-    Cost: O(B T V N) time, memory for one segment and one state a segment. Defined by `selective_step`.
+    Cost: O(B T V N) time, memory for one segment and one state per segment. Defined by `selective_step`.
     Source: Gu and Dao 2023, arXiv:2312.00752.
 
     >>> x, delta = torch.ones(1, 3, 1), torch.ones(1, 3, 1)

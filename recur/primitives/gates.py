@@ -1,4 +1,4 @@
-"""Gates: how much is kept, by which angle it turns, how much leaves. Decays are natural logs, in float32 or wider."""
+"""Gates: decays, rotations and output gates. Decays are natural logs, in float32 or wider."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def complex_gate(magnitude: Tensor, phase: Tensor) -> Tensor:
 
     Args:
         magnitude: [*] logits m; |a| = sigmoid(m).
-        phase:     [*] angle phi in radians by which the state turns each token.
+        phase:     [*] angle phi in radians by which each token rotates the state.
 
     Returns: [*] complex64 (complex128 for float64), real part <= 0.
     Cost: O(size); a scan with it costs as much as a real one twice as wide.

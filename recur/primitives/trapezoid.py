@@ -92,8 +92,8 @@ def rotate_by(x: Tensor, theta: Tensor, *, layout: str = "interleaved") -> Tenso
     cos, sin, wide = theta.cos(), theta.sin(), x.to(accumulation_dtype(x, theta))
     if not apart:
         a, b = wide[..., : 2 * A].unflatten(-1, (A, 2)).unbind(-1)
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-        return torch.cat([turned, wide[..., 2 * A :]], -1).to(x.dtype)
+        rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        return torch.cat([rotated, wide[..., 2 * A :]], -1).to(x.dtype)
     a, a_rest, b, b_rest = wide.split([A, K // 2 - A, A, K - K // 2 - A], -1)
     return torch.cat([a * cos - b * sin, a_rest, b * cos + a * sin, b_rest], -1).to(x.dtype)
 
