@@ -47,7 +47,7 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
     K, V = shape[3:]
     scan._STATE_TILES[torch.bfloat16][max(64, K)] = ((setting,) * 2,) * 3
     scan._INPUT_TILES[torch.bfloat16][max(64, V)] = setting
-    scan.plan.cache_clear()
+    scan._LAYOUTS.clear()
     q, k, v, a, beta = inputs(family, *shape)
     x = scan.Tensors(q=q, v=v, k=k, log_decay=a, beta=beta)
     run = scan._Launcher(x, K**-0.5, False, False, False)

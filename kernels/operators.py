@@ -6,7 +6,7 @@ recorded or an argument is overwritten, most of it to look for defaults that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -46,15 +46,13 @@ def as_it_is(x: Any) -> Any:
 
 
 _GIVEN: dict[str, Callable[[Any], Any]] = {}  # by the name of an operator, what is done to its inputs
-_EAGER: dict[str, Callable[..., Any]] = {}  # by the name of an operator, what a plain call of it runs
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+_FUNCTIONS: dict[str, Any] = {}  # by the name of an operator, what records its derivative in a plain call
+_SCALARS = frozenset((type(None), bool, int, float, str))
 
 
-def plain(inputs: Sequence[Any]) -> bool:
-    """Whether nobody but autograd wants to see a call with these: no graph is being made, there is no mode, transform
-    or subclass of tensors, and no tensor is without data or a lazy negative. Then the dispatcher, 10 us per call and
-    twice that with a derivative, has nothing to do."""
-    if (
+def undisturbed() -> bool:
+    """Whether nobody but autograd wants to see calls: no graph is being made, and there is no mode or transform."""
+    return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
@@ -62,16 +60,12 @@ def plain(inputs: Sequence[Any]) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()  # which shows operators by their names
-    ):
-        return False
-    for x in inputs:
-        kind = type(x)
-        if kind is list:
-            if not plain(x):
-                return False
-        elif kind not in _PLAIN or (isinstance(x, Tensor) and (x.is_meta or x.is_neg())):
-            return False
-    return True
+    )
+
+
+def plain(x: Any) -> bool:
+    """Whether this is a tensor of no subclass, with data and no lazy negative."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and not x.is_neg()
 
 
 def operator(
@@ -87,19 +81,35 @@ def operator(
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         def here(first: Tensor, *rest: Any) -> Any:
+            """Of inputs that are as `given` makes them."""
             if not first.is_cuda:
-                return run(given(first), *map(given, rest))
+                return run(first, *rest)
             with torch.cuda.device_of(first):
-                return run(given(first), *map(given, rest))
+                return run(first, *rest)
 
         LIBRARY.define(name + (schema or torch.library.infer_schema(run, mutates_args=mutates)))
-        LIBRARY.impl(name, here, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, lambda *inputs: here(*map(given, inputs)), "CompositeExplicitAutograd")
         RUNS[f"recur::{name}"] = lambda *inputs: run(*map(contiguous if given is readable else given, inputs))
         node = getattr(torch.ops.recur, name).default
-        _EAGER[name] = here
 
         def call(*inputs: Any) -> Any:
-            return _EAGER[name](*inputs) if plain(inputs) else node(*inputs)
+            """The operator; a plain call by itself, for the dispatcher takes 10 us, twice that with a derivative."""
+            if not undisturbed():
+                return node(*inputs)
+            ready, records = [], False
+            for x in inputs:
+                if type(x) in _SCALARS:
+                    ready.append(x)
+                elif plain(x):
+                    ready.append(given(x))
+                    records = records or x.requires_grad
+                elif type(x) is list and all(map(plain, x)):
+                    ready.append(given(x))
+                else:
+                    return node(*inputs)
+            if not (records and torch.is_grad_enabled()):
+                return here(*ready)
+            return _FUNCTIONS[name].apply(here, *ready) if name in _FUNCTIONS else node(*inputs)
 
         return call
 
@@ -135,32 +145,33 @@ def differentiable(
     remember: Callable[[Any, tuple[Any, ...], Any], None] = lambda ctx, inputs, output: None,
 ) -> None:
     """Give the operator of that name its backward: `remember` fills the ctx that `gradients` reads."""
-    node, here = getattr(torch.ops.recur, name).default, _EAGER[name]
+    node = getattr(torch.ops.recur, name).default
 
-    def made(run: Callable[..., Any]) -> Any:
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            if _GIVEN[name] is readable:
-                inputs = tuple(map(contiguous, inputs))  # what is saved, so that the backward copies nothing again
-            output = run(*inputs)
-            remember(ctx, inputs, output)
-            return output
+    def forward(ctx: Any, run: Callable[..., Any], *inputs: Any) -> Any:
+        if _GIVEN[name] is readable:
+            inputs = tuple(map(contiguous, inputs))  # what is saved, so that the backward copies nothing again
+        output = run(*inputs)
+        remember(ctx, inputs, output)
+        return output
 
-        ways = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
-        return type(name, (torch.autograd.Function,), ways)
+    ways = {"forward": forward, "backward": lambda ctx, *grads: (None, *_tuple(gradients(ctx, *grads)))}
+    function: Any = type(name, (torch.autograd.Function,), {way: staticmethod(run) for way, run in ways.items()})
 
     def below(*inputs: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return node(*inputs)
 
-    seen, eager = made(below), made(here)
-
     def call(*inputs: Any) -> Any:
         if forward_ad._current_level >= 0:  # of a tangent that came after the form was chosen, with a gradient
             raise NotImplementedError("form='triton' has no forward-mode derivatives; form='chunked' has them")
-        return seen.apply(*inputs) if recorded(*inputs) else below(*inputs)
+        return function.apply(below, *inputs) if recorded(*inputs) else below(*inputs)
 
     LIBRARY.impl(name, call, "Autograd")
-    _EAGER[name] = lambda *inputs: eager.apply(*inputs) if recorded(*inputs) else here(*inputs)
+    _FUNCTIONS[name] = function
+
+
+def _tuple(x: Any) -> tuple[Any, ...]:
+    return x if isinstance(x, tuple) else (x,)
 
 
 # For `recur.explain`: launches are noted instead of made, as a launcher plans them for the device that is asked about.

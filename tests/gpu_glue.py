@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recur import LanguageModel, kernel, presets
 from recur.primitives.conv import causal_conv, causal_convs
-from recur.primitives.gates import biased, lower_bounded_decay, output_gate, sigmoid_decay, weigh
+from recur.primitives.gates import biased, lower_bounded_decay, output_gate, polar_gate, sigmoid_decay, weigh
 from recur.primitives.loss import linear_cross_entropy
 from recur.primitives.norms import normalise
 from recur.primitives.rotary import rotary_frequencies, rotate
@@ -74,6 +74,10 @@ def cases() -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
         gate = lambda z, b, form, act=act: biased(act, z, b, form=form)  # noqa: E731
         found[act] = (gate, [4 * randn(2, 333, 2000), randn(2000)])
     bounds = (0.02 + 0.97 * torch.rand(8, 128)) * (torch.rand(8, 128) < 0.7)  # d log a / dg <= 1/g, which float16 holds
+    found["polar"] = (
+        lambda c, form: torch.view_as_real(polar_gate(*c.unbind(-1), form=form)),
+        [randn(2, 333, 1024, 2)],
+    )
     found["bounded"] = (lambda z, g, form: lower_bounded_decay(z, g, form=form), [8 * randn(2, 333, 8, 128), bounds])
     found["weights of heads"] = (lambda u, w, form: weigh(u, w, form=form), [randn(2, 333, 32, 64), randn(2, 333, 32)])
     for layout in ("half", "interleaved"):
