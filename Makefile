@@ -5,7 +5,7 @@ PIP_ARGS :=
 TRITONS := 3.4.0 3.9.0# the oldest that the kernels take and the newest there is
 BIN := .venv/bin
 
-.PHONY: help demo test test-all test-tritons check docs clean
+.PHONY: help demo test test-slow test-all test-tritons check docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -18,8 +18,11 @@ demo: .venv/train.stamp  ## train a small Longhorn on Python's own documentation
 test: .venv/test.stamp  ## run the suite
 	@$(BIN)/pytest -n 2 --dist worksteal --hypothesis-profile ci
 
-test-all: .venv/test.stamp  ## run the suite with many more examples per law
-	@$(BIN)/pytest -n 2 --hypothesis-profile nightly
+test-slow: .venv/test.stamp  ## run what takes minutes: every program compiled, every preset compiled by layer
+	@$(BIN)/pytest -n 2 --dist worksteal --hypothesis-profile ci -m slow
+
+test-all: .venv/test.stamp  ## run the suite and what is slow, with many more examples per law
+	@$(BIN)/pytest -n 2 --dist worksteal --hypothesis-profile nightly -m "not gpu"
 
 check: .venv/test.stamp  ## formatter, linter and type checker
 	@$(BIN)/ruff format --quiet --check .

@@ -1,12 +1,12 @@
 """Operators of torch, and what their launchers ask of a device.
 
-`torch.library.custom_op` and `register_autograd` do the same and take 8 us longer a call, 36 more where a gradient is
+`torch.library.custom_op` and `register_autograd` do the same and take 8 us longer per call, 36 more where a gradient is
 recorded or an argument is overwritten, most of it to look for defaults that these schemas do not have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -46,6 +46,32 @@ def as_it_is(x: Any) -> Any:
 
 
 _GIVEN: dict[str, Callable[[Any], Any]] = {}  # by the name of an operator, what is done to its inputs
+_EAGER: dict[str, Callable[..., Any]] = {}  # by the name of an operator, what a plain call of it runs
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
+
+
+def plain(inputs: Sequence[Any]) -> bool:
+    """Whether nobody but autograd wants to see a call with these: no graph is being made, there is no mode, transform
+    or subclass of tensors, and no tensor is without data or a lazy negative. Then the dispatcher, 10 us per call and
+    twice that with a derivative, has nothing to do."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()  # which shows operators by their names
+    ):
+        return False
+    for x in inputs:
+        kind = type(x)
+        if kind is list:
+            if not plain(x):
+                return False
+        elif kind not in _PLAIN or (isinstance(x, Tensor) and (x.is_meta or x.is_neg())):
+            return False
+    return True
 
 
 def operator(
@@ -61,13 +87,21 @@ def operator(
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         def here(first: Tensor, *rest: Any) -> Any:
+            if not first.is_cuda:
+                return run(given(first), *map(given, rest))
             with torch.cuda.device_of(first):
                 return run(given(first), *map(given, rest))
 
         LIBRARY.define(name + (schema or torch.library.infer_schema(run, mutates_args=mutates)))
         LIBRARY.impl(name, here, "CompositeExplicitAutograd")
         RUNS[f"recur::{name}"] = lambda *inputs: run(*map(contiguous if given is readable else given, inputs))
-        return getattr(torch.ops.recur, name).default
+        node = getattr(torch.ops.recur, name).default
+        _EAGER[name] = here
+
+        def call(*inputs: Any) -> Any:
+            return _EAGER[name](*inputs) if plain(inputs) else node(*inputs)
+
+        return call
 
     return register
 
@@ -88,7 +122,11 @@ def refuse(ctx: Any, *grads: Tensor) -> None:
 
 def recorded(*inputs: Any) -> bool:
     """Whether a gradient will be asked of what is made of these."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if torch.is_grad_enabled():
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def differentiable(
@@ -97,28 +135,32 @@ def differentiable(
     remember: Callable[[Any, tuple[Any, ...], Any], None] = lambda ctx, inputs, output: None,
 ) -> None:
     """Give the operator of that name its backward: `remember` fills the ctx that `gradients` reads."""
-    run = getattr(torch.ops.recur, name).default
+    node, here = getattr(torch.ops.recur, name).default, _EAGER[name]
 
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        if _GIVEN[name] is readable:
-            inputs = tuple(map(contiguous, inputs))  # what is saved, so that the backward copies nothing again
-        with torch._C._AutoDispatchBelowAutograd():
+    def made(run: Callable[..., Any]) -> Any:
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            if _GIVEN[name] is readable:
+                inputs = tuple(map(contiguous, inputs))  # what is saved, so that the backward copies nothing again
             output = run(*inputs)
-        remember(ctx, inputs, output)
-        return output
+            remember(ctx, inputs, output)
+            return output
 
-    ways = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
-    function: Any = type(name, (torch.autograd.Function,), ways)
+        ways = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+        return type(name, (torch.autograd.Function,), ways)
+
+    def below(*inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return node(*inputs)
+
+    seen, eager = made(below), made(here)
 
     def call(*inputs: Any) -> Any:
         if forward_ad._current_level >= 0:  # of a tangent that came after the form was chosen, with a gradient
             raise NotImplementedError("form='triton' has no forward-mode derivatives; form='chunked' has them")
-        if recorded(*inputs):
-            return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return run(*inputs)
+        return seen.apply(*inputs) if recorded(*inputs) else below(*inputs)
 
     LIBRARY.impl(name, call, "Autograd")
+    _EAGER[name] = lambda *inputs: eager.apply(*inputs) if recorded(*inputs) else here(*inputs)
 
 
 # For `recur.explain`: launches are noted instead of made, as a launcher plans them for the device that is asked about.

@@ -285,10 +285,10 @@ def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
 
     "linear":   U(-b, b), b = 1/sqrt(fan_in), as torch's Linear, biases too.
     "residual": the same divided by sqrt(depth), for what adds to the residual stream; biases are 0, as of all others.
-    "residual_twice": the same for what adds to it twice a layer.
+    "residual_twice": the same for what adds to it twice per layer.
     "linear_zero": "linear" with biases of 0.
     "normal":   N(0, 0.02^2).
-    "normal_residual": N(0, 0.02^2 / (2 depth)), for what adds to the residual stream twice a layer.
+    "normal_residual": N(0, 0.02^2 / (2 depth)), for what adds to the residual stream twice per layer.
     "xavier":   uniform Xavier with gain 2^-2.5.
     "glorot":   uniform Xavier.
     "lecun":    N(0, 1/fan_in) cut off at two deviations, as Flax's Dense.

@@ -1,4 +1,4 @@
-"""The commands: what they print, and one clear line for each input that is no use."""
+"""The commands: what they print, and one clear line for each input that is invalid."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_show_prints_the_recipe_and_with_a_width_its_numbers(capsys: pytest.Capt
     assert capsys.readouterr().out.strip() == str(recur.Mixer(recur.presets.longhorn(), 32)).strip()
 
 
-def test_check_tells_kept_and_broken_laws(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_lists_kept_and_broken_laws(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     import recur.testing
 
     checked = []
@@ -149,13 +149,15 @@ BENCH = ["bench", "--device", "cpu", "--form", "chunked"]
 
 
 def test_bench_measures_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    tiny = ["--families", "none", "decode scalar", "--shapes", "1,8,1,2,2", "2,1,2,2", "--out", str(tmp_path)]
+    families = ["none", "decode scalar", "gated_delta grouped", "gated_delta packed"]
+    shapes = ["1,64,1,2,2", "2,1,2,2", "1,8,1,2,2,2"]
+    tiny = ["--families", *families, "--shapes", *shapes, "--out", str(tmp_path)]
     assert main([*BENCH, *tiny]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [json.loads(line)["family"] for line in printed] == ["none", "decode scalar"]
+    assert [json.loads(line)["family"] for line in printed] == families
     assert all(json.loads(line)["y_error"] < 4e-3 for line in printed)  # one rounding to bfloat16
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "gpu.png"}
-    assert "| none | 1×8×1×2×2 | recur |" in (tmp_path / "gpu.md").read_text()
+    assert "| none | 1×64×1×2×2 | recur |" in (tmp_path / "gpu.md").read_text()
     assert (
         "| decode scalar | 2×1×2×2 | mamba_ssm selective_state_update | not run here |"
         in (tmp_path / "gpu.md").read_text()
@@ -203,7 +205,7 @@ def test_an_unknown_preset_brings_near_names(capsys: pytest.CaptureFixture[str],
     assert "'xyz'; known presets: " in refused(capsys, command, "xyz")
 
 
-def test_an_out_that_is_no_folder_is_told_before_training(
+def test_an_out_that_is_no_folder_is_refused_before_training(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text_file: str
 ) -> None:
     (tmp_path / "file").write_text("taken")
@@ -287,7 +289,7 @@ def test_resuming_with_a_file_of_settings(
     (out / "config.json").write_text("{")
     assert main([*map(str, resume)]) == 0
     said = capsys.readouterr().err
-    assert "recur: passing over the configuration of the run: " in said
+    assert "recur: ignoring the configuration of the run: " in said
     assert "resuming after" not in said
 
 

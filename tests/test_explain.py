@@ -22,6 +22,7 @@ import pytest
 import torch
 from interpreted import Laws, run_laws
 from launches import FREE
+from tiers import quick
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,25 +36,7 @@ from recur.primitives.operators import RUNS
 LAWS = law = Laws()
 randn = torch.randn
 B, T, D = 2, 70, 32
-# one for each kind of scan and of part: all presets would take five minutes
-NAMES = [
-    "dense_retnet",
-    "gated_delta_net",
-    "gated_rnn",
-    "gla",
-    "gss",
-    "hgrn2",
-    "kda",
-    "llama",
-    "longhorn",
-    "mamba",
-    "mamba2",
-    "mamba3",
-    "mlstm",
-    "retnet",
-    "rwkv7",
-    "s4d",
-]
+SUITE = ("dense_retnet", "gated_delta_net", "hgrn2", "llama", "log_linear_attention", "mamba", "mamba3", "s4d")
 
 
 def layer(name: str) -> tuple[Mixer, Tensor]:
@@ -88,7 +71,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, "readable", lambda tensor: False)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(presets.names(), SUITE))
 def test_operators_are_those_that_a_counter_finds(unread: None, name: str) -> None:
     mixer, x = layer(name)
     found = explain(mixer, batch=B, length=T)
@@ -111,7 +94,7 @@ def test_operators_are_those_that_a_counter_finds(unread: None, name: str) -> No
     assert found.memory["gradients"] == sum(w.grad.nbytes for w in mixer.parameters() if w.grad is not None)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", quick(presets.names(), SUITE))
 def test_activations_are_those_that_hooks_see(unread: None, name: str) -> None:
     mixer, x = layer(name)
     found = explain(mixer, batch=B, length=T)
@@ -298,6 +281,7 @@ def launches_of_a_scan_are_those_that_are_made() -> None:
     agrees(recur.scan, q.clone(), None, v.clone(), -torch.rand(1, 70, 2, 8))
     agrees(recur.scan, q.clone(), q.clone(), v.clone(), -torch.rand(1, 70, 2), bonus=randn(2))
     agrees(recur.scan, q.clone(), q.clone(), v.clone(), -torch.rand(1, 70, 2, 8), beta=torch.rand(1, 70, 2))
+    agrees(recur.scan, q.clone(), q.clone(), v.clone(), erase=q.clone(), remove=q.clone(), write=torch.rand(1, 70, 2))
     agrees(recur.scan, q.clone(), q.clone(), v.clone(), cu_seqlens=torch.tensor([0, 30, 70]))
 
 

@@ -14,15 +14,17 @@ from launches import layer
 from recur import LanguageModel, Recipe, explain, presets
 
 TOKENS = 8 * 2048
-MODELS: dict[str, tuple[Recipe, str | None, int, int, int]] = {  # at most: forward, backward, bytes a token
+MODELS: dict[str, tuple[Recipe, str | None, int, int, int]] = {  # at most: forward, backward, bytes per token
     "gla": (presets.gla(heads=4), "swiglu", 17, 32, 42_000),
     "hgrn2": (presets.hgrn2(heads=8), "swiglu", 15, 22, 50_000),
     "gated_delta_net": (presets.gated_delta_net(heads=8), "swiglu", 19, 27, 62_000),
     "retnet": (presets.retnet(heads=8), "swiglu", 14, 20, 54_000),
+    "dense_retnet": (presets.dense_retnet(), None, 28, 37, 57_000),
+    "gateloop": (presets.gateloop(), "swiglu", 19, 36, 62_000),
     "mamba2": (presets.mamba2(), None, 12, 19, 31_000),
     "mamba": (presets.mamba(), None, 12, 20, 42_000),
     "longhorn": (presets.longhorn(), None, 10, 18, 42_000),
-    "llama": (presets.llama(heads=16), "swiglu", 39, 22, 38_000),
+    "llama": (presets.llama(heads=16), "swiglu", 30, 22, 36_000),
 }
 
 

@@ -19,7 +19,7 @@ from recur.weights import declared, parameter_count
 
 
 class MixerOut(NamedTuple):
-    """What a layer returns: `y` [B T D] and the `state` to go on from.
+    """What a layer returns: `y` [B T D] and the `state` to continue from.
 
     >>> y, state = recur.Mixer("min_gru", dim=8)(torch.randn(1, 3, 8))
     >>> y.shape
@@ -144,9 +144,10 @@ class Mixer(nn.Module):
         positions: [B] those before and after these tokens, where a model has found them for all its layers.
         residual: in a step, [B 1 D], what "y" is added to.
         """
-        bind("Mixer", x=(x, "B T D"))
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != self.dim:
+            B, T = (bind("Mixer", x=(x, "B T D"))[letter] for letter in "BT")
+            expect("Mixer", "x", x, "B T D", (B, T, self.dim))
         B, T, _ = x.shape
-        expect("Mixer", "x", x, "B T D", (B, T, self.dim))
         check_packing("Mixer", cu_seqlens, B, T)
         inputs = inputs or {}
         self._check_inputs(inputs, B, T)
@@ -240,13 +241,13 @@ class Mixer(nn.Module):
         """What a state of this layer must look like.   Raises: RecipeError if the recipe is not causal."""
         if self._layout is None:
             if not self.recipe.causal:
-                raise RecipeError("Mixer: this recipe is not causal, so it cannot go on from a state")
+                raise RecipeError("Mixer: this recipe is not causal, so it cannot continue from a state")
             site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer)
             self._layout = {"position": POSITION, "parts": layout(self.recipe.body, site)}
         return self._layout
 
     def __repr__(self) -> str:
-        """Every stage with its sizes, parameters and bytes of state a sequence (a growing attention cache counts 0)."""
+        """Every stage: sizes, parameters and bytes of state per sequence (a growing attention cache counts 0)."""
         site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer)
         weights = self._weights()
         rows = [("", "writes", "parameters", "state bytes")]

@@ -102,7 +102,7 @@ def choose_form(
     name is taken or refused.
 
     Args: available: the forms of this function; refusal: why "triton" cannot run this call on a device, None if it can.
-    Raises: ValueError for a name that is no form, NotImplementedError for one this function, or this call, lacks.
+    Raises: ValueError for a name that is not a form, NotImplementedError for one this function, or this call, lacks.
     Warns: SlowPath, once per reason, if "auto" is "chunked" on a GPU.
     """
     names = ("auto", "recurrent", "chunked", "parallel", "triton")
@@ -166,7 +166,7 @@ def check_packing(
 ) -> None:
     """cu_seqlens [n+1] int holds the document borders 0 = c_0 <= ... <= c_n = T of one packed row.
 
-    A state that comes with it is [n ...], one a document.
+    A state that comes with it is [n ...], one per document.
 
     Shapes and types are always checked; values only on a CPU outside compilation, where reading them is free.
     """

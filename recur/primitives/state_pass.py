@@ -3,48 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from recur.primitives.diagonal import like_batch
 from recur.primitives.layout import as_complex, as_real
-from recur.primitives.operators import batched_at, operator, remember
+from recur.primitives.operators import batched_at, operator, remember, schema_of
 from recur.shapes import all_finite, readable
 
-# The states S_j that enter the chunks, the errors e_j and the solved values u_j:
-#
-#     e_j = write_j − order reader_j S_j
-#     u_j = solve_j e_j + more_j
-#     S_{j+1} = decay_j S_j + order writer_jᵀ u_j + added_j
-#
-# decay [n ... K | 1 1], reader and writer [n ... C K], solve [n ... C C], write and more [n ... C V], added
-# [n ... K V], start [... K V] is S_0, sealed [n] bool the chunks of which S_{j+1} is added_j alone. With order −1 the
-# pass goes from the last chunk to the first. That, with reader and writer exchanged and solve transposed, is the
-# backward pass. Rows of e_j that are not finite make NaN of later rows of u_j, never of earlier ones.
+
+class _Inputs(NamedTuple):
+    """The states S_j that enter the chunks, the errors e_j and the solved values u_j:
+
+        e_j = write_j − order reader_j S_j
+        u_j = solve_j e_j + more_j
+        S_{j+1} = decay_j S_j + order writer_jᵀ u_j + added_j
+
+    With order −1 the pass goes from the last chunk to the first. That, with reader and writer exchanged and solve
+    transposed, is the backward pass. Rows of e_j that are not finite make NaN of later rows of u_j, never of earlier
+    ones.
+    """
+
+    decay: Tensor  # [n ... K | 1 1]
+    reader: Tensor  # [n ... C K]
+    writer: Tensor  # [n ... C K]
+    solve: Tensor  # [n ... C C]
+    write: Tensor  # [n ... C V]
+    more: Tensor | None  # [n ... C V]
+    added: Tensor | None  # [n ... K V]
+    start: Tensor  # [... K V], S_0
+    sealed: Tensor | None  # [n] bool, the chunks of which S_{j+1} is added_j alone
+    order: int
 
 
-def _run_pass(
-    decay: Tensor,
-    reader: Tensor,
-    writer: Tensor,
-    solve: Tensor,
-    write: Tensor,
-    more: Tensor | None,
-    added: Tensor | None,
-    start: Tensor,
-    sealed: Tensor | None,
-    order: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = (decay, reader, writer, solve, write, more, added, start, sealed, order)
-    if order < 0:  # solve is upper triangular: gradients may mix the tokens of a chunk
-        return _chunk_by_chunk(torch.bmm, *given)
-    if readable(write):
-        found = _chunk_by_chunk(torch.bmm, *given)
+def _run_pass(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = _Inputs(*inputs)
+    if given.order < 0:  # solve is upper triangular: gradients may mix the tokens of a chunk
+        return _chunk_by_chunk(torch.bmm, given)
+    if readable(given.write):
+        found = _chunk_by_chunk(torch.bmm, given)
         if all_finite(found[2]):
             return found
-    return _chunk_by_chunk(_lower_bmm, *given)
+    return _chunk_by_chunk(_lower_bmm, given)
 
 
 def _lower_bmm(t: Tensor, e: Tensor, *, out: Tensor) -> Tensor:
@@ -52,30 +54,19 @@ def _lower_bmm(t: Tensor, e: Tensor, *, out: Tensor) -> Tensor:
     return torch.baddbmm((e * 0).cumsum(-2), t, e.nan_to_num(0, 0, 0), out=out)
 
 
-def _chunk_by_chunk(
-    product: Callable[..., Tensor],
-    decay: Tensor,
-    reader: Tensor,
-    writer: Tensor,
-    solve: Tensor,
-    write: Tensor,
-    more: Tensor | None,
-    added: Tensor | None,
-    start: Tensor,
-    sealed: Tensor | None,
-    order: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _chunk_by_chunk(product: Callable[..., Tensor], given: _Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The pass, with `product` for solve_j e_j."""
-    entering, error, u, final = _fake_pass(decay, reader, writer, solve, write, more, added, start, sealed, order)
+    *tensors, start, sealed, order = given
+    (entering, error, u, final), n = _fake_pass(*given), len(given.write)
     final.copy_(start)
 
     def columns(x: Tensor | None) -> Sequence[Tensor | None]:
-        return [None] * len(write) if x is None else x.flatten(1, -3).unbind(0)[::order]
+        return [None] * n if x is None else x.flatten(1, -3).unbind(0)[::order]
 
     state = final.flatten(0, -3)
-    names = (entering, error, u, decay, reader, writer, solve, write, more, added)
-    ends = [None] * len(write) if sealed is None else sealed.unbind(0)[::order]
-    for old, e, new, keep, a, b, t, w, extra, push, end in zip(*map(columns, names), ends, strict=True):
+    each = (entering, error, u, *tensors)
+    ends = [None] * n if sealed is None else sealed.unbind(0)[::order]
+    for old, e, new, keep, a, b, t, w, extra, push, end in zip(*map(columns, each), ends, strict=True):
         old.copy_(state)
         before = old if end is None or order > 0 else old.masked_fill(end, 0)
         torch.baddbmm(w, a, before, alpha=-order, out=e)
@@ -90,20 +81,10 @@ def _chunk_by_chunk(
     return entering, error, u, final
 
 
-def _fake_pass(
-    decay: Tensor,
-    reader: Tensor,
-    writer: Tensor,
-    solve: Tensor,
-    write: Tensor,
-    more: Tensor | None,
-    added: Tensor | None,
-    start: Tensor,
-    sealed: Tensor | None,
-    order: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    entering = start.new_empty(write.shape[0], *start.shape)
-    error, u, final = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (write, write, start))
+def _fake_pass(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = _Inputs(*inputs)
+    entering = x.start.new_empty(x.write.shape[0], *x.start.shape)
+    error, u, final = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x.write, x.write, x.start))
     return entering, error, u, final
 
 
@@ -188,6 +169,7 @@ chunked_state_pass = operator(
     backward=_gradients_pass,
     jvp=_tangent_pass,
     vmap=batched_at(*[1] * 7, 0, None, None, out=(1, 1, 1, 0)),
+    schema=schema_of(_Inputs, outputs=4),
 )
 
 

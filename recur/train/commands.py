@@ -51,15 +51,20 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
 
     pair = "recur compare longhorn mamba llama --task mqar --seeds 3 --parameters 200000"
     compare = command(
-        "compare", _compare, "Train recipes alike and compare them.", f"{pair}; {pair} --widths 32,64,128"
+        "compare",
+        _compare,
+        "Train recipes under the same conditions and compare them.",
+        f"{pair}; {pair} --widths 32,64,128",
     )
     compare.add_argument("recipes", metavar="RECIPE", nargs="+", help=known(Settings)["recipe"].metadata["about"])
-    compare.add_argument("--task", choices=TASKS, default="lm", help="what they are trained on (lm)")
+    compare.add_argument("--task", choices=TASKS, default="lm", help="task to train on (lm)")
     compare.add_argument("--seeds", type=config.count, default=1, help="runs of each, seeds 0, 1, ... (1)")
-    compare.add_argument("--parameters", type=config.count, help="of each: the width is solved for")
-    compare.add_argument("--widths", type=config.several(config.count), help="instead of a size: a run of each at each")
+    compare.add_argument("--parameters", type=config.count, help="parameters of each; widths are chosen to match")
     compare.add_argument(
-        "--out", metavar="FOLDER", type=config.file_or_folder, help="where tables and pictures go (runs/compare-TASK)"
+        "--widths", type=config.several(config.count), help="instead of --parameters: train each recipe at each width"
+    )
+    compare.add_argument(
+        "--out", metavar="FOLDER", type=config.file_or_folder, help="folder for tables and plots (runs/compare-TASK)"
     )
     _config_flags(compare)
     made = {name: option for task in TASKS.values() for name, option in known(task).items()}
@@ -69,7 +74,11 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     data.add_argument("source", metavar="SOURCE", type=config.path, help="a text file or hub:NAME")
     data.add_argument("--tokenizer", default="gpt2", help="char, byte, or a Hugging Face tokenizer (gpt2)")
     data.add_argument(
-        "--out", metavar="FOLDER", type=config.file_or_folder, required=True, help="for train.bin, valid.bin, meta.json"
+        "--out",
+        metavar="FOLDER",
+        type=config.file_or_folder,
+        required=True,
+        help="folder for train.bin, valid.bin, meta.json",
     )
 
     about = "Continue a prompt with a trained model."
@@ -78,9 +87,13 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     writer.add_argument("folder", metavar="FOLDER", type=config.file_or_folder, help="the --out of recur train")
     writer.add_argument("--prompt", metavar="TEXT", required=True)
     writer.add_argument("--max-new-tokens", type=config.count, default=300, help="tokens to write (300)")
-    writer.add_argument("--temperature", type=config.at_least_0, default=0.7, help="0 takes the likeliest token (0.7)")
-    writer.add_argument("--top-k", type=config.count, help="draw among the k likeliest tokens only")
-    writer.add_argument("--top-p", type=config.share, help="draw among the likeliest tokens that hold this probability")
+    writer.add_argument(
+        "--temperature", type=config.at_least_0, default=0.7, help="0 takes the most likely token (0.7)"
+    )
+    writer.add_argument("--top-k", type=config.count, help="sample among the k most likely tokens only")
+    writer.add_argument(
+        "--top-p", type=config.share, help="sample among the most likely tokens with this total probability"
+    )
     writer.add_argument("--stop", metavar="TEXT", nargs="+", help="end with the token that completes one of these")
     writer.add_argument(
         "--quantize", metavar="KIND", choices=("int8", "fp8"), help="weights of projections in 8 bits: int8 or fp8"
@@ -89,9 +102,9 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
         "--checkpoint", metavar="WHICH", type=_which, default="newest", help="best, newest or a step (newest)"
     )
     writer.add_argument(
-        "--import", metavar="FILE", dest="imports", type=config.path, help="where the run's is not there"
+        "--import", metavar="FILE", dest="imports", type=config.path, help="if the file recorded by the run has moved"
     )
-    writer.add_argument("--seed", type=config.seed, default=0, help="the same seed writes the same text (0)")
+    writer.add_argument("--seed", type=config.seed, default=0, help="seed of the sampling (0)")
 
 
 def _settings() -> dict[str, Any]:
@@ -101,18 +114,19 @@ def _settings() -> dict[str, Any]:
 def _run_flags(parser: argparse.ArgumentParser, task: str) -> None:
     parser.set_defaults(task=task)
     parser.add_argument("recipe", metavar="RECIPE", help=known(Settings)["recipe"].metadata["about"])
-    parser.add_argument(
-        "--out", metavar="FOLDER", type=config.file_or_folder, help="where the run is kept (runs/RECIPE)"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its own choices")
+    parser.add_argument("--out", metavar="FOLDER", type=config.file_or_folder, help="folder of the run (runs/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its recorded options")
     _config_flags(parser)
     config.add_flags(parser, {**known(TASKS[task]), **_settings()}, TASKS[task].defaults)
 
 
 def _config_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--setup", metavar="NAME", help="a set of choices from a paper, below those given here")
+    parser.add_argument("--setup", metavar="NAME", help="a set of options from a paper; flags override it")
     parser.add_argument(
-        "--config", metavar="FILE", type=config.file_or_folder, help="choices in YAML or JSON, below those given here"
+        "--config",
+        metavar="FILE",
+        type=config.file_or_folder,
+        help="options in a YAML or JSON file; flags override them",
     )
 
 

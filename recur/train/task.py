@@ -101,7 +101,7 @@ def commonest(labels: Sequence[int] | np.ndarray) -> float:
 
 
 def cross_entropy_and_hits(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy of logits [... N] in float32, and how many likeliest answers are right; -100 asks nothing."""
+    """Cross-entropy of logits [... N] in float32, and how many most likely answers are right; -100 is not counted."""
     flat, wanted = logits.float().flatten(0, -2), labels.flatten()
     loss = F.cross_entropy(flat, wanted, ignore_index=-100, reduction="sum")
     with torch.no_grad():

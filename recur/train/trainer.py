@@ -377,7 +377,7 @@ def _validated(run: Training) -> dict[str, float]:
 def _last_good(run: Training) -> str:
     if run.saved is None:
         return "there is no checkpoint yet: start again"
-    return f"the last good checkpoint is {run.saved}: go on from it with --resume"
+    return f"the last good checkpoint is {run.saved}: continue from it with --resume"
 
 
 def _summed(run: Training, tensor: Tensor) -> Tensor:
@@ -433,7 +433,7 @@ def _resumed(
         try:
             chosen = {name: (value, f" in {place}") for name, value in read_file(place, options, task.name).items()}
         except InputError as error:
-            say(f"passing over the configuration of the run: {error}")
+            say(f"ignoring the configuration of the run: {error}")
     chosen |= {name: (value, "") for name, value in given.items()}
     changed, said = dict[str, Any](), list[str]()
     for name, (value, source) in chosen.items():
