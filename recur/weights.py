@@ -150,18 +150,6 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def plain(module: nn.Module) -> bool:
-    """Whether the declared weights of a module are parameters of its own and ordinary tensors: none is computed from
-    others, quantised or spread over devices."""
-    if not isinstance(module, Weights):
-        return False
-    for name in module.declared:
-        weight = module._parameters.get(name)
-        if weight is None or (type(weight) is not nn.Parameter and hasattr(weight, "__tensor_flatten__")):
-            return False
-    return True
-
-
 # What torch's wrappers call the module inside: torch.compile, DDP, FSDP, activation checkpointing.
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 

@@ -9,12 +9,15 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import recur
 from recur import train
+from recur.blocks.quantise import quantised
 from recur.cli import main
 
 TINY = ["--dim", "16", "--depth", "1", "--steps", "4", "--batch", "2", "--length", "16", "--every", "2"]
@@ -105,6 +108,33 @@ def test_check_lists_kept_and_broken_laws(capsys: pytest.CaptureFixture[str], mo
     monkeypatch.setattr(recur.testing, "check", broken)
     assert main(["check", "longhorn"]) == 1
     assert capsys.readouterr().err == "longhorn breaks a law:\nsplit at 3 differs by 0.5\n"
+
+
+def test_generate_with_weights_in_eight_bits_says_what_they_cost(
+    capsys: pytest.CaptureFixture[str], run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stand-in for torchao, which rounds the weights of the modules it is to change."""
+    ask = ["generate", str(run_folder), "--prompt", "the ", "--max-new-tokens", "9", "--quantize", "int8"]
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert "--quantize needs torchao: pip install" in refused(capsys, *ask)
+    changed = []
+
+    def quantize_(model: torch.nn.Module, configuration: str, filter_fn: Any) -> None:
+        for path, module in model.named_modules():
+            if filter_fn(module, path):
+                changed.append(path)
+                module.weight.copy_((module.weight * 8).round() / 8)
+
+    standin = SimpleNamespace(quantize_=quantize_, Int8WeightOnlyConfig=lambda: "int8")
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=standin))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", standin)
+    assert main(ask) == 0
+    before, after = map(float, re.findall(r"\d+\.\d{4}", capsys.readouterr().err))
+    assert before != after
+    assert any("project" in path for path in changed)
+    with pytest.raises(ValueError, match="quantised: kind must be one of int8, fp8, got 'int3'"):
+        quantised(recur.LanguageModel("gla:heads=1", vocab_size=3, dim=8, depth=1), "int3")
 
 
 @pytest.mark.parametrize("command", ["list", "show", "check", "train", "task", "compare", "data", "generate", "bench"])
