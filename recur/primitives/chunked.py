@@ -85,12 +85,7 @@ _chunked = one_node("recur::chunked_scan", _run, _fake, schema=schema_of(_Inputs
 
 
 def chunked_scan(
-    form: str,
-    bonus: Tensor | None,
-    previous: bool,
-    initial: Tensor,
-    cu_seqlens: Tensor | None,
-    **tokens: Tensor,
+    form: str, bonus: Tensor | None, previous: bool, initial: Tensor, cu_seqlens: Tensor | None, **tokens: Tensor
 ) -> ScanOut:
     """All tokens in chunks: `wide_step` with an axis T, one node where a graph is made.
 

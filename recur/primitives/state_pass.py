@@ -95,11 +95,7 @@ def _save_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _gradients_pass(
-    ctx: Any,
-    grad_entering: Tensor | None,
-    grad_error: Tensor | None,
-    grad_u: Tensor | None,
-    grad_final: Tensor | None,
+    ctx: Any, grad_entering: Tensor | None, grad_error: Tensor | None, grad_u: Tensor | None, grad_final: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     decay, reader, writer, solve, entering, error, u, sealed = ctx.saved_tensors
     order = ctx.order
