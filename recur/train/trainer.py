@@ -50,7 +50,7 @@ class Training:
     curve: list[dict[str, Any]]
     data: dict[str, dict[str, str]]
     held: Held | None
-    saved: Path | None = None  # the checkpoint that the run would go on from
+    saved: Path | None = None  # the checkpoint from which the run would continue
     spare: Collection[Path] = ()  # damaged checkpoints that were passed over
     stopped: bool = False
     signal: int | None = None  # set it, and the run is saved and stops after the step under way
