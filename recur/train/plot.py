@@ -132,7 +132,7 @@ def looks(names: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _level(ax: Axes, name: str, level: float) -> None:
-    """A dashed line, and what it stands for."""
+    """A dashed line and its label."""
     ax.axhline(level, color=GREY, linestyle="--", linewidth=1)
     place: dict[str, Any] = {
         "xytext": (-4, 3),
