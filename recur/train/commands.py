@@ -179,7 +179,7 @@ def _task(arguments: argparse.Namespace) -> int:
     settings, task = run.settings, run.task
     machine = use_threads(settings) + use_compiler(settings)
     show: Callable[..., None] = print if run.is_main else lambda *words: None
-    again = f"go on with: {_resuming(arguments, out)}"
+    again = f"continue with: {_resuming(arguments, out)}"
     for recipe in task.recipes(settings):
         show(recipe)
     show(f"\ndepth {settings.depth}, width {settings.dim}: {parameter_count(run.plain_model):,} parameters{machine}\n")
