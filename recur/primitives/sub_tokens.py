@@ -108,8 +108,9 @@ def sub_tokens(
     if remove is not None and erase is not None and k is not None:
         if remove.shape[-2] != k.shape[-2]:
             remove, k = to_heads(remove, heads), to_heads(k, heads)
-        pairs = ((remove.to(k.dtype), k), (erase, torch.zeros_like(erase)), (torch.zeros_like(v), v))
-        k, erase, v = (torch.stack(pair, 3).flatten(2, 3) for pair in pairs)
+        k = torch.stack((remove.to(k.dtype), k), 3).flatten(2, 3)
+        erase = F.pad(erase.unsqueeze(3), (0, 0, 0, 0, 0, 1)).flatten(2, 3)
+        v = F.pad(v.unsqueeze(3), (0, 0, 0, 0, 1, 0)).flatten(2, 3)
     places = Places(v.shape[2], q.shape[2], reverse)
     found = SubTokens(
         places.spread(q, places.writes - 1),
