@@ -171,13 +171,17 @@ def errors(case: Any, limits: dict[torch.dtype, float], slack: float) -> dict[st
     wide = {name: widen(t) for name, t in tensors.items()}
     got, again = (outputs(case, "triton", tensors) for _ in range(2))
     want = outputs(case, "recurrent", wide)
-    found = {name: off_by(got[name], exact) for name, exact in want.items()}
+    both = "q" in wide and "dlog_decay" in want
+    terms = {"dlog_decay": wide["q"] * want["dq"]} if both else {}  # q dq − k dk, summed over tokens
+    found = {name: off_by(got[name], exact, terms.get(name)) for name, exact in want.items()}
     if case.dtype in limits:
         most = {name: limits[case.dtype] * (slack if name == "dlog_decay" else 1) for name in want}
     else:  # steps have the kernel alone
         torchs = outputs(case, "chunked", tensors)
         others = {name: () if "step" in name else (torchs[name],) for name in want}
         most = {name: allowed(exact, others[name], tensors.values()) for name, exact in want.items()}
+        if terms:
+            most["dlog_decay"] = sum(most.get(name, 0.0) for name in ("dlog_decay", "dq", "dk"))
     again |= case.run("triton", **tensors)._asdict()  # which keeps nothing for a backward
     found |= {f"{name} again": math.inf for name in got if not torch.equal(got[name], again[name])}
     gates = tensors.get("log_decay", torch.zeros(()))

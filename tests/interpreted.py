@@ -76,10 +76,11 @@ def widen(x: Any) -> Any:
     return x.to(torch.complex128 if x.is_complex() else torch.float64) if isinstance(x, torch.Tensor) else x
 
 
-def off_by(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """The error relative to what is exact, which may be 0."""
+def off_by(got: torch.Tensor, exact: torch.Tensor, terms: torch.Tensor | None = None) -> float:
+    """The error relative to what is exact, or to terms of which that is the difference: they may cancel."""
     got, exact = got.detach(), exact.detach()
-    return float((got.to(exact.dtype) - exact).norm() / exact.norm().clamp_min(1e-3))
+    sizes = [x.detach().norm().clamp_min(1e-3) for x in (exact, terms) if x is not None]
+    return float((got.to(exact.dtype) - exact).norm() / max(sizes))
 
 
 def allowed(exact: torch.Tensor, others: Sequence[torch.Tensor], inputs: Iterable[torch.Tensor | None]) -> float:
