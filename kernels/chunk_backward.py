@@ -414,7 +414,7 @@ def backward_inputs(
     cu_ptr, B, T, tiles, documents, chunks, scale,
     SCAN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program owns rows [BLOCK_K] and columns [BLOCK_V] of the state around one chunk. Gradients of BLOCKS add up."""
+    """One program owns rows [BLOCK_K] and columns [BLOCK_V] of the state around one chunk; BLOCKS of columns add up."""
     H: tl.constexpr = SCAN.H
     K: tl.constexpr = SCAN.K
     V: tl.constexpr = SCAN.V
