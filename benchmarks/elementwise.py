@@ -25,7 +25,7 @@ from torch import Tensor
 
 from recur import fixed_scan, gated_scan, online_scan, selective_scan
 
-COPY = 4.296e12  # bytes a second that a copy moves, read plus written, on the machine of the peers' figures
+COPY = 4.296e12  # bytes per second that a copy moves, read plus written, on the machine of the peers' figures
 PLAN, PLAN_DIAGONAL = elementwise.plan, diagonal.plan_diagonal
 SCANS: dict[str, Callable[..., Any]] = {"selective": selective_scan, "online": online_scan}
 KINDS = {"bf16": torch.bfloat16, "complex": torch.complex64}
@@ -36,7 +36,7 @@ WALKS = {
     False: [(2, 4, True), (4, 4, True), (2, 8, False)],
     True: [(4, 4, False), (4, 2, True), (4, 2, False)],
 }
-# Shapes B T D, loops (1) or chains (2); bytes a row, bytes a thread, UNROLL, registers, stages
+# Shapes B T D, loops (1) or chains (2); bytes per row, bytes per thread, UNROLL, registers, stages
 DIAGONALS = {(8, 2048, 2048): (1, 2), (1, 65536, 1024): (2,)}
 ROWS = [(128, 16, 8, None, 3), (128, 8, 8, 168, 1), (64, 16, 8, None, 1), (128, 16, 4, None, 2), (128, 16, 4, 128, 1)]
 

@@ -107,7 +107,7 @@ def graphed(step: Callable[[], None], tokens: int) -> list[float]:
 
 
 def table(points: list[Point], batches: list[int], contexts: list[int]) -> str:
-    """Markdown: tokens a second at the first batch by context, at the first context by batch, and bytes."""
+    """Markdown: tokens per second at the first batch by context, at the first context by batch, and bytes."""
     lines = []
     for title, column, values, unit in (
         (f"Tokens a second, batch {batches[0]}, by context", "context", contexts, "tokens_per_second"),

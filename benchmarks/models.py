@@ -2,14 +2,19 @@
 
     python benchmarks/models.py --check --out benchmarks/results
     python benchmarks/models.py --models gla mamba2 --compile layers
+    python benchmarks/models.py --models gla gated_delta_net_wide --dim 2048  # 1.3B
 
 Models have 24 layers of 1024 channels (48 without feed-forward), bfloat16 weights, a vocabulary of 32,000 and a batch
 of 8 x 2048 tokens, trained by fused AdamW. A step is timed on the host, the best of three runs of six steps; launches,
 GPU time and the longest kernels are those of one forward and backward under torch's profiler; the peak is what torch
-had allocated. flash-linear-attention's models are measured beside ours where it is installed. "layers" is a model whose
-layers share one compiled graph (compile_layers), "compiled" one that is compiled whole. --check first runs
-tests/gpu_glue.py, which compares the kernels around the scans with their formulas. Writes models.json and models.md to
---out after every model.
+had allocated; MFU is 6 N FLOPs per token against the card's dense peak in bfloat16. flash-linear-attention's models are
+measured beside ours where it is installed, with few candidates for its autotuner. "layers" is a model whose layers
+share one compiled graph (compile_layers), "compiled" one that is compiled whole, "autocast" one with float32 weights
+under autocast, "fla_autocast" the peer so.
+
+Every model has a process of its own, which has --model-seconds; what it has measured by then is kept. --check first
+runs tests/gpu_glue.py, which compares the kernels around the scans with their formulas. Writes models.json, models.md
+and models.png to --out after every measurement, beside what these files hold of other models and sizes.
 """
 
 from __future__ import annotations
@@ -20,40 +25,50 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
+from gpu import fewer_candidates
 from torch import Tensor, nn
 
 from recur import LanguageModel, presets
 
-OURS: dict[str, Callable[[], Any]] = {
-    "gla": lambda: presets.gla(heads=4),
-    "hgrn2": lambda: presets.hgrn2(heads=8),
-    "gated_delta_net": lambda: presets.gated_delta_net(heads=8),
-    "gated_delta_net_wide": lambda: presets.gated_delta_net(heads=4),  # heads of 256 x 512, as fla's
-    "retnet": lambda: presets.retnet(heads=4),
-    "mamba2": presets.mamba2,
-    "mamba": presets.mamba,
-    "longhorn": presets.longhorn,
-    "llama": lambda: presets.llama(heads=16),
+OURS: dict[str, Callable[[int], Any]] = {  # of D: the sizes of heads stay
+    "gla": lambda D: presets.gla(heads=4),
+    "hgrn2": lambda D: presets.hgrn2(heads=heads(D, 128)),
+    "retnet": lambda D: presets.retnet(heads=heads(D, 256)),
+    "dense_retnet": lambda D: presets.dense_retnet(),
+    "gated_delta_net": lambda D: presets.gated_delta_net(heads=heads(D, 128)),
+    "gated_delta_net_wide": lambda D: presets.gated_delta_net(heads=heads(D, 256)),  # of 256 x 512, as fla's
+    "mamba2": lambda D: presets.mamba2(),
+    "mamba": lambda D: presets.mamba(),
+    "longhorn": lambda D: presets.longhorn(),
+    "gateloop": lambda D: presets.gateloop(),
+    "llama": lambda D: presets.llama(heads=heads(D, 64)),
 }
-ALONE = ("mamba2", "mamba", "longhorn")  # twice the layers, no feed-forward
-PEERS = {"gla": "GLA", "hgrn2": "HGRN2", "gated_delta_net_wide": "GatedDeltaNet", "retnet": "RetNet"}
-PEER_OPTIONS = {
-    "gla": {"num_heads": 4},
-    "hgrn2": {"num_heads": 8, "expand_ratio": 128},
-    "gated_delta_net_wide": {"num_heads": 4, "head_dim": 256, "expand_v": 2},
-    "retnet": {"num_heads": 4},
+ALONE = {"mamba2": 2.0, "mamba": 2.0, "longhorn": 2.0, "dense_retnet": 1.75}  # times the layers, no feed-forward
+PEERS: dict[str, tuple[str, Callable[[int], dict[str, int]]]] = {
+    "gla": ("GLA", lambda D: {"num_heads": 4}),
+    "hgrn2": ("HGRN2", lambda D: {"num_heads": heads(D, 128), "expand_ratio": 128}),
+    "retnet": ("RetNet", lambda D: {"num_heads": heads(D, 256)}),
+    "gated_delta_net_wide": ("GatedDeltaNet", lambda D: {"num_heads": heads(D, 256), "head_dim": 256, "expand_v": 2}),
+    "llama": ("Transformer", lambda D: {"num_heads": heads(D, 64)}),
 }
+PEAK = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # TFLOP/s in bfloat16, dense
+WHATS = ("recur", "layers", "compiled", "autocast", "fla", "fla_autocast")
+
+
+def heads(D: int, size: int) -> int:
+    return max(1, D // size)
 
 
 def ours(name: str, o: argparse.Namespace) -> LanguageModel:
-    depth, ffn = (2 * o.layers, None) if name in ALONE else (o.layers, "swiglu")
-    return LanguageModel(OURS[name](), vocab_size=o.vocabulary, dim=o.dim, depth=depth, ffn=ffn, tie=False)
+    depth, ffn = (round(ALONE[name] * o.layers), None) if name in ALONE else (o.layers, "swiglu")
+    return LanguageModel(OURS[name](o.dim), vocab_size=o.vocabulary, dim=o.dim, depth=depth, ffn=ffn, tie=False)
 
 
 def fla(name: str, o: argparse.Namespace) -> nn.Module:
@@ -61,9 +76,10 @@ def fla(name: str, o: argparse.Namespace) -> nn.Module:
     import fla.ops.common.chunk_o as guard
 
     guard.TRITON_ABOVE_3_7_1 = True  # its refusal of Hopper's gated backward
-    kind = PEERS[name]
+    fewer_candidates(4)
+    kind, options = PEERS[name]
     sizes = {"hidden_size": o.dim, "num_hidden_layers": o.layers, "vocab_size": o.vocabulary}
-    config = getattr(fla.models, f"{kind}Config")(**sizes, **PEER_OPTIONS[name])
+    config = getattr(fla.models, f"{kind}Config")(**sizes, **options(o.dim))
     model: nn.Module = getattr(fla.models, f"{kind}ForCausalLM")(config)
     return model
 
@@ -97,10 +113,12 @@ def measure(model: nn.Module, loss_of: Callable[[Tensor], Tensor], o: argparse.N
         "first_steps_s": round(3 * first, 1),
         "step_ms": round(1e3 * seconds, 2),
         "tokens_per_s": round(ids.numel() / seconds),
-        "tflops": round(6 * parameters * ids.numel() / seconds / 1e12, 1),
+        "tflops": round(tflops := 6 * parameters * ids.numel() / seconds / 1e12, 1),
         "loss": round(float(loss), 3),
     }
     if gpu:
+        peak = next((peak for card, peak in PEAK.items() if card in torch.cuda.get_device_name()), None)
+        record["mfu"] = None if peak is None else round(100 * tflops / peak, 1)
         record["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
         record |= profiled(lambda: loss_of(ids).backward())
     return record
@@ -124,30 +142,40 @@ def profiled(run: Callable[[], None]) -> dict[str, Any]:
 
 def record_of(name: str, what: str, o: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if o.device == "cuda" else torch.float32
+    record = {"model": name, "what": what, "dim": o.dim, "layers": o.layers, "batch": o.batch, "length": o.length}
+    wide = what.endswith("autocast") or o.device != "cuda"
+    loss_of: Callable[[Tensor], Tensor]
     try:
         with torch.device(o.device):
-            model = (fla if what == "fla" else ours)(name, o)
-        model = model.to(dtype).train()
-        if what == "fla":
-            return {"model": name, "what": what, **measure(model, lambda ids: model(input_ids=ids, labels=ids).loss, o)}
+            model = (fla if what.startswith("fla") else ours)(name, o)
+        model = model.to(torch.float32 if wide else torch.bfloat16).train()
         torch.compiler.reset()  # each starts as a process of its own would
-        if what == "layers":
-            model.compile_layers()
-        loss_of = torch.compile(model.loss) if what == "compiled" else model.loss
-        return {"model": name, "what": what, **measure(model, loss_of, o)}
+        if what.startswith("fla"):
+            loss_of = lambda ids: model(input_ids=ids, labels=ids).loss  # noqa: E731
+        else:
+            if what == "layers":
+                model.compile_layers()
+            loss_of = torch.compile(model.loss) if what == "compiled" else model.loss
+        run = loss_of
+
+        def autocast(ids: Tensor) -> Tensor:
+            with torch.autocast(o.device, torch.bfloat16):
+                return run(ids)
+
+        return record | measure(model, autocast if what.endswith("autocast") else run, o)
     except Exception as failure:
-        return {"model": name, "what": what, "failed": f"{type(failure).__name__}: {str(failure)[:300]}"}
+        return record | {"failed": f"{type(failure).__name__}: {str(failure)[:300]}"}
     finally:
-        model = loss_of = None
+        model = loss_of = run = None  # type: ignore[assignment]
         gc.collect()
         if o.device == "cuda":
             torch.cuda.empty_cache()
 
 
 def table(found: dict[str, Any]) -> str:
-    columns = {"parameters_m": "parameters M", "tokens_per_s": "tokens/s", "step_ms": "step ms", "gpu_ms": "GPU ms"}
-    columns |= {"launches": "launches", "peak_mib": "peak MiB", "tflops": "TFLOP/s", "first_steps_s": "first 3 steps s"}
+    columns = {"dim": "D", "parameters_m": "parameters M", "tokens_per_s": "tokens/s", "mfu": "MFU %"}
+    columns |= {"step_ms": "step ms", "gpu_ms": "GPU ms", "launches": "launches", "peak_mib": "peak MiB"}
+    columns |= {"tflops": "TFLOP/s", "first_steps_s": "first 3 steps s"}
     lines = [f"{found['device']}, torch {found['torch']}; {found['sizes']}", ""]
     lines += [f"| model | what | {' | '.join(columns.values())} |", "|---|---" + "|--:" * len(columns) + "|"]
     for r in found["records"]:
@@ -158,43 +186,115 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(path: Path, records: list[dict[str, Any]]) -> None:
+    """Tokens per second, a row per model and width, a bar for each way to run it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [r for r in records if "tokens_per_s" in r]
+    rows = list(dict.fromkeys((r["model"], r["dim"]) for r in records))
+    whats = [what for what in WHATS if any(r["what"] == what for r in records)]
+    figure, axes = pyplot.subplots(figsize=(9, 0.6 * len(rows) + 1.2), layout="constrained")
+    for i, what in enumerate(whats):
+        mine = [(rows.index((r["model"], r["dim"])), r["tokens_per_s"]) for r in records if r["what"] == what]
+        at = [row + 0.8 * (i / len(whats) - 0.5) for row, _ in mine]
+        axes.barh(at, [speed for _, speed in mine], 0.8 / len(whats), label=what, align="edge")
+    axes.set_yticks(range(len(rows)), [f"{model}, D = {dim}" for model, dim in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second of a training step")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(whats), frameon=False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=OURS, default=list(OURS), metavar="NAME")
-    parser.add_argument("--what", nargs="+", choices=("recur", "layers", "compiled", "fla"), default=["recur", "fla"])
+    parser.add_argument("--what", nargs="+", choices=WHATS, default=["recur", "fla"])
     parser.add_argument("--compile", choices=("layers", "whole"), help="instead of --what: eager, then compiled so")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, number in (("batch", 8), ("length", 2048), ("dim", 1024), ("layers", 24), ("vocabulary", 32000)):
         parser.add_argument(f"--{name}", type=int, default=number)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so long")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no model after so long")
+    parser.add_argument("--model-seconds", type=float, default=240, help="end a model after so long")
     parser.add_argument("--check", action="store_true", help="run tests/gpu_glue.py first")
-    parser.add_argument("--out", type=Path, help="folder for models.json and models.md")
+    parser.add_argument("--out", type=Path, help="folder for models.json, models.md and models.png")
+    parser.add_argument("--here", action="store_true", help="measure in this process, and print records alone")
     o = parser.parse_args()
     if o.compile is not None:
         o.what = ["recur", "layers" if o.compile == "layers" else "compiled"]
     return o
 
 
+def there(name: str, what: str) -> bool:
+    return not what.startswith("fla") or (name in PEERS and find_spec("fla") is not None)
+
+
+def measured(model: str, o: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The records of a model, as a process of its own prints them."""
+    sizes = ("device", "batch", "length", "dim", "layers", "vocabulary")
+    given = [word for name in sizes for word in (f"--{name}", str(getattr(o, name)))]
+    command = [sys.executable, __file__, "--here", "--models", model, "--what", *o.what, *given]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    timer = Timer(o.model_seconds, process.kill)
+    timer.start()
+    seen = set()
+    for line in process.stdout or ():
+        if line.startswith("{"):
+            record = json.loads(line)
+            seen.add(record["what"])
+            yield record
+    timer.cancel()
+    if process.wait() != 0:
+        for what in (what for what in o.what if there(model, what) and what not in seen):
+            failed = f"the process ended with {process.returncode}; it has {o.model_seconds:.0f} s"
+            yield {"model": model, "what": what, "dim": o.dim, "layers": o.layers, "failed": failed}
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "models.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "models.md").write_text(table(found))
+    draw(out / "models.png", found["records"])
+
+
+def earlier(o: argparse.Namespace, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What --out holds that was measured on the same card with the same torch and vocabulary."""
+    path = None if o.out is None else o.out / "models.json"
+    if path is None or not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    same = all(before.get(key) == found[key] for key in ("device", "torch", "sizes"))
+    return [r for r in before["records"] if "dim" in r] if same else []
+
+
 def main() -> int:
     o, begin = options(), time.time()
+    if o.here:
+        for model in o.models:
+            for what in (what for what in o.what if there(model, what)):
+                print(json.dumps(record_of(model, what, o)), flush=True)
+        return 0
     failed = 0
     if o.check:
         script = Path(__file__).parents[1] / "tests" / "gpu_glue.py"
         failed = subprocess.run([sys.executable, script], cwd=script.parent, check=False).returncode
     name = torch.cuda.get_device_name() if o.device == "cuda" else "CPU"
-    sizes = f"{o.batch} x {o.length} tokens, D = {o.dim}, {o.layers} layers, vocabulary {o.vocabulary}"
-    found: dict[str, Any] = {"device": name, "torch": torch.__version__, "sizes": sizes, "records": []}
+    sizes = f"{o.batch} x {o.length} tokens, {o.layers} layers, vocabulary {o.vocabulary}"
+    found: dict[str, Any] = {"device": name, "torch": torch.__version__, "sizes": sizes}
+    records = {(r["model"], r["what"], r["dim"]): r for r in earlier(o, found)}
     for model in o.models:
-        for what in o.what:
-            if time.time() - begin > o.seconds or (what == "fla" and (model not in PEERS or find_spec("fla") is None)):
-                continue
-            found["records"].append(record_of(model, what, o))
-            print(json.dumps(found["records"][-1]), flush=True)
+        if time.time() - begin > o.seconds:
+            break
+        for record in measured(model, o):
+            print(json.dumps(record), flush=True)
+            records[model, record["what"], o.dim] = record
+            found["records"] = list(records.values())
             if o.out is not None:
-                o.out.mkdir(parents=True, exist_ok=True)
-                (o.out / "models.json").write_text(json.dumps(found, indent=1))
-                (o.out / "models.md").write_text(table(found))
-    print(table(found))
+                write(o.out, found)
+    print(table({"records": [], **found}))
     return failed
 
 

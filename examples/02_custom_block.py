@@ -50,7 +50,7 @@ recipe = (
 print(recipe, end="\n\n")
 print(Mixer(recipe, dim=64), end="\n\n")
 
-# Any cut of the text gives the same result, as with every recipe.
+# Wherever the sequence is cut, the result is the same, as with every recipe.
 torch.manual_seed(0)
 layer = Mixer(recipe, dim=64)
 x = torch.randn(2, 100, 64)

@@ -33,8 +33,8 @@ batch = model.generate(prompts, lengths=lengths, **options)
 first = model.generate(documents[0], **options)
 print("the first of the batch continues as it does alone:", batch[0, 5:25].tolist() == first[0, 5:].tolist())
 
-# Only attention remembers more as the text grows.
+# Only the state of attention grows with the sequence.
 for length in (10, 100, 400):
     _, state = model(torch.randint(100, (1, length)), return_state=True)
     size = [nbytes(layer) for layer in state["layers"]]
-    print(f"after {length:3} tokens: Longhorn {size[0]:,} bytes a layer, attention {size[2]:,}")
+    print(f"after {length:3} tokens: Longhorn {size[0]:,} bytes per layer, attention {size[2]:,}")

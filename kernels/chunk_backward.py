@@ -16,12 +16,14 @@ from recur.kernels.chunk_scan import (
     all_in_range,
     at_anchor,
     decayed_scores,
+    entering_state,
     first_phase,
     head_gates,
     load_eraser,
     load_log_decay,
     load_log_erase,
     load_rotated,
+    locate_pass,
     log_anchor,
     state_offsets,
     token_gates,
@@ -35,28 +37,10 @@ from recur.kernels.tiles import (
     causal,
     chunk_bounds,
     load_tile,
-    locate_segment,
     matrix_ptrs,
     off_diagonal,
     store_tile,
 )
-
-
-@triton.jit
-def _enter(
-    enter_ptr, b, h, segment, ends, rows, cols, SCAN: tl.constexpr, MAP: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """Parts of the gradient of the state that leaves a segment, zeros where there is no tensor; for the map of a
-    segment that of the scan, which leaves the last segment."""
-    dS = ()
-    for p in tl.static_range(PARTS):
-        cell, mask = state_offsets(rows, cols, SCAN.K - p * rows.shape[0], SCAN.V)
-        state = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
-        if enter_ptr is not None:
-            entry = enter_ptr + (b * SCAN.H + h if MAP else segment) * (SCAN.K * SCAN.V)
-            state = tl.load(entry + p * rows.shape[0] * SCAN.V + cell, mask=mask & ends if MAP else mask, other=0.0)
-        dS = dS + (state,)
-    return dS
 
 
 @triton.jit
@@ -69,16 +53,16 @@ def _dphase(dS, chunk_states_ptr, chunk_head, rows, cols, mask, K, V):
     return tl.where(rows < K // 2, -dphase, dphase)
 
 
-@triton.jit(do_not_specialize=["B", "T", "chunk_slots", "tiles", "segments", "span"])
+@triton.jit(do_not_specialize=["B", "T", "documents", "chunk_slots", "tiles", "span"])
 def backward_states(
-    x, prepared, dy_ptr, error_ptr, chunk_states_ptr,  # Given; Prepared; [B T H V] twice; what `forward` kept
+    x, prepared, entry, dy_ptr, error_ptr, chunk_states_ptr,  # Given; Prepared; Entry; [B T H V] twice; kept states
     dv_ptr, dbeta_ptr, chunk_dstates_ptr,  # [B T H V], [tiles B T H], gradients of the state after every chunk
-    enter_ptr, leave_ptr, dphase_state_ptr,  # [B H segments K V] twice; [tiles chunks H K] of complex gates
-    cu_ptr, B, T, chunk_slots, tiles, segments, span, scale,
+    leave_ptr, dphase_state_ptr,  # of initial states, or maps [borders H K V]; [tiles chunks H K] of complex gates
+    cu_ptr, B, T, documents, chunk_slots, tiles, span, scale,
     SCAN: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns columns [BLOCK_V] of the gradient of the state of one segment, against the direction of the
-    scan. Without dv it computes the map of a segment alone."""
+    scan. Without dv it computes L of the segment behind a border alone, as `forward` does."""
     H: tl.constexpr = SCAN.H
     K: tl.constexpr = SCAN.K
     V: tl.constexpr = SCAN.V
@@ -88,8 +72,12 @@ def backward_states(
     DELTA: tl.constexpr = x.beta is not None or SCAN.ERASE != "none"
     MAP: tl.constexpr = dv_ptr is None
     pid = tl.program_id(0).to(tl.int64)
-    tile, segment = pid % tiles, pid // tiles
-    b, h, index, first, begin, stop, chunk = locate_segment(segment, cu_ptr, H, T, segments, span, C)
+    tile, h, slot = pid % tiles, pid // tiles % H, pid // tiles // H
+    document, first, begin, end, chunk, own, passed, ahead, enters, leaves, warm, idle = locate_pass(
+        entry, slot, h, cu_ptr, T, documents, span, False, SCAN, not SCAN.REVERSE, MAP, False
+    )  # fmt: skip
+    if idle:
+        return
     offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
     group = h * SCAN.GROUPS_IN // H
@@ -99,17 +87,17 @@ def backward_states(
     gates = ()
     if SCAN.DECAY == "scalar":
         gates = head_gates(x, first, T, h, cu_ptr, SCAN)
-    begins, ends = index == (segments - 1 if SCAN.REVERSE else 0), index == (0 if SCAN.REVERSE else segments - 1)
-    dS = _enter(enter_ptr, b, h, segment, ends, offs_k, offs_v, SCAN, MAP, PARTS)
+    dS = entering_state(entry, document, enters, h, warm == passed, warm < 0, offs_k, offs_v, SCAN, PARTS)
+    warm = tl.maximum(warm, 0)
 
-    chunks = tl.cdiv(stop - begin, C)
-    if MAP:
-        chunks = tl.where(begins, 0, chunks)
-    for i in tl.range(0, chunks, num_stages=STAGES):
-        n = i if SCAN.REVERSE else chunks - 1 - i
+    for i in tl.range(0, own + warm, num_stages=STAGES):
+        n = i - warm if SCAN.REVERSE else own - 1 + warm - i
         start = begin + n * C
-        row, inside = first + start, offs < tl.minimum(stop - start, C).to(tl.int32)
+        row, inside = first + start, offs < tl.minimum(end - start, C).to(tl.int32)
         chunk_head, log_in = (chunk + n) * H + h, 0.0
+        stored = inside
+        if entry.warm is not None:
+            stored = inside & (n >= 0) & (n < own)
         du, A_qk = tl.zeros([C, BLOCK_V], tl.float32), tl.zeros([C, C], tl.float32)  # A_qk [s t]
         states, anchors = (), ()
         for p in tl.static_range(PARTS):
@@ -117,6 +105,8 @@ def backward_states(
             cell, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
             if not MAP:
                 ptrs = chunk_dstates_ptr + (chunk_head * K + p * BLOCK_K) * V + cell
+                if entry.warm is not None:
+                    in_state = in_state & (n >= 0) & (n < own)
                 tl.store(ptrs, dS[p].to(chunk_dstates_ptr.dtype.element_ty), mask=in_state)
             q_in = load_tile(queries, row, offs, inside, rows).to(DOT)
             k_out = load_tile(keys, row, offs, inside, rows).to(DOT)
@@ -149,12 +139,12 @@ def backward_states(
             du = tl.dot(A_inv, du.to(DOT), input_precision=PRECISION)
             if x.beta is not None:
                 beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-            if PARTS == 1:
+            if PARTS == 1:  # where it is k_out, by another pointer: one load for both would spill
                 k_in = load_tile(erasers, row, offs, inside, offs_k).to(DOT)
             if not MAP and x.beta is not None:
                 error = load_tile((error_ptr, H, h, V), row, offs, inside, offs_v)
                 at = tile * B * T * H + (row + offs) * H + h
-                tl.store(dbeta_ptr + at, tl.sum(du * error, 1), mask=inside)
+                tl.store(dbeta_ptr + at, tl.sum(du * error, 1), mask=stored)
             if x.beta is not None:
                 du = du * beta[:, None]
             if SCAN.DECAY == "scalar":
@@ -168,7 +158,7 @@ def backward_states(
                 states = states + (tl.dot(tl.trans(k_in), dprediction.to(DOT), dS[p], input_precision=PRECISION),)
             dS = states
         if not MAP:
-            store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
+            store_tile((dv_ptr, H, h, V), row, offs, stored, offs_v, du)
         states = ()
         for p in tl.static_range(PARTS):
             state, rows = dS[p], offs_k + p * BLOCK_K
@@ -176,18 +166,20 @@ def backward_states(
                 _, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
                 dphase = _dphase(state, chunk_states_ptr, chunk_head, rows, offs_v, in_state, K, V)
                 at = (tile * chunk_slots + chunk + n) * (H * K) + h * K + rows
-                tl.store(dphase_state_ptr + at, dphase, mask=rows < K)
+                in_rows = rows < K
+                if entry.warm is not None:
+                    in_rows = in_rows & (n >= 0) & (n < own)
+                tl.store(dphase_state_ptr + at, dphase, mask=in_rows)
             states = states + (state * anchors[p][:, None] if SCAN.DECAY == "key" else state,)
         dS = states
 
     if leave_ptr is not None:
-        at = (
-            segment if MAP else b * H + h
-        )  # the gradient of the initial state, from the segment in which the scan begins
+        at = ((leaves if MAP else document) * H + h) * K
         for p in tl.static_range(PARTS):
             cell, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
-            mask = in_state if MAP else in_state & begins
-            tl.store(leave_ptr + (at * K + p * BLOCK_K) * V + cell, dS[p], mask=mask)
+            if not MAP:
+                in_state = in_state & (ahead == 0)
+            tl.store(leave_ptr + (at + p * BLOCK_K) * V + cell, dS[p], mask=in_state)
 
 
 # Gradients of everything that a chunk reads
@@ -455,7 +447,9 @@ def backward_inputs(
     if SCALAR:
         log_a = load_gates(gates, start, offs, inside, offs_k, K, "scalar")
         log_in = load_log_decay(prepared.log_decays, chunk_head, C, LOG_IN)
-        cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
+        cumulative = log_in
+        if SCAN.BEFORE:
+            cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
         log_erase = load_log_erase(prepared, chunk_head, log_in, SCAN)
 
     dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)

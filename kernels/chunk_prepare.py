@@ -12,7 +12,6 @@ from recur.kernels.chunk_scan import (
     BONUS,
     CUMULATIVE,
     LOG_ERASE,
-    LOG_IN,
     all_in_range,
     first_phase,
     head_gates,
@@ -88,9 +87,26 @@ def cumulative_decay(
     tl.store(log_total_ptr + chunk * H + h, tl.sum(tl.where(last, cumulative, 0.0), 0) * LOG2E, mask=h < H)
 
 
+@triton.jit
+def _slowest(slowest, norm, logs, key, cols, size):
+    """The largest log gate of every token, and |k|² [C], these columns included."""
+    slowest = tl.maximum(slowest, tl.max(tl.where((cols < size)[None, :], logs, float("-inf")), 1))
+    key = key.to(tl.float32)
+    return slowest, norm + tl.sum(key * key, 1)
+
+
+@triton.jit
+def _store_log_norm(norm, log_total, x, out, chunk_head, row, offs, inside, h, H: tl.constexpr):
+    """log2 of a bound of the norm of a chunk's transition, of |k|² and the gates: 1 - beta k kᵀ multiplies k by
+    1 - beta |k|² and what is orthogonal to it by 1."""
+    beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+    growth = tl.maximum(tl.abs(1 - beta * norm), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out.log_norm + chunk_head, log_total + tl.sum(tl.log2(growth), 0))
+
+
 @triton.jit(do_not_specialize=["T", "documents", "chunks"])
 def prepare(
-    x, out, descriptors_ptr,  # Given; Prepared, written, but for its log_decays of one gate per head; see `lookback`
+    x, out, descriptors_ptr,  # Given; Prepared, written, but for logs of one gate per head; see `lookback`
     cu_ptr, T, documents, chunks, scale,
     SCAN: tl.constexpr, LIMIT: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
@@ -102,6 +118,8 @@ def prepare(
     DECAY: tl.constexpr = SCAN.DECAY
     DOT: tl.constexpr = SCAN.DOT
     COMPLEX: tl.constexpr = descriptors_ptr is not None
+    DELTA: tl.constexpr = out.A_kk is not None
+    NORM: tl.constexpr = out.log_norm is not None
     HALVES: tl.constexpr = K // KEYS
     chunk_head = tl.program_id(0).to(tl.int64)
     if COMPLEX:
@@ -110,7 +128,6 @@ def prepare(
     document, index, first, start, stop = locate_chunk(chunk, cu_ptr, T, documents, C)
     if start >= stop:
         return
-    DELTA: tl.constexpr = out.A_kk is not None
     offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     length = tl.minimum(stop - start, C).to(tl.int32)
     row, inside = first + start, offs < length
@@ -118,6 +135,7 @@ def prepare(
     k, q = (x.k, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), (x.q, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
     erase = (x.erase, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
     in_range = 1
+    slowest, norm = tl.full([C], float("-inf"), tl.float32), tl.zeros([C], tl.float32)
     if DECAY != "none":
         gates = head_gates(x, first, T, h, cu_ptr, SCAN)
     if COMPLEX:
@@ -127,15 +145,25 @@ def prepare(
             log_p, phase = load_phases(gates, start, offs, inside, part, KEYS, DECAY, PART)
             publish_phases(own, part, phase, KEYS, WINDOW)
             most = tl.maximum(most, tl.max(tl.abs(tl.sum(log_p, 0)), 0) * LOG2E)
+            if NORM and DECAY == "key":
+                cols = part + tl.arange(0, PART)
+                key = load_tile(k, row, offs, inside, cols)
+                slowest, norm = _slowest(slowest, norm, log_p, key, cols, KEYS)
     elif DECAY == "key":
         CHANNELS: tl.constexpr = BLOCK_K if BLOCK_K < 256 else 256
         most = start.to(tl.float32) * 0.0
         for part in tl.static_range(0, BLOCK_K, CHANNELS):
-            logs = load_gates(gates, start, offs, inside, part + tl.arange(0, CHANNELS), K, DECAY)
-            most = tl.maximum(most, tl.max(tl.abs(tl.sum(logs.to(tl.float32), 0) * LOG2E), 0))
+            cols = part + tl.arange(0, CHANNELS)
+            logs = load_gates(gates, start, offs, inside, cols, K, DECAY).to(tl.float32)
+            most = tl.maximum(most, tl.max(tl.abs(tl.sum(logs, 0) * LOG2E), 0))
+            if NORM:
+                slowest, norm = _slowest(slowest, norm, logs, load_tile(k, row, offs, inside, cols), cols, K)
     if DECAY == "key":
         in_range = tl.where(most <= 2 * LIMIT, 1, 0)
         tl.store(out.in_range + chunk_head, in_range)
+        if NORM:  # erasing mixes the rows: of each token the gate that keeps most
+            slowest = tl.where(inside, slowest * LOG2E, 0.0)
+            _store_log_norm(norm, tl.sum(slowest, 0), x, out, chunk_head, row, offs, inside, h, H)
     A_kk = tl.zeros([C, C], tl.float32)
     now = tl.zeros([C], tl.float32)
     for part in tl.range(0, KEYS, PART, num_stages=1):
@@ -201,11 +229,14 @@ def prepare(
     if SCAN.BEFORE:
         tl.store(out.log_decays + chunk_head * (4 * C) + BONUS * C + offs, now)
     if DELTA:
+        if NORM and DECAY == "scalar":
+            diagonal = tl.sum(tl.where(offs[:, None] == offs[None, :], A_kk, 0.0), 1)  # |k|²
+            log_total = tl.load(out.log_total + chunk_head)
+            _store_log_norm(diagonal, log_total, x, out, chunk_head, row, offs, inside, h, H)
         if DECAY == "scalar":
             log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
-            log_in = load_log_decay(out.log_decays, chunk_head, C, LOG_IN)
             cumulative = load_log_decay(out.log_decays, chunk_head, C, CUMULATIVE)
-            log_e = load_log_erase(out, chunk_head, log_in, SCAN)
+            log_e = load_log_erase(out, chunk_head, cumulative, SCAN)
             A_kk *= pair_decay(log_a, log_e, cumulative, SCAN.REVERSE, SCAN.ERASE == "previous", False, DOT)
         A_kk = tl.where(off_diagonal(seen), A_kk, 0.0)
         tl.store(matrix_ptrs(out.A_kk, chunk * H + h, C), A_kk, mask=(inside & (in_range != 0))[:, None])

@@ -22,6 +22,7 @@ import triton.language as tl
 from recur.kernels.tiles import LOG2E, causal, off_diagonal
 
 RESET = tl.constexpr(-103.9)  # the natural log of what is 0 in float32
+FORGOTTEN = tl.constexpr(-30.0)  # log2 of a decay below which nothing is left of a state in float32
 FLOOR = tl.constexpr(-111.0)  # a reset in sums: exact in bfloat16, and its exponential is 0 (it is 2^-160)
 
 

@@ -15,11 +15,13 @@ start from their own state, and empty ones leave the state that entered them.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from recur.kernels.cached import cached
 from recur.kernels.lookback import HEADER, distances, publish_pair, take_ticket, wait_pair
 from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors
 from recur.kernels.packing import document_of, document_starts, state_count
@@ -322,14 +324,24 @@ def plan_diagonal(
     return DiagonalPlan(ROWS, UNROLL, BLOCK_D, registers, stages, cdiv(D, BLOCK_D), cdiv(T, length), length)
 
 
+_PLANS: dict[Hashable, tuple[DiagonalPlan, dict[str, int | None]]] = {}
+
+
+def _planned(plan: DiagonalPlan) -> tuple[DiagonalPlan, dict[str, int | None]]:
+    return plan, plan.tile
+
+
 def _run_diagonal(
     value: Tensor, log_decay: Tensor, y: Tensor | None, initial: Tensor | None, start: Tensor | None,
     cu_seqlens: Tensor | None, outs: tuple[Tensor, ...], complex_: bool, reverse: bool, backward: bool,
 ) -> None:  # fmt: skip
     """Launch the scan or its backward; outs are (y, state), or (dx, dlog_decay, dinitial); `start` enters first."""
     B, T, D = value.shape
-    itemsize, packed, many = 8 if complex_ else value.element_size(), cu_seqlens is not None, processors(value.device)
-    p = plan_diagonal(B, T, D, itemsize=itemsize, backward=backward, packed=packed, processors=many)
+    itemsize, many = 8 if complex_ else value.element_size(), processors(value.device)
+    options = {"itemsize": itemsize, "backward": backward, "packed": cu_seqlens is not None, "processors": many}
+    p, tile = cached(
+        _PLANS, (plan_diagonal, B, T, D, *options.values()), lambda: _planned(plan_diagonal(B, T, D, **options))
+    )
     right_to_left = reverse != backward
     out, dlog, state = outs if backward else (outs[0], None, outs[1])
     borders: tuple[Tensor | None, ...] = (None, None)
@@ -338,14 +350,14 @@ def _run_diagonal(
         borders = tuple(torch.where(at, document, -1) for at in (starts, torch.cat([starts[1:], starts[:1]])))
         borders = borders[::-1] if right_to_left else borders
         state.copy_(torch.zeros_like(state) if start is None else start)  # of documents without tokens
-        p = p._replace(stages=1)  # loads of documents' states would be staged with the others
+        tile = {**tile, "STAGES": 1}  # loads of documents' states would be staged with the others
     count = 2 + B * p.segments * D  # see `lookback`
     descriptors = value.new_full((count,), -1, dtype=torch.int64) if p.segments > 1 else None
     _diagonal[(p.tiles * p.segments * B,)](
         value_ptr=value, log_ptr=log_decay, y_ptr=y, initial_ptr=initial, open_ptr=borders[0], close_ptr=borders[1],
         start_ptr=start, out_ptr=out, dlog_ptr=dlog, state_ptr=state, descriptors_ptr=descriptors,
         T=T, D=D, segments=p.segments, length=p.length, first=T - 1 if right_to_left else 0,
-        step=-1 if right_to_left else 1, COMPLEX=complex_, BACKWARD=backward, **p.tile,
+        step=-1 if right_to_left else 1, COMPLEX=complex_, BACKWARD=backward, **tile,
     )  # fmt: skip
 
 

@@ -35,11 +35,13 @@ Gates are only multiplied, so a gate of exactly 0 forgets exactly. Partial sums 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from recur.kernels.cached import cached
 from recur.kernels.operators import cdiv, differentiable, fake, operator, power_of_2, processors, recorded
 from recur.kernels.packing import mirror, state_count
 from recur.kernels.tiles import LOG2E, constants
@@ -753,6 +755,35 @@ def plan(
     return Plan(R, Q, BLOCK_N, W, UNROLL, AHEAD, warps, registers, tiles, cdiv(T, length), length)
 
 
+class _Pass(NamedTuple):
+    """What the launches of a pass take that follows from shapes alone."""
+
+    plan: Plan
+    G: int
+    grid: tuple[int]
+    common: dict[str, Any]
+
+
+def _pass_of(
+    B: int, T: int, V: int, G: int, N: int, documents: int, key_gated: bool, reverse: bool, backward: bool, many: int,
+) -> _Pass:  # fmt: skip
+    p = plan(B, T, V, G, N, backward=backward, key_gated=key_gated, processors=many)
+    first, step = (T - 1, -1) if reverse else (0, 1)
+    tile = constants(Tile(
+        N=N, WIDTH=V // G, STEP=step, R=p.R, Q=p.Q, BLOCK_N=p.BLOCK_N, W=p.W, UNROLL=p.UNROLL, AHEAD=p.AHEAD,
+        STRETCH=STRETCH,
+    ))  # fmt: skip
+    common = {
+        "T": T, "V": V, "G": G, "documents": documents, "segments": p.segments, "length": p.length, "first": first,
+        "GATE": (ONLINE if key_gated else SELECTIVE)[0], "TILE": tile, "num_warps": p.warps, "maxnreg": p.registers,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    return _Pass(p, G, (p.tiles * G * p.segments * B,), common)
+
+
+_PASSES: dict[Hashable, _Pass] = {}
+
+
 class _Launcher:
     """One pass of a scan whose gate is computed from `a`, or from k if there is none: what all programs take."""
 
@@ -761,32 +792,19 @@ class _Launcher:
         backward: bool,
     ) -> None:  # fmt: skip
         (self.B, self.T, self.V), self.N = x.shape, k.shape[-1]
-        self.G = max(w.shape[2] if w.ndim == 4 else 1 for w in (k, q))
-        kind = {"backward": backward, "key_gated": a is None, "processors": processors(x.device)}
-        self.plan = p = plan(self.B, self.T, self.V, self.G, self.N, **kind)
-        self.gate, self.gradients = SELECTIVE if a is not None else ONLINE
+        G = max(w.shape[2] if w.ndim == 4 else 1 for w in (k, q))
+        documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sizes = self.B, self.T, self.V, G, self.N, documents, a is None, reverse, backward, processors(x.device)
+        self.laid = laid = cached(_PASSES, (plan, *sizes), lambda: _pass_of(*sizes))
+        self.plan, self.grid, self.common = laid.plan, laid.grid, {"cu_ptr": cu_seqlens, **laid.common}
+        self.gradients = SELECTIVE[1] if a is not None else ONLINE[1]
         self.cu_seqlens, self.backward = cu_seqlens, backward
-        k_tile, q_tile = (w if w.ndim == 4 else w.T.contiguous() for w in (k, q))  # [B T G N] | [N V]
+        k_tile, q_tile = (w if w.ndim > 2 else w.T.contiguous() for w in (k, q))  # [B T G N] | [N V]
         self.FIXED_K, self.FIXED_Q = k.ndim == 2, q.ndim == 2
         others, norm = (None, None) if a is not None else key_norms(k_tile)
-        a = (
-            None
-            if a is None
-            else torch.mul(a.float().T, LOG2E.value, out=x.new_empty((self.N, self.V), dtype=torch.float32))
-        )
+        if a is not None:
+            a = torch.mul(a.float().T, LOG2E.value, out=x.new_empty((self.N, self.V), dtype=torch.float32))
         self.given = Given(x=x, rate=rate, a=a, k=k_tile, q=q_tile, others=others, norm=norm)
-        documents = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        first, step = (self.T - 1, -1) if reverse else (0, 1)
-        tile = constants(Tile(
-            N=self.N, WIDTH=self.V // self.G, STEP=step, R=p.R, Q=p.Q, BLOCK_N=p.BLOCK_N, W=p.W, UNROLL=p.UNROLL,
-            AHEAD=p.AHEAD, STRETCH=STRETCH,
-        ))  # fmt: skip
-        self.common = {
-            "cu_ptr": cu_seqlens, "T": self.T, "V": self.V, "G": self.G, "documents": documents,
-            "segments": p.segments, "length": p.length, "first": first, "GATE": self.gate, "TILE": tile,
-            "num_warps": p.warps, "maxnreg": p.registers, "enable_fp_fusion": True,
-        }  # fmt: skip
-        self.grid = (p.tiles * self.G * p.segments * self.B,)
 
     def new(self, *shape: int) -> Tensor:
         return self.given.x.new_empty(shape, dtype=torch.float32)
@@ -816,9 +834,9 @@ class _Launcher:
 
 
 def key_norms(k: Tensor) -> tuple[Tensor, Tensor]:
-    """For k [B T G N]: |k|² − k_n² [B T G N], and |k|² [B T G]."""
+    """For k [B T N] or [B T G N]: |k|² − k_n² of the same shape, and |k|²."""
     rows, N = k.numel() // k.shape[-1], k.shape[-1]
-    others, norm = torch.empty_like(k, dtype=torch.float32), k.new_empty(k.shape[:3], dtype=torch.float32)
+    others, norm = torch.empty_like(k, dtype=torch.float32), k.new_empty(k.shape[:-1], dtype=torch.float32)
     BLOCK_N = power_of_2(N)
     BLOCK_C, warps = max(1, 4096 // BLOCK_N**2), max(4, BLOCK_N // 16)
     _key_norms[(cdiv(rows, BLOCK_C),)](
@@ -836,8 +854,8 @@ def key_norms(k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Operators, one per direction. States are [B N V] here, one per row or packed document, `stretch_states` those at every
-# stretch [B stretches N V]; k and q are [B T G N] | [V N]; a [V N] makes the gate, or k does. Documents lie in the
-# order in which they are scanned.
+# stretch [B stretches N V]; k and q are [B T N] | [B T G N] | [V N]; a [V N] makes the gate, or k does. Documents lie
+# in the order in which they are scanned.
 
 
 @operator("elementwise")
@@ -960,7 +978,8 @@ def _scan(
         state = x.new_zeros((rows, V, N), dtype=torch.float32) if initial is None else initial.float().clone()
         return x.clone(), state
     G = max(w.shape[2] if w.ndim == 4 else 1 for w in (k, q))
-    k, q = (w.unsqueeze(2).expand(B, T, G, N) if w.ndim == 3 else w for w in (k, q))
+    if G > 1:
+        k, q = (w.unsqueeze(2).expand(B, T, G, N) if w.ndim == 3 else w for w in (k, q))
     save = recorded(x, rate, a, k, q, initial)
     state = None if initial is None else initial.float().transpose(1, 2)
     mirrored = reverse and cu_seqlens is not None

@@ -77,6 +77,13 @@ def _statistics(h, eps, here, N, KIND: tl.constexpr):
 
 
 @triton.jit
+def normed(h, eps, here, N: tl.constexpr, KIND: tl.constexpr):
+    """Rows [R N] normalised; eps a number or [R]."""
+    h, factor, _ = _statistics(tl.where(here, h, 0.0), tl.zeros((h.shape[0],), tl.float32) + eps, here, N, KIND)
+    return h * factor[:, None]
+
+
+@triton.jit
 def _rows(i, seg, inner, heads, N, x_stride, z_stride, u_stride, cols):
     """Offsets of rows number i of a segment [R N] in y, x, z and u: `heads` rows per token, one stride per token."""
     token, r = (i // inner).to(tl.int64)[:, None], (seg + i % inner)[:, None]

@@ -3,6 +3,7 @@
     activate   z, b          -> scale f(z + b)           f: sigmoid, softplus or log sigmoid; b one per channel
     bounded    z, g          -> log a, 1 - a             a = g + (1 - g) sigmoid(z), the forget gate above a bound
     weigh      u, w          -> w u                      w one per head, u [H P]
+    polar      c             -> log sigmoid |c| + i arg c  the complex gate of one complex number
 
 Arithmetic and results are float32, except 1 - a and w u, which have the dtype of z and u. The backward reads its
 inputs again and keeps nothing else; gradients of b and g are summed per program, in a fixed order, then over programs.
@@ -114,6 +115,15 @@ def _activate_backward(
         tl.store(db_ptr + tl.program_id(0) * D + d, tl.sum(db, 0), mask=d < D)
 
 
+@triton.jit
+def bounded_gate(z, g):
+    """log a and 1 - a of a = g + (1 - g) sigmoid(z), both without a difference that cancels."""
+    keep = (1 - g) * tl.sigmoid(-z)
+    a = g + (1 - g) * tl.sigmoid(z)
+    above = tl.where(a < 0.5, tl.log(a), log_1p(-keep))  # neither is formed by a difference
+    return tl.where(g > 0, above, log_sigmoid(z)), keep
+
+
 @triton.jit(do_not_specialize=["count"])
 def _bounded_forward(z_ptr, g_ptr, log_ptr, keep_ptr, count, D, z_stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """log a of a = g + (1 - g) sigmoid(z), and 1 - a = (1 - g) sigmoid(-z)."""
@@ -122,11 +132,7 @@ def _bounded_forward(z_ptr, g_ptr, log_ptr, keep_ptr, count, D, z_stride, BLOCK_
     z = tl.load(z_ptr + z_at, mask=here, other=0.0).to(tl.float32)
     log_a, keep = log_sigmoid(z), tl.sigmoid(-z)
     if g_ptr is not None:
-        g = tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        keep *= 1 - g
-        a = g + (1 - g) * tl.sigmoid(z)
-        above = tl.where(a < 0.5, tl.log(a), log_1p(-keep))  # neither is formed by a difference
-        log_a = tl.where(g > 0, above, log_a)
+        log_a, keep = bounded_gate(z, tl.load(g_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :])
     tl.store(log_ptr + y_at, log_a, mask=here)
     tl.store(keep_ptr + y_at, keep, mask=here)
 
@@ -194,6 +200,71 @@ def _weigh_backward(
     dy = tl.load(dy_ptr + token * dy_stride + m, mask=here, other=0.0).to(tl.float32)
     tl.store(du_ptr + i.to(tl.int64)[:, None] * P + p[None, :], w[:, None] * dy, mask=here)
     tl.store(dw_ptr + i, tl.sum(dy * u, 1), mask=i < rows)
+
+
+@triton.jit
+def angle_of(re, im):
+    """arg(re + i im), to 2e-7: a quotient of at most tan(π / 8), its polynomial (Cephes), and then the octant."""
+    x, y = tl.abs(re), tl.abs(im)
+    low, high = tl.minimum(x, y), tl.maximum(x, y)
+    t = low / tl.where(high == 0, 1.0, high)
+    s = tl.where(t > 0.41421356, (t - 1) / (t + 1), t)
+    z = s * s
+    angle = s + s * z * (-3.3332949e-1 + z * (1.9977711e-1 + z * (-1.3877686e-1 + z * 8.0537445e-2)))
+    angle = tl.where(t > 0.41421356, angle + 0.78539816, angle)
+    angle = tl.where(y > x, 1.5707963 - angle, angle)
+    angle = tl.where(re < 0, 3.1415927 - angle, angle)
+    angle = tl.where(im < 0, -angle, angle)
+    return tl.where((re == re) & (im == im), angle, float("nan"))
+
+
+@triton.jit
+def radius_of(re, im):
+    """|re + i im| without overflow."""
+    x, y = tl.abs(re), tl.abs(im)
+    high = tl.maximum(x, y)
+    t = tl.minimum(x, y) / tl.where(high == 0, 1.0, high)
+    return high * tl.sqrt(1 + t * t)
+
+
+@triton.jit
+def _load_pair(re_ptr, im_ptr, t, d, row_stride, stride, here):
+    at = t.to(tl.int64)[:, None] * row_stride + d[None, :] * stride
+    return (
+        tl.load(re_ptr + at, mask=here, other=0.0).to(tl.float32),
+        tl.load(im_ptr + at, mask=here, other=0.0).to(tl.float32),
+    )
+
+
+@triton.jit(do_not_specialize=["count"])
+def _polar_forward(
+    re_ptr, im_ptr, y_ptr, count, D, row_stride, stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """log sigmoid |c| and arg c, neighbours in y [count D 2]."""
+    t, d, _, y_at = _place(tl.program_id(0), D, 0, BLOCK_T, BLOCK_D)
+    here = (t < count)[:, None] & (d < D)[None, :]
+    re, im = _load_pair(re_ptr, im_ptr, t, d, row_stride, stride, here)
+    tl.store(y_ptr + 2 * y_at, log_sigmoid(radius_of(re, im)), mask=here)
+    tl.store(y_ptr + 2 * y_at + 1, angle_of(re, im), mask=here)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _polar_backward(
+    dy_ptr, re_ptr, im_ptr, dre_ptr, dim_ptr, count, D, row_stride, stride,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The gradients of re and im, 0 where both are."""
+    t, d, _, y_at = _place(tl.program_id(0), D, 0, BLOCK_T, BLOCK_D)
+    here = (t < count)[:, None] & (d < D)[None, :]
+    re, im = _load_pair(re_ptr, im_ptr, t, d, row_stride, stride, here)
+    dlog = tl.load(dy_ptr + 2 * y_at, mask=here, other=0.0)
+    dphase = tl.load(dy_ptr + 2 * y_at + 1, mask=here, other=0.0)
+    r = radius_of(re, im)
+    inverse = tl.where(r == 0, 0.0, 1 / tl.where(r == 0, 1.0, r))
+    cos, sin = re * inverse, im * inverse
+    dr, dphase = dlog * tl.sigmoid(-r), dphase * inverse
+    tl.store(dre_ptr + y_at, dr * cos - dphase * sin, mask=here)
+    tl.store(dim_ptr + y_at, dr * sin + dphase * cos, mask=here)
 
 
 # Launch
@@ -376,6 +447,61 @@ def _weigh_backwards(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 differentiable("weigh", _weigh_backwards, _save_weigh)
 differentiable("weigh_backward")
+
+
+def _pairs(re: Tensor, im: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """re and im as [tokens D] of equal strides."""
+    D = _width(re)
+    re, im = re.reshape(-1, D), im.reshape(-1, D)
+    if re.stride() != im.stride():
+        re, im = re.contiguous(), im.contiguous()
+    return re, im, _tile(D)
+
+
+@operator("polar", given=as_it_is)
+def _polar(re: Tensor, im: Tensor) -> Tensor:
+    """log sigmoid |c| and arg c as pairs of float32."""
+    y, (x, z, tile) = _fake_polar(re, im), _pairs(re, im)
+    count, D = x.shape
+    grid = _grid(count, D, x.device, False, tile["BLOCK_D"])
+    _polar_forward[grid](x, z, y, count, D, *x.stride(), **tile)
+    return y
+
+
+@fake("polar")
+def _fake_polar(re: Tensor, im: Tensor) -> Tensor:
+    return re.new_empty((*re.shape, 2), dtype=torch.float32)
+
+
+@operator("polar_backward", given=as_it_is)
+def _polar_gradients(dy: Tensor, re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
+    (dre, dim), (x, z, tile) = _fake_polar_gradients(dy, re, im), _pairs(re, im)
+    count, D = x.shape
+    grid = _grid(count, D, x.device, False, tile["BLOCK_D"])
+    _polar_backward[grid](dy.contiguous(), x, z, dre, dim, count, D, *x.stride(), **tile)
+    return dre, dim
+
+
+@fake("polar_backward")
+def _fake_polar_gradients(dy: Tensor, re: Tensor, im: Tensor) -> tuple[Tensor, Tensor]:
+    return like(re, re), like(im, im)
+
+
+def _save_polar(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _polar_backwards(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+    return _polar_gradients(dy, *ctx.saved_tensors)
+
+
+differentiable("polar", _polar_backwards, _save_polar)
+differentiable("polar_backward")
+
+
+def polar(re: Tensor, im: Tensor) -> Tensor:
+    """log sigmoid |c| + i arg c, complex64, of c = re + i im [B T *]."""
+    return torch.view_as_complex(_polar(re, im))
 
 
 def weigh(u: Tensor, w: Tensor) -> Tensor:

@@ -22,6 +22,15 @@ from torch import Tensor
 QUARTER = tl.constexpr(1.5707963267948966)  # π / 2
 
 
+@triton.jit
+def rotation(place, frequency):
+    """cos and sin of place * frequency, both float64."""
+    angle = (place * frequency).to(tl.float32).to(tl.float64)
+    quarters = tl.floor(angle * QUARTERS_PER_RADIAN + 0.5)
+    rest = (angle - quarters * QUARTER).to(tl.float32)
+    return cos_sin_of_rest((quarters - 4 * tl.floor(quarters / 4)).to(tl.int32), rest)
+
+
 @triton.jit(do_not_specialize=["count", "positions"])
 def _rotate(
     x_ptr, position_ptr, frequency_ptr, y_ptr,  # tensors; the heads of a token are contiguous
@@ -32,10 +41,7 @@ def _rotate(
     pair = tl.arange(0, BLOCK_K // 2)
     place = tl.load(position_ptr + t % positions, mask=t < count, other=0).to(tl.float64)
     frequency = tl.load(frequency_ptr + pair, mask=pair < K // 2, other=0.0)
-    angle = (place[:, None] * frequency[None, :]).to(tl.float32).to(tl.float64)
-    quarters = tl.floor(angle * QUARTERS_PER_RADIAN + 0.5)
-    rest = (angle - quarters * QUARTER).to(tl.float32)
-    cos, sin = cos_sin_of_rest((quarters - 4 * tl.floor(quarters / 4)).to(tl.int32), rest)
+    cos, sin = rotation(place[:, None], frequency[None, :])
     if INVERSE:
         sin = -sin
     row = t.to(tl.int64)[:, None]

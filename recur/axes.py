@@ -38,7 +38,7 @@ class RecipeError(ValueError):
 def spec(axes: str) -> Spec:
     """The axes of a pattern such as "H K"; each is an integer, a letter or an expression without spaces.
 
-    Raises: RecipeError if the pattern is no string.
+    Raises: RecipeError if the pattern is not a string.
     """
     if not isinstance(axes, str):
         raise RecipeError(f'axes: a pattern must be a string such as "H K", got {shown(axes)}')
@@ -51,7 +51,7 @@ def letters(expression: str | int | float) -> set[str]:
 
 
 def evaluate(expression: str | int | float, axes: Mapping[str, str | int]) -> int | float:
-    """The value of an expression, axis letters being looked up (and evaluated in their turn) in `axes`.
+    """The value of an expression, with axis letters looked up in `axes`, whose own values may be expressions.
 
     Cost: every letter is evaluated once.
     Raises: RecipeError for an unknown letter, for anything that is not + - * / // ** and FUNCTIONS, for a cycle, for a
@@ -115,9 +115,9 @@ def shown(value: object) -> str:
 def parse(expression: str | int | float) -> ast.expr:
     """The tree of an expression.   Raises: RecipeError if it is none, or longer than allowed."""
     if isinstance(expression, float) and not math.isfinite(expression):
-        raise RecipeError(f"axes: {expression} is no size; a number must be finite")
+        raise RecipeError(f"axes: {expression} is not a size; a number must be finite")
     if isinstance(expression, bool) or not isinstance(expression, (str, Real)):
-        raise RecipeError(f'axes: {shown(expression)} is no expression; give a number or a string such as "D/H"')
+        raise RecipeError(f'axes: {shown(expression)} is not an expression; give a number or a string such as "D/H"')
     try:
         text = str(expression)
     except ValueError:  # an integer of more digits than Python prints
@@ -132,7 +132,7 @@ def _parse(text: str) -> ast.expr:
     try:
         return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # zero bytes; the parser's own limits of depth
-        raise RecipeError(f"axes: {text!r} is no expression") from None
+        raise RecipeError(f"axes: {text!r} is not an expression") from None
 
 
 def _applied(function: Callable[..., int | float], arguments: tuple[int | float, ...], inside: str) -> int | float:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,7 +27,7 @@ EXTRA = {**dict.fromkeys(TRAIN, "train"), "hypothesis": "test"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 1 if a law was broken, 130 if interrupted; input that is no use exits with 2."""
+    """Run one command. Returns 0, 1 if a law was broken, 130 if interrupted; invalid input exits with 2."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal of few characters shows others by their numbers
             stream.reconfigure(errors="backslashreplace")
@@ -147,7 +147,14 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line of moderate length and exits with 2."""
+    """Says what is wrong in one line of moderate length and exits with 2. A value may be "--", as in --prompt=--."""
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if not action.option_strings or arg_strings != ["--"]:
+            return super()._get_values(action, arg_strings)
+        value = self._get_value(action, "--")  # argparse drops it, and an empty list is left, of no type
+        self._check_value(action, value)
+        return value if action.nargs is None else [value]
 
     def error(self, message: str) -> NoReturn:
         line = " ".join(message.split())
@@ -176,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="recur", description="Linear-recurrence sequence models, from recipes.")
     parser.add_argument("--version", action="version", version=f"recur {recur.__version__}")
     command = _maker(parser, "COMMAND")
-    command("list", _list, "Name every preset.", "recur list")
+    command("list", _list, "List every preset with its equation.", "recur list")
 
     sizes = "recur show hgrn2 --dim 256; recur show @recipe.json --import my_parts.py"
     show = command("show", _show, "Print a recipe's stages and equation.", f"recur show gla:heads=2; {sizes}")
@@ -185,21 +192,23 @@ def _parser() -> argparse.ArgumentParser:
 
     layer = "recur explain hgrn2:heads=4 --dim 512 --batch 8 --length 2048 --device cuda --dtype bfloat16"
     model = "recur explain gla --dim 1024 --depth 24 --vocab 32000 --ffn swiglu --card H200"
-    about = "Print which forms run on a device and why, what they launch, move and keep; nothing is run."
+    about = "Print which forms run on a device and why, with launches, bytes, FLOPs and memory; nothing is run."
     explained = command("explain", _explain, about, f"{layer}; {model}")
     commands_of_training.add_recipe(explained)
     explained.add_argument("--dim", type=count, required=True, help="width of the layer")
     explained.add_argument("--batch", type=count, default=1, help="sequences (1)")
     explained.add_argument("--length", type=count, default=1024, help="tokens of each (1024)")
-    explained.add_argument("--depth", type=count, help="layers: explains a language model in the place of one layer")
-    explained.add_argument("--vocab", type=count, default=32000, help="tokens of a model's vocabulary (32000)")
+    explained.add_argument(
+        "--depth", type=count, help="number of layers: explain a language model instead of one layer"
+    )
+    explained.add_argument("--vocab", type=count, default=32000, help="size of the vocabulary of the model (32000)")
     explained.add_argument("--ffn", help="feed-forward of a model's layers: gelu, swiglu, gated, channel_mix (none)")
     explained.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="asked about; need not exist (cuda)"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device to ask about; it need not be present (cuda)"
     )
     kinds = ("bfloat16", "float16", "float32", "float64")
     explained.add_argument("--dtype", choices=kinds, default="bfloat16", help="of weights and inputs (bfloat16)")
-    explained.add_argument("--card", choices=tuple(CARDS), help="reckon times for this card")
+    explained.add_argument("--card", choices=tuple(CARDS), help="estimate times for this card")
 
     mine = "recur check my_recipe --import my_parts.py"
     check = command("check", _check, "Run every law that applies to a recipe.", f"recur check longhorn; {mine}")
@@ -212,16 +221,22 @@ def _parser() -> argparse.ArgumentParser:
     small = "recur bench --families scalar tied --shapes 8,2048,16,128,128 --seconds 300"
     tried = "recur bench --device cpu --form chunked --families scalar --shapes 1,64,2,8,8 --out runs/bench"
     bench = command("bench", _bench, about, f"recur bench; {small}; {tried}")
-    bench.add_argument("--families", metavar="NAME", nargs="+", default=[], help="recurrences (all)")
-    bench.add_argument("--shapes", metavar="B,T,...", type=several(count), nargs="+", default=[], help="not its own")
-    bench.add_argument("--seconds", type=positive, default=3600.0, help="start no case after this long (3600)")
-    bench.add_argument("--out", metavar="FOLDER", type=file_or_folder, default="benchmarks/results", help="for results")
+    bench.add_argument("--families", metavar="NAME", nargs="+", default=[], help="recurrences to measure (all)")
     bench.add_argument(
-        "--have", metavar="JSON", type=file_or_folder, nargs="+", default=[], help="results to go on from"
+        "--shapes", metavar="B,T,...", type=several(count), nargs="+", default=[], help="instead of the default shapes"
     )
-    bench.add_argument("--candidates", type=count, default=8, help="a peer's autotuner tries this many a kernel (8)")
-    bench.add_argument("--growth", action="store_true", help="also time and memory from 1024 tokens up")
-    bench.add_argument("--longest", type=count, default=2**20, help="of --growth (1048576)")
+    bench.add_argument("--seconds", type=positive, default=3600.0, help="start no new case after this time (3600)")
+    bench.add_argument(
+        "--out", metavar="FOLDER", type=file_or_folder, default="benchmarks/results", help="where results go"
+    )
+    bench.add_argument(
+        "--have", metavar="JSON", type=file_or_folder, nargs="+", default=[], help="earlier results to continue from"
+    )
+    bench.add_argument(
+        "--candidates", type=count, default=8, help="configurations per kernel that the autotuner of a peer tries (8)"
+    )
+    bench.add_argument("--growth", action="store_true", help="also measure time and memory for growing lengths")
+    bench.add_argument("--longest", type=count, default=2**20, help="largest length of --growth (1048576)")
     bench.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the script (cuda)")
     forms = ("triton", "chunked", "recurrent", "parallel")
     bench.add_argument("--form", choices=forms, default="triton", help="of our scans (triton)")

@@ -73,7 +73,7 @@ class Counting(TorchDispatchMode):
             written = [x for x, of in zip(args, func._schema.arguments, strict=False) if of.alias_info is not None]
             if written and self.launches:  # by the last, which read them too
                 last = self.launches[-1]
-                self.launches[-1] = last._replace(bytes=last.bytes + _bytes(written))
+                self.launches[-1] = last._replace(bytes=last.bytes + _bytes(tree_leaves(written)))
             return out
         out = func(*args, **kwargs)
         aliases = [value.alias_info for value in func._schema.returns]

@@ -108,7 +108,7 @@ class Explanation:
     @property
     def remedies(self) -> list[str]:
         """What would make it faster, one line per reason."""
-        found = {c.refusal.remedy: c.function for c in self.choices if c.refusal is not None}
+        found = {c.refusal.remedy: c.function for c in self.choices if c.refusal and c.refusal.remedy}
         return [f"{function}: {remedy}" for remedy, function in found.items()]
 
     @property
@@ -332,6 +332,9 @@ def _layer(device: torch.device, module: nn.Module, batch: int, length: int, opt
     if causal:
         state = module.init_state(batch, length)
         size = nbytes(state) // batch
+        unheard = listener.set(lambda choice: None)
+        steps(device, step)  # the first prepares what all others use
+        listener.reset(unheard)
         launches = steps(device, step)
         phases.append(Phase("step", launches, held + 2 * nbytes(state) + 2 * leaving))
     kept = sum(made.kept.values())

@@ -87,7 +87,9 @@ def _read(entry: Any, known: Mapping[str, Callable[..., Any]], place: str, depth
     if not isinstance(kind, str):
         raise RecipeError(f'from_dict: {place} must have "part", the name of a class, got {shown(dict(entry))}')
     if kind not in known:
-        raise RecipeError(f"from_dict: {kind!r} is no part of recur; pass its class: from_dict(data, parts=({kind},))")
+        raise RecipeError(
+            f"from_dict: {kind!r} is not a part of recur; pass its class: from_dict(data, parts=({kind},))"
+        )
     made: Any = known[kind]
     own = {field.name: field for field in dataclasses.fields(made)}
     given = {name: value for name, value in entry.items() if name != "part"}
@@ -114,6 +116,10 @@ def _renamed(entry: Mapping[Any, Any], known: Mapping[str, Any]) -> Mapping[Any,
         if entry["out"] == "y":
             return {"part": "OutputGate", "gate": gate, **rest}
         return {"part": "Multiply", "source": entry["out"], "by": gate, "act": "silu", **rest}
+    names = entry.get("names")
+    if kind == "Sum" and isinstance(names, str) and len(names.split()) == 1:  # which copied a tensor
+        rest = {name: value for name, value in entry.items() if name not in ("part", "names", "out")}
+        return {"part": "Rename", "source": names, "to": entry.get("out", "y"), **rest}
     return entry
 
 
@@ -130,7 +136,7 @@ def _check_names(what: str, given: Iterable[Any], known: Iterable[str], needed: 
 
 @functools.cache
 def _hints(kind: Any) -> Mapping[str, Any]:
-    """The annotations of a class; none where a class of one's own has some that cannot be resolved here."""
+    """The annotations of a class; none where a class of your own has some that cannot be resolved here."""
     try:
         return typing.get_type_hints(kind)
     except NameError:

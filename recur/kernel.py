@@ -11,6 +11,7 @@ from torch import Tensor
 from recur.primitives.forms import NO_GPU, Refusal, ScanOut, chosen
 from recur.primitives.layout import as_complex, as_real, to_heads
 from recur.primitives.operators import transformed
+from recur.shapes import PLAIN
 
 OLDEST = (3, 4)  # the first Triton that compiles all kernels
 
@@ -38,7 +39,7 @@ def rows_of(keys: int, number: torch.dtype) -> int:
 
 def device_of(x: Tensor) -> torch.device:
     """Where a call on x runs: the device of x, or the one that `recur.explain` asks about with tensors without data."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(x) in PLAIN:
         return x.device
     return getattr(getattr(x, "fake_mode", None), "asked", None) or x.device
 
@@ -68,6 +69,8 @@ def refusal(
     """
     lacks = lacks or uncovered(number)
     for axis, size in sizes.items():
+        if lacks is None and 2 * size <= WIDEST[axis]:
+            continue
         rows = rows_of(size, number) if axis == "K" else size
         if lacks is None and rows > WIDEST[axis]:
             two = f", for a complex state {rows} rows" if rows > size else ""
@@ -83,10 +86,13 @@ def refusal(
 
 def elementwise(rule: str, *inputs: Tensor | None, cu_seqlens: Tensor | None, reverse: bool) -> ScanOut:
     """The scan called `rule`, "selective", "online" or "diagonal": its inputs in order, then the initial state."""
-    from recur.kernels import diagonal, elementwise
-
-    scans = {"selective": elementwise.selective, "online": elementwise.online, "diagonal": diagonal.diagonal}
-    return ScanOut(*scans[rule](*inputs, cu_seqlens, reverse))
+    if rule == "diagonal":
+        from recur.kernels.diagonal import diagonal as run
+    elif rule == "online":
+        from recur.kernels.elementwise import online as run
+    else:
+        from recur.kernels.elementwise import selective as run
+    return ScanOut(*run(*inputs, cu_seqlens, reverse))
 
 
 def takes_step(keys: int, state: Tensor, lacks: tuple[str, str] | None = None) -> bool:
@@ -100,8 +106,17 @@ def takes_step(keys: int, state: Tensor, lacks: tuple[str, str] | None = None) -
     return _covered("step", lacks, True)
 
 
+def without(function: str, form: str, x: Tensor, why: str, remedy: str) -> None:
+    """Say that a call on x runs in torch, in this form or as a "torch" formula, because no kernel computes it.
+
+    Args: why: "no kernel ..."; remedy: what has one.
+    """
+    refused = Refusal(why, "the formula in torch does", remedy)
+    chosen(function, form, refused, device_of(x).type == "cuda")
+
+
 def _covered(function: str, lacks: tuple[str, str] | None, on_gpu: bool) -> bool:
-    """Whether a kernel that is no scan lacks nothing; if it does, that is said together with the remedy."""
+    """Whether a kernel that is not a scan covers a call; if not, a warning says why and names the remedy."""
     if lacks is None:
         return True
     refused = Refusal(f"its kernel does not cover {lacks[0]}", "the formula in torch does", lacks[1])
@@ -132,7 +147,6 @@ def step(
 def scan(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    *,
     q: Tensor,
     k: Tensor | None,
     v: Tensor,
@@ -140,6 +154,7 @@ def scan(
     beta: Tensor | None = None,
     bonus: Tensor | None = None,
     erase: Tensor | None = None,
+    *,
     previous: bool = False,
     scale: float = 1.0,
     reverse: bool = False,
@@ -150,33 +165,83 @@ def scan(
     Operands are read in their own dtype, the widest of q, k and v, to which erase is rounded; states and gates are
     float32.
     """
-    from recur.kernels.operators import recorded
-    from recur.kernels.scan import Tensors, scan_forward
+    from recur.kernels.scan import Tensors, scan
 
+    plain = beta is None and bonus is None and erase is None
+    if log_decay is not None and q.shape[-1] == v.shape[-1] == 1 and plain:
+        return _one_number(initial_state, cu_seqlens, q, k, v, log_decay, scale=scale, reverse=reverse)
     dtype = v.dtype
-    for x in (q, k):
-        dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
+    if q.dtype != dtype or (k is not None and k.dtype != dtype):
+        for x in (q, k):
+            dtype = dtype if x is None else torch.promote_types(dtype, x.dtype)
+        q, k = q.to(dtype), None if k is None else k.to(dtype)
+    w = v if v.dtype == dtype else v.to(dtype)
+    before, rotated, now = bonus is not None, False, None
     if log_decay is not None:
+        rotated = log_decay.is_complex()
         log_decay = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
-    if len({x.shape[2] for x in (q, k, erase) if x is not None}) > 1:
-        q = to_heads(q, v.shape[2])
-        k, erase = (None if x is None else to_heads(x, v.shape[2]) for x in (k, erase))
+        if k is None and beta is not None:
+            k = (-torch.expm1(log_decay.float()).expand(*v.shape[:3], -1)).to(dtype)
+            q = to_heads(q, v.shape[2])
+    if erase is not None and k is not None:
+        erase = erase.to(dtype)
+        if not q.shape[2] == k.shape[2] == erase.shape[2]:
+            q, k, erase = (to_heads(x, v.shape[2]) for x in (q, k, erase))
     if bonus is not None:
         bonus = bonus.float().reshape(v.shape[2], -1).expand(-1, q.shape[-1])
-    q, w = q.to(dtype), v.to(dtype)
-    k, erase = (None if x is None else x.to(dtype) for x in (k, erase))
-    before, rotated, now = bonus is not None, log_decay is not None and log_decay.is_complex(), None
     if log_decay is not None and rotated:
         log_decay = torch.view_as_real(log_decay.to(torch.complex64).resolve_conj())
         initial_state = None if initial_state is None else as_real(initial_state)
         if bonus is not None and k is not None:  # of plain keys and queries
             now = (to_heads(q, v.shape[2]).float() * to_heads(k, v.shape[2]) * bonus).sum(-1, keepdim=True) * scale * w
             bonus = None
-    initial_state = None if initial_state is None else initial_state.float()
+    if initial_state is not None and initial_state.dtype != torch.float32:
+        initial_state = initial_state.float()
     x = Tensors(q, w, k, log_decay, beta, bonus, erase, initial_state, cu_seqlens)
-    y, state, _ = scan_forward(*x, scale, reverse, before, previous, recorded(*x))
-    y = y if now is None else y + now
-    return ScanOut(y.to(v.dtype), as_complex(state) if rotated else state)
+    y, state, _ = scan(x, scale, reverse, before, previous)
+    if now is not None:
+        y = y + now
+    return ScanOut(y if y.dtype == v.dtype else y.to(v.dtype), as_complex(state) if rotated else state)
+
+
+def _one_number(
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    reverse: bool,
+) -> ScanOut:
+    """`scan` of states of one number per head, as GateLoop's: the diagonal scan, whose tiles it fills.
+
+    A tile of the matrix scan has 64 rows and 64 columns at least, of which one entry would be used.
+    """
+    gate = log_decay if log_decay.ndim == 4 else log_decay.unsqueeze(-1)
+    key = -torch.expm1(gate.float()) if k is None else to_heads(k, v.shape[2])
+    written = key.float() * v
+    initial = None if initial_state is None else initial_state.squeeze(-1)
+    h, state = elementwise(
+        "diagonal", written, gate.expand(written.shape), initial, cu_seqlens=cu_seqlens, reverse=reverse
+    )
+    y = (h.real if h.is_complex() else h) * to_heads(q, v.shape[2])
+    return ScanOut((y if scale == 1.0 else y * scale).to(v.dtype), state.unsqueeze(-1))
+
+
+def steps_fused(x: Tensor) -> bool:
+    """Whether a layer's parts may be one kernel in a step (recur.blocks.compose) that computes the token x."""
+    return fused("auto", x)
+
+
+def fused_step(
+    x: Tensor, given: list[Tensor], written: list[Tensor], numbers: list[int], source: str, *sizes: int
+) -> None:
+    """Launch the kernel that is written in `source` for the token x; the rest is as in kernels/fused_step.py."""
+    from recur.kernels import fused_step as kernels
+
+    kernels.fused_step(x, given, written, kernels.kernel_of(source), numbers, *sizes)
 
 
 GATES = ("identity", "silu", "sigmoid", "gelu")  # activations that kernels around the scans know
@@ -199,9 +264,12 @@ def fused(
     """
     if form not in ("auto", "triton"):
         return False
-    given = [x for x in tensors if x is not None]
-    on_gpu, compiling = device_of(given[0]).type == "cuda", torch.compiler.is_compiling()
-    if (not on_gpu and form == "auto") or (compiling and compiler and on_gpu) or given[0].numel() == 0:
+    first = next(x for x in tensors if x is not None)
+    on_gpu = device_of(first).type == "cuda"
+    if not on_gpu and form == "auto":
+        return False
+    given, compiling = [x for x in tensors if x is not None], torch.compiler.is_compiling()
+    if (compiling and compiler and on_gpu) or first.numel() == 0:
         return False
     other = next((x.dtype for x in given if x.dtype not in FUSED), None)
     if not on_gpu and (TRITON is None or TRITON < OLDEST or not _interpreted()):
@@ -259,6 +327,13 @@ def activate(z: Tensor, bias: Tensor | None, fn: str, scale: float = 1.0) -> Ten
     return activate(z, bias, fn, scale)
 
 
+def polar(real: Tensor, imag: Tensor) -> Tensor:
+    """log sigmoid |c| + i arg c, complex64, of c = real + i imag [B T *]."""
+    from recur.kernels.pointwise import polar
+
+    return polar(real, imag)
+
+
 def bounded(z: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
     """log a in float32 and 1 - a in the dtype of z, for a = g + (1 - g) sigmoid(z); z [B T *], g [*]."""
     from recur.kernels.pointwise import bounded
@@ -288,7 +363,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, position: Tensor, frequencies: Tensor, halves: bool) -> Tensor:
-    """x [B T H K] turned by position [B|1 T] times float64 frequencies [K/2]; pairs are halves, or neighbours."""
+    """x [B T H K] rotated by position [B|1 T] times float64 frequencies [K/2]; pairs are halves, or neighbours."""
     from recur.kernels.rotary import rotate
 
     y: Tensor = rotate(x, position, frequencies.double(), halves, False)

@@ -18,7 +18,7 @@ def load_model(place: str | Path, *, imports: str | Path | None = None) -> Loade
 
     Args:
         place:   the folder or the file.
-        imports: a Python file with the parts of one's own that the recipe has, where it is not the one the run names.
+        imports: a Python file with your own parts, if it is not the one that the run names.
 
     Returns: model, tokenizer = load_model("runs/book"); tokenizer.encode("The ") and .decode(ids) are its use.
     Raises: InputError in one line if there is no checkpoint, it is damaged, or its task writes no text; CheckpointError

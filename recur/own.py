@@ -1,4 +1,4 @@
-"""A Python file of one's own, with parts and recipes that the command line and a run's checkpoint can name."""
+"""A Python file of your own, with parts and recipes that the command line and a run's checkpoint can name."""
 
 from __future__ import annotations
 

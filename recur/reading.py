@@ -41,7 +41,7 @@ def read_bytes(place: Path) -> bytes:
     """The content of a file.   Raises: InputError if it is missing, unreadable, a folder, a device or a pipe."""
     try:
         if place.exists() and not place.is_file():  # a device may have no end, a pipe no beginning
-            raise InputError(f"cannot read {place}: it is {'a folder' if place.is_dir() else 'no regular file'}")
+            raise InputError(f"cannot read {place}: it is {'a folder' if place.is_dir() else 'not a regular file'}")
         return place.read_bytes()
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         if isinstance(error, InputError):
@@ -81,4 +81,4 @@ def read_json(place: Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets of thousands of levels
-        raise InputError(f"{place} is no JSON: {one_line(error)}") from error
+        raise InputError(f"{place} is not valid JSON: {one_line(error)}") from error

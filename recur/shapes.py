@@ -1,12 +1,12 @@
 """The axis letters, checked in one place.
 
 B batch, T time, H heads, G groups of heads, K key dim, V value dim, N state slots, C chunk, D model width.
-A pattern names one letter an axis, "*" any number of further axes, "|" separates alternatives: "B T H | B T H K".
+A pattern names one letter per axis, "*" any number of further axes, "|" separates alternatives: "B T H | B T H K".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from recur.kernels.cached import cached
+
 T = TypeVar("T")
+PLAIN = (Tensor, torch.nn.Parameter)  # types of tensors with data and a shape of numbers, outside compilation
 
 
 class ShapeError(ValueError):
@@ -32,8 +35,19 @@ def bind(function: str, **arguments: tuple[Tensor | None, str]) -> dict[str, Any
     `bind("gated_scan", x=(x, "B T *"))` returns {"B": 2, "T": 128, "*": (64,)}. A tensor that is None is skipped. Of
     alternatives with as many axes, the first whose sizes are those of the arguments before it is taken.
 
-    Raises: TypeError if an argument is no tensor, ShapeError if ranks or sizes disagree, ValueError if devices do.
+    Raises: TypeError if an argument is not a tensor, ShapeError if ranks or sizes disagree, ValueError if devices do.
     """
+    names, patterns, tensors = tuple(arguments), [], []
+    for tensor, pattern in arguments.values():
+        tensors.append(tensor)
+        patterns.append(pattern)
+    return per_signature(_BOUND, (names, *patterns), tensors, lambda: _bind(function, arguments)).copy()
+
+
+_BOUND: dict[Hashable, dict[str, Any]] = {}
+
+
+def _bind(function: str, arguments: dict[str, tuple[Tensor | None, str]]) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
     device, device_of = None, ""
     for name, (tensor, patterns) in arguments.items():
@@ -86,9 +100,27 @@ def _fitting(patterns: str, shape: torch.Size, sizes: dict[str, Any]) -> str:
 
 
 def _split(letters: str, shape: torch.Size) -> list[Any]:
-    """One size a letter; the sizes that "*" stands for as a tuple."""
+    """One size per letter; the sizes that "*" stands for as a tuple."""
     at, extra = letters.index("*"), len(shape) - len(letters) + 1
     return [*shape[:at], tuple(shape[at : at + extra]), *shape[at + extra :]]
+
+
+def per_signature(known: dict[Hashable, T], options: Hashable, tensors: Sequence[Any], check: Callable[[], T]) -> T:
+    """check(), which raises, or answers what follows from options and from shapes, dtypes and devices of arguments.
+
+    The answer for such arguments is looked up if it is `known`; an error never is.
+    """
+    if torch.compiler.is_compiling():
+        return check()
+    found: list[Any] = [options]
+    for x in tensors:
+        if x is None:
+            found.append(None)
+        elif type(x) in PLAIN:
+            found += (x.shape, x.dtype, x.device)
+        else:  # sizes may be symbols, and what is no tensor has none
+            return check()
+    return cached(known, tuple(found), check)
 
 
 def expect(function: str, name: str, tensor: Tensor | None, letters: str, shape: tuple[int, ...]) -> None:
@@ -118,7 +150,7 @@ def check_number(function: str, **tensors: Tensor | None) -> None:
 
 
 def check_given(function: str, **tensors: Tensor | None) -> None:
-    """Raise TypeError if an argument that has no default is no tensor; `bind` would take None for one left out."""
+    """Raise TypeError if an argument that has no default is not a tensor; `bind` would take None for one left out."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{function}: {name} must be a tensor, got {tensor and type(tensor).__name__}")
@@ -133,7 +165,7 @@ def readable(tensor: Tensor) -> bool:
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and type(tensor) in PLAIN
         and tensor.numel() > 0
         and not is_in_torch_dispatch_mode()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

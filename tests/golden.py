@@ -1,8 +1,8 @@
 """Replay recorded vectors: python tests/golden.py FILE...
 
 Each file is rebuilt from its own configuration, loaded, and run in the recurrent form, in the chunked form and token by
-token. One line a file: its name, the worst relative difference of output, other results and gradients over these runs,
-and "ok", "FAIL ..." or "unsupported ...". The exit code is 0 if all are ok and 1 otherwise.
+token. One line per file: its name, the worst relative difference of output, other results and gradients over these
+runs, and "ok", "FAIL ..." or "unsupported ...". The exit code is 0 if all are ok and 1 otherwise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """torch.compile(fullgraph=True) over whole language models with the Triton kernels: `python tests/gpu_compile.py`.
 
-One line a preset: by how much loss and gradients of the compiled model differ from those of the eager one, and the
+One line per preset: by how much loss and gradients of the compiled model differ from those of the eager one, and the
 seconds its first call took, compilation included. Exits with 1 if a graph breaks or a difference passes LIMIT.
 `python tests/gpu_compile.py FORM [PRESET...]` runs aot_eager on a CPU by that form ("triton" in Triton's interpreter).
 """

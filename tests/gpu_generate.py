@@ -1,8 +1,10 @@
-"""`generate` on a GPU by its graph: `python tests/gpu_generate.py [time]`.
+"""`generate` on a GPU by its graph: `python tests/gpu_generate.py [check | steps | time | time parts]`.
 
-One line per recipe and way of sampling: by the graph, by the stream and by steps without a graph the tokens must be the
-same. `time` prints, for models of 24 layers of 1024 channels in bfloat16, the milliseconds per token of `generate` as
-called beside those of its graph, and the seconds of the first call. Exits with 1 if two ways differ.
+`check`: one line per recipe and way of sampling: by the graph, by the stream and by steps without a graph the tokens
+must be the same. `steps`: logits and states of one kernel per layer against the parts one by one and the same in
+float64, in three dtypes; many sequences of many tokens twice, which must agree bit for bit. `time` prints, for models
+of 24 layers of 1024 channels in bfloat16, the milliseconds per token of `generate` as called beside those of its graph,
+and the seconds of the first call; with `parts` where parts run one by one. Exits with 1 if two ways differ.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import warnings
 from itertools import pairwise
 from typing import Any
 
+import test_step_plan
 import torch
 
-from recur import LanguageModel, presets
+from recur import LanguageModel, kernel, presets
 from recur.blocks import generation
 
 RECIPES: dict[str, Any] = {
@@ -57,10 +60,30 @@ def check() -> bool:
     return good
 
 
+def steps() -> bool:
+    good = True
+    for name, recipe in RECIPES.items():
+        lm = test_step_plan.model(recipe, dim=256, depth=2)
+        said = []
+        try:
+            for batch in (1, 3, 64):
+                test_step_plan.same(lm, 40, torch.float32, torch.float16, torch.bfloat16, batch=batch)
+            ids = torch.randint(7, (64, 200))
+            runs = [test_step_plan.stepped(lm.bfloat16(), ids, True)[0] for _ in range(3)]
+            assert all(torch.equal(run, runs[0]) for run in runs), "two runs differ"
+        except AssertionError as error:
+            said = [str(error)]
+        print(f"{'BAD ' if said else 'good'} {name} {said}", flush=True)
+        good = good and not said
+    return good
+
+
 def timed() -> bool:
-    for name in ("gla", "hgrn2", "retnet", "gated_delta_net", "mamba2", "longhorn", "llama"):
+    if sys.argv[2:] == ["parts"]:
+        kernel.steps_fused = lambda x: False
+    for name in ("gla", "hgrn2", "retnet", "gated_delta_net", "mamba2", "mamba", "longhorn", "llama"):
         recipe = getattr(presets, name)()
-        deep, ffn = (48, None) if name in ("mamba2", "longhorn") else (24, "swiglu")
+        deep, ffn = (48, None) if name in ("mamba2", "mamba", "longhorn") else (24, "swiglu")
         lm = LanguageModel(recipe, vocab_size=32000, dim=1024, depth=deep, ffn=ffn).bfloat16()
         for batch in (1, 64):
             ids, spent = torch.randint(0, 32000, (batch, 128)), []
@@ -90,4 +113,4 @@ def timed() -> bool:
 
 if __name__ == "__main__":
     torch.set_default_device("cuda")
-    sys.exit(not {"check": check, "time": timed}[(sys.argv[1:] or ["check"])[0]]())
+    sys.exit(not {"check": check, "steps": steps, "time": timed}[(sys.argv[1:] or ["check"])[0]]())

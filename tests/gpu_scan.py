@@ -2,7 +2,7 @@
 `python tests/gpu_scan.py wide` for states of more than 256 rows or columns alone, `... erasing` for erase keys and
 several writes or reads.
 
-One line a case: relative errors of y, state and all gradients, which two runs must give alike. Exits with 1 if one
+One line per case: relative errors of y, state and all gradients, which two runs must give alike. Exits with 1 if one
 passes its limit. The cases of test_kernel_compiles.py, in which every pair of values of every axis meets, are among
 them; the others vary what no specialisation depends on, lengths, borders and gates from mild to resets.
 """
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import specialisations
 import torch
-from interpreted import widen
+from interpreted import allowed, off_by, widen
 from torch import Tensor
 
 import recur
@@ -24,7 +24,9 @@ from recur import ScanOut
 HARD = torch.tensor([0.0, -1e-9, -0.3, -5.0, -80.0, -700.0, -math.inf])
 LEAKY = torch.tensor([0.0, -1e-9, -0.3, -3.0, -5.0])
 GATES = (None, "B T H", "B T H K")
-LIMITS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+# In 16 bits, where kernels round between their products as torch does not; in float32 see `allowed`.
+LIMITS = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+DTYPES = (torch.float32, *LIMITS)
 
 
 class Case(NamedTuple):
@@ -162,19 +164,26 @@ def outputs(case: Any, form: str, tensors: dict[str, Tensor]) -> dict[str, Tenso
     return {**results._asdict(), **named, **case.steps(**tensors)}
 
 
-def errors(case: Any) -> dict[str, float]:
-    """Relative errors against the token loop in float64; infinite where two runs differ, or a reset has a gradient."""
+def errors(case: Any, limits: dict[torch.dtype, float], slack: float) -> dict[str, tuple[float, float]]:
+    """Relative errors against the token loop in float64, infinite where two runs differ or a reset has a gradient; and
+    what they may be."""
     tensors = case.inputs()
     wide = {name: widen(t) for name, t in tensors.items()}
     got, again = (outputs(case, "triton", tensors) for _ in range(2))
     want = outputs(case, "recurrent", wide)
-    found = {n: ((got[n].to(w.dtype) - w).norm() / w.norm().clamp_min(1e-3)).item() for n, w in want.items()}
+    found = {name: off_by(got[name], exact) for name, exact in want.items()}
+    if case.dtype in limits:
+        most = {name: limits[case.dtype] * (slack if name == "dlog_decay" else 1) for name in want}
+    else:  # steps have the kernel alone
+        torchs = outputs(case, "chunked", tensors)
+        others = {name: () if "step" in name else (torchs[name],) for name in want}
+        most = {name: allowed(exact, others[name], tensors.values()) for name, exact in want.items()}
     again |= case.run("triton", **tensors)._asdict()  # which keeps nothing for a backward
     found |= {f"{name} again": math.inf for name in got if not torch.equal(got[name], again[name])}
     gates = tensors.get("log_decay", torch.zeros(()))
     if not gates.is_complex() and (gates <= -700).any() and got["dlog_decay"][gates <= -700].any():
         found["dlog_decay"] = math.inf
-    return found
+    return {name: (error, most.get(name, 0.0)) for name, error in found.items()}
 
 
 def cases() -> list[Case]:
@@ -190,7 +199,7 @@ def cases() -> list[Case]:
         for reverse in (False, True)
         if (axes or kind == "mild") and (dtype == bf16 or not reverse)
     ]
-    found += [Case((2, 300, 4, 2, 64, 64), axes, dtype=dtype) for dtype in LIMITS for axes in GATES]
+    found += [Case((2, 300, 4, 2, 64, 64), axes, dtype=dtype) for dtype in DTYPES for axes in GATES]
     found += [Case((1, 300, 2, 2, 64, 64), axes, borders=(0, 0, 5, 130, 300, 300)) for axes in GATES]
     found += [Case((1, T, 2, 2, 64, 64), "B T H K", narrow=True) for T in (1, 15, 16, 17, 63, 64, 65)]
     for axes in GATES[1:]:
@@ -269,20 +278,21 @@ def attempt(job: tuple[Any, dict[torch.dtype, float], float]) -> bool:
     torch.set_default_device("cuda")
     label = " ".join(f"{name}={value}" for name, value in case._asdict().items() if value not in (False, ()))
     try:
-        found = errors(case)
+        found = errors(case, limits, slack)
     except Exception as error:  # whatever it is, the other cases are to be tried
         print("BAD", label, type(error).__name__, error, flush=True)
         return False
-    good = all(e < limits[case.dtype] * (slack if name == "dlog_decay" else 1) for name, e in found.items())
-    print("ok " if good else "BAD", label, {name: f"{error:.1e}" for name, error in found.items()}, flush=True)
+    good = all(error <= limit for error, limit in found.values())
+    print("ok " if good else "BAD", label, {name: f"{error:.1e}" for name, (error, _) in found.items()}, flush=True)
     return good
 
 
 def main(cases: list[Any], limits: dict[torch.dtype, float], slack: float = 1) -> int:
-    """In parallel, because compiling takes longer than running; gradients of gates may err by `slack` more."""
+    """In parallel, because compiling takes longer than running; in 16 bits gradients of gates may err `slack` times as
+    much."""
     with torch.multiprocessing.get_context("spawn").Pool(
         15, maxtasksperchild=1
-    ) as pool:  # one process a case: an illegal access ends it
+    ) as pool:  # one process per case: an illegal access ends it
         good = pool.map(attempt, [(case, limits, slack) for case in cases], chunksize=1)
     print(f"{sum(good)} of {len(good)} good")
     return int(not all(good))

@@ -3,7 +3,7 @@
 check runs the laws of test_kernel_step.py, which take every rule, gate, kind of key, bonus, group and state, bfloat16
 and complex ones too, and captures `model.step` of every preset and of hybrids in a CUDA graph, whose replays must equal
 eager steps; it prints the launches of a step and exits with 1 if anything is wrong. The step of each specialisation
-is in gpu_scan.py and gpu_walk.py. time prints one JSON line a decode shape, the fastest tiles first.
+is in gpu_scan.py and gpu_elementwise.py. time prints one JSON line per decode shape, the fastest tiles first.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A specialisation is one recurrence for GPUs of one compute capability: its scan, the gradients of all its inputs and its
 step, one to a dozen programs. test_kernel_compiles.py proves that no pair of values is missing and compiles every
-program; on a GPU gpu_scan.py and gpu_walk.py hold each against the token loop. Lengths, batches and what a gate holds
-(resets, say) change no program.
+program; on a GPU gpu_scan.py and gpu_elementwise.py hold each against the token loop. Lengths, batches and
+values of gates (resets, say) change no program.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ Row = dict[str, str]
 
 
 class Family(NamedTuple):
-    """Axes and their values; combinations that are none, or another one by a second name; the list. Named rows are hot:
-    training in bfloat16 at the sizes of the models that are called so."""
+    """Axes and their values; combinations that do not exist or repeat another one; the list. Named rows are what models
+    of that name run when they train in bfloat16."""
 
     axes: dict[str, str]
     excluded: tuple[Row, ...]
@@ -41,7 +41,7 @@ PLACES = {
 SCAN = Family(
     axes={
         **NUMBERS,
-        "decay": "none one key",  # gates a head
+        "decay": "none one key",  # gates per head
         "time": "token fixed",  # gates [B T H *], or [H *]
         "gates": "wide narrow",  # in float32, or in the dtype of the tokens
         "phase": "no yes",
@@ -62,7 +62,6 @@ SCAN = Family(
         {"keys": "tied", "decay": "none one"},  # refused
         {"keys": "tied", "phase": "yes"},  # refused
         {"keys": "tied", "write": "delta erase previous"},  # keys are written out
-        {"segments": "more", "rows": "packed"},
         {"segments": "more", "V": "640"},  # many columns fill the machine
     ),
     rows=_rows("""
@@ -79,7 +78,7 @@ gated-delta-net2 90 bfloat16 right key   token narrow no    erase    own  each  
 rwkv7            90 bfloat16 right key   token narrow no    previous own  each  whole  one      zero   64  64
 -                80 float16  left  key   fixed narrow no    bonus    tied each  packed one      given  256 200
 -                80 float32  left  one   token wide   yes   plain    own  each  whole  more     given  64  200
--                90 float16  right one   fixed wide   yes   delta    own  group packed one      given  128 64
+-                90 float16  right one   fixed wide   yes   delta    own  group packed more     given  128 64
 -                80 float32  left  none  token wide   no    delta    own  group packed one      zero   256 64
 -                80 float16  right one   fixed narrow no    plain    own  each  whole  more     given  256 128
 -                80 float32  left  key   token wide   yes   bonus    own  group whole  more     zero   128 128
@@ -101,7 +100,7 @@ rwkv7            90 bfloat16 right key   token narrow no    previous own  each  
 """),
 )
 
-WALK = Family(
+ELEMENTWISE = Family(
     axes={
         **NUMBERS,
         "rule": "selective online",
@@ -154,4 +153,4 @@ simple-gate-loop 90 float32  right complex 8192 whole  one      zero
 """),
 )
 
-FAMILIES = {"scan": SCAN, "walk": WALK, "diagonal": DIAGONAL}
+FAMILIES = {"scan": SCAN, "elementwise": ELEMENTWISE, "diagonal": DIAGONAL}

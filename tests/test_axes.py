@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from recur import Mixer, Recipe, RecipeError, presets
 from recur.axes import OPERATORS, evaluate, letters, shown, size
-from recur.blocks import DenseRead, Project, ShortConv, Skip, Sum
+from recur.blocks import DenseRead, Project, Rename, ShortConv, Skip
 
 AXES = {"D": 64, "H": 4}
 
@@ -51,19 +51,19 @@ AXES = {"D": 64, "H": 4}
         ("max(*[1,2])", "'max(*[1,2])' must be built from"),
         ("D if D else H", "'D if D else H' must be built from"),
         ("nan", "'nan' mentions nan, which is not among D, H"),
-        ("", "'' is no expression"),
-        ("D\0", "'D\\x00' is no expression"),
-        ("\udc80", "is no expression"),
+        ("", "'' is not an expression"),
+        ("D\0", "'D\\x00' is not an expression"),
+        ("\udc80", "is not an expression"),
         ("-" * 5000 + "16", "must have at most 200 characters, got 5002"),
         ("-" * 150 + "16", "16' must have at most 100 letters and operators inside one another"),
-        ("(" * 199, "is no expression"),
-        (True, "True is no expression; give a number or a string"),
-        (None, "None is no expression"),
-        ([1], "[1] is no expression"),
-        ({"D": 1}, "{'D': 1} is no expression"),
-        (2j, "2j is no expression"),
-        (float("nan"), "nan is no size; a number must be finite"),
-        (float("inf"), "inf is no size; a number must be finite"),
+        ("(" * 199, "is not an expression"),
+        (True, "True is not an expression; give a number or a string"),
+        (None, "None is not an expression"),
+        ([1], "[1] is not an expression"),
+        ({"D": 1}, "{'D': 1} is not an expression"),
+        (2j, "2j is not an expression"),
+        (float("nan"), "nan is not a size; a number must be finite"),
+        (float("inf"), "inf is not a size; a number must be finite"),
         (10**5000, "must be below 2^63, got one of thousands of digits"),
         (-3, "-3 must be a positive integer, got -3"),
         (0, "0 must be a positive integer, got 0"),
@@ -83,7 +83,7 @@ def test_numbers_of_every_kind_are_axes() -> None:
 
 def test_a_name_of_one_value_does_not_pass_for_another() -> None:
     assert size(1, AXES) == 1  # equal to True, as a key of a cache too
-    with pytest.raises(RecipeError, match="True is no expression"):
+    with pytest.raises(RecipeError, match="True is not an expression"):
         size(True, AXES)
 
 
@@ -108,7 +108,7 @@ def test_letters_in_a_long_chain_or_a_circle_are_refused() -> None:
         size("A", {"A": "B", "B": "A"})
     many = {f"A{i}": 1 for i in range(101)}
     with pytest.raises(RecipeError, match="axes must name at most 100 letters, got 101"):
-        Recipe(Sum("x"), axes=many)
+        Recipe(Rename("x", "y"), axes=many)
 
 
 TEXTS = st.text(st.sampled_from("DHK0123456789.e+-*/%()<,\0 maxintsqrceil"), max_size=30)
@@ -193,7 +193,7 @@ def test_the_key_that_is_wrong_is_named() -> None:
     refused("from_dict: 'axes' must be of type Mapping, got [1]", {**good, "axes": [1]})
     refused("from_dict: 'axes' must have names as keys, got 1", {**good, "axes": {1: 2}})
     refused("from_dict: 'inputs' must name the axes of u in a string, got 3", {**good, "inputs": {"u": 3}})
-    refused("axes: [1] is no expression", {**good, "axes": {"H": 4, "K": [1]}})
+    refused("axes: [1] is not an expression", {**good, "axes": {"H": 4, "K": [1]}})
     refused('parts[0] must be an object with "part", the name of a class, got 3', {**good, "parts": [3]})
     refused(
         'parts[0].names must have "part", the name of a class, got {}',
@@ -225,10 +225,9 @@ def test_every_preset_and_an_older_recipe_without_out_come_back() -> None:
 
 def test_parts_that_read_nothing_or_have_no_size_are_refused() -> None:
     for part, words in ((Project("", y="D"), "part 1 Project must name the tensors that it reads, got ''"),
-                        (ShortConv(""), "part 1 ShortConv must name the tensors that it reads, got ''"),
-                        (Sum(""), "part 1 Sum must name the tensors that it reads, got ''")):  # fmt: skip
+                        (ShortConv(""), "part 1 ShortConv must name the tensors that it reads, got ''")):  # fmt: skip
         with pytest.raises(RecipeError, match=words):
-            Recipe(part, Sum("x"))
+            Recipe(part, Rename("x", "y"))
     with pytest.raises(RecipeError, match="ShortConv: width must be at least 1 and below 2\\^31, got 0"):
         ShortConv("x", width=0)
     with pytest.raises(RecipeError, match="Skip: std must be a number of at least 0, got nan"):

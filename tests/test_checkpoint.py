@@ -139,14 +139,14 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", [checkpoint.MODEL, checkpoint.TRAINER, checkpoint.RECORD])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_told(tmp_path: Path, name: str, damage: str) -> None:
+def test_damage_is_reported(tmp_path: Path, name: str, damage: str) -> None:
     folder = save(tmp_path, *trained())
     DAMAGES[damage](folder / name)
     with pytest.raises(InputError, match=f"{folder.name} is damaged: .*{name}"):
         checkpoint.read_record(tmp_path)
 
 
-def test_an_edited_record_is_told(tmp_path: Path) -> None:
+def test_an_edited_record_is_reported(tmp_path: Path) -> None:
     folder = save(tmp_path, *trained())
     content = json.loads((folder / checkpoint.RECORD).read_text())
     content["record"]["step"] = 7
@@ -155,20 +155,20 @@ def test_an_edited_record_is_told(tmp_path: Path) -> None:
         checkpoint.read_record(tmp_path)
 
 
-def test_weights_of_another_model_are_told(tmp_path: Path) -> None:
+def test_weights_of_another_model_are_reported(tmp_path: Path) -> None:
     folder = save(tmp_path, *trained())
     with pytest.raises(InputError, match="weights do not fit its recipe"):
         checkpoint.load_weights(folder, nn.Linear(2, 2))
 
 
-def test_weights_that_are_no_safetensors_are_told(tmp_path: Path) -> None:
+def test_weights_that_are_no_safetensors_are_reported(tmp_path: Path) -> None:
     folder = save(tmp_path, *trained())
     (folder / checkpoint.MODEL).write_bytes(b"nothing")
     with pytest.raises(InputError, match="is damaged"):
         checkpoint.load_weights(folder, Tied())
 
 
-def test_no_checkpoint_is_told(tmp_path: Path) -> None:
+def test_no_checkpoint_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no checkpoint in"):
         checkpoint.read_record(tmp_path / "nowhere")
 
@@ -214,7 +214,7 @@ def test_the_newest_whole_one_is_used(tmp_path: Path, name: str, damage: str) ->
     assert said[0].startswith("using step-00000003; step-00000005 is damaged: ")
     assert "; step-00000004 is damaged: " in said[0]
     DAMAGES[damage](tmp_path / "step-00000003" / name)
-    with pytest.raises(InputError, match=r"no whole checkpoint in .*5 is damaged: .*4 is damaged: .*3 is damaged: "):
+    with pytest.raises(InputError, match=r"no complete checkpoint in .*5 is damaged: .*4 is damaged: .*3 is damaged: "):
         checkpoint.read_record(tmp_path)
 
 

@@ -75,8 +75,8 @@ BAD: dict[str, tuple[str, str, str]] = {
     "pair": ("a.yaml", "betas: 0.9", "betas must be 2 values separated by commas, got '0.9'"),
     "null": ("a.yaml", "lr: null", "lr must be a positive number, got 'None'"),
     "list": ("a.yaml", "- 1", "must hold keys and values, got list"),
-    "json": ("a.json", "{", "a.json is no JSON: "),
-    "yaml": ("a.yaml", "a: [", "a.yaml is no YAML: "),
+    "json": ("a.json", "{", "a.json is not valid JSON: "),
+    "yaml": ("a.yaml", "a: [", "a.yaml is not valid YAML: "),
     "task": ("a.yaml", "task: mqar", "a.yaml is of another task than lm"),
 }
 

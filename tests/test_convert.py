@@ -297,7 +297,7 @@ def test_the_module_has_the_dtype_of_the_checkpoint(dtype: torch.dtype) -> None:
     assert same({key: tensor.to(dtype) for key, tensor in back.items()}, state)
 
 
-def test_an_unknown_name_is_told_its_nearest() -> None:
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"name must be one of .*got 'longhorn-lm'; the nearest is 'longhorn_lm'"):
         convert.from_official("longhorn-lm", {}, {})
 

@@ -1,4 +1,4 @@
-"""`recur convert`: official files in, ours out, and back; one clear line for each file that is no use."""
+"""`recur convert`: official files in, ours out, and back; one clear line for each file that is invalid."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def redirected(name: str) -> Callable[[Path], object]:
     ("harm", "words"),
     [
         (lambda index: index.unlink(), r"there is no file .*model\.safetensors\.index\.json"),
-        (lambda index: index.write_text("{"), r"index\.json is no JSON"),
+        (lambda index: index.write_text("{"), r"index\.json is not valid JSON"),
         (lambda index: index.write_text("[]"), r"index\.json must hold an object, got list"),
         (lambda index: index.write_text("{}"), r"index\.json must hold a weight_map from keys to files"),
         (indexed(lambda content: {"weight_map": {"a": 1}}), "must hold a weight_map from keys to files"),
@@ -288,8 +288,8 @@ def test_files_that_are_no_use_are_named(folder: Path, capsys: pytest.CaptureFix
         (good, folder / "out.txt", *mamba, "--to", "mamba_hf"): r"must end in \.safetensors, \.pt",
         (good, out, *mamba, "--config", folder / "none.json"): "name the constructor's arguments with --config",
         (good, out, *mamba, "--config", folder / "list.json"): "must hold an object, got list",
-        (good, out, *mamba, "--config", folder / "text.json"): "is no JSON",
-        (good, out): "is no module of recur; say what it is with --from",
+        (good, out, *mamba, "--config", folder / "text.json"): "is not valid JSON",
+        (good, out): "is not a module of recur; say what it is with --from",
         (good, out, *mamba, "--to", "longhorn_lm"): "every parameter must have an official place",
     }
     for argv, words in cases.items():

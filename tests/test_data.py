@@ -21,7 +21,7 @@ from recur.train.models import around
 from recur.train.task import cross_entropy_and_hits
 from recur.train.tokenize import Bytes, Characters, tokenizer_of
 
-DOCUMENTS = [f"document {i} tells {'much ' * (i % 4)}of {i * i}.\n" for i in range(40)]
+DOCUMENTS = [f"document {i} holds {'much ' * (i % 4)}of {i * i}.\n" for i in range(40)]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The page on a recurrence of one's own runs from top to bottom and prints what it says."""
+"""The page on a recurrence of your own runs from top to bottom and prints what it says."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ def test_a_stream_ends_when_all_rows_have():
     stop = decode(whole[:3])
     assert len(list(lm.stream(IDS, 40, temperature=0, stop=[stop], decode=decode))) == 3
     eos = whole[0]
-    assert len(list(lm.stream(IDS, 40, temperature=0, eos=eos))) == generation.BLOCK  # looked at once a block
+    assert len(list(lm.stream(IDS, 40, temperature=0, eos=eos))) == generation.BLOCK  # looked at once per block
     assert list(lm.stream(IDS[:0], 40)) == []
     assert list(lm.stream(IDS, 0)) == []
 
@@ -297,7 +297,7 @@ def test_logits_that_are_no_numbers_are_an_error(value):
 
 
 def test_a_wrong_option_of_stream_is_named():
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match="generate: no option is called 'temprature'; did you mean temperature"):
         model().stream(IDS, 3, temprature=1)
 
 

@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 SCRIPTS = {
     "gpu_scan.py": [],
-    "gpu_walk.py": [],
+    "gpu_elementwise.py": [],
     "gpu_glue.py": [],
     "gpu_explain.py": [],
     "gpu_laws.py": [],

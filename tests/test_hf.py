@@ -169,7 +169,7 @@ class Twice(Part):
 
 def test_parts_of_ones_own_are_listed_before_loading(tmp_path, monkeypatch):
     recipe = Recipe(*presets.gla(heads=2).parts, Twice(), axes=presets.gla(heads=2).axes)
-    with pytest.raises(RecipeError, match="'Twice' is no part of recur"):
+    with pytest.raises(RecipeError, match="'Twice' is not a part of recur"):
         RecurForCausalLM(RecurConfig(recipe=recipe, dim=16))
     monkeypatch.setattr(RecurConfig, "parts", (Twice,))
     lm = RecurForCausalLM(RecurConfig(recipe=recipe, dim=16)).eval()

@@ -148,7 +148,7 @@ def test_a_hub_layer_0_ignores_its_bound_and_needs_heads() -> None:
 
 
 @pytest.mark.parametrize("expand", [1, 2, 16, 128])
-def test_an_expansion_by_e_has_e_numbers_a_channel_and_the_same_weights(expand: int) -> None:
+def test_an_expansion_by_e_has_e_numbers_per_channel_and_the_same_weights(expand: int) -> None:
     layer = Mixer(presets.hgrn2(heads=f"D/{expand}"), 128)
     assert layer.init_state(1)["parts"]["outer_scan"].numel() == 128 * expand
     assert sum(weight.numel() for weight in layer.parameters()) == 4 * 128 * 128 + 128

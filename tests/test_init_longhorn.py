@@ -181,7 +181,7 @@ def test_first_values_follow_their_laws(case: str) -> None:
     assert used == set(laws)
 
 
-def test_two_branches_a_layer_divide_by_both() -> None:
+def test_two_branches_per_layer_divide_by_both() -> None:
     """With a feed-forward beside it, what leaves the mixer and what leaves the feed-forward count as two."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Files and words as people have them: what is read, and one line for what is of no use, before anything is made."""
+"""Files and words as people have them: what is read, and one line for what is invalid, before anything is made."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def test_separators_of_any_script(tmp_path: Path, given: str, tokenizer: str) ->
 
 @pytest.mark.parametrize("given", ["\\", r"\x", r"\x9", r"\u12", r"\q", r"\N{BULLET}", r"\U00110000", "\\\\\\"])
 def test_a_backslash_that_begins_no_escape(given: str) -> None:
-    with pytest.raises(InputError, match=r"--separator .* has a backslash that begins none of"):
+    with pytest.raises(InputError, match=r"--separator .* has a backslash that starts none of"):
         unescaped(given)
 
 
 def test_separators_that_cannot_be_met(tmp_path: Path) -> None:
     (tmp_path / "t").write_text(LINE * 40)
-    with pytest.raises(InputError, match=r"--separator '§' stands nowhere in .*; without it the text is one document"):
+    with pytest.raises(InputError, match=r"--separator '§' does not occur in .*; without it the text is one document"):
         open_corpus(str(tmp_path / "t"), "char", length=4, separator="§")
     with pytest.raises(InputError, match="--separator must be text that UTF-8 can hold"):
         open_corpus(str(tmp_path / "t"), "byte", length=4, separator=r"\ud800")
@@ -131,12 +131,12 @@ def test_files_by_one_rule(tmp_path: Path) -> None:
         read_text(file)
     with pytest.raises(InputError, match="it is a folder"):
         read_bytes(tmp_path)
-    with pytest.raises(InputError, match="it is no regular file"):
+    with pytest.raises(InputError, match="it is not a regular file"):
         read_bytes(Path("/dev/null"))
     with pytest.raises(InputError, match=r"cannot read a.b: embedded null"):
         read_bytes(Path("a\0b"))
     file.write_text("[" * 100_000)
-    with pytest.raises(InputError, match="f is no JSON: "):
+    with pytest.raises(InputError, match="f is not valid JSON: "):
         read_json(file)
 
 
@@ -154,7 +154,7 @@ def test_bins_of_no_use(tmp_path: Path) -> None:
     ids.tofile(file)
     with pytest.raises(InputError, match=r"t\.bin must hold ids below 256, as its tokenizer has, got 256 at 1950"):
         open_corpus(str(file), "byte", length=8)
-    with pytest.raises(InputError, match="holds numbers: say who made them, --tokenizer byte"):
+    with pytest.raises(InputError, match="holds numbers: name the tokenizer that wrote them, --tokenizer byte"):
         open_corpus(str(file), "char", length=8)
     with pytest.raises(InputError, match=r"cannot read .*u.bin: no such file"):
         open_corpus(str(tmp_path / "u.bin"), "byte", length=8)
@@ -275,9 +275,9 @@ def test_words_of_yaml_are_words(tmp_path: Path) -> None:
 BAD_YAML = {
     "1: 2": "no option is called '1'",
     "null: 2": "keys must be names of options, got None",
-    "[" * 5000: "is no YAML: ",
+    "[" * 5000: "is not valid YAML: ",
     "steps: " + "9" * 5000: "steps must be a whole number of at least 1, got '999",
-    "steps: !!int " + "9" * 5000: "is no YAML: ",
+    "steps: !!int " + "9" * 5000: "is not valid YAML: ",
     "steps: 4294967296": "steps must be a whole number below 2147483648",
     "steps: nan": "steps must be a whole number",
     "lr: .inf": "lr must be a positive number, got '.inf'",
@@ -383,7 +383,7 @@ def test_parts_of_ones_own_everywhere(
     (tmp_path / "own.json").write_text(json.dumps(described))
     assert main(["show", f"@{tmp_path / 'own.json'}", "--dim", "16", "--import", str(own)]) == 0
     assert "halve " in capsys.readouterr().out
-    assert "'Halve' is no part of recur" in refused(capsys, "show", f"@{tmp_path / 'own.json'}")
+    assert "'Halve' is not a part of recur" in refused(capsys, "show", f"@{tmp_path / 'own.json'}")
     tried: list[Any] = []
     monkeypatch.setattr(recur.testing, "check", lambda recipe, report: tried.append(recipe))
     assert main(["check", "quartered", "--import", str(own)]) == 0
@@ -486,12 +486,14 @@ def commands(tmp_path: Path, text_file: str) -> dict[str, tuple[list[object], st
         "check": (["check", "gla:heads=0"], "must be a positive integer, got 0"),
         "train on a folder": (["train", "gla", "--text", tmp_path, *out], "holds no tokens"),
         "train on nothing": (["train", "gla", "--text", "", *out], "must be the name of a file or a folder"),
-        "train on a device": (["train", "gla", "--text", "/dev/zero", *out], "it is no regular file"),
+        "train on a device": (["train", "gla", "--text", "/dev/zero", *out], "it is not a regular file"),
         "train into nothing": (["train", "gla", *text, "--out", ""], "argument --out: must be the name of a file"),
         "train nan": (["train", "gla", "--lr", "nan", *out], "must be a positive number, got 'nan'"),
         "train depth": (["train", "gla", "--depth", 10**6, *out], "must be a whole number below 10000"),
         "train batch": (["train", "gla", "--batch", 10**12, *out], "must be a whole number below 2147483648"),
         "train tokenizer": (["train", "gla", *text, "--tokenizer", "", *out], "a tokenizer must be char, byte"),
+        "train setup": (["train", "gla", "--setup=--", *text, *out], "task lm has no setup '--'"),
+        "train dashes": (["train", "gla", "--dim=--", *text, *out], "must be a whole number of at least 1, got '--'"),
         "train config": (["train", "gla", "--config", junk, *out], "must be UTF-8 text"),
         "train backend": (["train", "gla", *text, "--compile", "inductr", *out], "no backend is called 'inductr'"),
         "train dim": (["train", "gla", *text, "--dim", 2**26, *out], "not enough memory"),

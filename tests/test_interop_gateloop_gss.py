@@ -209,7 +209,7 @@ def test_the_simple_layer_goes_on_from_the_same_cache(seed: int, cut: int) -> No
 
 @settings(max_examples=max(1, EXAMPLES // 4))
 @given(data=st.data(), window=st.integers(1, 12))
-def test_the_likeliest_continuation_within_a_window_is_the_original_one(data: st.DataObject, window: int) -> None:
+def test_the_most_likely_continuation_within_a_window_is_the_original_one(data: st.DataObject, window: int) -> None:
     theirs, config = drawn(data, gss.GatedStateSpacesLM, {**DIM, **OF_MODEL, **OF_GSS})
     ours = convert.from_official("gated_state_space_lm", theirs.state_dict(), config)
     ids, V = torch.randint(config["num_tokens"], (2, 5)), config["num_tokens"]

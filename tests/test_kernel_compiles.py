@@ -17,13 +17,14 @@ from itertools import chain, combinations, product
 from pathlib import Path
 from typing import Any
 
+import gpu_elementwise
 import gpu_scan
-import gpu_walk
 import pytest
 import torch
 from specialisations import FAMILIES, Family
 from tiers import quick
 
+from recur import LanguageModel
 from recur import kernel as public
 
 triton = pytest.importorskip("triton")
@@ -115,7 +116,7 @@ def resources(kernel: Any) -> tuple[int, int, int]:
 ROWS = [row for family in FAMILIES.values() for row in family.rows]
 CASES = {
     f"{i} {row['name']} sm_{row['sm']}": (row, case)
-    for i, (row, case) in enumerate(zip(ROWS, gpu_scan.listed() + gpu_walk.listed(), strict=True))
+    for i, (row, case) in enumerate(zip(ROWS, gpu_scan.listed() + gpu_elementwise.listed(), strict=True))
 }
 
 
@@ -150,7 +151,7 @@ def test_programs_compile_and_fit(name: str) -> None:
     found = launches(case, sm)
     kernels = [kernel.fn.__name__ for kernel, *_ in found]
     segments = {kwargs.get("segments", 1) for *_, kwargs in found}
-    assert (max(segments) > 1) == (row["segments"] == "more"), kernels
+    assert (max(segments) > 1 or "combine" in kernels) == (row["segments"] == "more"), kernels
     for kernel, launch in zip(kernels, found, strict=True):
         program = compiled(launch, sm)
         shared = program.metadata.shared
@@ -183,6 +184,7 @@ def around(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     for fn in ("softplus", "sigmoid", "log_sigmoid"):
         yield fn, public.activate(z.flatten(2), None if fn == "log_sigmoid" else torch.randn(1024).requires_grad_(), fn)
     yield "bounded", sum(x.float() for x in public.bounded(z, torch.rand(4, 256).requires_grad_()))
+    yield "polar", torch.view_as_real(public.polar(*z.unflatten(-1, (-1, 2)).unbind(-1)))
     yield "weigh", public.weigh(z.unflatten(-1, (4, 64)), torch.rand(2, 64, 4, 4).requires_grad_())
     for W, packed in ((4, False), (4, True), (8, False)):
         taps, state = torch.randn(1024, W).to(dtype).requires_grad_(), torch.randn(2, W - 1, 1024).requires_grad_()
@@ -200,6 +202,7 @@ def around(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
         yield f"{kind} of one", public.norm(one, z=one, u=one, skip=b[0], weight=b, eps=1e-5, width=1, N=1, kind=kind)
     yield "softplus of one", public.activate(one, b, "softplus")
     yield "bounded, one", sum(x.float() for x in public.bounded(one, b))
+    yield "polar of one", torch.view_as_real(public.polar(one, one))
     yield "weigh one", public.weigh(one, one[..., 0])
     yield "conv of one", public.conv((one[..., 0],), b, None, None, None, "silu")[0][0]
     yield "rotation of one pair", public.rotate(x[:, :1, :1, :2], torch.arange(1)[None], torch.rand(1).double(), True)
@@ -218,6 +221,18 @@ def test_kernels_around_the_scans_compile_and_do_not_spill(sm: int, dtype: torch
         registers, spilled, shared = resources(compiled(launch, sm))
         assert spilled == 0, f"{name}: {launch[0].fn.__name__} spills {spilled} bytes, {registers} registers"
         assert shared <= SHARED[sm]
+
+
+@pytest.mark.parametrize("name", ["gla", "hgrn2", "retnet", "mamba2", "mamba", "longhorn", "gated_delta_net", "llama"])
+def test_the_kernel_of_a_step_compiles_and_does_not_spill(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a few lines is composed for every recipe."""
+    model = LanguageModel(name, vocab_size=8, dim=64, depth=1, ffn=None).bfloat16()
+    monkeypatch.setattr(public, "steps_fused", lambda x: True)
+    with recorded(90) as log:
+        model.step(torch.zeros(2, dtype=torch.long), model.init_state(2, 16))
+    composed = [launch for launch in log if launch[0].fn.__name__ == "layer"]
+    assert composed
+    assert all(resources(compiled(launch, 90))[1] == 0 for launch in composed)
 
 
 if __name__ == "__main__":

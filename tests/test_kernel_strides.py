@@ -1,7 +1,7 @@
 """Every tensor that a kernel is given may be any view, gradients too: results are those of contiguous copies.
 
 Laws run in a process of their own, in Triton's interpreter: `TRITON_INTERPRET=1 python tests/test_kernel_strides.py
-LAW...`; gpu_strides.py runs them on a GPU.
+LAW...`; gpu_laws.py runs them on a GPU.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ def scan(draw: Callable[..., Any], run: Callable[..., recur.ScanOut], tensors: d
 GATES = {"H": (H,), "H K": (H, K), "B T H": (B, T, H), "B T H K": (B, T, H, K)}
 
 
-def gates(shape: tuple[int, ...], turned: bool) -> Tensor:
-    return torch.complex(-torch.rand(shape), torch.randn(shape)) if turned else -torch.rand(shape)
+def gates(shape: tuple[int, ...], rotated: bool) -> Tensor:
+    return torch.complex(-torch.rand(shape), torch.randn(shape)) if rotated else -torch.rand(shape)
 
 
 @law
@@ -134,11 +134,11 @@ def scans_with_a_matrix_state() -> None:
         gate = draw(st.sampled_from([None, *GATES]), "gates")
         tied = ["tied"] if gate in ("H K", "B T H K") else []
         write = draw(st.sampled_from(["plain", "delta", "bonus", "wide", *tied]))
-        turned = gate is not None and write != "tied" and draw(st.booleans(), "complex")
+        rotated = gate is not None and write != "tied" and draw(st.booleans(), "complex")
         tensors = {"q": torch.randn(B, T, G, K), "k": torch.randn(B, T, G, K), "v": torch.randn(B, T, H, V)}
-        tensors["initial_state"] = torch.randn(B, H, K, V, dtype=torch.complex64 if turned else torch.float32)
+        tensors["initial_state"] = torch.randn(B, H, K, V, dtype=torch.complex64 if rotated else torch.float32)
         if gate is not None:
-            tensors["log_decay"] = gates(GATES[gate], turned)
+            tensors["log_decay"] = gates(GATES[gate], rotated)
         if write == "delta":
             tensors["beta"] = torch.rand(B, T, H)
         if write == "bonus":
@@ -177,9 +177,9 @@ def elementwise_scans() -> None:
 @law
 def diagonal_scans() -> None:
     def run(draw: Callable[..., Any]) -> None:
-        turned = draw(st.booleans(), "complex")
-        x, state = torch.randn(B, T, H, K), torch.randn(B, H, K, dtype=torch.complex64 if turned else torch.float32)
-        log_decay = gates(draw(st.sampled_from([(B, T, H, K), (H, K)]), "gates"), turned)
+        rotated = draw(st.booleans(), "complex")
+        x, state = torch.randn(B, T, H, K), torch.randn(B, H, K, dtype=torch.complex64 if rotated else torch.float32)
+        log_decay = gates(draw(st.sampled_from([(B, T, H, K), (H, K)]), "gates"), rotated)
         scan(draw, recur.gated_scan, {"x": x, "log_decay": log_decay, "initial_state": state}, 1)
 
     drawn(run)
@@ -198,11 +198,11 @@ def step(draw: Callable[..., Any], run: Callable[..., Tensor], tensors: dict[str
 def steps() -> None:
     def matrix(draw: Callable[..., Any]) -> None:
         gate = draw(st.sampled_from(["none", (H,), (H, K), (B, H), (B, H, K)]), "gates")
-        turned = gate != "none" and draw(st.booleans(), "complex")
+        rotated = gate != "none" and draw(st.booleans(), "complex")
         tensors = {"q": torch.randn(B, G, K), "k": torch.randn(B, G, K), "v": torch.randn(B, H, V)}
-        tensors["state"] = torch.randn(B, H, K, V, dtype=torch.complex64 if turned else torch.float32)
+        tensors["state"] = torch.randn(B, H, K, V, dtype=torch.complex64 if rotated else torch.float32)
         if gate != "none":
-            tensors["log_decay"] = gates(gate, turned)
+            tensors["log_decay"] = gates(gate, rotated)
         write = draw(st.sampled_from(["plain", "delta", "bonus"]))
         tensors |= {"delta": {"beta": torch.rand(B, H)}, "bonus": {"bonus": torch.randn(H, K)}}.get(write, {})
 

@@ -118,16 +118,16 @@ def loop_scan(
                     for i in range(K):
                         S[h][i][j] = after[i]
         states.append(S)
-    turns = log_decay is not None and log_decay.is_complex()
+    rotates = log_decay is not None and log_decay.is_complex()
     state = torch.tensor(states, dtype=torch.complex128).reshape(B, H, K, V)
-    return {"y": ys if reads else ys.squeeze(2), "state": state if turns else state.real}
+    return {"y": ys if reads else ys.squeeze(2), "state": state if rotates else state.real}
 
 
 def loop_gated_scan(x: Tensor, log_decay: Tensor, initial_state: Tensor | None = None) -> dict[str, Tensor]:
     """h = a h + x, one channel after another."""
     B, T, *trailing = x.shape
     log_decay = log_decay if log_decay.ndim == x.ndim else log_decay.expand(x.shape)
-    turns = x.is_complex() or log_decay.is_complex()
+    rotates = x.is_complex() or log_decay.is_complex()
     ys, state = torch.zeros(B, T, x[0, :1].numel() if T else 0, dtype=torch.complex128), []
     for b in range(B):
         h = torch.zeros(trailing, dtype=torch.complex128) if initial_state is None else initial_state[b]
@@ -140,7 +140,7 @@ def loop_gated_scan(x: Tensor, log_decay: Tensor, initial_state: Tensor | None =
             ys[b, t] = torch.tensor(h, dtype=torch.complex128)
         state.append(h)
     y, final = ys.reshape(x.shape), torch.tensor(state, dtype=torch.complex128).reshape(B, *trailing)
-    return {"y": y if turns else y.real, "state": final if turns else final.real}
+    return {"y": y if rotates else y.real, "state": final if rotates else final.real}
 
 
 def loop_matrix_scan(
@@ -149,7 +149,7 @@ def loop_matrix_scan(
     gate: Callable[..., complex],
     write: Callable[..., complex],
     read: Callable[..., complex],
-    turns: bool = False,
+    rotates: bool = False,
 ) -> dict[str, Tensor]:
     """S[v, n] = gate S[v, n] + write, y[v] = Re sum_n read S[v, n], for shape B T V N."""
     B, T, V, N = shape
@@ -161,7 +161,7 @@ def loop_matrix_scan(
                 S = [gate(b, t, v, n) * S[n] + write(b, t, v, n) for n in range(N)]
                 ys[b, t, v] = sum(complex(read(b, t, v, n) * S[n]).real for n in range(N))
             states[b, v] = torch.tensor(S, dtype=torch.complex128)
-    return {"y": ys, "state": states if turns else states.real}
+    return {"y": ys, "state": states if rotates else states.real}
 
 
 def weight(tensor: Tensor, b: int, t: int, v: int, V: int, n: int) -> float:
@@ -238,7 +238,7 @@ def loop_fixed_scan(
         lambda b, t, v, n: exp(poles[v, n].item()),
         lambda b, t, v, n: writes[v, n].item() * x[b, t, v].item(),
         lambda b, t, v, n: readout[v, n].item(),
-        turns=poles.is_complex() or writes.is_complex(),
+        rotates=poles.is_complex() or writes.is_complex(),
     )
 
 
@@ -377,7 +377,7 @@ CASES = {
     "fixed, real": Case(
         recur.fixed_scan, strategies.fixed_scans(complex=False), loop_fixed_scan, recur.fixed_step, further=("steps",)
     ),
-    "fixed, poles a channel": Case(
+    "fixed, poles per channel": Case(
         recur.fixed_scan,
         strategies.fixed_scans(poles="V N", write=True),
         loop_fixed_scan,

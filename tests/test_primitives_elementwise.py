@@ -40,9 +40,9 @@ class Numbers:
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=self.rng, dtype=torch.float64)
 
-    def logs(self, *shape: int, turning: bool = False) -> Tensor:
+    def logs(self, *shape: int, rotating: bool = False) -> Tensor:
         size = LOGS[torch.randint(0, len(LOGS), shape, generator=self.rng)]
-        return torch.complex(size, self.normal(*shape)) if turning else size
+        return torch.complex(size, self.normal(*shape)) if rotating else size
 
 
 seeds = st.integers(0, 2**31 - 1).map(Numbers)
@@ -51,7 +51,7 @@ seeds = st.integers(0, 2**31 - 1).map(Numbers)
 # ------------------------------------------------------------------------------------------------- the definitions
 
 
-def turn(log: Tensor) -> Tensor:
+def gate_of(log: Tensor) -> Tensor:
     return torch.polar(log.real.exp(), log.imag) if log.is_complex() else log.exp()
 
 
@@ -62,7 +62,7 @@ def stack(ys: list[Tensor], x: Tensor) -> Tensor:
 def loop_gated(x: Tensor, log_decay: Tensor, h: Tensor) -> Tensors:
     hs = []
     for t in range(x.shape[1]):
-        h = turn(log_decay[:, t] if log_decay.ndim == x.ndim else log_decay) * h + x[:, t]
+        h = gate_of(log_decay[:, t] if log_decay.ndim == x.ndim else log_decay) * h + x[:, t]
         hs.append(h)
     return stack(hs, x.to(h.dtype)), h
 
@@ -97,7 +97,7 @@ def loop_online(diagonal: bool, x: Tensor, rate: Tensor, k: Tensor, q: Tensor, S
 def loop_fixed(x: Tensor, log_decay: Tensor, readout: Tensor, write: Tensor, S: Tensor) -> Tensors:
     ys = []
     for t in range(x.shape[1]):
-        S = turn(log_decay) * S + write * x[:, t, :, None]
+        S = gate_of(log_decay) * S + write * x[:, t, :, None]
         ys.append((readout * S).sum(-1).real)
     return stack(ys, x), S
 
@@ -112,8 +112,8 @@ class Case:
         self.scan, self.loop, self.make = scan, loop, make
 
 
-def make_gated(numbers: Numbers, rows: int, T: int, states: int, turning: bool, constant: bool) -> Tensors:
-    log_decay = numbers.logs(*(() if constant else (rows, T)), V, N, turning=turning)
+def make_gated(numbers: Numbers, rows: int, T: int, states: int, rotating: bool, constant: bool) -> Tensors:
+    log_decay = numbers.logs(*(() if constant else (rows, T)), V, N, rotating=rotating)
     return numbers.normal(rows, T, V, N), log_decay, numbers.normal(states, V, N, dtype=log_decay.dtype)
 
 
@@ -132,9 +132,9 @@ def make_online(numbers: Numbers, rows: int, T: int, states: int, kinds: tuple[s
     return numbers.normal(rows, T, V), numbers.uniform(rows, T, V), k, q, numbers.normal(states, V, N)
 
 
-def make_fixed(numbers: Numbers, rows: int, T: int, states: int, turning: bool, shared: bool) -> Tensors:
+def make_fixed(numbers: Numbers, rows: int, T: int, states: int, rotating: bool, shared: bool) -> Tensors:
     poles = (N,) if shared else (V, N)
-    log_decay = numbers.logs(*poles, turning=turning)
+    log_decay = numbers.logs(*poles, rotating=rotating)
     readout, write = numbers.normal(V, N, dtype=torch.complex128), numbers.normal(*poles)
     return numbers.normal(rows, T, V), log_decay, readout, write, numbers.normal(states, V, N, dtype=log_decay.dtype)
 
@@ -148,10 +148,10 @@ def call_fixed(x: Tensor, log_decay: Tensor, readout: Tensor, write: Tensor, S: 
 
 
 CASES = {
-    f"gated, {'complex' if turning else 'real'}, {'constant' if constant else 'by token'}": Case(
-        partial(call, gated_scan), loop_gated, partial(make_gated, turning=turning, constant=constant)
+    f"gated, {'complex' if rotating else 'real'}, {'constant' if constant else 'by token'}": Case(
+        partial(call, gated_scan), loop_gated, partial(make_gated, rotating=rotating, constant=constant)
     )
-    for turning in (False, True)
+    for rotating in (False, True)
     for constant in (False, True)
 }
 for kinds in (("shared", "shared"), ("groups", "groups"), ("constant", "groups"), ("groups", "constant")):
@@ -164,10 +164,10 @@ for kinds in (("shared", "shared"), ("groups", "shared")):
             partial(loop_online, whole),
             partial(make_online, kinds=kinds),
         )
-for turning in (False, True):
+for rotating in (False, True):
     for shared in (False, True):
-        CASES[f"fixed, {'complex' if turning else 'real'}, {'shared' if shared else 'own'}"] = Case(
-            call_fixed, loop_fixed, partial(make_fixed, turning=turning, shared=shared)
+        CASES[f"fixed, {'complex' if rotating else 'real'}, {'shared' if shared else 'own'}"] = Case(
+            call_fixed, loop_fixed, partial(make_fixed, rotating=rotating, shared=shared)
         )
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -300,10 +300,10 @@ def test_chunked_forms_are_twice_differentiable(name: str, packed: bool) -> None
     assert gradgradcheck(lambda *inputs: tuple(scan(*inputs)), inputs, fast_mode=True)
 
 
-@given(numbers=seeds, turning=st.booleans(), form=st.sampled_from(["recurrent", "chunked"]))
-def test_a_reset_forgets_exactly_and_has_no_gradient(numbers: Numbers, turning: bool, form: str) -> None:
-    x, log_decay, h = make_gated(numbers, B, 9, B, turning=turning, constant=False)
-    log_decay[:, 4] = complex(-torch.inf, 1.0) if turning else -torch.inf
+@given(numbers=seeds, rotating=st.booleans(), form=st.sampled_from(["recurrent", "chunked"]))
+def test_a_reset_forgets_exactly_and_has_no_gradient(numbers: Numbers, rotating: bool, form: str) -> None:
+    x, log_decay, h = make_gated(numbers, B, 9, B, rotating=rotating, constant=False)
+    log_decay[:, 4] = complex(-torch.inf, 1.0) if rotating else -torch.inf
     log_decay = log_decay.requires_grad_()
     y = gated_scan(x, log_decay, initial_state=h, form=form).y
     assert torch.equal(y[:, 4], x[:, 4].to(y.dtype))

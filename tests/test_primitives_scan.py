@@ -240,7 +240,7 @@ def test_summaries_combine_and_advance_like_the_scan(mode: str, decay: str, data
 
 @pytest.mark.parametrize("mode", ["plain", "delta", "bonus"])
 @pytest.mark.parametrize("decay", ["H K", "B T H", "B T H K", "complex B T H", "complex B T H K"])
-def test_a_reset_forgets_and_owes_its_gate_no_gradient(decay: str, mode: str) -> None:
+def test_a_reset_forgets_and_its_gate_has_no_gradient(decay: str, mode: str) -> None:
     torch.manual_seed(0)
     sizes = {"B": 1, "T": 80, "H": 2, "K": 3}
     log = torch.full([sizes[letter] for letter in decay.removeprefix("complex ").split()], -INF)

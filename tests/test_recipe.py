@@ -34,6 +34,7 @@ from recur.blocks import (
     OutputGate,
     Project,
     RelPos,
+    Rename,
     Reshape,
     Reverse,
     ShortConv,
@@ -63,7 +64,7 @@ def test_axes_are_expressions_over_each_other():
         ("X", "mentions X, which is not among D, E, A"),
         ("A", "A is defined by itself"),
         ("__import__('os')", "must be built from numbers, axis letters"),
-        ("2*", "'2\\*' is no expression"),
+        ("2*", "'2\\*' is not an expression"),
         ("D/5", "must be a positive integer, got 12.8 with D=64"),
         ("D-64", "must be a positive integer, got 0"),
     ],
@@ -79,7 +80,7 @@ def test_axes_that_make_no_sense_are_refused(expression, words):
         ((IN, Act("v"), OUT), "part 2 Act reads 'v', which nobody wrote; available: x, u"),
         ((IN,), r"must write y \[D\], got no y; written: x, u"),
         ((IN, Project("u", y="E")), r"must write y \[D\], got y \[E\]"),
-        ((IN, Project("u", y="D", z="Q")), r"part 2 Project writes z \[Q\], but Q is no axis; axes are D, E, H, K"),
+        ((IN, Project("u", y="D", z="Q")), r"part 2 Project writes z \[Q\], but Q is not an axis; axes are D, E, H, K"),
         ((Act("x"), OUT), "part 1 Act writes 'x', which every part may read and none may change"),
         (
             (Project("x", y="E", z="D"), OutputGate("z"), OUT),
@@ -151,6 +152,7 @@ def test_what_does_not_fit_is_named(parts, words):
             RecipeError,
             "Norm: groups must divide the 8 entries, got 3",
         ),
+        (lambda: Sum("h"), RecipeError, "Sum: names must be two tensors or more, got 'h'; Rename copies one"),
         (lambda: Act("u", "swish"), ValueError, "name must be one of identity, silu"),
         (lambda: matrix_init("orthodox", 1, 1, 1), ValueError, "law must be one of linear, residual"),
         (lambda: Part().shapes(None), NotImplementedError, "define shapes"),
@@ -162,7 +164,7 @@ def test_bad_arguments_are_named(make, error, words):
         make()
 
 
-def test_a_width_that_does_not_divide_is_told_in_letters():
+def test_a_width_that_does_not_divide_is_named_in_letters():
     with pytest.raises(RecipeError, match=r"K = D/H must be a positive integer, got 12\.5 with D=100, H=8"):
         Mixer(presets.hgrn2(heads=8), 100)
 
@@ -182,7 +184,7 @@ def test_a_width_that_does_not_divide_is_told_in_letters():
         ),
     ],
 )
-def test_sizes_that_do_not_fit_are_told_when_the_layer_is_built(parts, words):
+def test_sizes_that_do_not_fit_are_refused_when_the_layer_is_built(parts, words):
     with pytest.raises(RecipeError, match=words):
         Mixer(Recipe(*parts), 4)
 
@@ -238,7 +240,7 @@ def test_every_preset_survives_json(name):
 
 @dataclass(frozen=True)
 class Leak(Part):
-    """A part of one's own: forget a learned share of a tensor."""
+    """A part of your own: forget a learned share of a tensor."""
 
     source: str
 
@@ -256,7 +258,7 @@ def test_own_parts_are_passed_in_and_functions_are_refused():
     recipe = Recipe(IN, Leak("u"), OUT, axes={"E": 3})
     data = recipe.to_dict()
     assert Recipe.from_dict(data, parts=(Leak,)) == recipe
-    with pytest.raises(RecipeError, match=r"'Leak' is no part of recur; pass its class"):
+    with pytest.raises(RecipeError, match=r"'Leak' is not a part of recur; pass its class"):
         Recipe.from_dict(data)
     mapped = Recipe(IN, Map(torch.tanh, reads="u", out="v", axes="E"), Project("v", y="D"), axes={"E": 3})
     with pytest.raises(RecipeError, match="which JSON cannot hold"):
@@ -271,8 +273,6 @@ def test_printing_shows_stages_equations_and_numbers():
     table = repr(Mixer(recipe, 64))
     assert "30,592" in table  # parameters
     assert "9,728" in table  # bytes: 3 taps of 128 channels and 128 x 16 numbers, 4 bytes each
-    parts = [part.formula() for name in presets.names() for part in getattr(presets, name)().parts if part.formula()]
-    assert len(parts) > 50
 
 
 def test_names_share_weights_and_classes_number_them():
@@ -307,7 +307,7 @@ def test_a_bidirectional_recipe_returns_states_but_does_not_stream():
     torch.testing.assert_close(state["parts"]["reverse"]["gated_scan"], back.state)
     with pytest.raises(RecipeError, match="not causal, so it has no state"):
         mixer.init_state(1)
-    with pytest.raises(RecipeError, match="not causal, so it cannot go on"):
+    with pytest.raises(RecipeError, match="not causal, so it cannot continue"):
         mixer(x, state)
     assert "not causal" in repr(mixer)
 
@@ -360,6 +360,7 @@ STORED: dict[str, tuple[dict[str, object], Part]] = {
         {"part": "OutputGate", "gate": "g", "act": "sigmoid", "out": "v", "name": "gate"},
         Multiply("v", by="g", act="sigmoid", name="gate"),
     ),
+    "Sum of one": ({"part": "Sum", "names": "k", "out": "v"}, Rename("k", "v")),
 }
 
 
@@ -373,6 +374,7 @@ def test_parts_stored_under_an_earlier_name(name: str) -> None:
     k, v, g = torch.randn(3, 1, 3, 2, 4, generator=torch.Generator().manual_seed(0))
     flow = Flow({"k": k, "v": v, "b": k[..., 0], "g": g}, torch.zeros(1, dtype=torch.long))
     want = {"Weigh": v * k[..., :1], "OutputGate of a product": v * k, "OutputGate of an input": v * g.sigmoid()}
+    want["Sum of one"] = k
     torch.testing.assert_close(part(flow, None, None)[0]["v"], want[name])
 
 
@@ -398,7 +400,8 @@ FRAMED = {
     **dict.fromkeys(("dss", "gated_smoothing", "gated_tap_conv", "gss", "smoothing", "tap_conv"), Frame(norm=None)),
     **dict.fromkeys(("comba", "gated_delta_net2", "mamba3", "mamba3_mimo"), Frame(ffn="swiglu")),
     **dict.fromkeys(("delta_product", "gated_delta_product", "gsa", "mesa_net"), Frame(ffn="swiglu")),
-    "forgetting_transformer": Frame(ffn="swiglu"),
+    **dict.fromkeys(("delta_net", "efla", "gated_delta_net", "kaczmarz", "kda"), Frame(ffn="swiglu")),
+    **dict.fromkeys(("forgetting_transformer", "gated_oja", "momentum_delta_net"), Frame(ffn="swiglu")),
     "gateloop": Frame(ffn="gelu"),
     "rwkv": Frame(ffn="channel_mix", norm="layer"),
     "rwkv7": Frame(ffn="key_mix", norm="layer", embed_norm="layer"),

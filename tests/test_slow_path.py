@@ -15,14 +15,18 @@ import torch
 from torch import Tensor
 
 import recur
-from recur import kernel
+from recur import Mixer, Part, kernel, presets
+from recur.counting import Asked, blank, copied
 from recur.primitives import forms
 from recur.primitives.conv import causal_conv
-from recur.primitives.forms import choose_form
+from recur.primitives.fixed import tap_conv
+from recur.primitives.forms import Choice, choose_form
 from recur.primitives.gates import biased, lower_bounded_decay, output_gate, sigmoid_decay, weigh
 from recur.primitives.loss import linear_cross_entropy
+from recur.primitives.mesa import mesa_scan
 from recur.primitives.norms import normalise
 from recur.primitives.rotary import rotate
+from recur.recipe import inside
 
 GPU = torch.device("cuda")
 FORMS = ("recurrent", "chunked", "triton")
@@ -131,11 +135,93 @@ GLUE: dict[str, tuple[Callable[[], Any], str]] = {
         "linear_cross_entropy: .* float64",
     ),
     "step": (step_of_wide_states, "step: .* a step of states with 2049 rows, more than 2048"),
+    "fixed": (
+        lambda: recur.fixed_scan(randn(1, 3, 2), -torch.rand(4), randn(2, 4)),
+        "fixed_scan: form=\"auto\" is 'parallel' here: no kernel computes the convolution by FFT, .*form='triton'",
+    ),
+    "taps": (
+        lambda: tap_conv(randn(1, 3, 2), randn(1, 3, 2)),
+        "tap_conv: .* no kernel has as many taps as tokens. Rem",
+    ),
     "float64 step": (
         lambda: recur.gated_step(randn(1, 2).double(), -torch.rand(2).double(), torch.zeros(1, 2).double()),
         "step: the formula in torch runs here: its kernel does not cover float64",
     ),
 }
+
+
+RUNS = {  # by the class of a part with a state, the function that says what it runs on a GPU
+    "OuterScan": "scan",
+    "DeltaScan": "scan",
+    "WideScan": "scan",
+    "OjaScan": "scan",
+    "SlotScan": "scan",
+    "MesaScan": "scan",
+    "GatedScan": "gated_scan",
+    "SelectiveScan": "selective_scan",
+    "DenseRead": "selective_scan",
+    "OnlineScan": "online_scan",
+    "FixedScan": "fixed_scan",
+    "PoleScan": "fixed_scan",
+    "TapConv": "tap_conv",
+    "LogLinearScan": "log_linear_scan",
+    "MomentumScan": "momentum_scan",
+    "ForgettingAttention": "forgetting_attention",
+    "DataRotary": "accumulated_angle",
+    "Loop": "Loop",
+}
+# torch's own attention and elementwise formulas, and what says so itself where its kernel is not taken
+FUSED = {"Attention", "ShortConv", "TokenShift", "Trapezoid", "Stabilise"}
+
+
+def test_every_part_of_every_preset_says_what_it_runs() -> None:
+    """On a GPU that is not there, with tensors without data; what is not a kernel has a reason and a remedy."""
+    seen = set[str]()
+    for preset in presets.PRESETS:
+        name, recipe = preset.__name__, preset()
+        parts = [*recipe.parts, *(one for part in recipe.parts for one in inside(part))]
+        kinds = {type(part).__name__ for part in parts if type(part).init_state is not Part.init_state}
+        if kinds <= seen:
+            continue
+        seen |= kinds
+        found = choices_of(Mixer(recipe, 64))
+        assert kinds <= {*RUNS, *FUSED}, (name, kinds)
+        assert {RUNS[kind] for kind in kinds - FUSED} <= {choice.function for choice in found}, (name, found)
+        for choice in found - {Choice("gated_scan", "chunked", None)}:  # by name, in accumulated_angle, which says so
+            assert choice.form == "triton" or (choice.refusal is not None and choice.refusal.remedy), (name, choice)
+    assert seen == {*RUNS, *FUSED}
+
+
+def test_an_equation_per_token_has_no_kernel() -> None:
+    def solve() -> None:
+        x, ones = torch.empty(1, 2, 1, 2), torch.empty(1, 2, 1)
+        mesa_scan(x, x, x, ones, ones, torch.empty(1, 2))
+
+    (found,) = (choice for choice in noted(solve) if choice.function == "mesa_scan")
+    assert found.form == "chunked"
+    assert found.refusal is not None
+    assert found.refusal.reason == "no kernel solves an equation per token"
+    assert found.refusal.remedy == "solver='conjugate', whose products are scans by the kernel"
+
+
+def choices_of(layer: Mixer) -> set[Choice]:
+    def run() -> None:
+        inputs = {name: torch.empty(1, 2, *sizes) for name, sizes in layer._input_sizes.items()}
+        copied(layer, blank)(torch.empty(1, 2, layer.dim), **inputs)
+
+    return noted(run)
+
+
+def noted(run: Callable[[], None]) -> set[Choice]:
+    """What calls choose on a GPU that is not there."""
+    found = set[Choice]()
+    token = forms.listener.set(found.add)
+    try:
+        with Asked(GPU):
+            run()
+    finally:
+        forms.listener.reset(token)
+    return found
 
 
 @pytest.mark.parametrize("name", GLUE)

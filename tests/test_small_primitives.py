@@ -266,7 +266,7 @@ def test_zero_order_hold_keeps_its_digits():
     assert gradcheck(lambda real: torch.view_as_real(zero_order_hold(torch.complex(real, real * 0 + 0.003))), (z,))
 
 
-def test_poles_decay_and_turn():
+def test_poles_decay_and_rotate():
     found = poles(torch.tensor([0.0]), torch.tensor([2.0]))
     close(found, torch.tensor([-1.0 + 2.0j]))
 

@@ -259,7 +259,7 @@ MISSING = {
     "retrieval": "cannot read .*new_aan_pairs.train.tsv: no such file",
     "image": "must hold data_batch_1.bin and more of CIFAR-10's binary version, got none",
     "pathfinder": "must hold metadata/.* that name pictures, got none",
-    "images": "must hold one folder of pictures a class, got none",
+    "images": "must hold one folder of pictures per class, got none",
     "listops": "cannot read .*basic_val.tsv",
 }
 
@@ -342,7 +342,7 @@ def test_distillation_alternates(tmp_path: Path, text_file: str, teacher: str) -
     p, q = (x.double().div(2).softmax(-1) for x in (own, logits))
     assert task.score(logits, batch)["loss"].item() == pytest.approx(4 * (p * (p / q).log()).sum().item(), rel=1e-4)
     trained("distillation", tmp_path / "run", **choices)
-    with pytest.raises(InputError, match="is no folder here and not on the hub"):
+    with pytest.raises(InputError, match="is not a folder here and not on the hub"):
         opened("distillation", **choices | {"teacher": str(tmp_path / "nobody")})
     with pytest.raises(InputError, match="distillation reads whole rows: leave --packing none"):
         opened("distillation", **choices | {"packing": "documents"}).score(logits, batch)
@@ -380,7 +380,7 @@ BAD = {
     "crowded": ("mqar", {"pairs": 30}, "--length must be at least 4 --pairs = 120, got 64"),
     "keyless": ("mqar", {"vocabulary": 8, "pairs": 4}, "--vocabulary 8 has too few keys for --pairs 4"),
     "copies": ("copying", {"copies": 200}, "--copies must be at most --length and --vocabulary at least 3, got 200"),
-    "examples": ("regression", {"length": 7}, "--length must be even, two tokens an example, got 7"),
+    "examples": ("regression", {"length": 7}, "--length must be even, two tokens per example, got 7"),
 }
 
 
@@ -450,7 +450,7 @@ def test_the_width_for_a_size() -> None:
         settings = solve_width(task, Settings(recipe=recipe, depth=2), 60_000)
         model = task.build(settings)
         assert parameter_count(model) == pytest.approx(60_000, rel=0.1)
-        model(**task.inputs(task.batch("valid", 0, 1)))  # llama turns pairs of a head's channels: they must be even
+        model(**task.inputs(task.batch("valid", 0, 1)))  # llama rotates pairs of a head's channels: they must be even
     with pytest.raises(InputError, match=r"no width of longhorn has about 100 parameters: the nearest is [\d,]+ at"):
         solve_width(task, Settings(recipe="longhorn"), 100)
 
@@ -536,24 +536,24 @@ def test_chance_of_every_task_by_counting() -> None:
     assert lm.chance() == lm.levels()["single-token entropy"]
 
 
-def result(recipe: str, value: float, chance: float | None, shown: str = "accuracy") -> dict[str, Any]:
-    return {"recipe": recipe, "width": None, "chance": chance, "answers": 900, "final": {"valid": {shown: value}}}
+def result(recipe: str, value: float, shown: str = "accuracy") -> dict[str, Any]:
+    return {"recipe": recipe, "width": None, "final": {"valid": {shown: value}}}
 
 
 def test_guesses_are_not_ordered() -> None:
-    from recur.train.compare import _order
+    from recur.train.compare import Guess, _order
 
-    done = [result("longhorn", 0.53, 0.5), result("gla", 0.54, 0.5), result("retnet", 0.56, 0.5)]  # 0.5 + 3 x 0.0167
-    said = "\n".join(_order("mqar", done, "accuracy", max))
+    done = [result("longhorn", 0.53), result("gla", 0.54), result("retnet", 0.56)]
+    said = "\n".join(_order("mqar", done, "accuracy", max, Guess(0.5, 900)))  # 0.5 + 3 x 0.0167
     assert "Order by accuracy, best first: retnet 0.5600." in said
     assert "No better than chance (0.5): gla, longhorn." in said
     assert re.search(r"longhorn ahead of gla \(.*\): both at chance\.", said)
     assert re.search(r"longhorn ahead of retnet \(.*\): not seen\.", said)
-    losses = [result("longhorn", 2.99, 3.0, "loss"), result("gla", 2.5, 3.0, "loss")]
-    said = "\n".join(_order("lm", losses, "loss", min))
+    losses = [result("longhorn", 2.99, "loss"), result("gla", 2.5, "loss")]
+    said = "\n".join(_order("lm", losses, "loss", min, Guess(3.0, 900)))
     assert "best first: gla 2.5000." in said
     assert "No better than chance (3): longhorn." in said
-    said = "\n".join(_order("lm", [result("gla", 0.1, None)], "accuracy", max))  # of an older comparison
+    said = "\n".join(_order("lm", [result("gla", 0.1)], "accuracy", max, Guess(None, 900)))
     assert said.startswith("Order by accuracy, best first: gla 0.1000.")
 
 
@@ -586,15 +586,17 @@ def test_the_drawn_and_the_printed_loss_are_one(
     assert drawn["final"]["loss"] != drawn["curve"][-1]["valid_loss"]  # of two rows
 
 
-def test_a_prompt_is_of_whole_lines() -> None:
-    from recur.train.tasks.lm import whole_lines
+def test_a_prompt_is_of_whole_lines_of_prose() -> None:
+    from recur.train.tasks.lm import prose, whole_lines
     from recur.train.tokenize import Characters
 
-    letters = Characters("\nab")
+    letters = Characters("\n ab")
     read = lambda text: letters.decode(whole_lines(letters, letters.encode(text).tolist()))  # noqa: E731
     assert read("ab\nba\nab\na") == "ba\nab\n"
     assert read("abab\nab") == "abab\nab"
     assert read("abab") == "abab"
+    rows = [letters.encode(text).tolist() for text in ("a\n    b\n", "b\nabab\na", "b\na  a\na", "ab ab\n")]
+    assert letters.decode(prose(letters, rows)) == "abab\n"
 
 
 def test_tables_of_no_use(tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def test_two_processes_equal_one(tmp_path: Path, text_file: str) -> None:
 # ---------------------------------------------------------------------- learning, and its report
 
 
-def test_it_learns_more_than_pairs_tell(tmp_path: Path, text_file: str) -> None:
+def test_it_learns_more_than_pairs_of_characters(tmp_path: Path, text_file: str) -> None:
     choices = {"dim": 32, "steps": 120, "batch": 8, "length": 32, "lr": 1e-2, "every": 120}
     run = begin(tmp_path / "run", text_file, **choices)
     train.fit(run)
@@ -313,7 +313,8 @@ def test_pictures(tmp_path: Path) -> None:
         {"step": 1, "lr": 0.1, "loss": 3.0},
         {"step": 2, "lr": 0.1, "loss": 2.5, "valid_loss": 2.7, "valid_a": 0.5},
     ]
-    draw_curve(tmp_path / "one.png", curve, title="two steps", unit="nats", metrics=("a",), levels={"unigram": 3.1})
+    look = {"title": "two steps", "unit": "nats", "metrics": ("a",), "levels": {"unigram": 3.1}, "rows": 8}
+    draw_curve(tmp_path / "one.png", curve, **look, final={"loss": 2.6, "a": 0.6})
     runs = {"one": [[(1, 2.0), (2, 1.0)], [(1, 2.5), (2, 1.5)]], "other": [[(1, 3.0), (2, 2.0)]]}
     draw_comparison(tmp_path / "two.png", runs, title="two", x="width", y="nats", log=True)
     for name in ("one", "two"):

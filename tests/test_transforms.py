@@ -27,7 +27,7 @@ def decay(*shape: int) -> Tensor:
     return F.logsigmoid(draw(*shape))
 
 
-def turning(*shape: int) -> Tensor:
+def complex_gates(*shape: int) -> Tensor:
     return torch.complex(decay(*shape), draw(*shape))
 
 
@@ -80,15 +80,15 @@ def cases() -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], dict[str,
     inputs = draw(B, T, 4), draw(B, T, 4)
     row = draw(1, T, 4), draw(1, T, 4)
     A, slots, states = -draw(4, 3).exp(), (draw(B, T, 2, 3), draw(B, T, 3)), draw(B, 4, 3)
-    poles, several = turning(3), (draw(B, T, 3, G, K), draw(B, T, 2, G, K), draw(B, T, 2, H, V))
+    poles, several = complex_gates(3), (draw(B, T, 3, G, K), draw(B, T, 2, G, K), draw(B, T, 2, H, V))
     return {
         "scan": (scan, (*qkv(B), decay(B, T, H), draw(B, H, K, V)), {}),
         "scan, constant": (scan, (*qkv(B), decay(H), draw(B, H, K, V)), {"reverse": True}),
         "scan, key-wise": (scan, (*qkv(B), decay(B, T, H, K), draw(B, H, K, V)), {}),
-        "scan, complex": (scan, (*qkv(B), turning(B, T, H), complex_state), {}),
+        "scan, complex": (scan, (*qkv(B), complex_gates(B, T, H), complex_state), {}),
         "scan, packed": (scan, (*qkv(1), decay(1, T, H), draw(3, H, K, V)), packed),
         "delta": (delta, (*qkv(B), decay(B, T, H), beta, draw(B, H, K, V)), {}),
-        "delta, complex": (delta, (*qkv(B), turning(B, T, H, K), beta, complex_state), {}),
+        "delta, complex": (delta, (*qkv(B), complex_gates(B, T, H, K), beta, complex_state), {}),
         "delta, packed": (delta, (*qkv(1), decay(1, T, H, K), beta[:1], draw(3, H, K, V)), packed),
         "wide": (wide, (*qkv(B), decay(B, T, H), *keys(B), draw(B, T, H, V), draw(B, H, K, V)), {}),
         "wide, key-wise, packed": (

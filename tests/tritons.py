@@ -27,7 +27,7 @@ SPILLS: dict[str, dict[str, int]] = {
 }
 LAWS = {
     "test_kernel_scan.py": ["two_runs_are_one"],
-    "test_kernel_walk.py": ["second_order_is_refused"],
+    "test_kernel_elementwise.py": ["second_order_is_refused"],
     "test_kernel_step.py": ["matrix_states"],
     "test_kernel_glue.py": ["norms_are_their_formulas"],
 }

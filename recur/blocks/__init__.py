@@ -1,4 +1,4 @@
-"""Bricks that own weights, and what is built from them."""
+"""Parts, which own weights, and the layers and models built from them."""
 
 from recur.blocks.attention import Attention, ForgettingAttention, GatedAttention, RelPos, Rotary
 from recur.blocks.compound import LogLinearScan, MesaScan, MomentumScan, OjaScan, SlotScan

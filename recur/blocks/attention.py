@@ -63,7 +63,7 @@ class Rotary(Part):
         return rotary_frequencies(K, base=self.base, inclusive=self.inclusive, device=device)
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        turned, positions = {}, flow.positions()
+        rotated, positions = {}, flow.positions()
         frequencies: dict[int, Tensor] = {}  # found once for all tensors of one width
         for name in self.names.split():
             K, device = flow[name].shape[-1], flow.position.device
@@ -71,8 +71,8 @@ class Rotary(Part):
                 found = partial(self._frequencies, K, device)
                 shared = ("Rotary", K, self.base, self.inclusive)
                 frequencies[K] = weights.frequencies if self.stored else flow.once(shared, found)
-            turned[name] = rotate(flow[name], positions, frequencies[K], layout=self.layout, form=flow.form)
-        return flow.set(**turned), None
+            rotated[name] = rotate(flow[name], positions, frequencies[K], layout=self.layout, form=flow.form)
+        return flow.set(**rotated), None
 
     def formula(self) -> str:
         return ", ".join(f"{name} <- rotate({name}, t * {self.base:g}^(-j..))" for name in self.names.split())
@@ -121,9 +121,9 @@ class RelPos(Part):
         log_a = flow[self.decay]
         if self.law == "intended":
             return flow.set(**{self.decay: log_a.repeat_interleave(2, -1)}), None
-        reach = log_a.cumsum(-1).exp().real.clamp(min=1e-10).repeat_interleave(2, -1)
+        decay = log_a.cumsum(-1).exp().real.clamp(min=1e-10).repeat_interleave(2, -1)
         q, k = flow[self.q], flow[self.k]
-        return flow.set(**{self.q: (q * reach).to(q.dtype), self.k: (k / reach).to(k.dtype)}), None
+        return flow.set(**{self.q: (q * decay).to(q.dtype), self.k: (k / decay).to(k.dtype)}), None
 
     def formula(self) -> str:
         if self.law == "intended":
@@ -232,13 +232,13 @@ class GatedAttention(Attention):
         tokens = {"k": k, "v": v, "since": since}
         new = extend("GatedAttention", flow, state, **tokens)
         if flow.cu_seqlens is not None:
-            (k, v, reach), mask = _packed(flow, state or empty(len(flow.position), **tokens), **tokens)
+            (k, v, since_key), mask = _packed(flow, state or empty(len(flow.position), **tokens), **tokens)
         else:
-            k, v, reach, mask = new["k"], new["v"], new["since"], _visible(flow, new["k"].shape[1])
-        gap = since[:, :, None] - reach[:, None]  # [B T L H K]
+            k, v, since_key, mask = new["k"], new["v"], new["since"], _visible(flow, new["k"].shape[1])
+        gap = since[:, :, None] - since_key[:, None]  # [B T L H K]
         (q, k, v), lost = _finite(flow, q, k, v, mask)
-        turn = torch.where(mask[..., None, None], gap.imag, 0).cos()
-        kept = torch.where(mask[..., None, None], gap.real, -math.inf).exp() * turn
+        rotation = torch.where(mask[..., None, None], gap.imag, 0).cos()
+        kept = torch.where(mask[..., None, None], gap.real, -math.inf).exp() * rotation
         scores = torch.einsum("bthk,blhk,btlhk->bthl", q.to(kept.dtype), k.to(kept.dtype), kept)
         share = (scores / math.sqrt(q.shape[-1])).masked_fill(~mask[:, :, None], -math.inf).softmax(-1)
         y = torch.einsum("bthl,blhv->bthv", share, v.to(kept.dtype)).to(v.dtype)
@@ -306,14 +306,14 @@ class ForgettingAttention(Attention):
         new = extend("ForgettingAttention", flow, state, **tokens)
         if flow.cu_seqlens is not None:
             old = state or empty(len(flow.position), **tokens)
-            (k, v, reach), mask = _packed(flow, old, **tokens)
+            (k, v, since_key), mask = _packed(flow, old, **tokens)
             slots = torch.arange(old["k"].shape[1], device=at.device).expand(len(flow.position), -1)
             mask = mask & visible(at, torch.cat([slots.flatten(), at[0]])[None], self.window)
         else:
-            k, v, reach = new["k"], new["v"], new["since"]
+            k, v, since_key = new["k"], new["v"], new["since"]
             mask = visible(at, torch.arange(k.shape[1], device=at.device), self.window)
         (q, k, v), lost = _finite(flow, q, k, v, mask)
-        y = forgetting_softmax(q, k, v, since, reach, mask.expand(len(q), -1, -1))
+        y = forgetting_softmax(q, k, v, since, since_key, mask.expand(len(q), -1, -1))
         return flow.set(**{self.out: y.masked_fill(lost, math.nan)}), new | {"total": total}
 
     def formula(self) -> str:
@@ -338,7 +338,7 @@ def _finite(
     norms = [vector_norm(x.detach(), dim=-1, dtype=accumulation_dtype(x)) for x in given]
     if all(map(all_finite, norms)):
         return given, q.new_zeros((), dtype=torch.bool)
-    bad_q, bad_k, bad_v = (~norm.isfinite() for norm in norms)
+    bad_q, bad_k, bad_v = (~(norm < math.inf) for norm in norms)  # NaN is not less either
     bad = bad_k | bad_v
     seen = bad.cumsum(1) if mask is None else mask.float() @ bad.float()  # [B T G]
     lost = bad_q | (seen > 0).repeat_interleave(heads // bad.shape[2], 2)

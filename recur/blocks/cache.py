@@ -1,4 +1,4 @@
-"""A cache of all that was read: states that grow with the text, or are as long as `init_state(max_len=...)` says."""
+"""Caches of all tokens read: they grow with the sequence unless `init_state(max_len=...)` fixes their length."""
 
 from __future__ import annotations
 

@@ -297,5 +297,5 @@ class LogLinearScan(Part):
         return flow.set(**{self.out: y}), state
 
     def formula(self) -> str:
-        far = f"exp(sum_{{s<r<=t}} {self.decay}_r) ({self.q}_t . {self.k}_s) {self.v}_s"
-        return f"{self.out}_t = sum_{{s<=t}} {self.weights}_t[bits(t xor s)] {far}"
+        term = f"exp(sum_{{s<r<=t}} {self.decay}_r) ({self.q}_t . {self.k}_s) {self.v}_s"
+        return f"{self.out}_t = sum_{{s<=t}} {self.weights}_t[bits(t xor s)] {term}"

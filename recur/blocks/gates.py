@@ -1,4 +1,4 @@
-"""Parts that decide what is kept, turned and let out."""
+"""Parts with gates: how much of the state is kept, its rotation, how much of the output leaves."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class FlooredDecay(Part):
 
 @dataclass(frozen=True)
 class LowerBounds(Part):
-    """The least each layer keeps, rising with depth from 0: sums of softmax(logits over the layers).
+    """Lower bounds of forget gates, which rise with depth from 0: sums of softmax(logits over the layers).
 
     One table for the whole model; every layer takes its row.
 
@@ -210,7 +210,7 @@ class FixedDecay(Part):
         return f"{self.out} = log(1 - 2^(-5-h)), {self.eps_out} = {self.eps:g} sum_{{s<=t}} a^(t-s)"
 
 
-GATES = {  # law -> the primitive, its formula
+GATES: dict[str, tuple[Callable[..., Tensor], str]] = {  # law -> the primitive, its formula
     "polar": (polar_gate, "sigmoid(|c|) c/|c|"),
     "amplitude_phase": (complex_gate, "sigmoid(c_0) exp(i c_1)"),
     "signed": (signed_gate, "sigmoid(|c_0|) sign(c_0)"),
@@ -308,7 +308,8 @@ class ComplexGate(Part):
         return {"pairs": -1 if site.axes[self.source][-1] == "2" else 2}
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        return flow.set(**{self.out: GATES[self.law][0](*flow[self.source].unbind(weights.pairs))}), None
+        gate, options = GATES[self.law][0], {"form": flow.form} if self.law == "polar" else {}
+        return flow.set(**{self.out: gate(*flow[self.source].unbind(weights.pairs), **options)}), None
 
     def formula(self) -> str:
         return f"c = {self.source}, a = {GATES[self.law][1]}, {self.out} = log a"

@@ -1,7 +1,7 @@
 """Tokens out of a language model: prompts are read in one pass, then every token costs one step.
 
-The loop of sampling and stepping works on buffers of fixed place and size and is never waited for by the host but once
-every BLOCK tokens. On a GPU it is therefore captured as one CUDA graph per model and batch size, and replayed.
+The loop of sampling and stepping works on buffers of fixed address and size, and the host waits for it only once every
+BLOCK tokens. On a GPU it is therefore captured as one CUDA graph per model and batch size, and replayed.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from recur.blocks.mixer import Mixer
 from recur.blocks.sampling import Sampling, sample_token, uniforms
 from recur.blocks.state import overwrite
 from recur.primitives.forms import SlowPath
+from recur.reading import unknown
 from recur.recipe import State
 from recur.shapes import bind
 
@@ -47,23 +49,27 @@ class Request:
     stops: Stops | None
 
 
-def request(
-    model: LanguageModel,
-    ids: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    eos: int | None = None,
-    seed: int | None = None,
-    lengths: Tensor | None = None,
-    window: int | None = None,
-    stop: Sequence[str] = (),
-    decode: Callable[[list[int]], str] | None = None,
-) -> Request:
+class Options(TypedDict, total=False):
+    """The options of `generate` and `stream`, all with a default; LanguageModel.generate says what each does."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    eos: int | None
+    seed: int | None
+    lengths: Tensor | None
+    window: int | None
+    stop: Sequence[str]
+    decode: Callable[[list[int]], str] | None
+
+
+def request(model: LanguageModel, ids: Tensor, max_new_tokens: int, options: Options) -> Request:
     """Raises: TypeError, ValueError or ShapeError in the letters of `generate`."""
+    for name in options.keys() - Options.__annotations__.keys():
+        raise TypeError(f"generate: {unknown('option', name, Options.__annotations__)}")
+    eos, lengths, window = options.get("eos"), options.get("lengths"), options.get("window")
+    stop, decode = options.get("stop", ()), options.get("decode")
     bind("generate", ids=(ids, "B T"))
     B, T = ids.shape
     if T == 0 or max_new_tokens < 0:
@@ -76,7 +82,8 @@ def request(
         raise ValueError(f"generate: stop must be a list of strings, none of them empty, got {stop!r}")
     if stop and decode is None:
         raise ValueError("generate: stop needs decode, a function from a list of ids to a string; a tokenizer has one")
-    sampling = Sampling(temperature, top_k, top_p, min_p)
+    cuts = options.get("top_k"), options.get("top_p"), options.get("min_p")
+    sampling = Sampling(options.get("temperature", 1.0), *cuts)
     if lengths is not None:
         check_lengths("generate", lengths)
     own = torch.full((B,), T, device=ids.device) if lengths is None else lengths.to(ids.device)
@@ -86,7 +93,7 @@ def request(
     if B:
         model._check_ids(ids.where(inside, 0))  # padding is not read
     stops = Stops(stop, decode, B) if stop and decode is not None else None
-    return Request(ids, own, lengths is not None, max_new_tokens, sampling, eos, seed, window, stops)
+    return Request(ids, own, lengths is not None, max_new_tokens, sampling, eos, options.get("seed"), window, stops)
 
 
 def check_lengths(function: str, lengths: Tensor) -> None:
@@ -203,7 +210,7 @@ def last_tokens(text: Tensor, length: Tensor, window: int, ragged: bool) -> tupl
 
 
 class Loop:
-    """The buffers of a loop that steps and draws, and the CUDA graph of one turn of it, if there is one.
+    """The buffers of a loop that steps and draws, and the CUDA graph of one iteration, if there is one.
 
     A loop is used by one call at a time: `taken` hands it out, `give_back` keeps it for the next call.
     """
@@ -214,7 +221,7 @@ class Loop:
     def __init__(self, batch: int, kind: str, device: torch.device) -> None:
         self.key: Any = None
         self.kind, self.filler = kind, 0
-        self.graph: Any = None  # of `turn`
+        self.graph: Any = None  # of `iterate`
         self.state: State = None  # that of the call; with a graph, the one that it overwrites
         self.token = torch.zeros(batch, dtype=torch.long, device=device)
         self.tokens = torch.zeros(BLOCK, batch, dtype=torch.long, device=device)
@@ -236,6 +243,9 @@ class Loop:
         if reason is not None:
             _warn(reason)
             return cls(batch, kind, logits.device)
+        for module in model.modules():
+            if isinstance(module, Mixer):
+                module.prepare_step()  # before it counts where weights lie
         weights = tuple(weight.data_ptr() for weight in chain(model.parameters(), model.buffers()))
         key = (batch, room, kind, logits.device, logits.dtype, weights)
         with cls._lock:
@@ -287,13 +297,13 @@ class Loop:
         self.tokens.index_copy_(0, self.at, token[None])
         self.at += 1
 
-    def turn(self, model: LanguageModel) -> None:
+    def iterate(self, model: LanguageModel) -> None:
         """One step of the model, and the token drawn from it."""
         self.draw(model.step(self.token, self.state))
 
     def replay(self, model: LanguageModel) -> None:
         if self.graph is None:
-            self.turn(model)
+            self.iterate(model)
         else:
             self.graph.replay()
 
@@ -305,11 +315,11 @@ class Loop:
         return done
 
     def capture(self, model: LanguageModel, room: int | None) -> None:
-        """Capture one turn; where that fails the loop works without, and a warning says why."""
+        """Capture one iteration; if that fails, the loop runs without a graph, and a warning says why."""
         self.state = model.init_state(len(self.token), room)
         before = _places(self.state)
         try:
-            graph = graph_of(lambda: self.turn(model), self.token.device)
+            graph = graph_of(lambda: self.iterate(model), self.token.device)
         except RuntimeError as error:
             reason = f"its step cannot be captured: {str(error).splitlines()[0]}"
         else:

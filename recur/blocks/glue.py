@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,11 @@ from recur.primitives.norms import KINDS, normalise
 from recur.recipe import Around, Axes, Flow, Part, Recipe, RecipeError, Reverse, Site, State
 from recur.shapes import readable
 from recur.weights import Init, Param, Weights, bias_init, by_index, matrix_init, normal, ones, uniform, zeros
+
+
+def flat(x: Tensor) -> Tensor:
+    """[B T ...] -> [B T F]."""
+    return x if x.ndim == 3 else x.flatten(2)
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,20 @@ class Projection(Weights):
     """The matrices of a Project: x [B T F] to all its outputs, in their order."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        joined = F.linear(x, self.weight, self.declared_or_none("bias"))
+        return tuple(self.outputs(F.linear(x, self.weight, self.declared_or_none("bias"))).values())
+
+    def outputs(self, joined: Tensor, narrow: Collection[str] = ()) -> dict[str, Tensor]:
+        """All outputs, from the product with `weight`; of those that are `narrow` W1 x, before the last map."""
         pieces = torch.split_with_sizes(joined, self.splits, -1) if len(self.splits) > 1 else (joined,)
-        made = []
+        made = {}
         for (name, out), piece, shape in zip(self.outs, pieces, self.shapes, strict=True):
-            if isinstance(out, LowRank):
+            if name in narrow:
+                shape = piece.shape[-1:]
+            elif isinstance(out, LowRank):
                 bias = getattr(self, f"{name}_bias") if out.bias else None
                 piece = F.linear(activation(out.act)(piece), getattr(self, f"{name}_up"), bias)
-            made.append(piece if len(shape) == 1 else piece.unflatten(-1, shape))
-        return tuple(made)
+            made[name] = piece if len(shape) == 1 else piece.view(*piece.shape[:-1], *shape)
+        return made
 
 
 def _fill_rows(weight: Tensor, rows: list[int], laws: list[Init]) -> None:
@@ -145,7 +155,7 @@ class Project(Part):
         return Projection(self.params(site), {"outs": self.outs, **sizes})
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        read = [flow[name].flatten(2) for name in self.source.split()]
+        read = [flat(flow[name]) for name in self.source.split()]
         made = weights(read[0] if len(read) == 1 else torch.cat(read, -1))
         return flow.set(**{name: y for (name, _), y in zip(self.outs, made, strict=True)}), None
 
@@ -202,10 +212,13 @@ class ShortConv(Part):
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         names, bias = self.source.split(), weights.bias if self.bias else None
-        xs = tuple(flow[name].flatten(2) for name in names)
+        xs = tuple(flat(flow[name]) for name in names)
         options: dict[str, Any] = {"cu_seqlens": flow.cu_seqlens, "act": self.act, "form": flow.form}
         ys, state = causal_convs(xs, weights.weight, bias, initial_state=state, **options)
-        return flow.set(**{name: y.view_as(flow[name]) for name, y in zip(names, ys, strict=True)}), state
+        made = {
+            name: y if y.ndim == flow[name].ndim else y.view_as(flow[name]) for name, y in zip(names, ys, strict=True)
+        }
+        return flow.set(**made), state
 
     def formula(self) -> str:
         bias = " + b" if self.bias else ""
@@ -629,8 +642,10 @@ class Sum(Part):
     """Add tensors of equal axes: Sum("f b", out="y").
 
     Args:
-        names: the tensors, "f b".
+        names: two tensors or more, "f b".
         out: tensor written.
+
+    Raises: RecipeError for fewer than two names; `Rename` copies one.
 
     >>> recur.blocks.Sum("f b").formula()
     'y = f + b'
@@ -638,6 +653,10 @@ class Sum(Part):
 
     names: str
     out: str = "y"
+
+    def __post_init__(self) -> None:
+        if len(self.names.split()) < 2:
+            raise RecipeError(f"Sum: names must be two tensors or more, got {self.names!r}; Rename copies one")
 
     def shapes(self, axes: Axes) -> Mapping[str, Spec]:
         return {self.out: axes.same(*self.names.split())}

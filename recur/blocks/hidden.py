@@ -69,8 +69,8 @@ class DenseFusion(Part):
         if not lane:
             return flow, None
         fused = dense_fusion(new, lane, activation(self.act)(flow[self.gate]))
-        axes = fused.ndim - 2
-        return flow.set(**{self.source: normalise(fused, axes=axes, eps=self.eps, weight=weights.weight)}), None
+        options: dict[str, Any] = {"axes": fused.ndim - 2, "eps": self.eps, "weight": weights.weight}
+        return flow.set(**{self.source: normalise(fused, **options, form=flow.form)}), None
 
     def formula(self) -> str:
         x = self.source
@@ -131,7 +131,7 @@ class DenseRead(_OfStates):
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
         still = replace(flow, in_place=False)  # the layers above scan this token again from the same state
         written, lane = self.scan.written(still, weights), f"{type(self.scan).__name__}."
-        y, new = self.scan.scan(still, weights, written, state)
+        y, new = self.scan.read(still, weights, written, state)
         past = [_under(lane, layer) for layer in flow.past[-self.layers :]]
         more = [self._again(still, weights, layer) for layer in past if layer]
         handed = {lane + name: tensor for name, tensor in {**written, "state": state}.items() if tensor is not None}
@@ -141,7 +141,7 @@ class DenseRead(_OfStates):
     def _again(self, flow: Flow, weights: Any, written: dict[str, Tensor]) -> Tensor:
         """The states of a shallower layer, read with the query of this one."""
         state = written.pop("state", None)
-        return self.scan.scan(flow, weights, written, state).y
+        return self.scan.read(flow, weights, written, state).y
 
     def formula(self) -> str:
         y = self.scan.out

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,16 @@ from recur.weights import (
     bias_init,
     call,
     decay_groups,
+    hooked,
     matrix_init,
     normal,
     parameter_count,
     uniform,
     watched,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Block(nn.Module):
@@ -120,7 +125,11 @@ class Block(nn.Module):
     ) -> tuple[Tensor, State]:
         assert norm is not None
         drops, form = self.training and not options["evaluate"], options.get("form", "auto")
-        y, state = branch(norm(x, form) if self.order == "pre" else x, state, **options)
+        read = norm(x, form) if self.order == "pre" else x
+        if options.get("in_place") and not drops and isinstance(branch, Mixer) and not hooked(branch):
+            x, state = branch(read, state, residual=x, **options)
+            return (x if self.order == "pre" else norm(x, form)), state
+        y, state = branch(read, state, **options)
         y = F.dropout(y, p) if drops and p and self.drop == "branch" else y
         x = x + y.to(x.dtype)
         x = F.dropout(x, p) if drops and p and self.drop == "sum" else x
@@ -146,6 +155,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def _caller(number: int) -> Callable[..., Any]:
+    """Calls a module, by code of its own: torch limits the graphs of each code object, not of each module."""
+
+    def run(block: nn.Module, *args: Any, **options: Any) -> Any:
+        return block._call_impl(*args, **options)
+
+    run.__code__ = run.__code__.replace(co_name=f"layer_of_kind_{number}")
+    return run
 
 
 class StreamNorm(nn.Module):
@@ -306,7 +325,7 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,
         reduction: str = "mean",
     ) -> Any:
-        """Logits [B T vocab_size]; with return_state also the state to go on from. cu_seqlens [n+1] packs n documents.
+        """Logits [B T vocab_size]; with return_state also the next state. cu_seqlens [n+1] packs n documents.
 
         With targets [B T], the classes to predict, their cross-entropy in float32 or wider, its "mean" or its "sum",
         takes the place of the logits, of which there is only a chunk of tokens at a time (recur.primitives.loss), or
@@ -356,7 +375,7 @@ class LanguageModel(nn.Module):
         layers: list[State] = []
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form}
         options |= {"in_place": in_place, "evaluate": evaluate}
-        own = self._own(position, T, cu_seqlens, state)
+        own = self._own(position, T, cu_seqlens, state, in_place)
         for layer, block in enumerate(self._layers()):
             before = None if state is None else state["layers"][layer]
             options |= {name: each[layer] for name, each in own.items()}
@@ -367,10 +386,18 @@ class LanguageModel(nn.Module):
                 x, after, published = block(x, before, **options)
             past += (published,)
             layers.append(after)
+        if in_place and "positions" in own:  # those of all layers at once
+            torch._foreach_add_([position, *(rows for each in own["positions"] for rows in each[1:])], T)
+            return self.final_norm(x, form), {"position": position, "layers": layers}
         return self.final_norm(x, form), {"position": passed(position, T, cu_seqlens, in_place), "layers": layers}
 
-    def _own(self, position: Tensor, T: int, cu_seqlens: Tensor | None, state: State) -> dict[str, Sequence[Any]]:
-        """Further arguments of each layer's call: what layers have in common, what would set one apart in a graph."""
+    def _own(
+        self, position: Tensor, T: int, cu_seqlens: Tensor | None, state: State, in_place: bool
+    ) -> dict[str, Sequence[Any]]:
+        """Further arguments of each layer's call: what layers have in common, what would set one apart in a graph.
+
+        In a step they read one position, and their own are overwritten after the last of them.
+        """
         if torch.compiler.is_compiling():
             return {}
         own: dict[str, Sequence[Any]] = {"common": [Common()] * self.depth}
@@ -380,6 +407,10 @@ class LanguageModel(nn.Module):
             seen = passed(position, T, cu_seqlens, False)
             rows = seen.expand(2 * self.depth, -1).clone().unbind(0)  # a step overwrites each
             own["positions"] = [(position, *rows[2 * i : 2 * i + 2]) for i in range(self.depth)]
+        elif in_place:
+            own["positions"] = [
+                (position, *(branch["position"] for branch in layer.values())) for layer in state["layers"]
+            ]
         return own
 
     def _loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
@@ -453,14 +484,18 @@ class LanguageModel(nn.Module):
         Returns: the model itself.
         Cost: the first call of every kind compiles, as does one of another mode (training, no gradient, one token), or
             of another length, after which lengths are dynamic. torch compiles at most
-            torch._dynamo.config.recompile_limit graphs, and runs what is beyond them eagerly.
+            torch._dynamo.config.recompile_limit graphs of each kind, and runs what is beyond them eagerly.
 
         >>> lm = recur.LanguageModel("gla", vocab_size=10, dim=16, depth=4).compile_layers(backend="eager")
         >>> lm(torch.zeros(1, 3, dtype=torch.long)).shape
         torch.Size([1, 3, 10])
         """
-        for block in self._layers():
-            block.compile(**options)
+        kinds: dict[Any, Callable[..., Any]] = {}
+        for layer, block in enumerate(self._layers()):
+            ffn = None if block.ffn is None else block.ffn.recipe
+            kind = block.mixer.recipe, ffn, min(layer, block.layers_below)
+            call_it = kinds.setdefault(kind, _caller(len(kinds)))
+            block._compiled_call_impl = torch.compile(MethodType(call_it, block), **options)  # as Module.compile does
         return self
 
     def layout(self) -> Layout:
@@ -518,79 +553,49 @@ class LanguageModel(nn.Module):
         return self._logits(x[0, borders[1:] - 1]), detach(state)
 
     @torch.no_grad()
-    def generate(
-        self,
-        ids: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        eos: int | None = None,
-        seed: int | None = None,
-        lengths: Tensor | None = None,
-        window: int | None = None,
-        stop: Sequence[str] = (),
-        decode: Callable[[list[int]], str] | None = None,
-    ) -> Tensor:
-        """Continue prompts: the prompt is read in one pass, then every token costs one step. Nothing is dropped.
+    def generate(self, ids: Tensor, max_new_tokens: int, **options: Unpack[generation.Options]) -> Tensor:
+        """Continue prompts: each prompt is read in one pass, then every new token costs one step. No dropout is used.
 
         On a GPU one step with its sampling is captured as a CUDA graph, at the first call for each batch size, and
-        replayed for every token. Weights changed in place are seen; weights that were replaced are captured anew. What
-        cannot be captured (forward hooks, a window shorter than the text) runs step by step, and a warning says why.
+        replayed for every token. Weights changed in place take effect; weights that were replaced are captured anew.
+        What cannot be captured (forward hooks, a window shorter than the sequence) runs step by step, with a warning.
 
-        The mode of the model is neither asked nor changed, so threads may generate side by side; a module or hook of
-        one's own that asks whether it is in training mode wants model.eval() first.
+        The mode of the model is neither read nor changed, so several threads may generate at once. A module or hook of
+        your own that depends on the training mode needs model.eval() first.
 
         Args:
             ids: [B T] prompts, right-padded (with anything) if `lengths` gives their own lengths.
-            max_new_tokens: how many tokens to add.
-            temperature: 0 takes the likeliest token.
-            top_k: keep the k likeliest tokens.
-            top_p: keep the fewest tokens with probability p together, after top_k.
-            min_p: keep tokens with at least min_p times the probability of the likeliest, after top_p.
-            eos: a row that has produced this token repeats it.
-            seed: row i draws from its own sequence (seed, i), so a batch equals its rows; None takes a seed from
-                torch's own generator, which torch.manual_seed sets.
-            lengths: [B] tokens of each prompt; all of them when omitted.
-            window: forget what lies more than so many tokens back: the last `window` are read anew each time.
-            stop: strings; a row ends with the token that completes one of them in what it has generated.
-            decode: from a list of ids to a string, as a tokenizer has it; needed for `stop`.
+            max_new_tokens: number of tokens to add.
+            options: any of
+
+                - temperature: 1.0 by default; 0 takes the most likely token.
+                - top_k: keep the k most likely tokens.
+                - top_p: keep the fewest tokens with total probability p, after top_k.
+                - min_p: keep tokens with at least min_p times the probability of the most likely one, after top_p.
+                - eos: a row that has produced this token repeats it.
+                - seed: row i draws from its own sequence (seed, i), so a batch gives what its rows give alone; by
+                  default a seed from torch's own generator, which torch.manual_seed sets.
+                - lengths: [B] tokens of each prompt; all T by default.
+                - window: read at most so many tokens of context: the last `window`, again for each new token.
+                - stop: strings; a row ends with the token that completes one of them in what it has generated.
+                - decode: from a list of ids to a string, as tokenizers have it; `stop` needs it.
 
         Returns: [B T + max_new_tokens], each row its prompt, its new tokens, then (for shorter prompts) `eos` or 0.
-        Raises: ShapeError, TypeError or ValueError for arguments that do not fit, before anything is drawn.
+        Raises: ShapeError, TypeError or ValueError for invalid arguments, before any token is sampled.
         Cost: one pass over the prompts and one step per token; only caches of attention grow with the sequence.
 
         >>> model = recur.LanguageModel("gla:heads=2", vocab_size=11, dim=16, depth=1)
         >>> model.generate(torch.tensor([[1, 2, 3]]), 5, seed=0).shape
         torch.Size([1, 8])
         """
-        return generation.generate(
-            self,
-            generation.request(
-                self,
-                ids,
-                max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                eos=eos,
-                seed=seed,
-                lengths=lengths,
-                window=window,
-                stop=stop,
-                decode=decode,
-            ),
-        )
+        return generation.generate(self, generation.request(self, ids, max_new_tokens, options))
 
-    def stream(self, ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
-        """The tokens of `generate`, each as soon as it is there.
+    def stream(self, ids: Tensor, max_new_tokens: int, **options: Unpack[generation.Options]) -> Iterator[Tensor]:
+        """The tokens of `generate`, each as soon as it is computed.
 
         Args:
             ids:            [B T] prompts.
-            max_new_tokens: how many tokens to add at most.
+            max_new_tokens: the largest number of tokens to add.
             options:        those of `generate`.
 
         Yields: [B] ids on the CPU; a row that has ended repeats its end; nothing more when all rows have.
@@ -600,7 +605,7 @@ class LanguageModel(nn.Module):
         >>> len([tokens for tokens in model.stream(torch.tensor([[1, 2, 3]]), 5)])
         5
         """
-        return generation.stream(self, generation.request(self, ids, max_new_tokens, **options))
+        return generation.stream(self, generation.request(self, ids, max_new_tokens, options))
 
     # ------------------------------------------------------------------ training
 
@@ -622,7 +627,7 @@ class LanguageModel(nn.Module):
         return loss
 
     def decay_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups for an optimiser: weight decay on what is declared so, none on gates, norms and biases.
+        """Parameter groups for an optimiser: weight decay where it is declared, none on gates, norms and biases.
 
         Args:
             weight_decay: of the weights that have one.

@@ -51,7 +51,7 @@ class Leave(Part):
             elif isinstance(part, Norm):
                 eps = part.eps_of(flow, own)
                 sizes = kernel.rows(y, own.rank, own.groups, eps)
-                if sizes is None or part.kind == "smooth_unit":  # which normalise turns into another kind
+                if sizes is None or part.kind == "smooth_unit":  # for which normalise takes another kind
                     return None
                 scale, shift = own.declared_or_none("weight"), own.declared_or_none("bias")
                 options |= {"N": sizes[1], "kind": part.kind, "eps": eps, "weight": scale, "bias": shift}

@@ -10,17 +10,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from recur import kernel
 from recur.axes import RecipeError, Spec, spec
 from recur.blocks.glue import Dropout
 from recur.blocks.state import Leaf, layout
 from recur.fields import read_part
-from recur.primitives.operators import in_graph, one_node
+from recur.primitives.operators import in_graph, one_node, schema_of
 from recur.recipe import Around, Axes, Flow, Part, Site, State, above, inside
 from recur.weights import Weights, watched
 
@@ -37,7 +38,7 @@ class Loop(Around):
 
     Every form is this loop, so T tokens cost T steps. In a compiled or exported graph it is one node for all lengths,
     with first derivatives, whose backward runs the tokens again. It is unrolled into the graph, which then fits one
-    length, for form="recurrent", and where a node cannot hold the body: one with a Dropout, a Map, a part of one's own,
+    length, for form="recurrent", and where a node cannot hold the body: one with a Dropout, a Map, a part of your own,
     a cache that grows, or a hook.
 
     >>> from recur.blocks import Loop, Project
@@ -116,6 +117,9 @@ class Loop(Around):
         if flow.cu_seqlens is not None:
             return self._documents(flow, weights, state)
         x = flow["x"]
+        if x.shape[1] > 1 and flow.form == "auto":
+            why = "no kernel computes what a loop feeds back, so that each token is launched by itself"
+            kernel.without("Loop", "recurrent", x, why, "gates that do not read the state, in a scan")
         # in the dtype of x, whatever autocast or a cast of the model made of it where the state comes from
         last = x.new_zeros(x.shape[0], *weights.sizes) if state is None else state[self.last].to(x.dtype)
         parts = None if state is None else state["parts"]
@@ -196,21 +200,21 @@ def _tree(leaves: Any, tensors: Iterator[Tensor]) -> State:
     return {key: _tree(inner, tensors) for key, inner in leaves.items()}
 
 
-def _run(
-    description: str,
-    names: str,
-    form: str,
-    cast: torch.dtype | None,
-    position: Tensor,
-    cu_seqlens: Tensor | None,
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    state: list[Tensor],
-) -> list[Tensor]:
-    """What the loop writes, then the tensors of its state.
+class _Inputs(NamedTuple):
+    description: str
+    names: str  # of tokens
+    form: str
+    cast: torch.dtype | None  # of autocast, if it was on where the graph was made
+    position: Tensor
+    cu_seqlens: Tensor | None
+    tokens: list[Tensor]
+    weights: list[Tensor]
+    state: list[Tensor]
 
-    Args: names: of tokens; cast: the dtype of autocast, if it was on where the graph was made.
-    """
+
+def _run(*inputs: Any) -> list[Tensor]:
+    """What the loop writes, then the tensors of its state."""
+    description, names, form, cast, position, cu_seqlens, tokens, weights, state = _Inputs(*inputs)
     loop, modules = _read(description)
     given = iter(weights)
     held = {id(owner): {name: next(given) for name in owner.declared} for owner in _owners(modules)}
@@ -222,18 +226,9 @@ def _run(
     return [flow[name] for name in modules.writes] + _flat(modules.leaves, after)
 
 
-def _fake(
-    description: str,
-    names: str,
-    form: str,
-    cast: torch.dtype | None,
-    position: Tensor,
-    cu_seqlens: Tensor | None,
-    tokens: list[Tensor],
-    weights: list[Tensor],
-    state: list[Tensor],
-) -> list[Tensor]:
+def _fake(*inputs: Any) -> list[Tensor]:
     """As many tokens and states as the first token has."""
+    description, names, form, cast, position, _, tokens, weights, state = _Inputs(*inputs)
     x = tokens[names.split().index("x")]
     (B, T), n = x.shape[:2], position.shape[0]
     first = [tensor if tensor.shape[1] == 1 else tensor[:, :1] for tensor in tokens]
@@ -244,4 +239,4 @@ def _fake(
     return written + [leaf.new_empty(n, *leaf.shape[1:]) for leaf in made[count:]]
 
 
-_loop = one_node("recur::loop", _run, _fake)
+_loop = one_node("recur::loop", _run, _fake, schema=schema_of(_Inputs))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recur.axes import RecipeError
 from recur.blocks.state import POSITION, Layout, fitting, layout, nbytes, overwrite, passed
+from recur.blocks.step_plan import StepPlan
 from recur.primitives.forms import check_packing, state_count
 from recur.recipe import Common, Flow, Recipe, State, read_one
 from recur.shapes import bind, expect
@@ -18,7 +19,7 @@ from recur.weights import declared, parameter_count
 
 
 class MixerOut(NamedTuple):
-    """What a layer returns: `y` [B T D] and the `state` to go on from.
+    """What a layer returns: `y` [B T D] and the `state` to continue from.
 
     >>> y, state = recur.Mixer("min_gru", dim=8)(torch.randn(1, 3, 8))
     >>> y.shape
@@ -106,12 +107,14 @@ class Mixer(nn.Module):
         layer: Tensor | None = None,
         common: Common | None = None,
         positions: tuple[Tensor, Tensor] | None = None,
+        residual: Tensor | None = None,
         **inputs: Tensor,
     ) -> MixerOut:
-        """For models: the last seven are those of `run`; `published` is filled with what is handed down."""
+        """For models: the last eight are those of `run`; `published` is filled with what is handed down."""
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "grid": grid, "form": form, "past": past}
         options |= {"in_place": in_place, "evaluate": evaluate}
-        flow, state = self.run(x, state, inputs, **options, layer=layer, common=common, positions=positions)
+        options |= {"layer": layer, "common": common, "positions": positions, "residual": residual}
+        flow, state = self.run(x, state, inputs, **options)
         if published is not None:
             published.tensors = flow.published
         return MixerOut(flow["y"], state)
@@ -131,6 +134,7 @@ class Mixer(nn.Module):
         layer: Tensor | None = None,
         common: Common | None = None,
         positions: tuple[Tensor, Tensor] | None = None,
+        residual: Tensor | None = None,
     ) -> tuple[Flow, State]:
         """The whole flow after the last part, for what wants more than "y" (tests).
 
@@ -138,10 +142,12 @@ class Mixer(nn.Module):
         evaluate: no dropout, even in training mode.
         layer, common: as in Flow.
         positions: [B] those before and after these tokens, where a model has found them for all its layers.
+        residual: in a step, [B 1 D], what "y" is added to.
         """
-        bind("Mixer", x=(x, "B T D"))
+        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != self.dim:
+            B, T = (bind("Mixer", x=(x, "B T D"))[letter] for letter in "BT")
+            expect("Mixer", "x", x, "B T D", (B, T, self.dim))
         B, T, _ = x.shape
-        expect("Mixer", "x", x, "B T D", (B, T, self.dim))
         check_packing("Mixer", cu_seqlens, B, T)
         inputs = inputs or {}
         self._check_inputs(inputs, B, T)
@@ -155,7 +161,13 @@ class Mixer(nn.Module):
             before, _ = positions
         at = self.layer if layer is None else layer
         flow = Flow({"x": x, **inputs}, before, form, cu_seqlens, at, grid, past, in_place, evaluate, common)
-        flow, parts = self.recipe.body(flow, self._weights(), (state or {}).get("parts"))
+        weights, before_parts = self._weights(), (state or {}).get("parts")
+        plan = StepPlan.of(self, weights) if in_place and not torch.compiler.is_compiling() else None
+        if plan is not None:
+            flow, parts = plan(flow, weights, before_parts, residual)
+        else:
+            flow, parts = self.recipe.body(flow, weights, before_parts)
+            flow = flow if residual is None else flow.set(y=residual + flow["y"].to(residual.dtype))
         after = passed(before, T, cu_seqlens, in_place) if positions is None else positions[1]
         return flow, {"position": after, "parts": parts}
 
@@ -219,17 +231,23 @@ class Mixer(nn.Module):
         overwrite(state, new)
         return y[:, 0]
 
+    def prepare_step(self) -> None:
+        """Move the weights to where a step wants them, which the first step does otherwise."""
+        weights = self._weights()
+        if (plan := StepPlan.of(self, weights)) is not None:
+            plan.prepare(weights)
+
     def layout(self) -> Layout:
         """What a state of this layer must look like.   Raises: RecipeError if the recipe is not causal."""
         if self._layout is None:
             if not self.recipe.causal:
-                raise RecipeError("Mixer: this recipe is not causal, so it cannot go on from a state")
+                raise RecipeError("Mixer: this recipe is not causal, so it cannot continue from a state")
             site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer)
             self._layout = {"position": POSITION, "parts": layout(self.recipe.body, site)}
         return self._layout
 
     def __repr__(self) -> str:
-        """Every stage with its sizes, parameters and bytes of state a sequence (a growing attention cache counts 0)."""
+        """Every stage: sizes, parameters and bytes of state per sequence (a growing attention cache counts 0)."""
         site = self.recipe.site(self.dim, depth=self.depth, layer=self.layer)
         weights = self._weights()
         rows = [("", "writes", "parameters", "state bytes")]

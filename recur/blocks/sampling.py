@@ -17,10 +17,10 @@ class Sampling:
     """How a token is drawn: from softmax(logits / temperature), cut to top_k, then top_p, then min_p.
 
     Args:
-        temperature: 0 takes the likeliest token.
-        top_k:       keep the k likeliest tokens.
+        temperature: 0 takes the most likely token.
+        top_k:       keep the k most likely tokens.
         top_p:       keep the fewest tokens whose probabilities sum to top_p.
-        min_p:       keep the tokens with at least min_p times the probability of the likeliest.
+        min_p:       keep the tokens with at least min_p times the probability of the most likely.
 
     Raises: ValueError naming the setting that is out of range.
     """

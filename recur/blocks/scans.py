@@ -1,4 +1,4 @@
-"""Parts that remember: each calls one scan of recur.primitives."""
+"""Parts with a state: each calls one scan of recur.primitives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _run(
     tokens: Mapping[str, Tensor | None],
     **always: Any,
 ) -> ScanOut:
-    """The scan over tokens [B T ...]; in a step its one-token twin, which overwrites the state.
+    """The scan over tokens [B T ...]; in a step the step function, which overwrites the state.
 
     always: what else both take, the same for every token.
     """
@@ -61,6 +61,8 @@ def _complex(memory: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class GatedScan(Part):
     """h_t = a_t * h_{t-1} + u_t, each channel by itself; y = h.
+
+    Computed by `recur.gated_scan`.
 
     Args:
         source: u [*].
@@ -102,18 +104,20 @@ class StateScan(Part):
         """The arguments of the scan that make its states."""
         raise NotImplementedError
 
-    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
+    def read(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
         """Read states made of `written` with the query of this flow."""
         raise NotImplementedError
 
     def __call__(self, flow: Flow, weights: Any, state: State) -> tuple[Flow, State]:
-        y, state = self.scan(flow, weights, self.written(flow, weights), state)
+        y, state = self.read(flow, weights, self.written(flow, weights), state)
         return flow.set(**{self.out: y}), state
 
 
 @dataclass(frozen=True)
 class OuterScan(StateScan):
     """Write the product of key and value, read with the query: S_t = A_t S_{t-1} + k v^T, y = scale S^T q.
+
+    Computed by `recur.scan`.
 
     Args:
         q: queries [G K], G divides H; [R G K] reads R times per token, and y is [R H V].
@@ -168,7 +172,7 @@ class OuterScan(StateScan):
         log_a = None if self.decay is None else _decay(flow, self.decay)
         return {"k": k, "v": flow[self.v], "log_decay": log_a, **self.further(flow)}
 
-    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
+    def read(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
         tokens = {"q": flow[self.q], "k": None, "log_decay": None, **written}
         always = {name: tokens.pop(name) for name in ("bonus", "erase_from") if name in tokens}
         return _run(flow, state, scan, step, tokens, **always, scale=weights.scale)
@@ -189,6 +193,8 @@ class DeltaScan(OuterScan):
     """Write the error instead of the value: S_t = A S_{t-1} + k u^T, u = beta (v - (A S_{t-1})^T k); beta [H].
 
     With several writes per token (see `OuterScan`), beta [M H], each corrects what those before it left.
+
+    Computed by `recur.scan` with `beta`.
 
     Args:
         q: queries [G K]; G divides H.
@@ -224,6 +230,8 @@ class DeltaScan(OuterScan):
 @dataclass(frozen=True)
 class WideScan(OuterScan):
     """The wide step: S_t = S + k (w v)^T - b (S^T e)^T after S = A S_{t-1}, with erase key e and removal key b.
+
+    Computed by `recur.scan` with `erase`, `remove` and `write`.
 
     Args:
         q: queries [G K], G divides H; [R G K] reads R times per token, and y is [R H V].
@@ -289,6 +297,8 @@ class OnlineScan(StateScan):
     exact:     S_t = (I - eps k k^T) S_{t-1} + (eps u) k      (each channel its own eps)
     y = S_t q.  u, rate [E]; k, q [N].
 
+    Computed by `recur.online_scan`.
+
     Args:
         source: u [E].
         rate: logits [E] of the rate.
@@ -323,7 +333,7 @@ class OnlineScan(StateScan):
         rate = biased("sigmoid", flow[self.rate], weights.rate_bias, form=flow.form)
         return {"x": flow[self.source], "rate": rate, "k": flow[self.k]}
 
-    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
+    def read(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
         tokens = {"q": flow[self.q], **written}
         return _run(flow, state, online_scan, online_step, tokens, diagonal=self.diagonal)
 
@@ -340,6 +350,8 @@ class SelectiveScan(StateScan):
     """Mamba's selective state space: delta = softplus(dt + b), S_t = exp(delta A) * S_{t-1} + (delta u) B, y = S_t C.
 
     u, dt [E]; B, C [N]; owns A = -exp(A_log) [E N] and the bias b, whose first values spread delta over 0.001 to 0.1.
+
+    Computed by `recur.selective_scan`.
 
     Args:
         source: u [E].
@@ -377,7 +389,7 @@ class SelectiveScan(StateScan):
         delta = biased("softplus", flow[self.dt], weights.dt_bias, form=flow.form)
         return {"x": flow[self.source], "delta": delta, "A": -weights.A_log.exp(), "B": flow[self.B]}
 
-    def scan(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
+    def read(self, flow: Flow, weights: Any, written: Mapping[str, Any], state: State) -> ScanOut:
         tokens = {"C": flow[self.C], **written}
         A = tokens.pop("A")
         return _run(flow, state, selective_scan, selective_step, tokens, A=A)
@@ -421,6 +433,8 @@ class FixedScan(_PolesScan):
     """DSS: constant complex poles shared by all channels, a read-out per channel, discretised by zero-order hold.
 
     z = -exp(rho) + i omega, S_t = e^z S_{t-1} + u, y = Re sum_n C_n (e^z - 1)/z S_n;  omega = exp(eta) or eta.
+
+    Computed by `recur.fixed_scan`.
 
     Args:
         source: u [V].
@@ -466,6 +480,8 @@ class PoleScan(_PolesScan):
 
     z = dt (-exp(r) + i w), S_t = e^z S_{t-1} + u, y = Re sum_n 2 C_n dt (e^z - 1)/z S_n.   First r = log 1/2, w = pi n,
     log dt uniform over 0.001 to 0.1, C = N(0, 1) + i N(0, 1).
+
+    Computed by `recur.fixed_scan`.
 
     Args:
         source: u [V].

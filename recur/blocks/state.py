@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from recur.recipe import Site, State
 from recur.shapes import ShapeError
 
-Layout = Any  # a dict or list of layouts, a Leaf, or the type of a leaf that is no tensor
+Layout = Any  # a dict or list of layouts, a Leaf, or the type of a leaf that is not a tensor
 
 REMEDY = "init_state(batch) makes one that fits"
 

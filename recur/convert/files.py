@@ -1,4 +1,4 @@
-"""Checkpoint files, official ones and our own, and the command that turns one into the other."""
+"""Checkpoint files, official ones and our own, and the command that converts between them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} must hold tensors and nothing that runs: {one_line(error)}") from error
     except OSError:
         raise
-    except Exception as error:  # bytes that are no pickle have the unpickler stumble anywhere
+    except Exception as error:  # on other bytes the unpickler fails in any way
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {one_line(error)}") from error
     try:
         return dict(state_dict_in(str(path), held)), {}
@@ -220,7 +220,7 @@ def load_module(path: Path | str) -> tuple[str, dict[str, Any], Any]:
     """
     tensors, metadata = read_checkpoint(path)
     if MARK not in metadata:
-        raise CheckpointError(f"{path} is no module of recur; say what it is with --from")
+        raise CheckpointError(f"{path} is not a module of recur; say what it is with --from")
     try:
         tensors = {plain: tensors[key] for plain, key in renamed(str(path), tensors, unwrapped).items()}
     except ValueError as error:
@@ -244,7 +244,7 @@ def add(command: Callable[[str, Callable[[argparse.Namespace], int], str, str], 
         "recur convert pytorch_model.bin model.safetensors --from mamba_lm --to mamba_hf --config config.json"
     )
     formats = ", ".join(ENDINGS)
-    parser = command("convert", _convert, "Turn an official checkpoint into one of ours, or ours into one.", examples)
+    parser = command("convert", _convert, "Convert an official checkpoint to one of recur, or back.", examples)
     parser.add_argument("source", metavar="IN", type=Path, help=f"{formats} (weights only), {INDEX}, or a folder")
     parser.add_argument("target", metavar="OUT", type=Path, help=f"{formats}; a module of ours is .safetensors")
     parser.add_argument("--from", dest="origin", metavar="NAME", choices=names(), help="what IN is, unless it is ours")

@@ -54,14 +54,14 @@ def narrow_real(ways: Ways, c: Any) -> Mixer:
     return Mixer(alone(hgrn(bias=True, init="linear", act=act, scan=ways[c.causal], leave=leave)), c.embed_dim)
 
 
-def turned(ways: Ways, phases: tuple[str, ...], c: Any) -> Mixer:
+def with_angles(ways: Ways, phases: tuple[str, ...], c: Any) -> Mixer:
     act = activation_of(c.act_fun)
     leave = (NORM, OutputGate("g", act=act))
     recipe = hgrn_complex(bias=c.bias, act=act, phases=phases, scan=ways[c.causal], leave=leave)
     return Mixer(alone(recipe), c.embed_dim)
 
 
-def turned_cheaply(leave: tuple[Part, ...], c: Any) -> Mixer:
+def with_low_rank(leave: tuple[Part, ...], c: Any) -> Mixer:
     options: dict[str, Any] = {"bias": c.bias, "rank": c.gate_dim, "act": activation_of(c.act_fun), "leave": leave}
     return Mixer(alone(hgrn_complex(scan=LINE[c.causal], **options)), c.embed_dim)
 
@@ -102,12 +102,12 @@ FULL = {**WAY, "bias": True}
 RANK = {**FULL, "gate_dim": 128}
 
 UNITS = {
-    "bihgru1_1d": unit(partial(turned, BOTH_WAYS, ("turn", "turn_back")), FULL, PLAIN, **TWO),
-    "bihgru1_2d": unit(partial(turned, ALL_WAYS, ("turn", "turn_back")), FULL, PLAIN, **TWO),
-    "hgru1_1d": unit(partial(turned, LINE, ("turn",)), FULL, PLAIN, **ONE),
-    "hgru1_1d_v2": unit(partial(turned_cheaply, (NORM, SIGMOID)), RANK, CHEAP, **UP, **ONE),
-    "hgru1_1d_v3": unit(partial(turned_cheaply, (SIGMOID, NORM)), RANK, CHEAP, **UP, **ONE),
-    "hgru1_2d": unit(partial(turned, GRID, ("turn",)), FULL, PLAIN, **ONE),
+    "bihgru1_1d": unit(partial(with_angles, BOTH_WAYS, ("turn", "turn_back")), FULL, PLAIN, **TWO),
+    "bihgru1_2d": unit(partial(with_angles, ALL_WAYS, ("turn", "turn_back")), FULL, PLAIN, **TWO),
+    "hgru1_1d": unit(partial(with_angles, LINE, ("turn",)), FULL, PLAIN, **ONE),
+    "hgru1_1d_v2": unit(partial(with_low_rank, (NORM, SIGMOID)), RANK, CHEAP, **UP, **ONE),
+    "hgru1_1d_v3": unit(partial(with_low_rank, (SIGMOID, NORM)), RANK, CHEAP, **UP, **ONE),
+    "hgru1_2d": unit(partial(with_angles, GRID, ("turn",)), FULL, PLAIN, **ONE),
     "hgru1_real_1d": unit(real, {"expand_ratio": 2, "bias": True}, GATES),
     "hgru1_real_2d": unit(partial(narrow_real, ALL_WAYS), WAY, REAL),
     "hgru1_real_v6": unit(partial(narrow_real, LINE), WAY, REAL),

@@ -58,11 +58,11 @@ def merged(name: str, first: int = 0) -> Place:
 def transposed(place: str | Place) -> Place:
     """Matrices that the original keeps as [in, out]."""
 
-    def turned(part: Any, weight: Tensor) -> Mapping[str, Tensor]:
+    def named(part: Any, weight: Tensor) -> Mapping[str, Tensor]:
         here = {place: weight} if isinstance(place, str) else place(part, weight)
         return {name: view.mT for name, view in here.items()}
 
-    return turned
+    return named
 
 
 def shaped(name: str, *sizes: int) -> Place:

@@ -98,7 +98,7 @@ def model_of(
             raise NotImplementedError(f"ssm_cfg: layer must be {' or '.join(map(repr, mixers))} so far, got {layer!r}")
         recipe = mixers[layer].make("ssm_cfg", options).recipe
         beside = gated(hidden=f"{-(-c.d_intermediate // 128) * 128}", out_init="residual_twice")
-        if c.d_intermediate:  # two branches a layer
+        if c.d_intermediate:  # two branches per layer
             recipe = recipe.replace(recipe.body.keys()[-1], replace(recipe.parts[-1], init="residual_twice"))
         return LanguageModel(
             recipe,

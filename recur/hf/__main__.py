@@ -1,4 +1,4 @@
-"""python -m recur.hf RUN OUT: turn a run of `recur train` into a folder for `from_pretrained`."""
+"""python -m recur.hf RUN OUT: convert a run of `recur train` to a folder for `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recur.hf import from_run
 
 
 def main(*words: str) -> int:
-    """Run the command with these words; 0 if it went well. A run that is no use exits with 2 and one line."""
+    """Run the command with these words; 0 on success. An invalid run exits with 2 and one line."""
     parser = argparse.ArgumentParser(prog="python -m recur.hf", description="A run of `recur train` for transformers.")
     parser.add_argument("run", metavar="RUN", type=Path, help="the --out of recur train")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")

@@ -26,7 +26,7 @@ class RecurConfig(PretrainedConfig):
             depth 2); a feed-forward may be given like a recipe. What is none of them goes to PretrainedConfig.
         logits_in_training: whether a call with labels returns logits in training mode too, for trainers that read them.
 
-    Recipes with parts of one's own load once these are listed: RecurConfig.parts = (MyPart,).
+    Recipes with parts of your own load once these are listed: RecurConfig.parts = (MyPart,).
     Raises: ValueError for a preset that is not there; RecipeError for a recipe that does not fit.
 
     >>> from recur.hf import RecurConfig

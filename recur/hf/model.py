@@ -69,7 +69,7 @@ def _same_state(**named: Any) -> StateCache | None:
 
 @dataclass
 class CausalLMOutput(ModelOutput):
-    """loss (with labels), logits [B T vocab_size], state (with use_cache) to go on from, also as attributes of
+    """loss (with labels), logits [B T vocab_size], state (with use_cache) to continue from, also as attributes of
     transformers' names.
     """
 
@@ -191,7 +191,7 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
     def _loss(self, x: Tensor, labels: Tensor, count: Tensor | int | None) -> Tensor:
         """Cross-entropy of the next labels, from the hidden [B T D]: their mean, or their sum over `count`.
 
-        As transformers computes it, with the function of one's own where `loss_function` was set to one.
+        As transformers computes it, with your own function if `loss_function` was set.
         """
         if (own := getattr(self, "_loss_function", None)) is not None:
             logits = self.model._logits(x)
@@ -220,7 +220,7 @@ class RecurForCausalLM(PreTrainedModel, GenerationMixin):
         """As `GenerationMixin.generate`. It goes on from `state`, which may also be called past_key_values or cache.
 
         With a state, the ids are those of all columns; or, if attention_mask has all columns, the last ones.
-        Raises: ValueError if the ids do not go on from the state; NotImplementedError for what `forward` refuses;
+        Raises: ValueError if the ids do not continue from the state; NotImplementedError for what `forward` refuses;
             TypeError for a cache that is no StateCache.
         """
         # every version wants a cache of its own kind under its own name, and leaves `state` alone

@@ -1,7 +1,7 @@
 """Delta networks: each write corrects what the state would have said; with a gate per head, or per key channel."""
 
 from recur.blocks import Act, DeltaScan, KeyedRate, LowRank, Norm, OutputGate, Project, Scale, ShortConv, StepDecay
-from recur.recipe import Part, Recipe
+from recur.recipe import Frame, Part, Recipe
 
 REFLECTING = (Scale("beta", "2"),)
 
@@ -41,6 +41,7 @@ def delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4, reach: tuple
         Project("y", y="D"),
         axes={"H": heads, "K": "D/H", "V": "D/H"},
         source="Yang et al. 2024, arXiv:2406.06484",
+        frame=Frame(ffn="swiglu"),
     )
 
 
@@ -73,6 +74,7 @@ def gated_delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4, reach:
         Project("y", y="D"),
         axes={"H": heads, "K": "D/H", "V": "2*D/H"},
         source="Yang et al. 2024, arXiv:2412.06464",
+        frame=Frame(ffn="swiglu"),
     )
 
 
@@ -105,6 +107,7 @@ def kda(*, heads: int | str = "max(4,D//128)", conv: int = 4, reach: tuple[Part,
         Project("y", y="D"),
         axes={"H": heads, "K": "D/H", "V": "D/H"},
         source="Kimi Team 2025, arXiv:2510.26692",
+        frame=Frame(ffn="swiglu"),
     )
 
 

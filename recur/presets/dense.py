@@ -11,8 +11,8 @@ from recur.recipe import Axes, Part, Recipe
 
 def _scan_of(recipe: Recipe) -> tuple[str, StateScan, Axes]:
     """The key, the part, and what is there before it, of its one scan with a query."""
-    walk = zip(recipe.body.keys(), recipe.body.walk(recipe.site(1).axes), strict=True)
-    found = [(key, part, axes) for key, (part, axes, _) in walk if isinstance(part, StateScan)]
+    parts = zip(recipe.body.keys(), recipe.body.walk(recipe.site(1).axes), strict=True)
+    found = [(key, part, axes) for key, (part, axes, _) in parts if isinstance(part, StateScan)]
     if len(found) != 1:
         raise RecipeError(f"dense: the recipe must have one scan that a query reads, got {len(found)}")
     return found[0]

@@ -25,7 +25,7 @@ def dense_retnet(
     eps: float = 1e-6,
     scale: tuple[RetentionScale, ...] = (),
 ) -> Recipe:
-    """S_t = a_h S_{t-1} + k_t v_t^T, y_t = norm(S_t^T q_t) * g_t; k <- norm(k + silu(G x) * sum past k), v likewise.
+    """S_t = a_h S_{t-1} + k_t v_t^T, y_t = norm(S_t^T q_t) * silu(g_t); k <- norm(k + silu(G x) * sum past k), v too.
 
     One block type, no feed-forward.
 
@@ -43,7 +43,7 @@ def dense_retnet(
     """
     return Recipe(
         Project("x", q="H K", k="H K", v="H V", g="H V", init="normal"),
-        Act("q k v g", "silu"),
+        Act("q k v", "silu"),
         Scale("k", "1/sqrt(K)"),
         Project(
             "x",
@@ -58,7 +58,7 @@ def dense_retnet(
         *scale,
         OuterScan(),
         Norm("y", over="V", eps="eps"),
-        OutputGate("g", act="identity"),
+        OutputGate("g"),
         Project("y", y="D", init="normal"),
         Dropout("y", dropout),
         axes={"H": heads, "K": "D/2/H", "V": "2*D/H", "R": "max(D//32,1)"},

@@ -1,7 +1,7 @@
 """Gated Oja: a delta rule of transposed roles, whose values are directions and whose keys are what they stand for."""
 
 from recur.blocks import Act, Norm, OjaScan, OutputGate, Project, ShortConv, StepDecay
-from recur.recipe import Recipe
+from recur.recipe import Frame, Recipe
 
 
 def gated_oja(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
@@ -29,4 +29,5 @@ def gated_oja(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
         Project("y", y="D"),
         axes={"H": heads, "K": "D/H", "V": "D/H"},
         source="Oja 1982, in the layer of Yang et al. 2024, arXiv:2412.06464",
+        frame=Frame(ffn="swiglu"),
     )  # fmt: skip

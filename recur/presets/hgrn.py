@@ -1,4 +1,4 @@
-"""HGRN: gated recurrences whose forget gates have a floor that rises with depth; real, and turned by fixed angles."""
+"""HGRN: gated recurrences whose forget gates have a floor that rises with depth; real, or rotated by fixed angles."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,7 +83,7 @@ def hgrn_complex(
         rank: of the projections of both gates, full when omitted.
         act: of the input.
         bounds: law of LowerBounds.
-        phases: one theta for all scans, or a second for the way back, ("turn", "turn_back").
+        phases: one theta for all scans, or a second for the backward scan, ("turn", "turn_back").
         scan: which way it reads: one_way, both_ways or in_grid of recur.blocks.
         leave: how y leaves, before the last projection.
 

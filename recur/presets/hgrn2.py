@@ -1,4 +1,4 @@
-"""HGRN2: a gated RNN whose state is expanded by an outer product, with nothing added to learn."""
+"""HGRN2: a gated RNN whose state is expanded by an outer product, without further parameters."""
 
 from collections.abc import Callable
 

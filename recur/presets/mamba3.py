@@ -1,5 +1,7 @@
 """Mamba-3: two writes per token by the trapezoidal rule, rotations that tokens bring, several inputs and outputs."""
 
+from collections.abc import Mapping
+
 from recur.blocks import (
     DataDecay,
     DataRotary,
@@ -50,21 +52,12 @@ def mamba3(
     >>> y.shape
     torch.Size([1, 5, 64])
     """
-    return Recipe(
-        Project("x", z="H P", u="H P", B="G N", C="G N", dt="H", rate="H", trap="H", angle="A", name="enter"),
-        DataDecay(floor=floor),
-        Norm("B", over="N", name="B_norm"), Norm("C", over="N", name="C_norm"), Repeat("B C"),
-        Learned("B_bias", "H N", init="1", name="B_bias"), Sum("B B_bias", out="k"),
-        Learned("C_bias", "H N", init="1", name="C_bias"), Sum("C C_bias", out="q"),
-        DataRotary("q k"), Trapezoid(v="u"),
-        OuterScan(k="keys", v="values"),
-        Skip("u", over="H"),
-        *leave,
-        Project("y", y="D", name="leave"),
-        axes={"P": head, "H": f"{expand}*D/P", "G": groups, "N": state, "A": f"int(N*{rope})//2"},
-        source="Lahoti et al. 2026, arXiv:2603.15569",
-        frame=Frame(ffn="swiglu"),
-    )  # fmt: skip
+    return _recipe(
+        (),
+        (DataRotary("q k"), Trapezoid(v="u"), OuterScan(k="keys", v="values"), Skip("u", over="H"), *leave),
+        {"P": head, "H": f"{expand}*D/P", "G": groups, "N": state, "A": f"int(N*{rope})//2"},
+        floor,
+    )
 
 
 def mamba3_mimo(
@@ -98,20 +91,32 @@ def mamba3_mimo(
     >>> y.shape
     torch.Size([1, 5, 64])
     """
+    return _recipe(
+        ("R",),
+        (
+            Spread("u", to="v", first="1/R", name="mimo_x"), Spread("z", name="mimo_z"),
+            DataRotary("q k", layout=layout), Trapezoid(), OuterScan(k="keys", v="values"), Skip("v", over="H"),
+            *leave, Gather(first="1/R", name="mimo_o"),
+        ),
+        {"P": head, "H": f"{expand}*D/P", "G": groups, "R": rank, "N": state, "A": f"int(N*{rope})//2"},
+        floor,
+    )  # fmt: skip
+
+
+def _recipe(several: tuple[str, ...], scan: tuple[Part, ...], axes: Mapping[str, int | str], floor: float) -> Recipe:
+    """What both share: projections, decay, normed keys and queries with biases; `several` are the axes before G."""
+    lead = " ".join((*several, ""))
     return Recipe(
-        Project("x", z="H P", u="H P", B="R G N", C="R G N", dt="H", rate="H", trap="H", angle="A", name="enter"),
+        Project(
+            "x", z="H P", u="H P", B=f"{lead}G N", C=f"{lead}G N", dt="H", rate="H", trap="H", angle="A", name="enter"
+        ),
         DataDecay(floor=floor),
         Norm("B", over="N", name="B_norm"), Norm("C", over="N", name="C_norm"), Repeat("B C"),
-        Learned("B_bias", "R H N", init="1", name="B_bias"), Sum("B B_bias", out="k"),
-        Learned("C_bias", "R H N", init="1", name="C_bias"), Sum("C C_bias", out="q"),
-        Spread("u", to="v", first="1/R", name="mimo_x"), Spread("z", name="mimo_z"),
-        DataRotary("q k", layout=layout), Trapezoid(),
-        OuterScan(k="keys", v="values"),
-        Skip("v", over="H"),
-        *leave,
-        Gather(first="1/R", name="mimo_o"),
+        Learned("B_bias", f"{lead}H N", init="1", name="B_bias"), Sum("B B_bias", out="k"),
+        Learned("C_bias", f"{lead}H N", init="1", name="C_bias"), Sum("C C_bias", out="q"),
+        *scan,
         Project("y", y="D", name="leave"),
-        axes={"P": head, "H": f"{expand}*D/P", "G": groups, "R": rank, "N": state, "A": f"int(N*{rope})//2"},
+        axes=axes,
         source="Lahoti et al. 2026, arXiv:2603.15569",
         frame=Frame(ffn="swiglu"),
     )  # fmt: skip

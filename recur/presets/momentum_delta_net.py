@@ -2,7 +2,7 @@
 
 from recur.blocks import Act, Decay, MomentumScan, Norm, OutputGate, Project, ShortConv
 from recur.presets.delta_net import smooth_unit
-from recur.recipe import Recipe
+from recur.recipe import Frame, Recipe
 
 
 def momentum_delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> Recipe:
@@ -31,4 +31,5 @@ def momentum_delta_net(*, heads: int | str = "max(4,D//128)", conv: int = 4) -> 
         Project("y", y="D"),
         axes={"H": heads, "K": "D/H", "V": "D/H"},
         source="flash-linear-attention, in the layer of Yang et al. 2024, arXiv:2412.06464",
+        frame=Frame(ffn="swiglu"),
     )  # fmt: skip

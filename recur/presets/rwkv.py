@@ -1,4 +1,4 @@
-"""RWKV: tokens mixed with the one before, and a constant decay a head that the current token is exempt from."""
+"""RWKV: tokens mixed with the one before, and a constant decay per head that the current token is exempt from."""
 
 from recur.blocks import Act, Learned, Norm, OuterScan, OutputGate, Project, TokenShift
 from recur.blocks.feedforward import SHARE

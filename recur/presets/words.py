@@ -22,9 +22,9 @@ def read(words: str, own: Own | None = None) -> list[Recipe]:
 
     Args:
         words: a preset's name with options, NAME:OPTION=VALUE,...; several joined by +; or @FILE, what `to_dict` wrote.
-        own:   parts and recipes of a file of one's own (recur.own.load), known beside the presets.
+        own:   parts and recipes of a file of your own (recur.own.load), known beside the presets.
 
-    Raises: RecipeError naming the preset (and near ones), the option or the file that is of no use.
+    Raises: RecipeError naming the preset (and near ones), the option or the file that is invalid.
     """
     parts, recipes = ((), {}) if own is None else (own.parts, own.recipes)
     pieces = [words] if words.startswith("@") else words.split("+")
@@ -38,7 +38,7 @@ def _file(place: Path, parts: Iterable[type]) -> Recipe:
     try:
         return Recipe.from_dict(read_json(place), parts)
     except ValueError as error:
-        hint = "" if parts or "is no part of recur" not in str(error) else "; --import FILE.py brings parts"
+        hint = "" if parts or "is not a part of recur" not in str(error) else "; --import FILE.py brings parts"
         raise RecipeError(f"cannot read a recipe from {place}: {one_line(error)}{hint}") from error
 
 

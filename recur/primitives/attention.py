@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from recur import kernel
 from recur.shapes import ShapeError, accumulation_dtype, bind
 
 
@@ -42,14 +43,16 @@ def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (key[..., None, :] > query[..., None] - window)
 
 
-def forgetting_softmax(q: Tensor, k: Tensor, v: Tensor, since: Tensor, reach: Tensor, mask: Tensor) -> Tensor:
+def forgetting_softmax(q: Tensor, k: Tensor, v: Tensor, since: Tensor, since_key: Tensor, mask: Tensor) -> Tensor:
     """The same of queries [B T H K] over keys [B L G K], with running sums of log f [B T H], [B L H]; mask [B T L]."""
+    why = "no kernel has attention with a forget gate, so that all scores are in memory"
+    kernel.without("forgetting_attention", "torch", q, why, "Attention, or a scan with the same gate")
     H, G = q.shape[2], k.shape[2]
     if G == 0 or H % G:
         raise ShapeError(f"forgetting_attention: G must divide H, got G={G} (k) and H={H} (q)")
     real = accumulation_dtype(q, k, v, since)
-    gap = (since[:, :, None] - reach[:, None]).masked_fill(~mask[..., None], -math.inf)  # [B T L H]
+    gap = (since[:, :, None] - since_key[:, None]).masked_fill(~mask[..., None], -math.inf)  # [B T L H]
     groups = q.to(real).unflatten(2, (G, H // G))
     scores = torch.einsum("btgrk,blgk->btlgr", groups, k.to(real)).flatten(3) / math.sqrt(q.shape[-1])
-    share = (scores + gap).softmax(2).unflatten(3, (G, H // G))
-    return torch.einsum("btlgr,blgv->btgrv", share, v.to(real)).flatten(2, 3).to(v.dtype)
+    weights = (scores + gap).softmax(2).unflatten(3, (G, H // G))
+    return torch.einsum("btlgr,blgv->btgrv", weights, v.to(real)).flatten(2, 3).to(v.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from einops import rearrange
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from recur.primitives.decay import ChunkDecays, chunk_decays, lay_out, lower_pro
 from recur.primitives.diagonal import gated_scan, like_batch
 from recur.primitives.forms import ScanOut
 from recur.primitives.layout import as_complex, as_real, to_heads
-from recur.primitives.operators import add_to, one_node
+from recur.primitives.operators import add_to, one_node, schema_of
 from recur.primitives.solve import solve_tril
 from recur.primitives.state_pass import chunked_state_pass, kept
 from recur.shapes import all_finite
@@ -18,27 +20,30 @@ from recur.shapes import all_finite
 CHUNK = 64  # rows per chunk, and twice what a scan that erases takes: measured on a CPU
 
 
-def _run(
-    form: str,
-    initial: Tensor,
-    cu_seqlens: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    erase: Tensor | None,
-    remove: Tensor | None,
-    write: Tensor | None,
-    previous: bool,
-) -> tuple[Tensor, Tensor]:
+class _Inputs(NamedTuple):
+    """The tokens of `wide_step` with an axis T after B, and the rest."""
+
+    form: str
+    previous: bool
+    initial: Tensor  # [B H K V], or [n H K V] for the n documents of cu_seqlens
+    cu_seqlens: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None = None  # T is 1 if it does not depend on the token
+    beta: Tensor | None = None
+    bonus: Tensor | None = None
+    erase: Tensor | None = None
+    remove: Tensor | None = None
+    write: Tensor | None = None
+
+
+def _run(*inputs: Any) -> tuple[Tensor, Tensor]:
     """`wide_step` for all tokens: chunks of some 64 rows, or for form "parallel" one chunk.
 
-    Args: as `wide_step` with an axis T after B, which is 1 for a log_decay that does not change; initial [B H K V], or
-        [n H K V] for the n documents of cu_seqlens.
     Returns: y [B T R H V]; state like initial.
     """
+    form, previous, initial, cu_seqlens, q, k, v, log_decay, beta, bonus, erase, remove, write = _Inputs(*inputs)
     T, erases = v.shape[1], beta is not None or erase is not None
     value = v if write is None else write * v
     if k.shape[-1] == 1 and bonus is None and not erases and form == "chunked":
@@ -71,42 +76,16 @@ def _run(
     return y, rearrange(state, "B G r K V -> B (G r) K V")
 
 
-def _fake(
-    form: str,
-    initial: Tensor,
-    cu_seqlens: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    erase: Tensor | None,
-    remove: Tensor | None,
-    write: Tensor | None,
-    previous: bool,
-) -> tuple[Tensor, Tensor]:
-    return v.new_empty(*q.shape[:3], *v.shape[-2:]), initial.new_empty(initial.shape)
+def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    x = _Inputs(*inputs)
+    return x.v.new_empty(*x.q.shape[:3], *x.v.shape[-2:]), x.initial.new_empty(x.initial.shape)
 
 
-_chunked = one_node("recur::chunked_scan", _run, _fake)
+_chunked = one_node("recur::chunked_scan", _run, _fake, schema=schema_of(_Inputs, outputs=2))
 
 
 def chunked_scan(
-    form: str,
-    bonus: Tensor | None,
-    previous: bool,
-    initial: Tensor,
-    cu_seqlens: Tensor | None,
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None = None,
-    beta: Tensor | None = None,
-    erase: Tensor | None = None,
-    remove: Tensor | None = None,
-    write: Tensor | None = None,
+    form: str, bonus: Tensor | None, previous: bool, initial: Tensor, cu_seqlens: Tensor | None, **tokens: Tensor
 ) -> ScanOut:
     """All tokens in chunks: `wide_step` with an axis T, one node where a graph is made.
 
@@ -123,8 +102,7 @@ def chunked_scan(
     Source: Yang et al. 2024, arXiv:2312.06635, arXiv:2406.06484 and arXiv:2412.06464; Dao and Gu 2024,
         arXiv:2405.21060; Katsch 2023, arXiv:2311.01927.
     """
-    tensors = (q, k, v, log_decay, beta, bonus, erase, remove, write)
-    return ScanOut(*_chunked(form, initial, cu_seqlens, *tensors, previous))
+    return ScanOut(*_chunked(*_Inputs(form, previous, initial, cu_seqlens, bonus=bonus, **tokens)))
 
 
 def _adding(
@@ -161,10 +139,10 @@ def _erasing(
         return x if rotation is None else as_real(as_complex(x.mT) * rotation[..., None]).mT
 
     overlap = A_ek if A_eb is None else A_eb
-    solve = solve_tril(overlap if beta is None else beta * overlap)
+    A_inv = solve_tril(overlap if beta is None else beta * overlap)
     if beta is not None:
-        solve = solve * beta.mT
-        solve = solve if all_finite(beta) else solve.tril()  # 0 times a beta that is not finite is NaN
+        A_inv = A_inv * beta.mT
+        A_inv = A_inv if all_finite(beta) else A_inv.tril()  # 0 times a beta that is not finite is NaN
     (start, added), sealed = chunks.openings(start), chunks.sealed
     if b_out is None:
         A_qu, writer, given = A_qk, to_end(k_out), v
@@ -176,8 +154,8 @@ def _erasing(
             written if added is None or sealed is None else added + written.masked_fill(like_batch(sealed, written), 0)
         )
     lead = (chunks.n, *v.shape[1:4])
-    decay, e_in, writer, solve = (x.expand(*lead, *x.shape[-2:]) for x in (decay, e_in, writer, solve))
-    entering, _, u, _ = chunked_state_pass(decay, e_in, writer, solve, given, None, added, start, sealed, 1)
+    decay, e_in, writer, A_inv = (x.expand(*lead, *x.shape[-2:]) for x in (decay, e_in, writer, A_inv))
+    entering, _, u, _ = chunked_state_pass(decay, e_in, writer, A_inv, given, None, added, start, sealed, 1)
     y = add_to(lower_product(A_qu, u, chunks.size), q_in @ entering)
     state = kept(chunks.last(decay), chunks.last(entering)) + chunks.last(writer).mT @ chunks.last(u)
     if b_out is not None:

@@ -118,37 +118,37 @@ def token_shift(x: Tensor, *, initial_state: Tensor | None = None, cu_seqlens: T
 
 
 def _opening(
-    function: str, x: Tensor, letter: str, reach: int, initial_state: Tensor | None, cu_seqlens: Tensor | None
+    function: str, x: Tensor, letter: str, history: int, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """The `reach` tokens before the first of x [B T D]: zeros unless they are given.   Raises: ShapeError."""
+    """The `history` tokens before the first of x [B T D]: zeros unless they are given.   Raises: ShapeError."""
     B, T, D = x.shape
     check_packing(function, cu_seqlens, B, T)
     rows, first = state_count(B, cu_seqlens), "B" if cu_seqlens is None else "n"
-    expect(function, "initial_state", initial_state, f"{first} {letter} D", (rows, reach, D))
-    return first_state(x, (reach, D), x.dtype, initial_state, cu_seqlens)
+    expect(function, "initial_state", initial_state, f"{first} {letter} D", (rows, history, D))
+    return first_state(x, (history, D), x.dtype, initial_state, cu_seqlens)
 
 
 def packed_context(x: Tensor, state: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[T W D]: each token of a packed row x [T D] after the W-1 tokens of its own document (or its state)."""
-    T, reach = x.shape[0], state.shape[1]
+    T, history = x.shape[0], state.shape[1]
     document = document_of(cu_seqlens, T)
     offset = torch.arange(T, device=x.device) - cu_seqlens[document]  # tokens of the document already seen
-    back = torch.arange(-reach, 1, device=x.device)
+    back = torch.arange(-history, 1, device=x.device)
     inside = offset[:, None] + back >= 0  # [T W]
     token = (torch.arange(T, device=x.device)[:, None] + back).clamp(min=0)
-    slot = (reach + offset[:, None] + back).clamp(0, max(reach - 1, 0))
-    if reach == 0:
+    slot = (history + offset[:, None] + back).clamp(0, max(history - 1, 0))
+    if history == 0:
         return x[:, None]
     return torch.where(inside[..., None], x[token], state[document[:, None], slot])
 
 
 def packed_tail(x: Tensor, state: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[n W-1 D]: the last W-1 tokens of each document of a packed row x [T D]; short ones are filled from state."""
-    reach = state.shape[1]
-    if x.shape[0] == 0 or reach == 0:
+    history = state.shape[1]
+    if x.shape[0] == 0 or history == 0:
         return state
     begin, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
-    token = end - reach + torch.arange(reach, device=x.device)  # [n W-1]
-    slot = (token - begin + reach).clamp(0, reach - 1)
+    token = end - history + torch.arange(history, device=x.device)  # [n W-1]
+    slot = (token - begin + history).clamp(0, history - 1)
     old = state[torch.arange(len(state), device=x.device)[:, None], slot]
     return torch.where((token >= begin)[..., None], x[token.clamp(0, x.shape[0] - 1)].to(state.dtype), old)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -16,7 +16,15 @@ from recur import kernel
 from recur.kernels.packing import document_starts
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.operators import batched_at, operator, remember
-from recur.shapes import accumulation_dtype, bind, check_given, check_number, readable, without_autocast
+from recur.shapes import (
+    accumulation_dtype,
+    bind,
+    check_given,
+    check_number,
+    per_signature,
+    readable,
+    without_autocast,
+)
 
 SIDE_BY_SIDE = 65_536  # numbers that one call should update: fewer waste the call and a second thread
 LOG2_E = math.log2(math.e)
@@ -32,7 +40,7 @@ def linear_recurrence(a: Tensor, x: Tensor, initial: Tensor | None = None, start
         starts: [T] bool, tokens at which h_t = x_t whatever h_{t-1} is, NaN and infinity included.
 
     Returns: h [B T *].
-    Cost: T multiply-adds a channel, three times that where few channels are cut into chunks walked side by side.
+    Cost: T multiply-adds per channel, three times that where few channels are cut into chunks that run side by side.
     Gates are multiplied, never divided or subtracted in logs, so an exact 0 forgets exactly. Twice differentiable.
 
     >>> from recur.primitives.diagonal import linear_recurrence
@@ -47,7 +55,7 @@ def _run(a: Tensor, x: Tensor, initial: Tensor | None, starts: Tensor | None, ad
 
     One operator, so that a compiler sees one node and not T of them.
     """
-    return walk_left(a, x, starts=starts) if adjoint else walk_right(a, x, initial, starts=starts)
+    return recur_backward(a, x, starts=starts) if adjoint else recur_forward(a, x, initial, starts=starts)
 
 
 def _fake(a: Tensor, x: Tensor, initial: Tensor | None, starts: Tensor | None, adjoint: bool) -> Tensor:
@@ -103,7 +111,7 @@ _recurrence = operator(
 )
 
 
-def walk_right(
+def recur_forward(
     a: Tensor, x: Tensor, initial: Tensor | None, out: Tensor | None = None, starts: Tensor | None = None
 ) -> Tensor:
     """h_t = x_t + a_t h_{t-1}, or x_t where `starts` [T] says so, without gradient; `out` may be x."""
@@ -112,17 +120,17 @@ def walk_right(
         state = h[:, 0].copy_(x[:, 0])
         if initial is not None:
             state.add_(_past(a[:, 0] * initial, None if starts is None else starts[0]))
-        _walk(_links(a, x, starts), x[:, 1:], h[:, 1:], state, 1, starts)
+        _recur(_links(a, x, starts), x[:, 1:], h[:, 1:], state, 1, starts)
     return h
 
 
-def walk_left(a: Tensor, x: Tensor, out: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
+def recur_backward(a: Tensor, x: Tensor, out: Tensor | None = None, starts: Tensor | None = None) -> Tensor:
     """g_t = x_t + conj(a_{t+1}) g_{t+1}, or x_t before a token of `starts` [T], without gradient; `out` may be x."""
     g = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if x.shape[1] > 0:
         if x.is_complex():  # conj(g_t) = conj(x_t) + a_{t+1} conj(g_{t+1}) needs no conjugate of a
             x = torch.conj_physical(x, out=g)
-        _walk(_links(a, x, starts), x[:, :-1], g[:, :-1], g[:, -1].copy_(x[:, -1]), -1, starts)
+        _recur(_links(a, x, starts), x[:, :-1], g[:, :-1], g[:, -1].copy_(x[:, -1]), -1, starts)
         if x.is_complex():
             g.conj_physical_()
     return g
@@ -134,11 +142,11 @@ def _links(a: Tensor, x: Tensor, starts: Tensor | None) -> Tensor:
     return links if starts is None else links.masked_fill(like_batch(starts[1:], x[0]), 0)
 
 
-def _walk(a: Tensor, x: Tensor, out: Tensor, state: Tensor, order: int, starts: Tensor | None) -> None:
+def _recur(a: Tensor, x: Tensor, out: Tensor, state: Tensor, order: int, starts: Tensor | None) -> None:
     """out <- x + a * (the out before it), from the left (order 1) or the right (order -1), after `state`.
 
-    Where a token is too small to be worth a call, n chunks are walked side by side, each from the state that a first
-    walk over all of them has found. n depends on shapes alone. What meets the gate of one of the tokens `starts` is
+    Where a token is too small to be worth a call, n chunks run side by side, each from the state that a first
+    pass over all of them has found. n depends on shapes alone. What meets the gate of one of the tokens `starts` is
     replaced by 0, because 0 times NaN is NaN.
     """
     length = x.shape[1]
@@ -158,7 +166,7 @@ def _walk(a: Tensor, x: Tensor, out: Tensor, state: Tensor, order: int, starts: 
 
 
 def _enter_chunks(a: Tensor, x: Tensor, state: Tensor, order: int, cut: Tensor | None) -> Tensor:
-    """[B n *]: the state with which the walk enters each of the n chunks of a and x [B n C *]."""
+    """[B n *]: the state that enters each of the n chunks of a and x [B n C *]."""
     n = x.shape[1]
     entering = x.new_empty(x.shape[:2] + x.shape[3:])
     if order > 0:
@@ -250,7 +258,7 @@ def gated_scan(
     reverse: bool = False,
     form: str = "auto",
 ) -> ScanOut:
-    """Gated diagonal scan, one memory a channel: h_t = exp(log_decay_t) * h_{t-1} + x_t, y_t = h_t.
+    """Gated diagonal scan, one memory per channel: h_t = exp(log_decay_t) * h_{t-1} + x_t, y_t = h_t.
 
     Args:
         x: [B T *] what each token writes, input gate already applied; real or complex.
@@ -258,7 +266,7 @@ def gated_scan(
         initial_state: [B *] h before the first token; zeros when omitted.
         cu_seqlens: [n+1] int borders of n documents lying in one row: B is 1 and states are [n *].
         reverse: read from the last token to the first: initial_state enters after token T-1, state is h at token 0.
-        form: "recurrent", the token loop; "chunked", chunks walked side by side in place; "triton", the kernel; "auto"
+        form: "recurrent", the token loop; "chunked", chunks side by side, in place; "triton", the kernel; "auto"
             is "triton" for what that covers on a GPU and "chunked" for all else. In no form do NaN and infinity reach
             an earlier token.
 
@@ -272,11 +280,13 @@ def gated_scan(
     >>> recur.gated_scan(torch.ones(1, 4, 1), half).y.flatten()
     tensor([1.0000, 1.5000, 1.7500, 1.8750])
     """
-    gates, states = _axes_of_gate(x, log_decay, "B T *"), "B *" if cu_seqlens is None else "n *"
-    check_given("gated_scan", x=x, log_decay=log_decay)
-    bind("gated_scan", x=(x, "B T *"), log_decay=(log_decay, gates), initial_state=(initial_state, states))
+    gates, number = per_signature(
+        _CHECKED,
+        cu_seqlens is None,
+        (x, log_decay, initial_state),
+        lambda: _check(x, log_decay, initial_state, "B *" if cu_seqlens is None else "n *"),
+    )
     check_packing("gated_scan", cu_seqlens, x.shape[0], x.shape[1], initial_state)
-    number = _number("gated_scan", x, log_decay, initial_state=initial_state)
     refusal = partial(kernel.refusal, number)
     form = choose_form("gated_scan", form, ("recurrent", "chunked", "triton"), kernel.device_of(x), refusal)
     if form == "triton":
@@ -308,10 +318,7 @@ def gated_step(x: Tensor, log_decay: Tensor, state: Tensor) -> Tensor:
     >>> [recur.gated_step(torch.ones(1, 1), half, state).item() for _ in range(3)]
     [1.0, 1.5, 1.75]
     """
-    gates = _axes_of_gate(x, log_decay, "B *")
-    check_given("gated_step", x=x, log_decay=log_decay, state=state)
-    bind("gated_step", x=(x, "B *"), log_decay=(log_decay, gates), state=(state, "B *"))
-    number = _number("gated_step", x, log_decay, state=state)
+    gates, number = per_signature(_STEPPED, None, (x, log_decay, state), lambda: _check_step(x, log_decay, state))
     check_state("gated_step", state, number)
     if kernel.takes_step(1, state):
         return _launch(x, log_decay[None] if gates == "*" else log_decay, state)
@@ -388,6 +395,28 @@ def _number(function: str, x: Tensor, log_decay: Tensor, **state: Tensor | None)
     check_number(function, x=x, log_decay=log_decay, **state)
     real = accumulation_dtype(x, log_decay, *state.values())
     return state_number(function, real, "x and log_decay are", (x, log_decay), **state)
+
+
+_CHECKED: dict[Hashable, tuple[str, torch.dtype]] = {}
+
+
+def _check(x: Tensor, log_decay: Tensor, initial_state: Tensor | None, states: str) -> tuple[str, torch.dtype]:
+    """The axes of the gate, and what a gated scan computes in, once its arguments fit."""
+    gates = _axes_of_gate(x, log_decay, "B T *")
+    check_given("gated_scan", x=x, log_decay=log_decay)
+    bind("gated_scan", x=(x, "B T *"), log_decay=(log_decay, gates), initial_state=(initial_state, states))
+    return gates, _number("gated_scan", x, log_decay, initial_state=initial_state)
+
+
+_STEPPED: dict[Hashable, tuple[str, torch.dtype]] = {}
+
+
+def _check_step(x: Tensor, log_decay: Tensor, state: Tensor) -> tuple[str, torch.dtype]:
+    """As `_check`."""
+    gates = _axes_of_gate(x, log_decay, "B *")
+    check_given("gated_step", x=x, log_decay=log_decay, state=state)
+    bind("gated_step", x=(x, "B *"), log_decay=(log_decay, gates), state=(state, "B *"))
+    return gates, _number("gated_step", x, log_decay, state=state)
 
 
 def _axes_of_gate(x: Tensor, log_decay: Tensor, letters: str) -> str:

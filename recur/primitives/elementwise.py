@@ -5,7 +5,7 @@ Both are S_t = A_t * S_{t-1} + k_t u_tᵀ, y_t = S_tᵀ q_t; see segments.py, in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,16 @@ from recur.primitives.diagonal import check_state
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.operators import batched_at, operator, remember
 from recur.primitives.segments import segments, update
-from recur.shapes import ShapeError, accumulation_dtype, bind, check_float, check_given, readable, without_autocast
+from recur.shapes import (
+    ShapeError,
+    accumulation_dtype,
+    bind,
+    check_float,
+    check_given,
+    per_signature,
+    readable,
+    without_autocast,
+)
 
 
 def selective_scan(
@@ -32,14 +41,14 @@ def selective_scan(
     reverse: bool = False,
     form: str = "auto",
 ) -> ScanOut:
-    """Mamba's selective scan, a vector of N memories a channel.
+    """Mamba's selective scan, a vector of N memories per channel.
 
         S_t[v, n] = exp(delta_t[v] A[v, n]) S_{t-1}[v, n] + delta_t[v] x_t[v] B_t[n]
         y_t[v] = sum_n C_t[n] S_t[v, n]
 
     Args:
         x: [B T V] what each token writes.
-        delta: [B T V] step size, already positive; 0 is a token that does nothing.
+        delta: [B T V] step size, already positive; with 0 the token has no effect.
         A: [V N] log decay per unit of delta, negative.
         B: [B T N] | [B T G N] | [V N] weights of writing; channel v uses group v // (V/G).
         C: [B T N] | [B T G N] | [V N] weights of reading, with groups as B.
@@ -52,7 +61,7 @@ def selective_scan(
 
     Returns: y [B T V] of x's dtype; state [B V N] float32 (float64 if an input is).
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError and NotImplementedError for forms.
-    Cost: O(B T V N) time, memory for one segment and one state a segment. Defined by `selective_step`.
+    Cost: O(B T V N) time, memory for one segment and one state per segment. Defined by `selective_step`.
     Source: Gu and Dao 2023, arXiv:2312.00752.
 
     >>> x, delta = torch.ones(1, 3, 1), torch.ones(1, 3, 1)
@@ -197,6 +206,18 @@ def _check(
     **state: tuple[Tensor | None, str],
 ) -> dict[str, Any]:
     """The sizes of all letters, once everything that must be given fits, and the state."""
+    tensors = tuple(tensor for tensor, _ in (*given.values(), *state.values()))
+    options = function, cu_seqlens is None, *(letters for _, letters in given.values())
+    sizes: dict[str, Any] = per_signature(_CHECKED, options, tensors, lambda: _sizes(function, given, **state))
+    if "T" in sizes and cu_seqlens is not None:
+        check_packing(function, cu_seqlens, sizes["B"], sizes["T"], *(tensor for tensor, _ in state.values()))
+    return sizes
+
+
+_CHECKED: dict[Hashable, dict[str, Any]] = {}
+
+
+def _sizes(function: str, given: dict[str, tuple[Tensor, str]], **state: tuple[Tensor | None, str]) -> dict[str, Any]:
     check_given(function, **{name: tensor for name, (tensor, _) in given.items()})
     sizes = bind(function, **given, **state)
     check_float(function, **{name: tensor for name, (tensor, _) in {**given, **state}.items()})
@@ -204,8 +225,6 @@ def _check(
     if G == 0 or V % G != 0:
         raise ShapeError(f"{function}: G must divide V, got G={G} and V={V}")
     sizes["W"] = V // G
-    if "T" in sizes:
-        check_packing(function, cu_seqlens, sizes["B"], sizes["T"], *(tensor for tensor, _ in state.values()))
     return sizes
 
 

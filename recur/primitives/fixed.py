@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,10 @@ from recur import kernel
 from recur.primitives.chunks import Documents, Rows, cut
 from recur.primitives.diagonal import LOG2_E, check_state, gate, linear_recurrence, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, state_count, unroll
-from recur.primitives.operators import one_node, operator, remember
+from recur.primitives.operators import one_node, operator, remember, schema_of
 from recur.shapes import accumulation_dtype, bind, check_float, check_given, check_number, readable, without_autocast
 
-CHUNK = 64  # fewest tokens a chunk; N/2 where that is more, so that carrying N states costs as much as the chunk does
+CHUNK = 64  # fewest tokens per chunk; N/2 if that is more: then carrying N states costs what the chunk costs
 TRANSFORM = 2**18  # numbers transformed at a time: what a cache holds
 
 
@@ -33,14 +33,14 @@ def fixed_scan(
     reverse: bool = False,
     form: str = "auto",
 ) -> ScanOut:
-    """State space with constant poles, N memories a channel, each with a decay and a rotation of its own.
+    """State space with constant poles, N memories per channel, each with a decay and a rotation of its own.
 
         S_t[v, n] = exp(log_decay[v, n]) S_{t-1}[v, n] + write[v, n] x_t[v]
         y_t[v] = Re sum_n readout[v, n] S_t[v, n]
 
     Args:
         x: [B T V] input.
-        log_decay: [N] shared by all channels | [V N] the poles, real or complex; imaginary part in radians a token.
+        log_decay: [N] shared by all channels | [V N] the poles, real or complex; imaginary part in radians per token.
         readout: [V N] real or complex.
         write: [N] | [V N] real or complex; ones when omitted.
         initial_state: [B V N] S before the first token; zeros when omitted.
@@ -59,8 +59,8 @@ def fixed_scan(
         the response, also where most of x comes later: in float32 a future 10,000 times louder leaves an output two
         or three digits. "chunked" confines that to the chunk, "recurrent" has none of it. NaN, infinity and numbers
         from 7e28 on (float32) make NaN of their own channel from their own token on, in every form.
-        On a GPU too: walking N = 512 complex states is 8 N = 4096 operations a token and channel, which no kernel that
-        keeps states in registers avoids; three transforms are 15 log2(2T), about 180, and move few bytes more than x.
+        "parallel" is faster on a GPU too: N = 512 complex states take 8 N = 4096 operations per token and channel in a
+        kernel that keeps them in registers; three transforms take 15 log2(2T), about 180, and move little more than x.
     Source: Gupta et al. 2022, arXiv:2203.14343; Mehta et al. 2022, arXiv:2206.13947.
 
     >>> pole, one = torch.tensor([0.5]).log(), torch.ones(1, 1)
@@ -75,10 +75,11 @@ def fixed_scan(
     check_packing("fixed_scan", cu_seqlens, B, T, initial_state)
     forms = ("recurrent", "chunked", "triton", "parallel")[: 3 if cu_seqlens is not None else 4]
     if form == "auto" and cu_seqlens is None:
-        form = "parallel"
-    real = accumulation_dtype(x, log_decay, readout, write, initial_state)
-    refusal = partial(kernel.refusal, real)
-    form = choose_form("fixed_scan", form, forms, kernel.device_of(x), refusal)
+        form, why = "parallel", "no kernel computes the convolution by FFT, which costs less than to walk N states"
+        kernel.without("fixed_scan", form, x, why, "form='triton', a scan over chunks by a kernel, where N is small")
+    else:
+        refusal = partial(kernel.refusal, accumulation_dtype(x, log_decay, readout, write, initial_state))
+        form = choose_form("fixed_scan", form, forms, kernel.device_of(x), refusal)
     x_, log_decay, readout, write, number = _prepare(
         "fixed_scan", x, log_decay, readout, write, initial_state=initial_state
     )
@@ -228,41 +229,35 @@ def _by_kernel(a: Tensor, x: Tensor, chunks: Rows | Documents) -> Tensor:
     return kernel.elementwise("diagonal", x, log, None, cu_seqlens=chunks.borders, reverse=False).y
 
 
-def _run_by_form(
-    form: str,
-    log_decay: Tensor,
-    readout: Tensor,
-    write: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    x: Tensor,
-) -> tuple[Tensor, Tensor]:
+class _Inputs(NamedTuple):
+    """What a form takes that is one node in a graph."""
+
+    form: str
+    log_decay: Tensor
+    readout: Tensor
+    write: Tensor
+    initial: Tensor | None
+    cu_seqlens: Tensor | None
+    x: Tensor
+
+
+def _run_by_form(form: str, *inputs: Any) -> tuple[Tensor, Tensor]:
     """The scan "parallel" or "chunked": y [B T V] and the state."""
     run: Callable[..., ScanOut] = _parallel if form == "parallel" else partial(_chunked, _by_loop)
-    return run(log_decay, readout, write, initial, cu_seqlens, x=x)
+    return run(*inputs[:-1], x=inputs[-1])
 
 
-def _fake_by_form(
-    form: str,
-    log_decay: Tensor,
-    readout: Tensor,
-    write: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    x: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _fake_by_form(*inputs: Any) -> tuple[Tensor, Tensor]:
+    _, log_decay, readout, write, _, cu_seqlens, x = _Inputs(*inputs)
     states = (state_count(x.shape[0], cu_seqlens), *readout.shape)
     return x.new_empty(x.shape), x.new_empty(states, dtype=number_of(x.dtype, log_decay, write))
 
 
-_by_form = one_node("recur::fixed_scan", _run_by_form, _fake_by_form)
+_by_form = one_node("recur::fixed_scan", _run_by_form, _fake_by_form, schema=schema_of(_Inputs, outputs=2))
 
 
-def _in_one_node(
-    form: str, log_decay: Tensor, readout: Tensor, write: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, *,
-    x: Tensor,
-) -> ScanOut:  # fmt: skip
-    return ScanOut(*_by_form(form, log_decay, readout, write, initial, cu_seqlens, x))
+def _in_one_node(form: str, *inputs: Any, x: Tensor) -> ScanOut:
+    return ScanOut(*_by_form(form, *inputs, x))
 
 
 _FORMS: dict[str, Callable[..., ScanOut]] = {
@@ -294,8 +289,8 @@ def _powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
     if not log_decay.is_complex():
         return size
     # a phase of many turns has lost its digits in float32
-    turns = log_decay.imag.double()[:, None] * exponents[:, None]
-    phase = torch.remainder(turns, 2 * math.pi).to(real)
+    angle = log_decay.imag.double()[:, None] * exponents[:, None]
+    phase = torch.remainder(angle, 2 * math.pi).to(real)
     return torch.complex(size * phase.cos(), size * phase.sin())
 
 
@@ -336,6 +331,7 @@ def tap_conv(u: Tensor, tap: Tensor) -> Tensor:
     if u.shape[1] == 0:
         return u
     dtype = accumulation_dtype(u, tap)
+    kernel.without("tap_conv", "torch", u, "no kernel has as many taps as tokens", "causal_conv, with at most 8 taps")
     return _convolve(u.to(dtype).mT, tap.to(dtype).mT, u.mT.shape).mT.to(u.dtype)
 
 

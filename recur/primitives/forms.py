@@ -1,4 +1,4 @@
-"""What every scan shares: its result, its forms, the token loop, packing."""
+"""What all scans have in common: their result, forms, the token loop, packing."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ def choose_form(
     function: str, form: str, available: tuple[str, ...], device: torch.device, refusal: Callable[..., Refusal | None]
 ) -> str:
     """The form to run: "auto" is "triton" for what the kernel covers on a GPU and "chunked" for all else; any other
-    name is taken or refused.
+    name is used or raises an error.
 
     Args: available: the forms of this function; refusal: why "triton" cannot run this call on a device, None if it can.
-    Raises: ValueError for a name that is no form, NotImplementedError for one this function, or this call, lacks.
+    Raises: ValueError for a name that is not a form, NotImplementedError for one this function, or this call, lacks.
     Warns: SlowPath, once per reason, if "auto" is "chunked" on a GPU.
     """
     names = ("auto", "recurrent", "chunked", "parallel", "triton")
@@ -166,7 +166,7 @@ def check_packing(
 ) -> None:
     """cu_seqlens [n+1] int holds the document borders 0 = c_0 <= ... <= c_n = T of one packed row.
 
-    A state that comes with it is [n ...], one a document.
+    A state that comes with it is [n ...], one per document.
 
     Shapes and types are always checked; values only on a CPU outside compilation, where reading them is free.
     """

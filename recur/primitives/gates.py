@@ -1,15 +1,17 @@
-"""Gates: how much is kept, by which angle it turns, how much leaves. Decays are natural logs, in float32 or wider."""
+"""Gates: decays, rotations and output gates. Decays are natural logs, in float32 or wider."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
+from recur.primitives.operators import transformed
 from recur.shapes import accumulation_dtype, bind, check_float, expect, pick
 
 
@@ -207,7 +209,7 @@ def complex_gate(magnitude: Tensor, phase: Tensor) -> Tensor:
 
     Args:
         magnitude: [*] logits m; |a| = sigmoid(m).
-        phase:     [*] angle phi in radians by which the state turns each token.
+        phase:     [*] angle phi in radians by which each token rotates the state.
 
     Returns: [*] complex64 (complex128 for float64), real part <= 0.
     Cost: O(size); a scan with it costs as much as a real one twice as wide.
@@ -223,12 +225,13 @@ def complex_gate(magnitude: Tensor, phase: Tensor) -> Tensor:
     return torch.complex(F.logsigmoid(magnitude.to(dtype)), phase.to(dtype))
 
 
-def polar_gate(real: Tensor, imag: Tensor) -> Tensor:
+def polar_gate(real: Tensor, imag: Tensor, *, form: str = "auto") -> Tensor:
     """Complex log decay read from one complex number c: a = sigmoid(|c|) c / |c|, so |a| lies in [0.5, 1).
 
     Args:
         real: [*] the real part of c.
         imag: [*] its imaginary part. At c = 0 the angle is 0 and so are both gradients.
+        form: as in `biased`.
 
     Returns: [*] complex64 (complex128 for float64).   Cost: O(size).
     Source: the released PyTorch GateLoop, after Katsch 2023, arXiv:2311.01927.
@@ -239,6 +242,8 @@ def polar_gate(real: Tensor, imag: Tensor) -> Tensor:
     """
     bind("polar_gate", real=(real, "*"), imag=(imag, "*"))
     check_float("polar_gate", real=real, imag=imag)
+    if kernel.fused(form, real, imag, of="polar_gate", compiler=True):
+        return kernel.polar(real, imag)
     dtype = accumulation_dtype(real, imag)
     c = torch.complex(real.to(dtype), imag.to(dtype))
     return complex_gate(c.abs(), c.angle())
@@ -320,4 +325,21 @@ def scale_gradient(x: Tensor, fraction: float) -> Tensor:
     >>> x.grad
     tensor([0.5000])
     """
-    return fraction * x + (1 - fraction) * x.detach()
+    if torch.compiler.is_compiling() or transformed():
+        return fraction * x + (1 - fraction) * x.detach()
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    return _ScaledGradient.apply(x, fraction)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """The formula has two products and a sum of what is the same value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fraction: float) -> Tensor:
+        ctx.fraction = fraction
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.fraction, None

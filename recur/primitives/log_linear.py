@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.forms import ScanOut, document_of, first_state, state_count
-from recur.primitives.operators import one_node
+from recur.primitives.operators import one_node, schema_of
 from recur.shapes import ShapeError, accumulation_dtype, bind, readable
 
 
@@ -67,22 +69,28 @@ def log_linear_scan(
         raise NotImplementedError(
             "log_linear_scan: form='parallel' begins with an empty state; form='recurrent' goes on"
         )
+    if form == "auto":
+        runs = "parallel" if initial_state is None and position is None else "recurrent"
+        kernel.without("log_linear_scan", runs, v, "no kernel keeps the levels of a tree", "scan, which has one level")
     run = _run if form == "recurrent" else _node
     return ScanOut(*run(form, q, k, v, log_decay, weights, initial_state, position, cu_seqlens))
 
 
-def _run(
-    form: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    weights: Tensor,
-    initial_state: Tensor | None,
-    position: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+class _Inputs(NamedTuple):
+    form: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    weights: Tensor
+    initial_state: Tensor | None
+    position: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+def _run(*inputs: Any) -> tuple[Tensor, Tensor]:
     """y [B T H V] of v's dtype and the state [n L H K V]."""
+    form, q, k, v, log_decay, weights, initial_state, position, cu_seqlens = _Inputs(*inputs)
     B, T, H, V = v.shape
     K, L = q.shape[3], weights.shape[3]
     real = accumulation_dtype(q, k, v, log_decay, weights, initial_state)
@@ -105,24 +113,15 @@ def _run(
     return y.to(v.dtype), state
 
 
-def _fake(
-    form: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    weights: Tensor,
-    initial_state: Tensor | None,
-    position: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    real = accumulation_dtype(q, k, v, log_decay, weights, initial_state)
-    B, _, H, V = v.shape
-    state = (state_count(B, cu_seqlens), weights.shape[3], H, q.shape[3], V)
-    return v.new_empty(v.shape), v.new_empty(state, dtype=real)
+def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    x = _Inputs(*inputs)
+    B, _, H, V = x.v.shape
+    state = (state_count(B, x.cu_seqlens), x.weights.shape[3], H, x.q.shape[3], V)
+    real = accumulation_dtype(x.q, x.k, x.v, x.log_decay, x.weights, x.initial_state)
+    return x.v.new_empty(x.v.shape), x.v.new_empty(state, dtype=real)
 
 
-_node = one_node("recur::log_linear_scan", _run, _fake)
+_node = one_node("recur::log_linear_scan", _run, _fake, schema=schema_of(_Inputs, outputs=2))
 
 
 def _pairs(
@@ -148,7 +147,8 @@ def _pairs(
     last = torch.stack([torch.where(document == row, at, -1).flatten().argmax() for row in range(rows)])
     there = torch.stack([(document == row).any() for row in range(rows)])
     row, token = last // at.shape[1], last % at.shape[1]
-    held = F.one_hot(level[row, token], L).to(k.dtype) * (seen[row, token] & there[:, None])[..., None]  # [n S L]
+    levels = torch.arange(L, device=q.device)  # not one_hot, which reads its argument from the host
+    held = ((level[row, token][..., None] == levels) & (seen[row, token] & there[:, None])[..., None]).to(k.dtype)
     state = torch.einsum("nshk,nsh,nsl,nshv->nlhkv", k[row], gap[row, token].exp(), held, v[row])
     return y, state.masked_fill((lost[row, token] & there[:, None])[:, None, :, None, None], torch.nan)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.diagonal import gated_scan
 from recur.primitives.scan import scan
 from recur.shapes import accumulation_dtype, bind, pick
@@ -57,57 +58,53 @@ def mesa_scan(
     tensor([3.0000, 4.0000, 4.5000])
     """
     bind("mesa_scan", q=(q, "B T H K"), k=(k, "B T H K"), log_decay=(log_decay, "B T H"), ridge=(ridge, "H K"))
-    solvers: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    solvers: dict[str, Callable[[_Inputs], tuple[Tensor, Tensor]]] = {
         "exact": _exact,
         "conjugate": _conjugate,
         "conjugate_diagonal": _from_diagonal,
     }
     solve = pick("mesa_scan", "solver", solver, solvers)
+    if solve is _exact and form == "auto":
+        why = "no kernel solves an equation per token"
+        kernel.without("mesa_scan", "chunked", v, why, "solver='conjugate', whose products are scans by the kernel")
     real = accumulation_dtype(q, k, v, log_decay, beta, ridge)
-    given = {"q": q, "k": k, "log_decay": log_decay, "beta": beta, "ridge": ridge}
-    wide = {name: x.to(real) for name, x in given.items()}
+    q, k, log_decay, beta, ridge = (x.to(real) for x in (q, k, log_decay, beta, ridge))
     before = (None, None) if initial_state is None else initial_state
-    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "form": form}
-    x, H = solve(**wide, iterations=iterations, initial=before[0], **options)
-    written = wide["beta"][..., None] * v.to(real)
-    y, S = scan(x, wide["k"], written, wide["log_decay"], initial_state=before[1], **options)
+    x, H = solve(_Inputs(q, k, log_decay, beta, ridge, iterations, before[0], cu_seqlens, form))
+    written = beta[..., None] * v.to(real)
+    y, S = scan(x, k, written, log_decay, initial_state=before[1], cu_seqlens=cu_seqlens, form=form)
     return y.to(v.dtype), (H, S)
 
 
-def _exact(
-    q: Tensor,
-    k: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    ridge: Tensor,
-    *,
-    iterations: int,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    form: str,
-) -> tuple[Tensor, Tensor]:
+class _Inputs(NamedTuple):
+    """What a solver takes."""
+
+    q: Tensor
+    k: Tensor
+    log_decay: Tensor
+    beta: Tensor
+    ridge: Tensor
+    iterations: int
+    initial: Tensor | None
+    cu_seqlens: Tensor | None
+    form: str
+
+    def sums(self, x: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """All decayed sums of x [B T H ...], and the last; such sums have no quadratic form."""
+        gate = self.log_decay.view(*self.log_decay.shape, *[1] * (x.ndim - 3)).expand_as(x)
+        form = "chunked" if self.form == "parallel" else self.form
+        return gated_scan(x, gate, initial_state=initial, cu_seqlens=self.cu_seqlens, form=form)
+
+
+def _exact(x: _Inputs) -> tuple[Tensor, Tensor]:
     """The solution, with every H in memory."""
-    outer = beta[..., None, None] * k[..., :, None] * k[..., None, :]
-    gate = log_decay[..., None, None].expand_as(outer)
-    form = "chunked" if form == "parallel" else form  # of a cumulative sum there is no quadratic form
-    H, last = gated_scan(outer, gate, initial_state=initial, cu_seqlens=cu_seqlens, form=form)
-    return torch.linalg.solve(H + torch.diag_embed(ridge), q), last
+    H, last = x.sums(x.beta[..., None, None] * x.k[..., :, None] * x.k[..., None, :], x.initial)
+    return torch.linalg.solve(H + torch.diag_embed(x.ridge), x.q), last
 
 
-def _conjugate(
-    q: Tensor,
-    k: Tensor,
-    log_decay: Tensor,
-    beta: Tensor,
-    ridge: Tensor,
-    *,
-    iterations: int,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    form: str,
-    x: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _conjugate(given: _Inputs, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Conjugate gradients from x, or from 0; a product with every H at once is a scan that reads with the vector."""
+    q, k, log_decay, beta, ridge, iterations, initial, cu_seqlens, form = given
 
     def times(p: Tensor) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"initial_state": initial, "cu_seqlens": cu_seqlens, "form": form}
@@ -127,11 +124,7 @@ def _conjugate(
     return x, last
 
 
-def _from_diagonal(
-    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, ridge: Tensor, *, initial: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    written, gate = beta[..., None] * k.square(), log_decay[..., None].expand_as(k)
-    start = None if initial is None else initial.diagonal(dim1=-2, dim2=-1)
-    form = "chunked" if options["form"] == "parallel" else options["form"]
-    diagonal, _ = gated_scan(written, gate, initial_state=start, cu_seqlens=options["cu_seqlens"], form=form)
-    return _conjugate(q, k, log_decay, beta, ridge, initial=initial, x=q / (diagonal + ridge), **options)
+def _from_diagonal(x: _Inputs) -> tuple[Tensor, Tensor]:
+    start = None if x.initial is None else x.initial.diagonal(dim1=-2, dim2=-1)
+    diagonal, _ = x.sums(x.beta[..., None] * x.k.square(), start)
+    return _conjugate(x, x.q / (diagonal + x.ridge))

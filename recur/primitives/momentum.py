@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.forms import ScanOut, first_state, state_count, unroll
-from recur.primitives.operators import one_node
+from recur.primitives.operators import one_node, schema_of
 from recur.shapes import accumulation_dtype, bind
 
 
@@ -46,7 +49,7 @@ def momentum_scan(
 
     Returns: y [B T H V]; state [B 2 H K V].
     Raises: ShapeError if axes disagree, NotImplementedError for another form.
-    Cost: T steps, each O(H K V): an error stays in M for many tokens, so this is no wide step.
+    Cost: T steps, each O(H K V): an error stays in M for many tokens, so this is not a wide step.
 
     >>> x, ones = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1)
     >>> forgotten = torch.full_like(ones, -torch.inf)  # momentum 0 is the delta rule
@@ -60,24 +63,16 @@ def momentum_scan(
     bind("momentum_scan", v=(v, "B T H V"), **letters)
     if form not in ("auto", "recurrent", "chunked"):
         raise NotImplementedError(f"momentum_scan: form={form!r} is not available here; these are: recurrent, chunked")
+    if form == "auto":
+        kernel.without("momentum_scan", "recurrent", v, "no kernel keeps a momentum", "scan(beta=), which has none")
     loop = _loop if form == "recurrent" else _node
     tokens = (q, k, p, v, log_decay, log_momentum, step, rate)
     return ScanOut(*loop(*tokens, initial_state, cu_seqlens, scale))
 
 
-def momentum_step(
-    state: Tensor,
-    *,
-    q: Tensor,
-    k: Tensor,
-    p: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    log_momentum: Tensor,
-    step: Tensor,
-    rate: Tensor,
-) -> tuple[Tensor, Tensor]:
+def momentum_step(state: Tensor, **tokens: Tensor) -> tuple[Tensor, Tensor]:
     """One token, pure: y [B H V] and the state [B 2 H K V]."""
+    q, k, p, v, log_decay, log_momentum, step, rate = (tokens[name] for name in TOKENS)
     S, M = state.unbind(1)
     error = v - torch.einsum("bhkv,bhk->bhv", S, p)
     M = log_momentum.exp()[..., None, None] * M - (rate[..., None] * k)[..., None] * error[..., None, :]
@@ -85,47 +80,42 @@ def momentum_step(
     return torch.einsum("bhkv,bhk->bhv", S, q), torch.stack([S, M], 1)
 
 
-def _loop(
-    q: Tensor,
-    k: Tensor,
-    p: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    log_momentum: Tensor,
-    step: Tensor,
-    rate: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+class _Inputs(NamedTuple):
+    """What the scan takes: the tokens of `momentum_step`, and the rest."""
+
+    q: Tensor
+    k: Tensor
+    p: Tensor
+    v: Tensor
+    log_decay: Tensor
+    log_momentum: Tensor
+    step: Tensor
+    rate: Tensor
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    scale: float
+
+
+TOKENS = _Inputs._fields[:8]
+
+
+def _loop(*inputs: Any) -> tuple[Tensor, Tensor]:
     """One token after another: y [B T H V] of v's dtype and the state [n 2 H K V]."""
-    names = ("q", "k", "p", "v", "log_decay", "log_momentum", "step", "rate")
-    given = (q, k, p, v, log_decay, log_momentum, step, rate)
-    real = accumulation_dtype(*given, initial_state)
-    start = first_state(v, (2, v.shape[2], q.shape[3], v.shape[3]), real, initial_state, cu_seqlens)
+    x = _Inputs(*inputs)
+    real, v = accumulation_dtype(*x[:-2]), x.v
+    start = first_state(v, (2, v.shape[2], x.q.shape[3], v.shape[3]), real, x.initial_state, x.cu_seqlens)
     if v.shape[1] == 0:
         return v, start
-    tokens = {name: x.to(real) for name, x in zip(names, given, strict=True)}
-    y, state = unroll(momentum_step, start, cu_seqlens, **{**tokens, "q": tokens["q"] * scale})
+    tokens: dict[str, Any] = {name: getattr(x, name).to(real) for name in TOKENS}
+    y, state = unroll(momentum_step, start, x.cu_seqlens, **{**tokens, "q": tokens["q"] * x.scale})
     return y.to(v.dtype), state
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    p: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    log_momentum: Tensor,
-    step: Tensor,
-    rate: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    real = accumulation_dtype(q, k, p, v, log_decay, log_momentum, step, rate, initial_state)
-    B, _, H, V = v.shape
-    return v.new_empty(v.shape), v.new_empty(state_count(B, cu_seqlens), 2, H, q.shape[3], V, dtype=real)
+def _fake(*inputs: Any) -> tuple[Tensor, Tensor]:
+    x = _Inputs(*inputs)
+    B, _, H, V = x.v.shape
+    state = (state_count(B, x.cu_seqlens), 2, H, x.q.shape[3], V)
+    return x.v.new_empty(x.v.shape), x.v.new_empty(state, dtype=accumulation_dtype(*x[:-2]))
 
 
-_node = one_node("recur::momentum_scan", _loop, _fake)
+_node = one_node("recur::momentum_scan", _loop, _fake, schema=schema_of(_Inputs, outputs=2))

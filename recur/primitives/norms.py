@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recur import kernel
+from recur.primitives.operators import transformed
 from recur.shapes import accumulation_dtype
 
 KINDS = ("rms", "layer", "l2", "unit", "smooth_unit")
@@ -65,6 +66,9 @@ def normalise(
         kernel.fused(form, x, of="normalise", lacks=kernel.ROWS)  # says so
     if kind == "layer" and groups == 1 and not isinstance(eps, Tensor) and _alike(x, weight, bias):
         return F.layer_norm(x, x.shape[-axes:], weight, bias, eps)
+    plain = kind == "rms" and groups == 1 and bias is None and not torch.is_grad_enabled() and not transformed()
+    if plain and not isinstance(eps, Tensor) and _alike(x, weight):  # the same in one call, but without all derivatives
+        return F.rms_norm(x, x.shape[-axes:], weight, eps)
     wide = x.to(accumulation_dtype(x))
     if groups > 1:
         eps = eps[..., None] if isinstance(eps, Tensor) else eps

@@ -6,8 +6,9 @@ which `torch.func` and `torch.autograd.forward_ad` understand.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -33,6 +34,20 @@ def remember(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_forward(*tensors)
 
 
+def schema_of(record: Any, *more: str, outputs: int | None = None) -> str:
+    """The schema of an operator that takes the fields of a NamedTuple, then `more` tensors, and returns so many
+    tensors, or a list of them."""
+    fields = get_type_hints(record) | dict.fromkeys(more, Tensor)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in fields.items()]
+
+    def prototype() -> None: ...
+
+    returned: Any = list[Tensor] if outputs is None else tuple[(Tensor,) * outputs]  # type: ignore[misc]
+    prototype.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
+    return torch.library.infer_schema(prototype, mutates_args=())
+
+
 def operator(
     name: str,
     run: Callable[..., Any],
@@ -42,6 +57,7 @@ def operator(
     backward: Callable[..., Any],
     jvp: Callable[..., Any],
     vmap: Callable[..., Any],
+    schema: str | None = None,
 ) -> Callable[..., Any]:
     """`run` as a function of its positional arguments with derivatives of any order, in graphs `torch.ops.<name>`.
 
@@ -52,10 +68,11 @@ def operator(
         backward: (ctx, *gradients of the outputs) -> gradients of the inputs.
         jvp: (ctx, *tangents of the inputs) -> tangents of the outputs.
         vmap: (call, size, in_dims, *inputs) -> outputs, out_dims: one call, the vmapped axis a further batch axis.
+        schema: of `schema_of`; read off the annotations of `run` when omitted.
 
     backward and jvp are made of differentiable operations, and out of place: under vmap any tensor may be batched.
     """
-    node = torch.library.custom_op(name, run, mutates_args=())
+    node = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
     RUNS[name] = run
     node.register_fake(fake)
     node.register_autograd(backward, setup_context=save)
@@ -81,7 +98,9 @@ def operator(
     return call
 
 
-def one_node(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def one_node(
+    name: str, run: Callable[..., Any], fake: Callable[..., Any], *, schema: str | None = None
+) -> Callable[..., Any]:
     """`run` as it is, but in a graph a single node `torch.ops.<name>`, whatever `run` does with sizes.
 
     What depends on T in Python (the number of chunks, the filling of the last one) would make one graph per length. The
@@ -91,6 +110,7 @@ def one_node(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
         run: takes tensors, lists of tensors, None, numbers and strings; returns a tuple or list of tensors, which in a
             graph are contiguous.
         fake: empty contiguous outputs of the same arguments.
+        schema: of `schema_of`; read off the annotations of `run` when omitted.
     """
 
     def moving(leaves: Sequence[Any]) -> list[int]:
@@ -130,7 +150,7 @@ def one_node(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
         found = dict(zip(moving(leaves), node_slopes(*inputs, tree_leaves(grads)), strict=True))
         return tuple(tree_unflatten([found.get(i) for i in range(len(leaves))], ctx.tree))
 
-    schema = torch.library.infer_schema(run, mutates_args=())
+    schema = schema or torch.library.infer_schema(run, mutates_args=())
     arguments = schema.rpartition(") -> ")[0]
     node = torch.library.custom_op(name, forward, mutates_args=(), schema=schema)
     schema = f"{arguments}, Tensor[] grads) -> Tensor[]"

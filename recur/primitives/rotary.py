@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of channels turned by an angle proportional to the position."""
+"""Rotary positions: pairs of channels rotated by an angle proportional to the position."""
 
 from __future__ import annotations
 

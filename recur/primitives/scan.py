@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from recur.shapes import (
     check_float,
     check_given,
     check_number,
+    per_signature,
     pick,
     without_autocast,
 )
@@ -103,14 +105,12 @@ def scan(
     >>> recur.scan(k, k, v, erase=k).y.flatten()  # each value replaces the one before it
     tensor([1.0000, 2.0000, 3.0000])
     """
-    states = "B H K V" if cu_seqlens is None else "n H K V"
     given = Given(q, k, v, log_decay, beta, bonus, erase, remove, write)
-    previous = _check(
-        "scan", "B T", given, erase_from, "H | H K | B T H | B T H K", initial_state=(initial_state, states)
+    options = erase_from, cu_seqlens is not None
+    previous, real, number, wide = per_signature(
+        _CHECKED, options, (*given, initial_state), lambda: _check_scan(given, initial_state, *options)
     )
     (B, T, H, V), K = (*v.shape[:2], *v.shape[-2:]), q.shape[-1]
-    real = accumulation_dtype(*given, initial_state)
-    number = state_number("scan", real, "log_decay is not complex", (log_decay,), initial_state=initial_state)
     refusal = partial(kernel.refusal, number, K=K)
     form = choose_form("scan", form, ("recurrent", "chunked", "parallel", "triton"), kernel.device_of(v), refusal)
     check_packing("scan", cu_seqlens, B, T, initial_state)
@@ -123,10 +123,12 @@ def scan(
     if log_decay is not None and log_decay.ndim <= 2:
         given = given._replace(log_decay=log_decay[None, None])
     if form == "triton":
+        if not wide:
+            tensors: Any = given[:6]
+            return kernel.scan(initial_state, cu_seqlens, *tensors, scale=scale, reverse=reverse)
         found, places = sub_tokens(*given, previous=previous, reverse=reverse)
-        borders = cu_seqlens if cu_seqlens is None or places.length == 1 else cu_seqlens * places.length
-        tensors: Any = found._asdict()
-        y, state = kernel.scan(initial_state, borders, **tensors, previous=previous, scale=scale, reverse=reverse)
+        borders = cu_seqlens if cu_seqlens is None else cu_seqlens * places.length
+        y, state = kernel.scan(initial_state, borders, *found, previous=previous, scale=scale, reverse=reverse)
         y = y if places.length == 1 and q.ndim == 4 else places.reads_of(y)
         return ScanOut(y if y.ndim == q.ndim else y.squeeze(2), state)
     with without_autocast(v):
@@ -180,17 +182,14 @@ def step(
     >>> [recur.step(k, k, torch.full((1, 1, 1), x), None, state, erase=k).item() for x in (5.0, 7.0)]
     [5.0, 7.0]
     """
-    check_given("step", q=q, v=v, state=state)
-    token_decay = log_decay is not None and (log_decay.ndim == 3 or log_decay.shape == (v.shape[0], *v.shape[-2:-1]))
-    decays = "H | B H | B H K" if token_decay else "H | H K"
     given = Given(q, k, v, log_decay, beta, bonus, erase, remove, write)
-    previous = _check("step", "B", given, erase_from, decays, state=(state, "B H K V"))
-    real = accumulation_dtype(*given, state)
-    number = number_of(real, log_decay)
+    previous, real, number, lacks, token_decay = per_signature(
+        _STEPPED, erase_from, (*given, state), lambda: _check_step(given, state, erase_from)
+    )
     check_state("step", state, number)
     if log_decay is not None and not token_decay:
         given = given._replace(log_decay=log_decay[None])
-    if kernel.takes_step(q.shape[-1], state, _wide(given, previous)):
+    if kernel.takes_step(q.shape[-1], state, lacks):
         return _launch(given, state, scale)
     with torch.no_grad(), without_autocast(state):
         present = {name: x for name, x in given._asdict().items() if x is not None and name != "bonus"}
@@ -216,20 +215,50 @@ def _launch(given: Given, state: Tensor, scale: float) -> Tensor:
     return kernel.step(rule, state, v.unsqueeze(2), **operands, scale=scale, tied=k is None)
 
 
-def _wide(given: Given, previous: bool) -> tuple[str, str] | None:
-    """What a step needs that its kernel lacks, by the name of the argument, and the remedy; None if nothing."""
+def _wide(given: Given, previous: bool, rank: int) -> tuple[str, str] | None:
+    """What a step needs that its kernel lacks, by the name of the argument, and the remedy; None if nothing. q and v
+    with one read and one write per token have this rank."""
     names = [name for name in ("erase", "remove", "write") if getattr(given, name) is not None]
     if previous and given.beta is not None:
         lacks = "erase_from='previous'"
     elif names:
         lacks = f"{names[0]}="
-    elif given.v.ndim > 3:
+    elif given.v.ndim > rank:
         lacks = "several writes per token"
-    elif given.q.ndim > 3:
+    elif given.q.ndim > rank:
         lacks = "several reads per token"
     else:
         return None
     return lacks, "the delta rule of beta=, with one write and one read per token, runs in it"
+
+
+Checked = tuple[bool, torch.dtype, torch.dtype, bool]
+_CHECKED: dict[Hashable, Checked] = {}
+
+
+def _check_scan(given: Given, initial_state: Tensor | None, erase_from: str, packed: bool) -> Checked:
+    """Of a call whose arguments fit: whether S_{t-1} is erased from, the dtypes of sums and states, whether it
+    takes more than the plain and the delta rule."""
+    states = "n H K V" if packed else "B H K V"
+    decays = "H | H K | B T H | B T H K"
+    previous = _check("scan", "B T", given, erase_from, decays, initial_state=(initial_state, states))
+    real = accumulation_dtype(*given, initial_state)
+    number = state_number("scan", real, "log_decay is not complex", (given.log_decay,), initial_state=initial_state)
+    return previous, real, number, _wide(given, previous, rank=4) is not None
+
+
+_STEPPED: dict[Hashable, tuple[Any, ...]] = {}
+
+
+def _check_step(given: Given, state: Tensor, erase_from: str) -> tuple[Any, ...]:
+    """As `_check_scan`, but what the kernel lacks; and whether the decay is one of a token."""
+    q, _, v, log_decay, *_ = given
+    check_given("step", q=q, v=v, state=state)
+    token_decay = log_decay is not None and (log_decay.ndim == 3 or log_decay.shape == (v.shape[0], *v.shape[-2:-1]))
+    decays = "H | B H | B H K" if token_decay else "H | H K"
+    previous = _check("step", "B", given, erase_from, decays, state=(state, "B H K V"))
+    real = accumulation_dtype(*given, state)
+    return previous, real, number_of(real, log_decay), _wide(given, previous, rank=3), token_decay
 
 
 def _check(

@@ -14,16 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recur.primitives.diagonal import (
-    LOG2_E,
-    document_starts,
-    like_batch,
-    recurrence,
-    walk_left,
-    walk_right,
-)
+from recur.primitives.diagonal import LOG2_E, document_starts, like_batch, recur_backward, recur_forward, recurrence
 from recur.primitives.forms import ScanOut, document_of, state_count
-from recur.primitives.operators import batch_axis, batched_at, operator, pullback, pushforward, remember
+from recur.primitives.operators import batch_axis, batched_at, operator, pullback, pushforward, remember, schema_of
 from recur.shapes import without_autocast
 
 SEGMENT = 2**19  # numbers of A_t that are held at a time: what a cache holds
@@ -36,9 +29,9 @@ def update(family: str, S: Tensor, *, u: Tensor, k: Tensor, q: Tensor, **rates: 
 
 
 def segments(family: str, initial: Tensor | None, cu_seqlens: Tensor | None, **tokens: Tensor) -> ScanOut:
-    """All tokens u, k, q and what the gate is made of: y [B T G 1 W], state [B G N W], or one a document.
+    """All tokens u, k, q and what the gate is made of: y [B T G 1 W], state [B G N W], or one per document.
 
-    Time O(B T V N); memory for one segment, and for one state a segment, from which the backward computes it again.
+    Time O(B T V N); memory for one segment, and for one state per segment, from which the backward computes it again.
     """
     y, state, _ = _segments(family, initial, cu_seqlens, *tokens.values())
     return ScanOut(y, state)
@@ -152,7 +145,7 @@ def _over_channels(S: Tensor, weights: Tensor, like: Tensor) -> Tensor:
 
 
 class _Borders(NamedTuple):
-    """Where documents start and end, by token [T]; a token that is no border points at row n, one after the last."""
+    """Where documents start and end, by token [T]; a token that is not a border points at row n, one after the last."""
 
     starts: Tensor  # bool
     opens: Tensor
@@ -193,21 +186,23 @@ def _room(u: Tensor, k: Tensor, tensors: int) -> Tensor:
     return u.new_empty(tensors, B, _pieces(u, k)[0].stop, G, k.shape[3], W)
 
 
-# What the operators take: the family, initial, cu_seqlens, u, k, q and the makings of the gate
+class _Inputs(NamedTuple):
+    """What the operators take; `first` and `second` are what the gate is made of."""
+
+    family: str
+    initial: Tensor | None
+    cu_seqlens: Tensor | None
+    u: Tensor
+    k: Tensor
+    q: Tensor
+    first: Tensor
+    second: Tensor
 
 
-def _run(
-    family: str,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    u: Tensor,
-    k: Tensor,
-    q: Tensor,
-    first: Tensor,
-    second: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _run(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Segment after segment: y [B T G 1 W], final states [B G N W], and the states between segments [n+1 B G N W]."""
-    tokens = [u, k, q, first, second]
+    family, initial, cu_seqlens, *tokens = _Inputs(*inputs)
+    u, k = tokens[:2]
     (B, T, G, _, W), N, pieces = u.shape, k.shape[3], _pieces(u, k)
     y, between = torch.empty_like(u), u.new_zeros(len(pieces) + 1, B, G, N, W)
     if cu_seqlens is None and initial is not None:
@@ -225,7 +220,7 @@ def _run(
         if borders is not None and own is not None:
             x.addcmul_(a, own.index_select(0, borders.opens[piece])[None])
         starts = None if borders is None else borders.starts[piece]
-        h = walk_right(a, x, between[i], out=x, starts=starts)
+        h = recur_forward(a, x, between[i], out=x, starts=starts)
         y[:, piece] = _over_slots(q_, h, u_)
         between[i + 1] = h[:, -1]
         if borders is not None:
@@ -233,39 +228,21 @@ def _run(
     return y, between[-1].clone() if cu_seqlens is None else final[:-1].clone(), between
 
 
-def _fake(
-    family: str,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    u: Tensor,
-    k: Tensor,
-    q: Tensor,
-    first: Tensor,
-    second: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, cu_seqlens, u, k, *_ = inputs
     (B, T, G, _, W), N = u.shape, k.shape[3]
     rows, pieces = state_count(B, cu_seqlens), -(-T // _segment_length(u, k))
     return torch.empty_like(u), u.new_empty(rows, G, N, W), u.new_empty(pieces + 1, B, G, N, W)
 
 
-def _run_backward(
-    family: str,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    u: Tensor,
-    k: Tensor,
-    q: Tensor,
-    first: Tensor,
-    second: Tensor,
-    between: Tensor,
-    grad_y: Tensor,
-    grad_state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _run_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of initial and tokens: from the last segment to the first, each computed again from its entering state.
 
     G_t = q_t dy_tᵀ + A_{t+1} * G_{t+1} is the gradient of S_t; everything else is a product with it.
     """
-    tokens = [u, k, q, first, second]
+    *given, between, grad_y, grad_state = inputs
+    family, initial, cu_seqlens, *tokens = _Inputs(*given)
+    u, k = tokens[:2]
     T, pieces = u.shape[1], _pieces(u, k)
     gradients = [torch.zeros_like(tensor) for tensor in tokens]
     borders = starts = None
@@ -290,9 +267,9 @@ def _run_backward(
                 before = own.index_select(0, borders.opens[piece])[None]
                 x.addcmul_(gate, before)
             G += grad_final.index_select(0, borders.closes[piece])
-        h = walk_right(gate, x, state, out=x, starts=starts)
+        h = recur_forward(gate, x, state, out=x, starts=starts)
         G[:, -1] += carried
-        walk_left(gate, G, out=G, starts=starts)
+        recur_backward(gate, G, out=G, starts=starts)
         carried = gate[:, 0] * G[:, 0]
         if starts is not None:
             carried.masked_fill_(starts[0], 0)
@@ -313,22 +290,9 @@ def _run_backward(
     return carried, grad_u, grad_k, grad_q, grad_first, grad_second
 
 
-def _fake_backward(
-    family: str,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    u: Tensor,
-    k: Tensor,
-    q: Tensor,
-    first: Tensor,
-    second: Tensor,
-    between: Tensor,
-    grad_y: Tensor,
-    grad_state: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    carried, grad_u, grad_k, grad_q, grad_first, grad_second = map(
-        torch.empty_like, (grad_state, u, k, q, first, second)
-    )
+def _fake_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, _, _, *tokens, _, _, grad_state = inputs
+    carried, grad_u, grad_k, grad_q, grad_first, grad_second = map(torch.empty_like, (grad_state, *tokens))
     return carried, grad_u, grad_k, grad_q, grad_first, grad_second
 
 
@@ -453,6 +417,7 @@ _segments = operator(
     backward=_gradients,
     jvp=_tangent,
     vmap=_vmap,
+    schema=schema_of(_Inputs, outputs=3),
 )
 _segments_backward = operator(
     "recur::elementwise_segments_backward",
@@ -462,4 +427,5 @@ _segments_backward = operator(
     backward=_second_gradients,
     jvp=_second_tangent,
     vmap=_vmap_backward,
+    schema=schema_of(_Inputs, "between", "grad_y", "grad_state", outputs=6),
 )

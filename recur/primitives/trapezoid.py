@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recur import kernel
 from recur.primitives.conv import token_shift
 from recur.primitives.diagonal import gated_scan
 from recur.primitives.forms import ScanOut
@@ -60,6 +61,9 @@ def accumulated_angle(
     added = math.pi * angle.to(real).tanh() * step.to(real)[..., None]
     still = added.new_zeros(added.shape[2:], dtype=torch.float64)
     before = None if initial_state is None else initial_state.double()
+    kernel.without(
+        "accumulated_angle", "chunked", angle, "no kernel adds angles in float64", "Rotary, whose angles are fixed"
+    )
     options: dict[str, Any] = {"initial_state": before, "cu_seqlens": cu_seqlens, "form": "chunked"}
     theta, last = gated_scan(added.double(), still, **options)
     return ScanOut(*((x - 2 * math.pi * (x / (2 * math.pi)).round()).to(real) for x in (theta, last)))
@@ -88,8 +92,8 @@ def rotate_by(x: Tensor, theta: Tensor, *, layout: str = "interleaved") -> Tenso
     cos, sin, wide = theta.cos(), theta.sin(), x.to(accumulation_dtype(x, theta))
     if not apart:
         a, b = wide[..., : 2 * A].unflatten(-1, (A, 2)).unbind(-1)
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-        return torch.cat([turned, wide[..., 2 * A :]], -1).to(x.dtype)
+        rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        return torch.cat([rotated, wide[..., 2 * A :]], -1).to(x.dtype)
     a, a_rest, b, b_rest = wide.split([A, K // 2 - A, A, K - K // 2 - A], -1)
     return torch.cat([a * cos - b * sin, a_rest, b * cos + a * sin, b_rest], -1).to(x.dtype)
 

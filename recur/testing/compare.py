@@ -39,11 +39,11 @@ class Inputs:
         tokens: [B T ...] by argument name.
         constants: what all rows and tokens share, by argument name: a constant decay, the weights of a layer.
         state: [B ...] before the first token, a tensor or a tree of them; None starts afresh.
-        sizes: what the counter-example is to say: letters, regime.
-        seed: what the tensors, and whatever random numbers a law needs, were made from.
+        sizes: what a counter-example reports: sizes by letter, the regime.
+        seed: of the tensors, and of random numbers that a law needs.
         like: the token whose dtype, and shape, y takes.
         shape: of y after B T, where it is not that of this token.
-        turns: whether y is complex although that token is real.
+        rotates: whether y is complex although that token is real.
         linear: tokens in which, together with the state, y is linear; none if unknown.
         idle: values that make a token leave the state alone; none if there are no such values.
         decay: the token that holds the log decay, -inf being an exact reset; None if there is none.
@@ -62,7 +62,7 @@ class Inputs:
     seed: int = 0
     like: str = "x"
     shape: tuple[int, ...] | None = None
-    turns: bool = False
+    rotates: bool = False
     linear: tuple[str, ...] = ()
     idle: Mapping[str, float] = field(default_factory=dict)
     decay: str | None = None
@@ -90,7 +90,7 @@ class Inputs:
     def output_dtype(self) -> torch.dtype:
         """The dtype that is promised of y."""
         dtype = self.tokens[self.like].dtype
-        if not self.turns:
+        if not self.rotates:
             return dtype
         return torch.complex128 if dtype == torch.float64 else torch.complex64
 
@@ -209,7 +209,7 @@ def same(got: Mapping[str, Tensor], want: Mapping[str, Tensor], ways: tuple[str,
 
 
 def finite(name: str, tensor: Tensor, way: str) -> None:
-    """Raise LawBroken naming the first entry that is no finite number."""
+    """Raise LawBroken naming the first entry that is not a finite number."""
     bad = ~torch.isfinite(tensor)
     if bad.any():
         at = tuple(bad.nonzero()[0].tolist())

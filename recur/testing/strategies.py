@@ -2,7 +2,7 @@
 
 Every strategy yields `Inputs` in float64: B from 1, T from 0 through primes to chunk borders, odd G, H, K, V, a state
 or none. Smaller comes first, so that a counter-example shrinks to short rows, gates that keep everything and seed 0.
-A strategy for a scan of one's own is a function like those below.
+A strategy for a scan of your own is a function like those below.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def gated_scans(draw: DrawFn, *, constant: bool = False, complex: bool = False, 
     state = numbers.number(B, *trailing, complex=complex or complex_input) if draw(st.booleans()) else None
     heads = {"x": 2, "log_decay": 0 if constant else 2, "state": 1, "y": 2} if trailing else {}
     known: dict[str, Any] = {} if constant else {"idle": {"log_decay": 0.0, "x": 0.0}, "decay": "log_decay"}
-    known |= {"linear": ("x",), "heads": heads, "turns": complex and not complex_input}
+    known |= {"linear": ("x",), "heads": heads, "rotates": complex and not complex_input}
     return Inputs(tokens, constants, state, sizes, numbers.seed, **known)
 
 

@@ -146,7 +146,7 @@ def read_record(out: Path, which: str = "newest", say: Say = warnings.warn) -> t
         return read_record(out, which, say)
     if not damages:
         raise InputError(f"no checkpoint in {out}")
-    raise InputError(f"no whole checkpoint in {out}: {'; '.join(damages)}")
+    raise InputError(f"no complete checkpoint in {out}: {'; '.join(damages)}")
 
 
 class _Damaged(Exception):

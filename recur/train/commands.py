@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from recur import own
+from recur import LanguageModel, own
+from recur.blocks.quantise import quantised
 from recur.train import checkpoint, config
 from recur.train.config import InputError, Settings, known
 from recur.train.lock import hold
@@ -50,15 +51,20 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
 
     pair = "recur compare longhorn mamba llama --task mqar --seeds 3 --parameters 200000"
     compare = command(
-        "compare", _compare, "Train recipes alike and compare them.", f"{pair}; {pair} --widths 32,64,128"
+        "compare",
+        _compare,
+        "Train recipes under the same conditions and compare them.",
+        f"{pair}; {pair} --widths 32,64,128",
     )
     compare.add_argument("recipes", metavar="RECIPE", nargs="+", help=known(Settings)["recipe"].metadata["about"])
-    compare.add_argument("--task", choices=TASKS, default="lm", help="what they are trained on (lm)")
+    compare.add_argument("--task", choices=TASKS, default="lm", help="task to train on (lm)")
     compare.add_argument("--seeds", type=config.count, default=1, help="runs of each, seeds 0, 1, ... (1)")
-    compare.add_argument("--parameters", type=config.count, help="of each: the width is solved for")
-    compare.add_argument("--widths", type=config.several(config.count), help="instead of a size: a run of each at each")
+    compare.add_argument("--parameters", type=config.count, help="parameters of each; widths are chosen to match")
     compare.add_argument(
-        "--out", metavar="FOLDER", type=config.file_or_folder, help="where tables and pictures go (runs/compare-TASK)"
+        "--widths", type=config.several(config.count), help="instead of --parameters: train each recipe at each width"
+    )
+    compare.add_argument(
+        "--out", metavar="FOLDER", type=config.file_or_folder, help="folder for tables and plots (runs/compare-TASK)"
     )
     _config_flags(compare)
     made = {name: option for task in TASKS.values() for name, option in known(task).items()}
@@ -68,7 +74,11 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     data.add_argument("source", metavar="SOURCE", type=config.path, help="a text file or hub:NAME")
     data.add_argument("--tokenizer", default="gpt2", help="char, byte, or a Hugging Face tokenizer (gpt2)")
     data.add_argument(
-        "--out", metavar="FOLDER", type=config.file_or_folder, required=True, help="for train.bin, valid.bin, meta.json"
+        "--out",
+        metavar="FOLDER",
+        type=config.file_or_folder,
+        required=True,
+        help="folder for train.bin, valid.bin, meta.json",
     )
 
     about = "Continue a prompt with a trained model."
@@ -77,17 +87,24 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
     writer.add_argument("folder", metavar="FOLDER", type=config.file_or_folder, help="the --out of recur train")
     writer.add_argument("--prompt", metavar="TEXT", required=True)
     writer.add_argument("--max-new-tokens", type=config.count, default=300, help="tokens to write (300)")
-    writer.add_argument("--temperature", type=config.at_least_0, default=0.7, help="0 takes the likeliest token (0.7)")
-    writer.add_argument("--top-k", type=config.count, help="draw among the k likeliest tokens only")
-    writer.add_argument("--top-p", type=config.share, help="draw among the likeliest tokens that hold this probability")
+    writer.add_argument(
+        "--temperature", type=config.at_least_0, default=0.7, help="0 takes the most likely token (0.7)"
+    )
+    writer.add_argument("--top-k", type=config.count, help="sample among the k most likely tokens only")
+    writer.add_argument(
+        "--top-p", type=config.share, help="sample among the most likely tokens with this total probability"
+    )
     writer.add_argument("--stop", metavar="TEXT", nargs="+", help="end with the token that completes one of these")
+    writer.add_argument(
+        "--quantize", metavar="KIND", choices=("int8", "fp8"), help="weights of projections in 8 bits: int8 or fp8"
+    )
     writer.add_argument(
         "--checkpoint", metavar="WHICH", type=_which, default="newest", help="best, newest or a step (newest)"
     )
     writer.add_argument(
-        "--import", metavar="FILE", dest="imports", type=config.path, help="where the run's is not there"
+        "--import", metavar="FILE", dest="imports", type=config.path, help="if the file recorded by the run has moved"
     )
-    writer.add_argument("--seed", type=config.seed, default=0, help="the same seed writes the same text (0)")
+    writer.add_argument("--seed", type=config.seed, default=0, help="seed of the sampling (0)")
 
 
 def _settings() -> dict[str, Any]:
@@ -97,18 +114,19 @@ def _settings() -> dict[str, Any]:
 def _run_flags(parser: argparse.ArgumentParser, task: str) -> None:
     parser.set_defaults(task=task)
     parser.add_argument("recipe", metavar="RECIPE", help=known(Settings)["recipe"].metadata["about"])
-    parser.add_argument(
-        "--out", metavar="FOLDER", type=config.file_or_folder, help="where the run is kept (runs/RECIPE)"
-    )
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its own choices")
+    parser.add_argument("--out", metavar="FOLDER", type=config.file_or_folder, help="folder of the run (runs/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its recorded options")
     _config_flags(parser)
     config.add_flags(parser, {**known(TASKS[task]), **_settings()}, TASKS[task].defaults)
 
 
 def _config_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--setup", metavar="NAME", help="a set of choices from a paper, below those given here")
+    parser.add_argument("--setup", metavar="NAME", help="a set of options from a paper; flags override it")
     parser.add_argument(
-        "--config", metavar="FILE", type=config.file_or_folder, help="choices in YAML or JSON, below those given here"
+        "--config",
+        metavar="FILE",
+        type=config.file_or_folder,
+        help="options in a YAML or JSON file; flags override them",
     )
 
 
@@ -161,7 +179,7 @@ def _task(arguments: argparse.Namespace) -> int:
     settings, task = run.settings, run.task
     machine = use_threads(settings) + use_compiler(settings)
     show: Callable[..., None] = print if run.is_main else lambda *words: None
-    again = f"go on with: {_resuming(arguments, out)}"
+    again = f"continue with: {_resuming(arguments, out)}"
     for recipe in task.recipes(settings):
         show(recipe)
     show(f"\ndepth {settings.depth}, width {settings.dim}: {parameter_count(run.plain_model):,} parameters{machine}\n")
@@ -280,10 +298,31 @@ def _generate(arguments: argparse.Namespace) -> int:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     options = {name: getattr(arguments, name) for name in names}
     stop = {"stop": arguments.stop, "decode": tokenizer.decode} if arguments.stop else {}
-    prompt = ids[0].tolist()
+    whole, written = model, list[int]()
+    if arguments.quantize:
+        model = _quantised(model, arguments.quantize)
     new = (int(token) for token in model.stream(ids, **options, **stop))
-    for piece in pieces(chain(prompt, new), tokenizer.decode):
+    for piece in pieces(_noted(chain(ids[0].tolist(), new), written), tokenizer.decode):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    if arguments.quantize and len(written) > 1:
+        with torch.no_grad():
+            before, after = (float(one.loss(torch.tensor([written]))) for one in (whole, model))
+        _say(f"{arguments.quantize}: loss per token of this text {after:.4f}, {before:.4f} as trained")
     return 0
+
+
+def _noted(tokens: Iterable[int], written: list[int]) -> Iterator[int]:
+    """The tokens, each added to what was written."""
+    for token in tokens:
+        written.append(token)
+        yield token
+
+
+def _quantised(model: LanguageModel, kind: str) -> LanguageModel:
+    """Raises: InputError where torchao is not installed."""
+    try:
+        return quantised(model, kind)
+    except ModuleNotFoundError as error:
+        raise InputError("--quantize needs torchao: pip install 'recur-primitives[quantize]'") from error

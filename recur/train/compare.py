@@ -1,4 +1,4 @@
-"""Recipes trained alike: the same data, size, schedule and seeds; a table, pictures, and the order they came in."""
+"""Recipes trained under the same conditions: data, size, schedule and seeds; with a table, plots and their order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,6 +42,13 @@ CLAIMS = (
 )
 
 
+class Guess(NamedTuple):
+    """What a guess without the input reaches, None if unknown, and how many answers a final evaluation asks for."""
+
+    chance: float | None
+    answers: int
+
+
 def compare(
     task: str,
     recipes: Sequence[str],
@@ -70,7 +77,7 @@ def compare(
         for recipe in dict.fromkeys(recipes)
         for width in widths or (None,)
     }
-    guess = {"chance": made.chance(), "answers": _answers(made, settings)}
+    guess = Guess(made.chance(), _answers(made, settings))
     out.mkdir(parents=True, exist_ok=True)
     choices = {"task": task, "parameters": parameters, "choices": {k: v for layer in layers for k, v in layer.items()}}
     results = [result for result in _before(out, choices) if "error" not in result]
@@ -81,7 +88,7 @@ def compare(
                 continue
             label = f"{recipe}{'' if width is None else f', width {width}'}, seed {seed}"
             began = time.perf_counter()
-            result: dict[str, Any] = {"recipe": recipe, "seed": seed, "width": width, **guess}
+            result: dict[str, Any] = {"recipe": recipe, "seed": seed, "width": width}
             run = _started(task, replace(chosen, seed=seed), layers, out)
             try:
                 result |= _trained(run)
@@ -95,7 +102,7 @@ def compare(
             report(f"{label}: {_short(result)}")
     order = {recipe: place for place, recipe in enumerate(recipes)}
     results.sort(key=lambda result: order.get(result["recipe"], len(order)))
-    return _report(task, results, out)
+    return write_report(task, results, guess, out)
 
 
 def _before(out: Path, choices: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -124,7 +131,7 @@ def _sized(task: Task, settings: Settings, recipe: str, target: int | None, widt
 
 
 def _answers(task: Task, settings: Settings) -> int:
-    """How many answers the shown final evaluation asks for, about."""
+    """About how many answers the shown final evaluation has."""
     split = task.finals[0]
     return task.weight(task.batch(split, 0, 1)) * (task.rows(split) or settings.evaluate)
 
@@ -163,7 +170,7 @@ def _short(result: Mapping[str, Any]) -> str:
     return f"{split} {found}; {size}, {result['steps']} steps, {result['seconds']} s"
 
 
-def _report(task: str, results: Sequence[Mapping[str, Any]], out: Path) -> str:
+def write_report(task: str, results: Sequence[Mapping[str, Any]], guess: Guess, out: Path) -> str:
     """The table, the order and the papers' claims in Markdown; pictures beside it."""
     cls = TASKS[task]
     shown, better = (cls.metrics[0], max) if cls.metrics else ("loss", min)
@@ -171,8 +178,8 @@ def _report(task: str, results: Sequence[Mapping[str, Any]], out: Path) -> str:
     failed = [f"- {r['recipe']}, seed {r['seed']}: {r['error']}" for r in results if "error" in r]
     lines = [f"# {task}: {shown}", ""]
     if done:
-        lines += [*_table(done, shown), "", *_order(task, done, shown, better), ""]
-        _pictures(task, done, shown, out)
+        lines += [*_table(done, shown), "", *_order(task, done, shown, better, guess), ""]
+        _pictures(task, done, shown, guess.chance, out)
     if failed:
         lines += ["Failed:", "", *failed, ""]
     text = "\n".join(lines)
@@ -206,7 +213,9 @@ def _spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.4f} to {max(values):.4f})"
 
 
-def _order(task: str, done: Sequence[Mapping[str, Any]], shown: str, better: Callable[..., Any]) -> list[str]:
+def _order(
+    task: str, done: Sequence[Mapping[str, Any]], shown: str, better: Callable[..., Any], guess: Guess
+) -> list[str]:
     """The order the recipes came in, for each width, and whether each paper's claim was seen; none among guesses."""
     lines = []
     for width in dict.fromkeys(result["width"] for result in done):
@@ -216,14 +225,14 @@ def _order(task: str, done: Sequence[Mapping[str, Any]], shown: str, better: Cal
                 split = next(iter(result["final"]))
                 values.setdefault(result["recipe"], []).append(result["final"][split][shown])
         ranked = sorted(values, key=lambda name: statistics.fmean(values[name]), reverse=better is max)
-        bound = _best_guess(done[0], shown, better)
+        bound = _best_guess(guess, better)
         guesses = [name for name in ranked if better(statistics.fmean(values[name]), bound) == bound]
         where = "" if width is None else f" at width {width}"
         learned = [f"{name} {statistics.fmean(values[name]):.4f}" for name in ranked if name not in guesses]
         if learned:
             lines += [f"Order by {shown}{where}, best first: {', '.join(learned)}.", ""]
         if guesses:
-            lines += [f"No better than chance ({done[0]['chance']:.4g}){where}: {', '.join(guesses)}.", ""]
+            lines += [f"No better than chance ({guess.chance:.4g}){where}: {', '.join(guesses)}.", ""]
         plain = {name.partition(":")[0]: name for name in ranked}
         for first, second, tasks, source in CLAIMS:
             if task in tasks.split() and first in plain and second in plain:
@@ -234,14 +243,14 @@ def _order(task: str, done: Sequence[Mapping[str, Any]], shown: str, better: Cal
     return lines[:-1]
 
 
-def _best_guess(result: Mapping[str, Any], shown: str, better: Callable[..., Any]) -> float:
-    """What guesses reach at best: chance and three standard errors of an accuracy; a loss, a fiftieth less."""
-    chance = result.get("chance")
+def _best_guess(guess: Guess, better: Callable[..., Any]) -> float:
+    """The best that guessing reaches: chance plus three standard errors for an accuracy, 2% less for a loss."""
+    chance = guess.chance
     if chance is None:
         return -math.inf if better is max else math.inf
     if better is min:
-        return 0.98 * float(chance)
-    return float(chance + 3 * math.sqrt(chance * (1 - chance) / result["answers"]))
+        return 0.98 * chance
+    return chance + 3 * math.sqrt(chance * (1 - chance) / guess.answers)
 
 
 def _seen(first: Sequence[float], second: Sequence[float], better: Callable[..., Any]) -> str:
@@ -256,7 +265,7 @@ def _seen(first: Sequence[float], second: Sequence[float], better: Callable[...,
     return "seen" if ahead else "not seen"
 
 
-def _pictures(task: str, done: Sequence[Mapping[str, Any]], shown: str, out: Path) -> None:
+def _pictures(task: str, done: Sequence[Mapping[str, Any]], shown: str, chance: float | None, out: Path) -> None:
     from recur.train.plot import draw_comparison
 
     cls = TASKS[task]
@@ -265,7 +274,6 @@ def _pictures(task: str, done: Sequence[Mapping[str, Any]], shown: str, out: Pat
     for (recipe, width), runs in _cells(done).items():
         name = recipe if width is None else f"{recipe}, {width}"
         curves[name] = [[(step, values[shown]) for step, values in run["valid"]] for run in runs]
-    chance = done[0].get("chance")
     look: dict[str, Any] = {"title": f"{task}: validation", "x": "step", "y": label, "log": False, "chance": chance}
     draw_comparison(out / "curves.png", curves, **look)
     splits = [split for split in done[0]["final"] if split.endswith("x")]

@@ -14,7 +14,7 @@ from recur.reading import InputError, one_line, read_json, read_text, unknown
 
 
 def number(kind: type, rule: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
-    """A reader of one number, which names `rule` when the text is no such number."""
+    """A reader of one number, which names `rule` when the text does not fit it."""
 
     def read(text: str) -> Any:
         try:
@@ -50,7 +50,7 @@ def path(text: str) -> str:
 
 
 def file_or_folder(text: str) -> Path:
-    """A file or folder by name, which need not be there."""
+    """The name of a file or folder, which need not exist."""
     try:
         if text.strip():
             found = Path(text).expanduser()
@@ -96,26 +96,26 @@ class Settings:
     """Everything about model, optimiser and run that is the same for every task."""
 
     recipe: str = option("longhorn", str, "preset[:option=value,...], joined by + for a hybrid, or @FILE.json")
-    imports: str | None = option(None, path, "Python file with parts and recipes of one's own", flag="--import")
+    imports: str | None = option(None, path, "Python file with parts and recipes of your own", flag="--import")
     dim: int = option(256, count, "width")
     depth: int = option(2, whole(1, 10_000), "layers")
     ffn: str = option("paper", one_of(*FFN), "feed-forward of every layer")
     norm: str = option("paper", one_of("paper", "none", "rms", "layer", "l2"), "norm of the residual stream")
     block: str = option("pre", one_of("pre", "post"), "side of the residual sum that is normalised")
-    head: str = option("tied", one_of("tied", "own"), "read-out of a language model: the embedding, or its own")
+    head: str = option("tied", one_of("tied", "own"), "output matrix of a language model: the embedding, or its own")
     positions: str = option("paper", one_of("paper", "none", "sinusoidal"), "positions added to the embedding")
-    dropout: float = option(0.0, fraction, "probability")
+    dropout: float = option(0.0, fraction, "dropout probability")
 
-    length: int = option(128, count, "tokens in a row")
-    batch: int = option(16, count, "rows in an update, over all processes and accumulation steps")
-    accumulate: int = option(1, count, "forward passes an update is spread over")
+    length: int = option(128, count, "tokens per row")
+    batch: int = option(16, count, "rows per update, over all processes and accumulation steps")
+    accumulate: int = option(1, count, "forward passes per update")
 
     steps: int = option(500, count, "updates of the weights")
     lr: float = option(3e-3, positive, "peak learning rate")
-    min_lr: float = option(0.1, at_least_0, "last learning rate, as a share of the peak")
+    min_lr: float = option(0.1, at_least_0, "final learning rate, as a fraction of the peak")
     schedule: str = option("cosine", one_of("cosine", "polynomial", "inverse_sqrt", "constant"), "after the warm-up")
     warmup: int | None = option(None, natural, "steps of linear warm-up; a twentieth of all when not given")
-    power: float = option(1.0, positive, "of the polynomial schedule")
+    power: float = option(1.0, positive, "exponent of the polynomial schedule")
     weight_decay: float = option(0.1, at_least_0, "of AdamW, on the weights declared to decay")
     betas: tuple[float, float] = option((0.9, 0.95), several(fraction, 2), "of AdamW")
     clip: float = option(1.0, at_least_0, "largest norm of the gradient; 0 leaves it as it is")
@@ -125,9 +125,9 @@ class Settings:
     evaluate: int = option(64, count, "rows of a periodic evaluation")
     keep: int = option(1, count, "newest checkpoints kept, beside the best one")
     seed: int = option(0, seed, "of weights, batches and samples")
-    seconds: float | None = option(None, positive, "stop training after this long, as if steps had been reached")
+    seconds: float | None = option(None, positive, "stop training after this time, as if all steps were done")
     device: str = option("cpu", str, "cpu, cuda, mps")
-    threads: int = option(0, natural, "of a CPU; 0 leaves out the processors that other work keeps busy")
+    threads: int = option(0, natural, "CPU threads; 0 leaves out processors that other work keeps busy")
     precision: str = option("float32", one_of("float32", "bfloat16"), "bfloat16 runs matmuls in it (autocast)")
     recompute: str = option("none", one_of("none", "layers"), "layers: recompute activations in the backward pass")
     compile: str = option(
@@ -143,7 +143,7 @@ def known(*classes: type) -> dict[str, Field[Any]]:
 
 
 def add_flags(parser: argparse.ArgumentParser, options: Mapping[str, Field[Any]], defaults: Mapping[str, Any]) -> None:
-    """A flag for every option; what is not given leaves no trace, so that files and defaults can be under it."""
+    """A flag for every option. Flags that are not given set nothing, so that files and defaults apply."""
     for name, made in options.items():
         default = defaults.get(name, made.default)
         about = made.metadata["about"] + ("" if default is None else f" ({_text(default)})")
@@ -184,7 +184,7 @@ def _yaml(place: Path) -> Any:
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # !!int of thousands of digits; thousands of brackets
-        raise InputError(f"{place} is no YAML: {one_line(error)}") from error
+        raise InputError(f"{place} is not valid YAML: {one_line(error)}") from error
 
 
 def checked(values: Mapping[str, Any], options: Mapping[str, Field[Any]], place: str) -> dict[str, Any]:

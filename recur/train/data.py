@@ -72,7 +72,7 @@ class Tokens:
         }
 
     def sample(self, rows: int, length: int, *seeds: int) -> Batch:
-        """Windows at random places, which `seeds` alone decide: there is no order to save."""
+        """Windows at random places that only `seeds` decide, so no order needs to be saved."""
         return self.rows(generator(*seeds).integers(0, len(self) - length, size=rows), length)
 
     def count(self, length: int) -> int:
@@ -87,7 +87,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens to learn from, to be judged by, and (where there are some) to be tested on; `digest` identifies them."""
+    """Tokens for training, validation and, if there are any, testing; `digest` identifies them."""
 
     tokenizer: Tokenizer
     train: Tokens
@@ -138,7 +138,7 @@ ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[abfn
 
 
 def unescaped(words: str) -> str:
-    """Text with Python's escapes in the place of what stands for them; all other characters as they are.
+    """Text in which Python's escapes are replaced by what they mean; all other characters stay as they are.
 
     Raises: InputError for a backslash that begins no escape.
     """
@@ -149,7 +149,7 @@ def unescaped(words: str) -> str:
     except SyntaxError:  # \U beyond the last character
         pass
     known = r"\n \r \t \0 \a \b \f \v \\ \xHH \uHHHH \UHHHHHHHH"
-    raise InputError(f"--separator {shown(words)} has a backslash that begins none of {known}; write it twice")
+    raise InputError(f"--separator {shown(words)} has a backslash that starts none of {known}; write it twice")
 
 
 def _from_text(
@@ -168,7 +168,7 @@ def _from_text(
     except UnicodeEncodeError as error:
         raise InputError(f"--separator must be text that UTF-8 can hold, got {separator!r}") from error
     if separator and between not in whole:
-        raise InputError(f"--separator {separator!r} stands nowhere in {place}; without it the text is one document")
+        raise InputError(f"--separator {separator!r} does not occur in {place}; without it the text is one document")
     tokenizer = tokenizer_of(kind, "".join(sorted(set(whole))) if kind == "char" else "")
     pieces = whole.split(between) if separator else [whole]
     texts = [piece + between for piece in pieces[:-1]] + [piece for piece in pieces[-1:] if piece]
@@ -264,7 +264,9 @@ def _width(size: int) -> type:
 def _from_bins(place: Path, kind: str, valid: float) -> Corpus:
     if place.suffix == ".bin" and not place.is_dir():
         if kind == "char":
-            raise InputError(f"{place} holds numbers: say who made them, --tokenizer byte or a Hugging Face tokenizer")
+            raise InputError(
+                f"{place} holds numbers: name the tokenizer that wrote them, --tokenizer byte or one of Hugging Face"
+            )
         tokenizer, ids = tokenizer_of(kind), _mapped(place, np.uint16)
         check_ids(ids, tokenizer.size, place)
         cut = len(ids) - int(len(ids) * valid)

@@ -43,7 +43,7 @@ def hold(folder: Path, say: Callable[[str], object] = warnings.warn) -> Held:
         folder: where the results of one process at a time go.
         say:    called with a line when a process of another host has not released the folder.
 
-    Raises: InputError if `folder` is no folder that takes files, or naming the process that holds it.
+    Raises: InputError if `folder` is not a folder that takes files, or naming the process that holds it.
     """
     path = folder / LOCK
     try:

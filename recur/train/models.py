@@ -58,7 +58,7 @@ class SequenceModel(nn.Module):
         inputs:  channels of a continuous input x [B T inputs] (a constant channel is added), or with
         tokens:  their number, for ids [B T].
         outputs: numbers predicted.
-        pool:    "token" for one prediction a token [B T outputs]; "mean" for one a row [B outputs], over the tokens
+        pool:    "token" for one prediction per token [B T outputs]; "mean" for one per row [B outputs], over the tokens
                  within `lengths` [B]; "pair" for rows that are two sequences [B 2 T]: from [u, v, u - v, u v].
     """
 

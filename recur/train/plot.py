@@ -25,6 +25,7 @@ STYLES: tuple[Any, ...] = (
     (0, (5, 1, 1, 1, 1, 1)),
     (0, (3, 5)),
 )  # matplotlib's, and two of on and off
+LEVELS = ("--", ":", "-.")
 Point = Mapping[str, Any]
 
 
@@ -47,6 +48,7 @@ def draw_curve(
     unit: str,
     metrics: Sequence[str],
     levels: Mapping[str, float],
+    rows: int,
     chance: float | None = None,
     final: Mapping[str, float] | None = None,
 ) -> None:
@@ -54,29 +56,31 @@ def draw_curve(
 
     Args:
         chance: drawn where the first metric is, or the loss if there is none.
-        final:  the last evaluation, of the whole validation part; it stands in the place of the curve's last one.
+        rows:   of the validation part, that the evaluations on the way are of.
+        final:  the last evaluation, of all rows: a mark of its own.
     """
     steps = [point["step"] for point in curve]
     panels = 1 + len(metrics)
-    figure = Figure(figsize=(8, 4.8 + 2.2 * len(metrics)), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.6, 4.8 + 2.2 * len(metrics)), dpi=150, layout="constrained")
     axes = figure.subplots(panels, 1, sharex=True, squeeze=False, height_ratios=[2, *[1] * len(metrics)])[:, 0]
     losses = [point["loss"] for point in curve]
     axes[0].plot(steps, losses, color=BLUE, alpha=0.2, linewidth=0.8)
     axes[0].plot(steps, running_mean(losses), color=BLUE, linewidth=1.8, label="training, running mean")
     for name, ax in zip(("loss", *metrics), axes, strict=True):
         measured = {p["step"]: p[f"valid_{name}"] for p in curve if f"valid_{name}" in p}
-        if final is not None:
-            measured[steps[-1]] = final[name]
         if measured:
-            label = f"validation, at last {list(measured.values())[-1]:.3f}"
+            label = f"validation, {rows} rows"
             ax.plot(list(measured), list(measured.values()), "o-", color=ORANGE, markersize=4, label=label)
+        if final is not None:
+            label = f"final validation {final[name]:.3f}"
+            ax.plot(steps[-1], final[name], "D", color=ORANGE, markersize=7, clip_on=False, label=label)
         ax.set(ylabel=unit if name == "loss" else name, xlim=(0, steps[-1]), ylim=(0, None if name == "loss" else 1.02))
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, loc="best")
     for name, level in levels.items():
         _level(axes[0], name, level)
     if chance is not None and chance not in levels.values():
         _level(axes[min(1, len(metrics))], "chance", chance)
+    for ax in axes:
+        _frame(ax)
     axes[0].set_title(title)
     axes[-1].set_xlabel("step")
     figure.savefig(path)
@@ -92,11 +96,11 @@ def draw_comparison(
     log: bool,
     chance: float | None = None,
 ) -> None:
-    """One line a name: the mean of its runs (one a seed), the band from the least to the largest of them.
+    """One line per name: the mean of its runs (one per seed), the band from the least to the largest of them.
 
     A name is a recipe, or a recipe and a width, "gla, 64"; a recipe has the same colour in every picture.
     """
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.6, 4.8), dpi=150, layout="constrained")
     ax = figure.add_subplot()
     for (name, curves), (color, style) in zip(runs.items(), looks(list(runs)), strict=True):
         at, low, middle, high = spread(curves)
@@ -107,8 +111,7 @@ def draw_comparison(
     if chance is not None:
         _level(ax, "chance", chance)
     ax.set(xlabel=x, ylabel=y, title=title)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=9, ncols=1 + (len(runs) > 6))
+    _frame(ax)
     figure.savefig(path)
 
 
@@ -132,16 +135,15 @@ def looks(names: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _level(ax: Axes, name: str, level: float) -> None:
-    """A dashed line, and what it stands for."""
-    ax.axhline(level, color=GREY, linestyle="--", linewidth=1)
-    place: dict[str, Any] = {
-        "xytext": (-4, 3),
-        "textcoords": "offset points",
-        "ha": "right",
-        "color": GREY,
-        "fontsize": 9,
-    }
-    ax.annotate(f"{name} {level:.3g}", (1, level), xycoords=("axes fraction", "data"), **place)
+    """A grey line, a style of its own for each level of these axes."""
+    style = LEVELS[sum(line.get_color() == GREY for line in ax.lines) % len(LEVELS)]
+    ax.axhline(level, color=GREY, linestyle=style, linewidth=1, label=f"{name} {level:.3g}")
+
+
+def _frame(ax: Axes) -> None:
+    """Axes on two sides; the legend beside them, where it hides nothing."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
 
 
 def _powers(ax: Axes, ticks: Sequence[float]) -> None:

@@ -88,7 +88,7 @@ def _write_report(run: Training, finals: Mapping[str, Mapping[str, float]]) -> N
     size = parameter_count(run.plain_model)
     title = f"{task.name}: {run.settings.recipe}, {size / 1e6:.2f}M parameters"
     look: dict[str, Any] = {"title": title, "unit": task.unit, "metrics": task.metrics, "levels": task.levels()}
-    look |= {"chance": task.chance(), "final": finals.get("valid")}
+    look |= {"chance": task.chance(), "rows": run.settings.evaluate, "final": finals.get("valid")}
     draw_curve(run.out / "curve.png", run.curve, **look)
     lengths = [(run.settings.length * int(split[:-1]), split) for split in finals if split.endswith("x")]
     if lengths:
@@ -100,7 +100,7 @@ def _write_report(run: Training, finals: Mapping[str, Mapping[str, float]]) -> N
 
 
 def report(run: Training, finals: Mapping[str, Mapping[str, float]]) -> str:
-    """The final evaluations in words, one line a split."""
+    """The final evaluations in words, one line per split."""
     lines = []
     for split, values in finals.items():
         bits = f" ({values['loss'] / math.log(2):.3f} bits)" if run.task.unit.startswith("nats") else ""
@@ -119,7 +119,7 @@ def load_model(
         out:     the folder of a run, or of one checkpoint.
         which:   "newest", "best" (of the lowest validation loss), or a step.
         say:     called with a line that names the damaged checkpoints that were passed over.
-        imports: a file with the parts of one's own in its recipe, where it is not the one that the run names.
+        imports: a file with your own parts, if it is not the one that the run names.
 
     Raises: InputError if there is none, none is whole, its task has no text, or that file is not there.
 

@@ -49,7 +49,7 @@ class Model(Module):
 
 
 class Generation(Module):
-    """New tokens alone, each the likeliest after the last tokens that a window holds."""
+    """New tokens alone, each the most likely after the last tokens that a window holds."""
 
     def whole(self, vectors: Vectors, form: str) -> Run:
         asked, ids = vectors.config["generate"], vectors.inputs["0"]

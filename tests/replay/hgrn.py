@@ -17,7 +17,7 @@ from replay.longhorn import Parts, matrix, retention
 
 
 def late_retention(parts: Parts, length: int) -> dict[str, Tensor]:
-    """Recorded with keys turned one token less than ours."""
+    """Recorded with keys rotated by one token less than ours."""
     states = retention(parts, length)
     before = torch.full(states["kv"].shape[:2], -1)
     frequencies = rotary_frequencies(states["kv"].shape[-1], inclusive=True)

@@ -97,10 +97,10 @@ def mamba3_op(
     **more: Any,
 ) -> Result:
     """One input per head [B T G N], or R of them [B T R G N], whose biases are [H R N]."""
-    several, turn = B.ndim == 5, {"initial_state": more.get("angle_state")}
+    several, rotation = B.ndim == 5, {"initial_state": more.get("angle_state")}
     q, k = (u.repeat_interleave(x.shape[2] // u.shape[-2], -2) for u in (C, B))
     q, k = (u + (b.transpose(0, 1) if several else b) for u, b in ((q, C_bias), (k, B_bias)))
-    theta, angle = accumulated_angle(angles, dt, **turn)
+    theta, angle = accumulated_angle(angles, dt, **rotation)
     q, k = rotate_by(q, theta), rotate_by(k, theta)
     v = x[:, :, None] * more["mimo_x"].transpose(0, 1) if several else x
     before = (more["k_state"], more["v_state"]) if "k_state" in more else None

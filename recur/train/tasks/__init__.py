@@ -1,4 +1,4 @@
-"""The experiments that the family's papers are argued with, one class a task: `recur task NAME`."""
+"""The experiments that the family's papers are argued with, one class per task: `recur task NAME`."""
 
 from recur.train.task import Task
 from recur.train.tasks.images import Images

@@ -78,9 +78,11 @@ class PictureTask(Task):
 
 @dataclass
 class Images(PictureTask):
-    """Sequential image classification: one pixel a token, one class a picture."""
+    """Sequential image classification: one pixel per token, one class per picture."""
 
-    data: str | None = option(None, path, "a folder with one folder of pictures a class (scikit-learn's 8 x 8 digits)")
+    data: str | None = option(
+        None, path, "a folder with one folder of pictures per class (scikit-learn's 8 x 8 digits)"
+    )
     side: int = option(0, whole(0, 4097), "pictures are scaled to squares of this side; 0 keeps their size")
     color: str = option("grey", one_of("grey", "rgb"), "channels of a pixel")
 
@@ -114,7 +116,7 @@ def folder(place: Path, side: int, color: str) -> Pictures:
                 labels.append(label)
     shapes = {array.shape for array in pixels}
     if not pixels:
-        raise InputError(f"{place} must hold one folder of pictures a class, got none")
+        raise InputError(f"{place} must hold one folder of pictures per class, got none")
     if len(shapes) > 1:
         raise InputError(f"{place} holds pictures of {len(shapes)} sizes: scale them with --side")
     return Pictures(np.stack(pixels), np.asarray(labels))

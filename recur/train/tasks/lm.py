@@ -142,16 +142,24 @@ class LM(Task):
     def epilogue(self, model: nn.Module) -> str:
         """A prompt from the validation text that ends with a whole line, and 400 tokens that the model writes after it.
 
-        A low temperature: what the model is surest of reads best.
+        Prose, for a small model goes on with the spaces of an indented line; a low temperature, for what the model is
+        surest of reads best.
         """
         assert isinstance(model, LanguageModel)
-        ids = self.batch("valid", 0, 1)["ids"][0]
-        prompt = whole_lines(self.corpus_tokenizer, ids.tolist())
+        prompt = prose(self.corpus_tokenizer, self.batch("valid", 0, self.settings.evaluate)["ids"].tolist())
         given = torch.tensor([prompt], device=next(model.parameters()).device)
         options: dict[str, Any] = {"max_new_tokens": 400, "temperature": 0.5, "seed": self.settings.seed}
         written = model.generate(given, **options)[0].tolist()[len(prompt) :]
         decode = self.corpus_tokenizer.decode
-        return f"prompt, of the validation text:\n{decode(prompt)}\n\nwritten by the model:\n{decode(written)}"
+        shown = (decode(ids).strip("\n") for ids in (prompt, written))
+        return "prompt, of the validation text:\n\n{}\n\nwritten by the model:\n\n{}".format(*shown)
+
+
+def prose(tokenizer: Tokenizer, rows: Sequence[Sequence[int]]) -> list[int]:
+    """The whole lines of the row that has the most letters in them."""
+    return max(
+        (whole_lines(tokenizer, ids) for ids in rows), key=lambda ids: sum(map(str.isalpha, tokenizer.decode(ids)))
+    )
 
 
 def whole_lines(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
@@ -162,7 +170,7 @@ def whole_lines(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 @dataclass
 class Extrapolation(LM):
-    """Train at one length, evaluate at longer ones, on the same text: loss a token at 1x, 2x, 4x ... of it."""
+    """Train at one length, evaluate at longer ones, on the same text: loss per token at 1x, 2x, 4x ... of it."""
 
     factor: int = option(16, count, "longest evaluation over --length; powers of two up to it are evaluated")
 
@@ -229,7 +237,7 @@ class Distillation(LM):
             teacher = AutoModelForCausalLM.from_pretrained(self.teacher)
         except Exception as error:  # of transformers, safetensors, json or requests, each in its own way
             raise InputError(
-                f"the teacher {self.teacher} is no folder here and not on the hub: {one_line(error)}"
+                f"the teacher {self.teacher} is not a folder here and not on the hub: {one_line(error)}"
             ) from error
         self._teacher = teacher.eval().requires_grad_(False)
         size, wanted = teacher.config.vocab_size, self.corpus_tokenizer.size

@@ -210,7 +210,7 @@ class Regression(Task):
     def open(self, settings: Settings) -> None:
         super().open(settings)
         if settings.length % 2:
-            raise InputError(f"regression: --length must be even, two tokens an example, got {settings.length}")
+            raise InputError(f"regression: --length must be even, two tokens per example, got {settings.length}")
 
     def build(self, settings: Settings) -> nn.Module:
         return SequenceModel(self.recipes(settings), settings, inputs=self.features + 1, outputs=1, pool="token")
