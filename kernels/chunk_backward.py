@@ -19,6 +19,7 @@ from recur.kernels.chunk_scan import (
     entering_state,
     first_phase,
     head_gates,
+    load_eraser,
     load_log_decay,
     load_log_erase,
     load_rotated,
@@ -351,6 +352,43 @@ def _gates_last(
     return dgate, dq, dk_in, decay_out, log_a
 
 
+@triton.jit
+def _eraser_decay(gates, start, offs, inside, tile, in_range, SCAN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[C BLOCK_K], from gates that are loaded once more."""
+    log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
+    _, _, decay_erase = _anchored_decays(log_a, in_range, SCAN)
+    return decay_erase
+
+
+@triton.jit
+def _bonus(
+    dy, u, x, dbonus_ptr, place, gates, start, row, offs, inside, tile, h, cols, scale,
+    SCAN: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dy·u of every token [C 1], which reads what it writes. Stores what the chunk adds to dbonus."""
+    block, chunks, chunk_head = place
+    now = tl.sum(dy.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
+    q = _load_given(x.q, row, offs, inside, h, cols, SCAN)
+    if SCAN.TIED:
+        k = tied_key(row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K))
+    else:
+        k = _load_given(x.k, row, offs, inside, h, cols, SCAN)
+    at = (block * chunks * SCAN.H + chunk_head) * SCAN.K + cols
+    tl.store(dbonus_ptr + at, tl.sum(now * q * k, 0), mask=cols < SCAN.K)
+    return now
+
+
+@triton.jit
+def _add_bonus(dq, dk, now, log_a, x, row, offs, inside, h, cols, SCAN: tl.constexpr):
+    """dq and dk with what the bonus adds."""
+    q = _load_given(x.q, row, offs, inside, h, cols, SCAN)
+    k = tied_key(log_a) if SCAN.TIED else _load_given(x.k, row, offs, inside, h, cols, SCAN)
+    bonus = tl.load(x.bonus + h * SCAN.K + cols, mask=cols < SCAN.K, other=0.0)
+    dq += now * k * bonus[None, :]
+    dk += now * q * bonus[None, :]
+    return dq, dk
+
+
 # Registers decide where `backward_inputs` loads what, and some tensors are loaded twice:
 #
 #   STATES_TOGETHER  dS is loaded beside S, where there are registers and shared memory for both
@@ -368,8 +406,7 @@ def backward_inputs(
     cu_ptr, B, T, tiles, documents, chunks, scale,
     SCAN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """One program owns rows [BLOCK_K] and columns [BLOCK_V] of the state around one chunk. All that it computes is
-    linear in columns: a state of several BLOCKS of them has as many summands of each gradient."""
+    """One program owns rows [BLOCK_K] and columns [BLOCK_V] of the state around one chunk; BLOCKS of columns add up."""
     H: tl.constexpr = SCAN.H
     K: tl.constexpr = SCAN.K
     V: tl.constexpr = SCAN.V
@@ -439,15 +476,11 @@ def backward_inputs(
         store_tile((dq_ptr, H, h, K), out, offs, inside, offs_k, dq)
     if DELTA:
         dk_in, k_in, sums = _eraser(dv, S, dA_kk, k_out, sums, erasers, row, offs, inside, offs_k, log_erase, SCAN)
-    if x.bonus is not None:  # a token reads what it writes
-        now = tl.sum(dy.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
-        q = _load_given(x.q, row, offs, inside, h, offs_k, SCAN)
-        if SCAN.TIED:
-            k = tied_key(row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K))
-        else:
-            k = _load_given(x.k, row, offs, inside, h, offs_k, SCAN)
-        at = (block * chunks * H + chunk_head) * K + offs_k
-        tl.store(dbonus_ptr + at, tl.sum(now * q * k, 0), mask=offs_k < K)
+    if x.bonus is not None:
+        now = _bonus(
+            dy, u, x, dbonus_ptr, (block, chunks, chunk_head), gates, start, row, offs, inside, tile, h, offs_k, scale,
+            SCAN, BLOCK_K,
+        )  # fmt: skip
     if not STATES_TOGETHER:
         dS = tl.load(chunk_dstates_ptr + cell, mask=in_state, other=0.0)
         through = tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
@@ -456,9 +489,7 @@ def backward_inputs(
     )
 
     if SCALAR:
-        dgate = _scalar_dgate(
-            sums, through, k_out, dq, dk, dk_in, queries, erasers, row, offs, inside, offs_k, SCAN
-        )  # fmt: skip
+        dgate = _scalar_dgate(sums, through, k_out, dq, dk, dk_in, queries, erasers, row, offs, inside, offs_k, SCAN)
         at = (block * tiles + tile) * B * T * H + (row + offs) * H + h
         tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
     elif KEYWISE:
@@ -472,20 +503,14 @@ def backward_inputs(
     if x.beta is not None:
         dk += dk_in
     if x.bonus is not None:
-        q = _load_given(x.q, row, offs, inside, h, offs_k, SCAN)
-        k = tied_key(log_a) if SCAN.TIED else _load_given(x.k, row, offs, inside, h, offs_k, SCAN)
-        bonus = tl.load(x.bonus + h * K + offs_k, mask=offs_k < K, other=0.0)
-        dq += now * k * bonus[None, :]
-        dk += now * q * bonus[None, :]
+        dq, dk = _add_bonus(dq, dk, now, log_a, x, row, offs, inside, h, offs_k, SCAN)
     if GATES_LAST:
         store_tile((dq_ptr, H, h, K), out, offs, inside, offs_k, dq)
     if not SCAN.TIED:
         store_tile((dk_ptr, H, h, K), out, offs, inside, offs_k, dk)
     if SCAN.ERASE != "none":
         if KEYWISE:
-            log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
-            _, _, decay_erase = _anchored_decays(log_a, in_range, SCAN)
-            dk_in = dk_in * decay_erase
+            dk_in = dk_in * _eraser_decay(gates, start, offs, inside, tile, in_range, SCAN, BLOCK_K)
         store_tile((derase_ptr, H, h, K), out, offs, inside, offs_k, dk_in)
     if GATES_FIRST:
         if BLOCK_V > 64:
@@ -496,6 +521,30 @@ def backward_inputs(
         dgate -= tl.exp2(log_a.to(tl.float32) * LOG2E) * dk
     if GATES_FIRST or SCAN.TIED:
         store_tile((dgate_ptr, H, h, K), out, offs, inside, offs_k, dgate)
+
+
+@triton.jit
+def _dot_all_columns(
+    x, dy_ptr, u_ptr, dv_ptr, row, offs, inside, h,
+    SCAN: tl.constexpr, DELTA: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dy uᵀ and dv uᵀ [t s] of a chunk, BLOCK_V columns at a time; zeros for the second without delta rule."""
+    H: tl.constexpr = SCAN.H
+    V: tl.constexpr = SCAN.V
+    C: tl.constexpr = SCAN.C
+    dA_qk, dA_kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
+    for part in tl.range(0, V, BLOCK_V, num_stages=1):
+        offs_v = part + tl.arange(0, BLOCK_V)
+        u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
+        if x.beta is not None:
+            u = u * tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
+        u = u.to(SCAN.DOT)
+        dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
+        dA_qk = tl.dot(dy, tl.trans(u), dA_qk, input_precision=SCAN.PRECISION)
+        if DELTA:
+            dv = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
+            dA_kk = tl.dot(dv, tl.trans(u), dA_kk, input_precision=SCAN.PRECISION)
+    return dA_qk, dA_kk
 
 
 @triton.jit(do_not_specialize=["T", "documents", "chunk_heads"])
@@ -509,7 +558,6 @@ def gradients_exact(
     """What A_qk and A_kk of chunks that are not in range add to dq, dk and d log a, token by token."""
     H: tl.constexpr = SCAN.H
     K: tl.constexpr = SCAN.K
-    V: tl.constexpr = SCAN.V
     C: tl.constexpr = SCAN.C
     KEYS: tl.constexpr = SCAN.KEYS
     begin = tl.program_id(0).to(tl.int64) * CHUNKS_PER_PROGRAM
@@ -530,18 +578,7 @@ def gradients_exact(
             if SCAN.ERASE != "none":
                 derase = (derase_ptr, H, h, K)
             gates = head_gates(x, first, T, h, cu_ptr, SCAN)
-            dA_qk, dA_kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
-            for part in tl.range(0, V, BLOCK_V, num_stages=1):
-                offs_v = part + tl.arange(0, BLOCK_V)
-                u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
-                if x.beta is not None:
-                    u = u * tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
-                u = u.to(SCAN.DOT)
-                dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
-                dA_qk = tl.dot(dy, tl.trans(u), dA_qk, input_precision=SCAN.PRECISION)
-                if DELTA:
-                    dv = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
-                    dA_kk = tl.dot(dv, tl.trans(u), dA_kk, input_precision=SCAN.PRECISION)
+            dA_qk, dA_kk = _dot_all_columns(x, dy_ptr, u_ptr, dv_ptr, row, offs, inside, h, SCAN, DELTA, BLOCK_V)
             ptrs = matrix_ptrs(dA_qk_ptr, chunk * H + h, C)
             tl.store(ptrs, tl.where(off_diagonal(seen) if SCAN.BEFORE else seen, dA_qk * scale, 0.0))
             if DELTA:
@@ -565,10 +602,7 @@ def gradients_exact(
                         phase -= token_phases(gates, start + t, offs_k, K, KEYS)
                     key = tied_key(log_t) if SCAN.TIED else load_rotated(k, row + t, offs_k, phase, K)
                     query = load_rotated(q, row + t, offs_k, phase_before if SCAN.BEFORE else phase, K)
-                    eraser = key
-                    if SCAN.ERASE != "none":
-                        eraser_phase = phase_before if SCAN.ERASE == "previous" else phase
-                        eraser = load_rotated(erase, row + t, offs_k, eraser_phase, K)
+                    eraser = load_eraser(erase, key, row + t, offs_k, phase_before, phase, SCAN)
                     if SCAN.ERASE == "previous":
                         dk_in = tl.sum(E * tl.load(dA_kk_ptr + at + t * C + offs)[:, None], 0)
                     if not SCAN.BEFORE:
@@ -606,10 +640,7 @@ def gradients_exact(
                     if not SCAN.BEFORE:
                         E = tl.where((offs == t)[:, None], query[None, :], E)
                     dkey = tl.sum(E * tl.load(dA_qk_ptr + at + offs * C + t)[:, None], 0)
-                    eraser = key
-                    if SCAN.ERASE != "none":
-                        eraser_phase = phase if SCAN.ERASE == "previous" else phase_after
-                        eraser = load_rotated(erase, row + t, offs_k, eraser_phase, K)
+                    eraser = load_eraser(erase, key, row + t, offs_k, phase, phase_after, SCAN)
                     if DELTA:
                         dkey += tl.sum(R * tl.load(dA_kk_ptr + at + offs * C + t)[:, None], 0)
                         if SCAN.ERASE == "previous":

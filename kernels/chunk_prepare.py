@@ -15,6 +15,7 @@ from recur.kernels.chunk_scan import (
     all_in_range,
     first_phase,
     head_gates,
+    load_eraser,
     load_log_decay,
     load_log_erase,
     load_rotated,
@@ -235,9 +236,8 @@ def prepare(
         if DECAY == "scalar":
             log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
             cumulative = load_log_decay(out.log_decays, chunk_head, C, CUMULATIVE)
-            log_erase = load_log_erase(out, chunk_head, cumulative, SCAN)
-            PREVIOUS: tl.constexpr = SCAN.ERASE == "previous"
-            A_kk = A_kk * pair_decay(log_a, log_erase, cumulative, SCAN.REVERSE, PREVIOUS, False, DOT)
+            log_e = load_log_erase(out, chunk_head, cumulative, SCAN)
+            A_kk *= pair_decay(log_a, log_e, cumulative, SCAN.REVERSE, SCAN.ERASE == "previous", False, DOT)
         A_kk = tl.where(off_diagonal(seen), A_kk, 0.0)
         tl.store(matrix_ptrs(out.A_kk, chunk * H + h, C), A_kk, mask=(inside & (in_range != 0))[:, None])
 
@@ -278,10 +278,7 @@ def scores_exact(
                     phase -= token_phases(gates, start + t, offs_k, K, KEYS)
                 query = load_rotated(q, row + t, offs_k, phase_before if SCAN.BEFORE else phase, K)
                 key = tied_key(log_t) if SCAN.TIED else load_rotated(k, row + t, offs_k, phase, K)
-                eraser = key
-                if SCAN.ERASE != "none":
-                    eraser_phase = phase_before if SCAN.ERASE == "previous" else phase
-                    eraser = load_rotated(erase, row + t, offs_k, eraser_phase, K)
+                eraser = load_eraser(erase, key, row + t, offs_k, phase_before, phase, SCAN)
                 if SCAN.BEFORE:
                     scores = tl.sum(E * query[None, :], 1)
                 if A_kk_ptr is not None and SCAN.ERASE == "previous":

@@ -334,3 +334,14 @@ def load_rotated(tensor, row, offs_k, phase, K):
         x = tl.load(ptr + (row * heads + head) * KEYS + offs_k % KEYS, mask=offs_k < K, other=0.0).to(tl.float32)
         x = x * tl.where(offs_k < KEYS, cos, -sin)
     return x
+
+
+@triton.jit
+def load_eraser(erase, key, row, offs_k, phase_before, phase, SCAN: tl.constexpr):
+    """The eraser of one token [K]: its key, or its erase key, rotated to the phase of what it reads."""
+    eraser = key
+    if SCAN.ERASE == "previous":
+        eraser = load_rotated(erase, row, offs_k, phase_before, SCAN.K)
+    elif SCAN.ERASE == "decayed":
+        eraser = load_rotated(erase, row, offs_k, phase, SCAN.K)
+    return eraser
