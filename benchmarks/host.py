@@ -106,8 +106,8 @@ def layers() -> dict[str, Call]:
 
 
 def measured(call: Call, repeats: int) -> tuple[float, float]:
-    """Microseconds of a call, and how many times as long as x + x: medians, one after the other, so that neither finds caches as
-    only itself leaves them."""
+    """Microseconds of a call, and how many times as long as x + x: medians, one after the other, so that neither finds
+    caches as only itself leaves them."""
     x = torch.ones(4)
     own, unit = [], []
     for _ in range(20):
