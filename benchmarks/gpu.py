@@ -21,9 +21,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
-from operator import attrgetter
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +50,12 @@ WIDE = [
     *((2, 4096, 4, 512, 1024), (2, 4096, 128, 128, 128)),
     *((2, 4096, 4, 384, 1536), (2, 4096, 144, 128, 128)),
 ]
+# FlashQLA hands few heads to several programs as well; then q and k shared by two heads each, [B T G H K V]
+GATED_DELTA = [*MATRIX, (1, 2048, 16, 128, 128), (1, 131072, 8, 128, 128)]
+GROUPED = [(1, 8192, 4, 8, 128, 128)]
+PACKED = [(1, 32768, 16, 128, 128), (1, 131072, 8, 128, 128)]  # documents of `mixed` lengths
+# Of scans with erase and removal keys, or several writes per token.
+ERASING = [(8, 2048, 16, 64, 64), (8, 2048, 16, 128, 128), (1, 32768, 16, 64, 64), (1, 32768, 16, 128, 128)]
 CHANNELS = [(8, 2048, 4096, 16), (1, 32768, 4096, 16), (4, 8192, 2048, 16)]
 DIAGONAL = [(8, 2048, 2048), (1, 65536, 1024), (16, 8192, 1024), (32, 1024, 4096)]
 DECODE = [(1, 16, 128, 128), (64, 16, 128, 128), (256, 16, 128, 128)]
@@ -57,8 +65,8 @@ CHECKED = 256  # tokens of the runs whose errors are reported
 class Peer(NamedTuple):
     """Another package's function of the same tensors; its module `needs` is looked for, not imported.
 
-    prepare, untimed, gives it its own layout; answer converts its output to ours; grads: whether those compare; takes:
-    whether it takes a shape.
+    prepare, untimed, gives it its own layout; answer converts its output to ours; grads: whether those compare;
+    backward: whether it has one; takes: whether it takes a shape.
     """
 
     needs: str
@@ -66,6 +74,7 @@ class Peer(NamedTuple):
     prepare: Callable[..., Tensors] = lambda *tensors: list(tensors)
     answer: Callable[[Tensor], Tensor] = lambda y: y
     grads: bool = True
+    backward: bool = True
     takes: Callable[[tuple[int, ...]], bool] = lambda shape: True
 
 
@@ -130,14 +139,76 @@ def retention(B: int, T: int, H: int, K: int) -> Tensor:
 
 def fla(name: str) -> Any:
     import fla.ops.common.chunk_o as guard
-    from fla import ops
 
     guard.TRITON_ABOVE_3_7_1 = True  # its refusal of Hopper's gated backward; the errors here show whether it was right
-    return attrgetter(name)(ops)
+    module, _, function = f"fla.ops.{name}".rpartition(".")
+    return getattr(import_module(module), function)
 
 
 def fla_peer(name: str, call: Callable[..., Any]) -> dict[str, Peer]:
     return {f"fla {name}": Peer("fla", lambda *tensors: call(fla(name), *tensors)[0])}
+
+
+# The same with erase and removal keys, write gates and several writes per token
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape), dim=-1).to(BF16).requires_grad_()
+
+
+def strengths(*shape: int) -> Tensor:
+    return torch.rand(*shape).to(BF16).requires_grad_()
+
+
+def low_rank(B: int, T: int, H: int, K: int, V: int) -> Tensors:
+    """q, k, v, log_decay, erase, remove; gates as RWKV-7 bounds them."""
+    decay = (-math.exp(-0.5) * torch.sigmoid(torch.randn(B, T, H, K) - 1)).to(BF16).requires_grad_()
+    e = unit(B, T, H, K)
+    b = (e.detach() * torch.rand(B, T, H, K)).to(BF16).requires_grad_()
+    return [rand(B, T, H, K), unit(B, T, H, K), rand(B, T, H, V), decay, e, b]
+
+
+def low_rank_scan(form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, e: Tensor, b: Tensor) -> Tensor:
+    options: Any = {"erase_from": "previous", "scale": q.shape[-1] ** -0.5, "form": form}
+    return recur.scan(q, k, v, g, erase=e, remove=b, **options).y
+
+
+def comba(B: int, T: int, H: int, K: int, V: int) -> Tensors:
+    """q, k, v, log_decay, p, beta."""
+    k = unit(B, T, H, K)
+    p = (k.detach() * torch.rand(H, 1)).to(BF16).requires_grad_()
+    return [rand(B, T, H, K), k, rand(B, T, H, V), by_head(B, T, H, K), p, strengths(B, T, H)]
+
+
+def comba_scan(form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, p: Tensor, beta: Tensor) -> Tensor:
+    options: Any = {"erase_from": "previous", "scale": q.shape[-1] ** -0.5, "form": form}
+    return recur.scan(q, k, v, g, erase=beta.unsqueeze(-1) * p, write=beta, **options).y
+
+
+def gated_keys(B: int, T: int, H: int, K: int, V: int) -> Tensors:
+    """q, k, v, log_decay, and the gates that erase and write."""
+    gate = gates(B, T, H, K, shift=2.0)
+    return [rand(B, T, H, K), unit(B, T, H, K), rand(B, T, H, V), gate, strengths(B, T, H, K), strengths(B, T, H, V)]
+
+
+def gated_keys_scan(form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, w: Tensor) -> Tensor:
+    return recur.scan(q, k, v, g, erase=b * k, write=w, scale=q.shape[-1] ** -0.5, form=form).y
+
+
+def delta_product(B: int, T: int, H: int, K: int, V: int, *, writes: int) -> Tensors:
+    """q, k, v, log_decay, beta."""
+    several = (B, T, writes, H)
+    gate = by_head(B, T, H, K)
+    return [rand(B, T, H, K), unit(*several, K), rand(*several, V), gate, strengths(*several)]
+
+
+def sub_tokens(writes: int) -> Callable[..., tuple[float, float]]:
+    """Products where every token is so many."""
+    return lambda B, T, *sizes: delta_products(B, writes * T, *sizes)
+
+
+def fla_product(run: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Any:
+    return run(q, k.flatten(1, 2), v.flatten(1, 2), g, beta.flatten(1, 2), k.shape[2])
 
 
 def mlstm(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:
@@ -153,6 +224,66 @@ def to_mlstm(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *_: None) -> Tensors:
     return [*heads_first[:3], torch.full_like(logit, 30.0).requires_grad_(), logit]
 
 
+def heads_of_128(shape: tuple[int, ...]) -> bool:
+    return shape[-2:] == (128, 128)
+
+
+def flash_qla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *_: Any, **packed: Tensor) -> Tensor:
+    from flash_qla import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule(q, k, v, g, beta, **packed)[0]
+
+
+def to_flashinfer(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *_: Any) -> Tensors:
+    """Rows one after the other, and gates themselves, in float32."""
+    rows = torch.arange(len(q) + 1) * q.shape[1]
+    return [*(x.detach().flatten(0, 1) for x in (q, k, v, g.float().exp(), beta.float())), rows]
+
+
+def flashinfer(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, rows: Tensor, **packed: Tensor) -> Tensor:
+    from flashinfer.gdn_prefill import chunk_gated_delta_rule
+
+    y = chunk_gated_delta_rule(q, k, v, g, beta, cu_seqlens=packed.get("cu_seqlens", rows))
+    return y.unflatten(0, (len(rows) - 1, -1))
+
+
+@cache
+def mixed(T: int) -> Tensor:
+    """Borders of documents of T / 2, T / 4, ... T / 64 and T / 64 tokens, the longest in the middle."""
+    return torch.tensor([0, *accumulate(T // part for part in (8, 32, 2, 64, 4, 64, 16))])
+
+
+def gated_delta_peers(packed: bool = False) -> dict[str, Peer]:
+    """fla hands this rule to FlashQLA where that is installed, unless the process runs with its FLA_FLASH_QLA=0."""
+
+    def options(T: int) -> dict[str, Tensor]:
+        return {"cu_seqlens": mixed(T)} if packed else {}
+
+    found = fla_peer(
+        "chunk_gated_delta_rule",
+        lambda run, q, k, v, g, beta, *_: run(q, k, v, g, beta, **options(q.shape[1])),
+    )
+    found["FlashQLA"] = Peer(
+        "flash_qla", lambda q, *tensors: flash_qla(q, *tensors, **options(q.shape[1])), takes=heads_of_128
+    )
+    found["FlashInfer"] = Peer(
+        "flashinfer", lambda q, *tensors: flashinfer(q, *tensors, **options(len(q))), to_flashinfer, grads=False,
+        backward=False, takes=heads_of_128,
+    )  # fmt: skip
+    return found
+
+
+def grouped(B: int, T: int, G: int, H: int, K: int, V: int) -> Tensors:
+    """Gated delta whose q and k are shared by H / G heads."""
+    q, k = matrix(B, T, G, K, V, delta=True)[:2]
+    return [q, k, *matrix(B, T, H, K, V, gate=by_head, delta=True)[2:]]
+
+
+def packed_scan(form: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *_: None) -> Tensor:
+    scale, cu_seqlens = q.shape[-1] ** -0.5, mixed(q.shape[1])
+    return recur.scan(q, k, v, g, beta=beta, scale=scale, cu_seqlens=cu_seqlens, form=form).y
+
+
 SIGMOID = Peer("mlstm_kernels", mlstm, to_mlstm, lambda y: y.transpose(1, 2), grads=False)
 
 
@@ -162,8 +293,6 @@ def log_to_gate(x: Tensor, g: Tensor) -> Tensors:
 
 
 def accelerated(module: str, a: Tensor, x: Tensor) -> Tensor:
-    from importlib import import_module
-
     return import_module(f"accelerated_scan.{module}").scan(a, x)
 
 
@@ -245,6 +374,10 @@ def wide(flops: Any = chunked_products, **options: Any) -> Family:
     return separable(no_peers, flops, **options)._replace(shapes=WIDE)
 
 
+def erasing(name: str, call: Callable[..., Any], inputs: Any, ours: Any, writes: int = 1, like: int = 2) -> Family:
+    return Family(ERASING, inputs, ours, lambda: fla_peer(name, call), sub_tokens(writes), like=like)
+
+
 FAMILIES = {
     "keywise": separable(
         lambda: fla_peer("chunk_gla", lambda run, q, k, v, g, *_: run(q, k, v, g)), gate=by_key(slow=16.0)
@@ -271,9 +404,14 @@ FAMILIES = {
         gate=lambda B, T, H, K: slopes(H, 8.0),
     ),
     "gated_delta": separable(
-        lambda: fla_peer("chunk_gated_delta_rule", lambda run, q, k, v, g, beta, *_: run(q, k, v, g, beta)),
-        delta_products, gate=by_head, delta=True,
+        gated_delta_peers, delta_products, gate=by_head, delta=True
+    )._replace(shapes=GATED_DELTA),
+    "gated_delta grouped": Family(
+        GROUPED, grouped, matrix_scan, gated_delta_peers, lambda B, T, G, *sizes: delta_products(B, T, *sizes), like=2
     ),
+    "gated_delta packed": separable(
+        partial(gated_delta_peers, packed=True), delta_products, gate=by_head, delta=True
+    )._replace(shapes=PACKED, ours=packed_scan),
     "delta": separable(
         lambda: fla_peer("chunk_delta_rule", lambda run, q, k, v, g, beta, *_: run(q, k, v, beta)),
         delta_products, delta=True,
@@ -290,6 +428,22 @@ FAMILIES = {
         gate=by_key(slow=16.0), bonus=True,
     ),
     "complex": separable(no_peers, gate=complex_gates),
+    "rwkv7": erasing(
+        "chunk_rwkv7", lambda run, q, k, v, g, e, b: run(q, g, k, v, -e, b, scale=q.shape[-1] ** -0.5), low_rank,
+        low_rank_scan, 2,
+    ),
+    "dplr": erasing(
+        "chunk_dplr_delta_rule", lambda run, q, k, v, g, e, b: run(q, k, v, -e, b, g), low_rank, low_rank_scan, 2
+    ),
+    "comba": erasing("chunk_comba", lambda run, q, k, v, g, p, beta: run(q, k, v, p, g, beta), comba, comba_scan),
+    "gated_delta_net2": erasing("chunk_gdn2", lambda run, *tensors: run(*tensors), gated_keys, gated_keys_scan),
+    **{
+        f"delta_product {writes}": erasing(
+            "gated_delta_product.chunk_gated_delta_product", fla_product, partial(delta_product, writes=writes),
+            matrix_scan, writes, 0,
+        )
+        for writes in (2, 3)
+    },
     "wide keywise": wide(gate=by_key(slow=16.0)),
     "wide scalar": wide(gate=by_head),
     "wide gated_delta": wide(delta_products, gate=by_head, delta=True),
@@ -428,7 +582,7 @@ def measure_step(call: Callable[[], Tensor]) -> dict[str, float]:
     return {"first_call_s": first, **timed("forward", call, 20)}
 
 
-def measure(run: Callable[..., Tensor], tensors: Tensors, short: bool) -> dict[str, float]:
+def measure(run: Callable[..., Tensor], tensors: Tensors, short: bool, backward: bool = True) -> dict[str, float]:
     leaves = [x for x in tensors if x is not None]
 
     def forward() -> Tensor:
@@ -440,9 +594,12 @@ def measure(run: Callable[..., Tensor], tensors: Tensors, short: bool) -> dict[s
 
     start = time.perf_counter()
     dy = torch.randn_like(forward())
-    both()
+    if backward:
+        both()
     settle()
     figures: dict[str, float] = {"first_call_s": time.perf_counter() - start}
+    if not backward:
+        return figures | timed("forward", forward)
     if on_gpu():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -506,6 +663,7 @@ def case(
 ) -> dict[str, Any]:
     """One line of the table."""
     family, record = FAMILIES[name], {"family": name, "shape": list(shape), "what": what}
+    record["version"] = "" if peer is None else installed(peer.needs)
     torch.manual_seed(0)
     try:
         tensors = family.inputs(*shape)
@@ -516,11 +674,18 @@ def case(
             with torch.no_grad():
                 record |= measure_step(lambda: run(*inputs)) | errors(family, peer, form, shape)
         else:
-            record |= measure(run, inputs, shape[1] <= 256) | errors(family, peer, form, shape)
+            backward = peer is None or peer.backward
+            record |= measure(run, inputs, shape[1] <= 256, backward) | errors(family, peer, form, shape)
     except Exception as error:  # what cannot run here is a result too
         record["failed"] = f"{type(error).__name__}: {error}"[:300]
     settle()
     return record
+
+
+def installed(module: str) -> str:
+    """The version of the package that a module belongs to."""
+    names = packages_distributions().get(module, [])
+    return version(names[0]) if names else ""
 
 
 def growth(form: str, longest: int) -> list[dict[str, Any]]:
@@ -546,13 +711,13 @@ def table(found: dict[str, Any]) -> str:
     )
     rates = ", ".join(f"{name} {value / 1e12:.3g} T/s" for name, value in found["rates"].items())
     lines = [
-        f"{found['device']}; {rates}",
+        f"{found['device']}; torch {found['torch']}, Triton {found.get('triton', '')}; {rates}",
         "",
         "| " + columns.replace("|", " | ") + " |",
         "|---" * 3 + "|--:" * 8 + "|",
     ]
     for r in found["records"]:
-        cells = [r["family"], "×".join(map(str, r["shape"])), r["what"]]
+        cells = [r["family"], "×".join(map(str, r["shape"])), f"{r['what']} {r.get('version', '')}".rstrip()]
         if "failed" in r:
             cells += [r["failed"].splitlines()[0][:80].replace("|", "/"), *[""] * 7]
         else:
@@ -636,7 +801,8 @@ def _run(options: argparse.Namespace) -> None:
     known = [r for run in before for r in run["records"] if "failed" not in r]
     done = {(r["family"], tuple(r["shape"]), r["what"]) for r in known}
     name = torch.cuda.get_device_name() if on_gpu() else "CPU"
-    found: dict[str, Any] = {"device": name, "torch": torch.__version__, "rates": rates()}
+    found: dict[str, Any] = {"device": name, "torch": torch.__version__, "triton": installed("triton")}
+    found["rates"] = rates()
     found |= {"records": known, "growth": [r for run in before for r in run["growth"]]}
     if options.growth:
         found["growth"] = growth(options.form, options.longest)

@@ -2,6 +2,7 @@
 
     python benchmarks/scan_plans.py --out results                     # every family and setting
     python benchmarks/scan_plans.py --families key --seconds 60
+    python benchmarks/scan_plans.py --segments 1 2 4 8 16 --shapes 1,32768,16,128,128 --gates 2 8 0
 
 Medians of triton's do_bench with the L2 flushed, in ms. Settings are compiled first, side by side. Writes
 scan_plans.json.
@@ -15,6 +16,7 @@ import json
 import multiprocessing
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,31 +45,63 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
     from recur.kernels import scan
 
     K, V = shape[3:]
-    scan._STATE_TILES[torch.bfloat16][max(64, K)] = ((setting, setting), (setting, setting))
+    scan._STATE_TILES[torch.bfloat16][max(64, K)] = ((setting,) * 2,) * 3
     scan._INPUT_TILES[torch.bfloat16][max(64, V)] = setting
     scan._LAYOUTS.clear()
     q, k, v, a, beta = inputs(family, *shape)
     x = scan.Tensors(q=q, v=v, k=k, log_decay=a, beta=beta)
-    run = scan._Launcher(x, K**-0.5, False, False)
+    run = scan._Launcher(x, K**-0.5, False, False, False)
     new, delta = torch.empty_like, beta is not None
     y, states, dstates, dy = new(v), run.chunk_states(), run.chunk_states(), torch.randn_like(v)
     error, dv, dq, dk = new(v), new(v), new(q), new(k)
     options = {"error": error, "dbeta": run.new(2, *v.shape[:3])} if delta else {}
-    kept = scan.scan_forward(*x, K**-0.5, False, False, True)[2]
-    run.forward(chunk_states=states, error=options.get("error"))
-    run.backward_states(dy, dv, dstates, **options)
+    kept = scan.scan_forward(*x, K**-0.5, False, False, False, True)[2]
+    entry, back = run.entering(None), run.entering(None, dy=dy)
+    run.forward(entry, chunk_states=states, error=options.get("error"))
+    run.backward_states(back, dy, dv, dstates, **options)
     dgate = None if a is None else new(a) if family in ("key", "kda") else run.new(4, *a.shape[:3])
     return {
-        "prepare": lambda: scan._Launcher(x, K**-0.5, False, False),
-        "forward": lambda: run.forward(y=y),
-        "chunk_states": lambda: run.forward(chunk_states=states, error=options.get("error")),
-        "backward_states": lambda: run.backward_states(dy, dv, dstates, **options),
+        "prepare": lambda: scan._Launcher(x, K**-0.5, False, False, False),
+        "forward": lambda: run.forward(entry, y=y),
+        "chunk_states": lambda: run.forward(entry, chunk_states=states, error=options.get("error")),
+        "backward_states": lambda: run.backward_states(back, dy, dv, dstates, **options),
         "backward_inputs": lambda: run.backward_inputs(
             error if delta else v, dy, dv, states, dstates, dq, dk, dgate, None
         ),
-        "forward_all": lambda: scan.scan_forward(*x, K**-0.5, False, False, True),
-        "backward_all": lambda: scan.scan_backward(dy, None, *x, K**-0.5, False, False, kept),
+        "forward_all": lambda: scan.scan_forward(*x, K**-0.5, False, False, False, True),
+        "backward_all": lambda: scan.scan_backward(dy, None, *x, K**-0.5, False, False, False, kept),
     }
+
+
+def segments(family: str, shape: tuple[int, ...], n: int, shift: float) -> dict[str, float]:
+    """Milliseconds of a forward and a backward in n segments, in a CUDA graph, and how many borders have a warm-up.
+    Gates forget the more slowly the larger `shift`: 2 is 10 bits per chunk of 64 tokens, 8 is 0.03."""
+    from recur.kernels import scan
+    from triton.testing import do_bench_cudagraph
+
+    planned = scan.plan
+
+    def plan(**sizes: Any) -> scan.Plan:
+        found = planned(**sizes)
+        span = found.chunk * -(-sizes["T"] // (found.chunk * n))
+        return found._replace(segments=-(-sizes["T"] // span), span=span)
+
+    q, k, v, a, beta = inputs(family, *shape)
+    if a is not None:
+        a = F.logsigmoid(torch.randn_like(a) + shift)
+    scan.plan = plan
+    try:
+        x, options = scan.Tensors(q=q, v=v, k=k, log_decay=a, beta=beta), (shape[3] ** -0.5, False, False, False)
+        warm = scan._Launcher(x, *options).warm
+        kept, dy = scan.scan_forward(*x, *options, True)[2], torch.randn_like(v)
+        calls = {
+            "forward": lambda: scan.scan_forward(*x, *options, True),
+            "backward": lambda: scan.scan_backward(dy, None, *x, *options, kept),
+        }
+        found = {name: round(do_bench_cudagraph(call, rep=60, return_mode="median"), 4) for name, call in calls.items()}
+    finally:
+        scan.plan = planned
+    return found | {"warm": 0.0 if warm is None else round((warm[:, 1:] >= 0).float().mean().item(), 3)}
 
 
 def compile_one(case: tuple) -> None:
@@ -85,6 +119,8 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))
     parser.add_argument("--settings", nargs="+", help="block,warps,stages ...")
     parser.add_argument("--shapes", nargs="+")
+    parser.add_argument("--segments", nargs="+", type=int, help="time whole scans in so many segments, nothing else")
+    parser.add_argument("--gates", nargs="+", type=float, default=[2.0, 8.0], help="with these shifts of the gates")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -93,6 +129,11 @@ def main() -> None:
     settings = [tuple(map(int, s.split(","))) for s in options.settings] if options.settings else SETTINGS
     shapes = [tuple(map(int, s.split(","))) for s in options.shapes] if options.shapes else SHAPES
     begin = time.time()
+    if options.segments:
+        for shape, family, shift, n in itertools.product(shapes, options.families, options.gates, options.segments):
+            row = {"family": family, "shape": shape, "gates": shift, "segments": n}
+            print(json.dumps(row | segments(family, shape, n, shift)), flush=True)
+        return
     cases = [(f, s, c) for s in shapes for f in options.families for c in settings if c[0] <= max(64, s[3])]
     with multiprocessing.get_context("spawn").Pool(14) as pool:
         pool.map(compile_one, cases, chunksize=1)

@@ -4,7 +4,7 @@ Equations and files
     S_t = diag(a_t) S_{t-1} + k_t u_tᵀ, y_t = S_tᵀ q_t; u is v, or corrected by the delta rule; S [K V]
         chunk_scan      algebra and notation; the records that its kernels take; what they share
         chunk_prepare   decay of chunks; decayed q and k; scores of chunks out of range; the triangular inverse
-        chunk_forward   outputs and states; the states that enter segments
+        chunk_forward   outputs and states; where segments begin, and with which states
         chunk_backward  gradients of states, then of q, k, v and gates
         rotate          complex gates: rotated q and k, and their backward pass
         scan            plan, launches, operators
@@ -33,10 +33,13 @@ Shared, in the order of imports
 Words
     chunk       C tokens at a fixed place of a row, multiplied as matrices
     segment     consecutive chunks (or tokens) that one program scans with the state in registers
+    border      the place between two segments of a row or document
+    warm-up     chunks before a border from which a segment begins with zeros, because their gates forget the rest
     tile        the part of a tensor that a program holds; block: tokens or columns taken at once
     decay       product of gates: decay_in from the entry of a chunk, decay_out to its end, decay_total over all of it
     anchor      the point of a chunk from which key-wise decay is counted; in_range: whether that overflows nowhere
     A_qk, A_kk  decayed scores inside a chunk; A_inv: (1 + β A_kk)⁻¹, the UT transform
+    eraser      key under which the delta rule reads what it erases: k, or an erase key e
     phase       angle of a complex gate, a 32-bit fraction of a circle
     descriptor  what a program publishes for those that wait for it, see `lookback`
     slot        number of a chunk in tensors [chunks ...]; with packed documents some stay empty

@@ -16,16 +16,19 @@ from recur.kernels.chunk_scan import (
     all_in_range,
     at_anchor,
     decayed_scores,
+    entering_state,
     first_phase,
     head_gates,
     load_log_decay,
+    load_log_erase,
     load_rotated,
+    locate_pass,
     log_anchor,
     state_offsets,
     token_gates,
     token_phases,
 )
-from recur.kernels.decay import RESET, chunk_decays, load_gates, masked_sums, pair_decay, tied_key
+from recur.kernels.decay import RESET, chunk_decays, load_gates, log_before, masked_sums, pair_decay, tied_key
 from recur.kernels.rotate import load_phases
 from recur.kernels.tiles import (
     LOG2E,
@@ -33,28 +36,10 @@ from recur.kernels.tiles import (
     causal,
     chunk_bounds,
     load_tile,
-    locate_segment,
     matrix_ptrs,
     off_diagonal,
     store_tile,
 )
-
-
-@triton.jit
-def _enter(
-    enter_ptr, b, h, segment, ends, rows, cols, SCAN: tl.constexpr, MAP: tl.constexpr, PARTS: tl.constexpr
-):  # fmt: skip
-    """Parts of the gradient of the state that leaves a segment, zeros where there is no tensor; for the map of a
-    segment that of the scan, which leaves the last segment."""
-    dS = ()
-    for p in tl.static_range(PARTS):
-        cell, mask = state_offsets(rows, cols, SCAN.K - p * rows.shape[0], SCAN.V)
-        state = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
-        if enter_ptr is not None:
-            entry = enter_ptr + (b * SCAN.H + h if MAP else segment) * (SCAN.K * SCAN.V)
-            state = tl.load(entry + p * rows.shape[0] * SCAN.V + cell, mask=mask & ends if MAP else mask, other=0.0)
-        dS = dS + (state,)
-    return dS
 
 
 @triton.jit
@@ -67,27 +52,31 @@ def _dphase(dS, chunk_states_ptr, chunk_head, rows, cols, mask, K, V):
     return tl.where(rows < K // 2, -dphase, dphase)
 
 
-@triton.jit(do_not_specialize=["B", "T", "chunk_slots", "tiles", "segments", "span"])
+@triton.jit(do_not_specialize=["B", "T", "documents", "chunk_slots", "tiles", "span"])
 def backward_states(
-    x, prepared, dy_ptr, error_ptr, chunk_states_ptr,  # Given; Prepared; [B T H V] twice; what `forward` kept
+    x, prepared, entry, dy_ptr, error_ptr, chunk_states_ptr,  # Given; Prepared; Entry; [B T H V] twice; kept states
     dv_ptr, dbeta_ptr, chunk_dstates_ptr,  # [B T H V], [tiles B T H], gradients of the state after every chunk
-    enter_ptr, leave_ptr, dphase_state_ptr,  # [B H segments K V] twice; [tiles chunks H K] of complex gates
-    cu_ptr, B, T, chunk_slots, tiles, segments, span, scale,
+    leave_ptr, dphase_state_ptr,  # of initial states, or maps [borders H K V]; [tiles chunks H K] of complex gates
+    cu_ptr, B, T, documents, chunk_slots, tiles, span, scale,
     SCAN: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns columns [BLOCK_V] of the gradient of the state of one segment, against the direction of the
-    scan. Without dv it computes the map of a segment alone."""
+    scan. Without dv it computes L of the segment behind a border alone, as `forward` does."""
     H: tl.constexpr = SCAN.H
     K: tl.constexpr = SCAN.K
     V: tl.constexpr = SCAN.V
     C: tl.constexpr = SCAN.C
     DOT: tl.constexpr = SCAN.DOT
     PRECISION: tl.constexpr = SCAN.PRECISION
-    DELTA: tl.constexpr = x.beta is not None
+    DELTA: tl.constexpr = x.beta is not None or SCAN.ERASE != "none"
     MAP: tl.constexpr = dv_ptr is None
     pid = tl.program_id(0).to(tl.int64)
-    tile, segment = pid % tiles, pid // tiles
-    b, h, index, first, begin, stop, chunk = locate_segment(segment, cu_ptr, H, T, segments, span, C)
+    tile, h, slot = pid % tiles, pid // tiles % H, pid // tiles // H
+    document, first, begin, end, chunk, own, passed, ahead, enters, leaves, warm, idle = locate_pass(
+        entry, slot, h, cu_ptr, T, documents, span, False, SCAN, not SCAN.REVERSE, MAP, False
+    )  # fmt: skip
+    if idle:
+        return
     offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
     group = h * SCAN.GROUPS_IN // H
@@ -97,17 +86,17 @@ def backward_states(
     gates = ()
     if SCAN.DECAY == "scalar":
         gates = head_gates(x, first, T, h, cu_ptr, SCAN)
-    begins, ends = index == (segments - 1 if SCAN.REVERSE else 0), index == (0 if SCAN.REVERSE else segments - 1)
-    dS = _enter(enter_ptr, b, h, segment, ends, offs_k, offs_v, SCAN, MAP, PARTS)
+    dS = entering_state(entry, document, enters, h, warm == passed, warm < 0, offs_k, offs_v, SCAN, PARTS)
+    warm = tl.maximum(warm, 0)
 
-    chunks = tl.cdiv(stop - begin, C)
-    if MAP:
-        chunks = tl.where(begins, 0, chunks)
-    for i in tl.range(0, chunks, num_stages=STAGES):
-        n = i if SCAN.REVERSE else chunks - 1 - i
+    for i in tl.range(0, own + warm, num_stages=STAGES):
+        n = i - warm if SCAN.REVERSE else own - 1 + warm - i
         start = begin + n * C
-        row, inside = first + start, offs < tl.minimum(stop - start, C).to(tl.int32)
+        row, inside = first + start, offs < tl.minimum(end - start, C).to(tl.int32)
         chunk_head, log_in = (chunk + n) * H + h, 0.0
+        stored = inside
+        if entry.warm is not None:
+            stored = inside & (n >= 0) & (n < own)
         du, A_qk = tl.zeros([C, BLOCK_V], tl.float32), tl.zeros([C, C], tl.float32)  # A_qk [s t]
         states, anchors = (), ()
         for p in tl.static_range(PARTS):
@@ -115,6 +104,8 @@ def backward_states(
             cell, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
             if not MAP:
                 ptrs = chunk_dstates_ptr + (chunk_head * K + p * BLOCK_K) * V + cell
+                if entry.warm is not None:
+                    in_state = in_state & (n >= 0) & (n < own)
                 tl.store(ptrs, dS[p].to(chunk_dstates_ptr.dtype.element_ty), mask=in_state)
             q_in = load_tile(queries, row, offs, inside, rows).to(DOT)
             k_out = load_tile(keys, row, offs, inside, rows).to(DOT)
@@ -145,15 +136,20 @@ def backward_states(
         if DELTA:
             A_inv = tl.load(prepared.A_inv + chunk_head * (C * C) + offs[None, :] * C + offs[:, None])  # transposed
             du = tl.dot(A_inv, du.to(DOT), input_precision=PRECISION)
-            beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-            if PARTS == 1:
+            if x.beta is not None:
+                beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+            if PARTS == 1:  # where it is k_out, by another pointer: one load for both would spill
                 k_in = load_tile(erasers, row, offs, inside, offs_k).to(DOT)
-            if not MAP:
+            if not MAP and x.beta is not None:
                 error = load_tile((error_ptr, H, h, V), row, offs, inside, offs_v)
                 at = tile * B * T * H + (row + offs) * H + h
-                tl.store(dbeta_ptr + at, tl.sum(du * error, 1), mask=inside)
-            du = du * beta[:, None]
-            dprediction = du * (tl.exp2(log_in) * -1.0)[:, None] if SCAN.DECAY == "scalar" else du * -1.0
+                tl.store(dbeta_ptr + at, tl.sum(du * error, 1), mask=stored)
+            if x.beta is not None:
+                du = du * beta[:, None]
+            if SCAN.DECAY == "scalar":
+                dprediction = du * (tl.exp2(load_log_erase(prepared, chunk_head, log_in, SCAN)) * -1.0)[:, None]
+            else:
+                dprediction = du * -1.0
             states = ()
             for p in tl.static_range(PARTS):
                 if PARTS > 1:
@@ -161,7 +157,7 @@ def backward_states(
                 states = states + (tl.dot(tl.trans(k_in), dprediction.to(DOT), dS[p], input_precision=PRECISION),)
             dS = states
         if not MAP:
-            store_tile((dv_ptr, H, h, V), row, offs, inside, offs_v, du)
+            store_tile((dv_ptr, H, h, V), row, offs, stored, offs_v, du)
         states = ()
         for p in tl.static_range(PARTS):
             state, rows = dS[p], offs_k + p * BLOCK_K
@@ -169,18 +165,20 @@ def backward_states(
                 _, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
                 dphase = _dphase(state, chunk_states_ptr, chunk_head, rows, offs_v, in_state, K, V)
                 at = (tile * chunk_slots + chunk + n) * (H * K) + h * K + rows
-                tl.store(dphase_state_ptr + at, dphase, mask=rows < K)
+                in_rows = rows < K
+                if entry.warm is not None:
+                    in_rows = in_rows & (n >= 0) & (n < own)
+                tl.store(dphase_state_ptr + at, dphase, mask=in_rows)
             states = states + (state * anchors[p][:, None] if SCAN.DECAY == "key" else state,)
         dS = states
 
     if leave_ptr is not None:
-        at = (
-            segment if MAP else b * H + h
-        )  # the gradient of the initial state, from the segment in which the scan begins
+        at = ((leaves if MAP else document) * H + h) * K
         for p in tl.static_range(PARTS):
             cell, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
-            mask = in_state if MAP else in_state & begins
-            tl.store(leave_ptr + (at * K + p * BLOCK_K) * V + cell, dS[p], mask=mask)
+            if not MAP:
+                in_state = in_state & (ahead == 0)
+            tl.store(leave_ptr + (at + p * BLOCK_K) * V + cell, dS[p], mask=in_state)
 
 
 # Gradients of everything that a chunk reads
@@ -203,19 +201,24 @@ def row_gates(gates, start, offs, inside, tile, SCAN: tl.constexpr, BLOCK_K: tl.
 
 @triton.jit
 def _anchored_decays(log_a, in_range, SCAN: tl.constexpr):
-    """decay_in / anchor_in and decay_out / anchor_out [C K] of key-wise decay."""
+    """decay_in / anchor_in, decay_out / anchor_out and the former of erasers [C K], of key-wise decay."""
     log_in, log_out, log_total = chunk_decays(log_a, SCAN.REVERSE, SCAN.BEFORE, SCAN.DOT)
     anchor = log_anchor(log_total, in_range)[None, :]
-    return tl.exp2(log_in - anchor), tl.exp2(log_out - anchor)
+    decay_in = tl.exp2(log_in - anchor)
+    decay_erase = decay_in
+    if SCAN.ERASE == "previous":
+        decay_erase = tl.exp2(log_before(log_a.to(tl.float32) * LOG2E, log_in, SCAN.REVERSE, SCAN.DOT) - anchor)
+    return decay_in, tl.exp2(log_out - anchor), decay_erase
 
 
 @triton.jit
 def _score_gradients(
-    dy, u, beta, dv, seen, log_a, log_in, cumulative, in_range, scale, SCAN: tl.constexpr, DELTA: tl.constexpr
+    dy, u, beta, dv, seen, log_a, log_in, log_erase, cumulative, in_range, scale,
+    SCAN: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
     """dA_qk and dA_kk [t s] before their decay; those of a chunk that is not in range are `gradients_exact`'s part."""
     dA_qk = tl.dot(dy, tl.trans(u), input_precision=SCAN.PRECISION)
-    if DELTA:
+    if DELTA and SCAN.ERASE == "none":
         dA_qk = dA_qk * beta[None, :]
     if SCAN.DECAY == "scalar":
         dA_qk = dA_qk * (pair_decay(log_a, log_in, cumulative, SCAN.REVERSE, SCAN.BEFORE, False, SCAN.DOT) * scale)
@@ -226,9 +229,11 @@ def _score_gradients(
     dA_qk = dA_qk.to(SCAN.DOT)
     dA_kk = dA_qk
     if DELTA:
-        dA_kk = tl.dot(dv, tl.trans(u), input_precision=SCAN.PRECISION) * -beta[None, :]
+        dA_kk = tl.dot(dv, tl.trans(u), input_precision=SCAN.PRECISION)
+        dA_kk = dA_kk * -beta[None, :] if SCAN.ERASE == "none" else -dA_kk
         if SCAN.DECAY == "scalar":
-            dA_kk = dA_kk * pair_decay(log_a, log_in, cumulative, SCAN.REVERSE, False, False, SCAN.DOT)
+            PREVIOUS: tl.constexpr = SCAN.ERASE == "previous"
+            dA_kk = dA_kk * pair_decay(log_a, log_erase, cumulative, SCAN.REVERSE, PREVIOUS, False, SCAN.DOT)
         dA_kk = tl.where(off_diagonal(seen) & in_range, dA_kk, 0.0).to(SCAN.DOT)
     return dA_qk, dA_kk
 
@@ -263,17 +268,17 @@ def _reader(
     elif SCAN.DECAY == "key":
         sums = q_in * dq
     if GATES_FIRST:
-        decay_in, decay_out = _anchored_decays(log_a, in_range, SCAN)
+        decay_in, decay_out, _ = _anchored_decays(log_a, in_range, SCAN)
         dq = dq * (decay_in * scale)
     return dq, q_in, sums, decay_out
 
 
 @triton.jit
-def _eraser(dv, S, dA_kk, k_out, sums, erasers, row, offs, inside, cols, log_in, SCAN: tl.constexpr):
+def _eraser(dv, S, dA_kk, k_out, sums, erasers, row, offs, inside, cols, log_erase, SCAN: tl.constexpr):
     """dk_in [C BLOCK_K] of the delta rule, without the decay of key-wise gates; k_in; `sums` plus k_in dk_in."""
     dk_in = -tl.dot(dv, tl.trans(S), input_precision=SCAN.PRECISION)
     if SCAN.DECAY == "scalar":
-        dk_in = dk_in * tl.exp2(log_in)[:, None]
+        dk_in = dk_in * tl.exp2(log_erase)[:, None]
     dk_in = tl.dot(dA_kk, k_out, dk_in, input_precision=SCAN.PRECISION)
     k_in = load_tile(erasers, row, offs, inside, cols).to(SCAN.DOT)
     if SCAN.DECAY == "scalar":
@@ -291,7 +296,7 @@ def _writer(
     """dk [C BLOCK_K], without the decay of key-wise gates. What passes through the chunk or leaves it belongs to
     d log a of every token: `through` of one gate per head; of key-wise gates it joins `sums` at the last token."""
     dk = tl.dot(u, tl.trans(dS), input_precision=SCAN.PRECISION)
-    if DELTA:
+    if DELTA and SCAN.ERASE == "none":
         dk = dk * beta[:, None]
     if SCAN.DECAY == "scalar":
         dk = dk * tl.exp2(load_log_decay(prepared.log_decays, chunk_head, SCAN.C, LOG_OUT))[:, None]
@@ -307,34 +312,41 @@ def _writer(
 
 
 @triton.jit
-def _scalar_dgate(sums, through, k_out, dq, dk, queries, row, offs, inside, cols, SCAN: tl.constexpr):
+def _scalar_dgate(
+    sums, through, k_out, dq, dk, dk_in, queries, erasers, row, offs, inside, cols, SCAN: tl.constexpr
+):  # fmt: skip
     """d log a [C] of one gate per head: reads from t on that reach back before t, less writes before t that leave, plus
     what passes through."""
     sums -= tl.sum(k_out * dk, 1)
     dgate = tl.cumsum(sums, 0, reverse=not SCAN.REVERSE) + through
     if SCAN.BEFORE:
         dgate -= tl.sum(load_tile(queries, row, offs, inside, cols) * dq, 1)
+    if SCAN.ERASE == "previous":
+        dgate -= tl.sum(load_tile(erasers, row, offs, inside, cols) * dk_in, 1)
     return dgate
 
 
 @triton.jit
 def _gates_last(
-    sums, dq, dk_in, x, queries, dgate_to, cu_ptr, first, T, h, tile, start, row, out, offs, inside, cols, in_range,
-    scale, SCAN: tl.constexpr, DELTA: tl.constexpr, BLOCK_K: tl.constexpr,
+    sums, dq, dk_in, x, queries, erasers, dgate_to, cu_ptr, first, T, h, tile, start, row, out, offs, inside, cols,
+    in_range, scale, SCAN: tl.constexpr, DELTA: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d log a of key-wise gates, stored unless keys are tied; dq and dk_in with their decay; decay_out; log a."""
     dgate = tl.cumsum(sums, 0, reverse=not SCAN.REVERSE)
     if SCAN.BEFORE:
         dgate -= load_tile(queries, row, offs, inside, cols) * dq
+    if SCAN.ERASE == "previous":
+        tl.debug_barrier()  # loaded before the sums, the tile would spill
+        dgate -= load_tile(erasers, row, offs, inside, cols) * dk_in
     gates = head_gates(x, first, T, h, cu_ptr, SCAN)  # computed once more: kept from above, it would spill
     log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
     dgate = tl.where(log_a <= RESET, 0.0, dgate)
     if not SCAN.TIED:
         store_tile(dgate_to, out, offs, inside, cols, dgate)
     log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
-    decay_in, decay_out = _anchored_decays(log_a, in_range, SCAN)
+    decay_in, decay_out, _ = _anchored_decays(log_a, in_range, SCAN)
     dq = dq * (decay_in * scale)
-    if DELTA:
+    if DELTA and SCAN.ERASE == "none":
         dk_in = dk_in * decay_in
     return dgate, dq, dk_in, decay_out, log_a
 
@@ -350,9 +362,9 @@ def _gates_last(
 
 @triton.jit(do_not_specialize=["B", "T", "tiles", "documents", "chunks"])
 def backward_inputs(
-    x, prepared, u_ptr, dy_ptr, dv_ptr,  # Given; Prepared; [B T H V], u_ptr v or with beta the error u / β
+    x, prepared, u_ptr, dy_ptr, dv_ptr,  # Given; Prepared; [B T H V], u_ptr v or what is kept as the error
     chunk_states_ptr, chunk_dstates_ptr,  # from `forward` and `backward_states`
-    dq_ptr, dk_ptr, dgate_ptr, dbonus_ptr,  # one per block; dgate, with one gate per head, one per tile too
+    dq_ptr, dk_ptr, derase_ptr, dgate_ptr, dbonus_ptr,  # one per block; dgate of one gate per head one per tile too
     cu_ptr, B, T, tiles, documents, chunks, scale,
     SCAN: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -364,7 +376,7 @@ def backward_inputs(
     C: tl.constexpr = SCAN.C
     SCALAR: tl.constexpr = SCAN.DECAY == "scalar"
     KEYWISE: tl.constexpr = SCAN.DECAY == "key"
-    DELTA: tl.constexpr = x.beta is not None
+    DELTA: tl.constexpr = x.beta is not None or SCAN.ERASE != "none"
     STATES_TOGETHER: tl.constexpr = KEYWISE or (SCALAR and (DELTA or BLOCK_V <= 128))
     GATES_FIRST: tl.constexpr = KEYWISE and not DELTA and not SCAN.BEFORE
     GATES_LAST: tl.constexpr = SCAN.BEFORE or (KEYWISE and DELTA)
@@ -384,9 +396,11 @@ def backward_inputs(
     out, seen = row + block * B * T, causal(C, SCAN.REVERSE)  # `out`: rows of what is written
     group = h * SCAN.GROUPS_IN // H
     queries, keys = (prepared.q_in, SCAN.GROUPS_IN, group, K), (prepared.k_out, SCAN.GROUPS_IN, group, K)
+    erasers = (prepared.k_in, SCAN.GROUPS_IN, group, K)
     cell = chunk_head * (K * V) + offs_k[:, None] * V + offs_v[None, :]
     in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
-    gates, log_a, log_in, cumulative, beta, dv, dk_in, k_in, in_range = (), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, True
+    gates, log_a, log_in, log_erase, cumulative, in_range = (), 0.0, 0.0, 0.0, 0.0, True
+    beta, dv, dk_in, k_in = 0.0, 0.0, 0.0, 0.0
     if SCAN.DECAY != "none":
         gates = head_gates(x, first, T, h, cu_ptr, SCAN)
     if KEYWISE:
@@ -396,12 +410,16 @@ def backward_inputs(
     if SCALAR:
         log_a = load_gates(gates, start, offs, inside, offs_k, K, "scalar")
         log_in = load_log_decay(prepared.log_decays, chunk_head, C, LOG_IN)
-        cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
+        cumulative = log_in
+        if SCAN.BEFORE:
+            cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
+        log_erase = load_log_erase(prepared, chunk_head, log_in, SCAN)
 
     dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
     u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
-    if DELTA:
+    if x.beta is not None:
         beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+    if DELTA:
         dv = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
     S = tl.load(chunk_states_ptr + cell, mask=in_state, other=0.0)
     if STATES_TOGETHER:
@@ -410,7 +428,9 @@ def backward_inputs(
         if KEYWISE:
             through *= tl.load(prepared.anchor_out + chunk_head * K + offs_k, mask=offs_k < K, other=0.0)
     k_out = load_tile(keys, row, offs, inside, offs_k).to(SCAN.DOT)
-    dA_qk, dA_kk = _score_gradients(dy, u, beta, dv, seen, log_a, log_in, cumulative, in_range, scale, SCAN, DELTA)
+    dA_qk, dA_kk = _score_gradients(
+        dy, u, beta, dv, seen, log_a, log_in, log_erase, cumulative, in_range, scale, SCAN, DELTA
+    )
 
     dq, q_in, sums, decay_out = _reader(
         dy, S, dA_qk, k_out, queries, row, offs, inside, offs_k, log_a, log_in, in_range, scale, SCAN, GATES_FIRST
@@ -418,8 +438,7 @@ def backward_inputs(
     if not GATES_LAST:
         store_tile((dq_ptr, H, h, K), out, offs, inside, offs_k, dq)
     if DELTA:
-        erasers = (prepared.k_in, SCAN.GROUPS_IN, group, K)
-        dk_in, k_in, sums = _eraser(dv, S, dA_kk, k_out, sums, erasers, row, offs, inside, offs_k, log_in, SCAN)
+        dk_in, k_in, sums = _eraser(dv, S, dA_kk, k_out, sums, erasers, row, offs, inside, offs_k, log_erase, SCAN)
     if x.bonus is not None:  # a token reads what it writes
         now = tl.sum(dy.to(tl.float32) * u.to(tl.float32), 1)[:, None] * scale
         q = _load_given(x.q, row, offs, inside, h, offs_k, SCAN)
@@ -437,18 +456,20 @@ def backward_inputs(
     )
 
     if SCALAR:
-        dgate = _scalar_dgate(sums, through, k_out, dq, dk, queries, row, offs, inside, offs_k, SCAN)
+        dgate = _scalar_dgate(
+            sums, through, k_out, dq, dk, dk_in, queries, erasers, row, offs, inside, offs_k, SCAN
+        )  # fmt: skip
         at = (block * tiles + tile) * B * T * H + (row + offs) * H + h
         tl.store(dgate_ptr + at, tl.where(log_a <= RESET, 0.0, dgate), mask=inside)
     elif KEYWISE:
         sums -= k_out * dk
         if GATES_LAST:
             dgate, dq, dk_in, decay_out, log_a = _gates_last(
-                sums, dq, dk_in, x, queries, (dgate_ptr, H, h, K), cu_ptr, first, T, h, tile, start, row, out, offs,
-                inside, offs_k, in_range, scale, SCAN, DELTA, BLOCK_K,
+                sums, dq, dk_in, x, queries, erasers, (dgate_ptr, H, h, K), cu_ptr, first, T, h, tile, start, row, out,
+                offs, inside, offs_k, in_range, scale, SCAN, DELTA, BLOCK_K,
             )  # fmt: skip
         dk = dk * decay_out
-    if DELTA:
+    if x.beta is not None:
         dk += dk_in
     if x.bonus is not None:
         q = _load_given(x.q, row, offs, inside, h, offs_k, SCAN)
@@ -460,6 +481,12 @@ def backward_inputs(
         store_tile((dq_ptr, H, h, K), out, offs, inside, offs_k, dq)
     if not SCAN.TIED:
         store_tile((dk_ptr, H, h, K), out, offs, inside, offs_k, dk)
+    if SCAN.ERASE != "none":
+        if KEYWISE:
+            log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
+            _, _, decay_erase = _anchored_decays(log_a, in_range, SCAN)
+            dk_in = dk_in * decay_erase
+        store_tile((derase_ptr, H, h, K), out, offs, inside, offs_k, dk_in)
     if GATES_FIRST:
         if BLOCK_V > 64:
             log_a = row_gates(gates, start, offs, inside, tile, SCAN, BLOCK_K)
@@ -475,7 +502,7 @@ def backward_inputs(
 def gradients_exact(
     x, prepared, dy_ptr, u_ptr, dv_ptr,  # Given; Prepared; [B T H V], u_ptr as in `backward_inputs`
     dA_qk_ptr, dA_kk_ptr,  # [chunks H C C] float32, scratch
-    dq_ptr, dk_ptr, dgate_ptr,  # added to
+    dq_ptr, dk_ptr, derase_ptr, dgate_ptr,  # added to
     cu_ptr, T, documents, chunk_heads, scale,
     SCAN: tl.constexpr, CHUNKS_PER_PROGRAM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -488,7 +515,7 @@ def gradients_exact(
     begin = tl.program_id(0).to(tl.int64) * CHUNKS_PER_PROGRAM
     if all_in_range(prepared.in_range, begin, chunk_heads, CHUNKS_PER_PROGRAM):
         return
-    DELTA: tl.constexpr = x.beta is not None
+    DELTA: tl.constexpr = x.beta is not None or SCAN.ERASE != "none"
     for chunk_head in range(begin, tl.minimum(begin + CHUNKS_PER_PROGRAM, chunk_heads)):
         if tl.load(prepared.in_range + chunk_head) == 0:
             chunk, h = chunk_head // H, chunk_head % H
@@ -499,12 +526,15 @@ def gradients_exact(
             seen, later = causal(C, SCAN.REVERSE), causal(C, not SCAN.REVERSE)
             q, k = (x.q, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), (x.k, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
             dq, dk, dgate = (dq_ptr, H, h, K), (dk_ptr, H, h, K), (dgate_ptr, H, h, K)
+            erase, derase = (x.erase, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), dk
+            if SCAN.ERASE != "none":
+                derase = (derase_ptr, H, h, K)
             gates = head_gates(x, first, T, h, cu_ptr, SCAN)
             dA_qk, dA_kk = tl.zeros([C, C], tl.float32), tl.zeros([C, C], tl.float32)
             for part in tl.range(0, V, BLOCK_V, num_stages=1):
                 offs_v = part + tl.arange(0, BLOCK_V)
                 u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
-                if DELTA:
+                if x.beta is not None:
                     u = u * tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
                 u = u.to(SCAN.DOT)
                 dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
@@ -525,6 +555,7 @@ def gradients_exact(
                 # in the direction of the scan, E [s K] as in `scores_exact`; D [t K] collects d log a
                 E = tl.zeros([C, BLOCK_K], tl.float32)
                 D = tl.zeros([C, BLOCK_K], tl.float32)
+                own = D  # of erasers, which their own gate does not decay
                 phase = first_phase(prepared.chunk_phase, chunk_head, offs_k, K, KEYS)
                 for i in tl.range(0, length, num_stages=1):
                     t = length - 1 - i if SCAN.REVERSE else i
@@ -534,9 +565,15 @@ def gradients_exact(
                         phase -= token_phases(gates, start + t, offs_k, K, KEYS)
                     key = tied_key(log_t) if SCAN.TIED else load_rotated(k, row + t, offs_k, phase, K)
                     query = load_rotated(q, row + t, offs_k, phase_before if SCAN.BEFORE else phase, K)
+                    eraser = key
+                    if SCAN.ERASE != "none":
+                        eraser_phase = phase_before if SCAN.ERASE == "previous" else phase
+                        eraser = load_rotated(erase, row + t, offs_k, eraser_phase, K)
+                    if SCAN.ERASE == "previous":
+                        dk_in = tl.sum(E * tl.load(dA_kk_ptr + at + t * C + offs)[:, None], 0)
                     if not SCAN.BEFORE:
                         E = E * a[None, :]
-                    if DELTA:
+                    if DELTA and SCAN.ERASE != "previous":
                         dk_in = tl.sum(E * tl.load(dA_kk_ptr + at + t * C + offs)[:, None], 0)
                     if not SCAN.BEFORE:
                         E = tl.where((offs == t)[:, None], key[None, :], E)
@@ -545,11 +582,14 @@ def gradients_exact(
                         E = tl.where((offs == t)[:, None], key[None, :], E * a[None, :])
                     product = dquery * query
                     if DELTA:
-                        product += dk_in * key
-                        add_to_row(dk, row + t, offs_k, dk_in)
+                        product += dk_in * eraser
+                        add_to_row(derase, row + t, offs_k, dk_in)
+                    if SCAN.ERASE == "previous":
+                        own = tl.where((offs == t)[:, None], (dk_in * eraser)[None, :], own)
                     add_to_row(dq, row + t, offs_k, dquery)
                     D = tl.where((offs == t)[:, None], product[None, :], D)
-                read = D
+                if SCAN.BEFORE:
+                    own = D
 
                 # against it, E [t K]: the query of token t times the gates before it, down to the token that writes
                 tl.debug_barrier()
@@ -566,9 +606,16 @@ def gradients_exact(
                     if not SCAN.BEFORE:
                         E = tl.where((offs == t)[:, None], query[None, :], E)
                     dkey = tl.sum(E * tl.load(dA_qk_ptr + at + offs * C + t)[:, None], 0)
+                    eraser = key
+                    if SCAN.ERASE != "none":
+                        eraser_phase = phase if SCAN.ERASE == "previous" else phase_after
+                        eraser = load_rotated(erase, row + t, offs_k, eraser_phase, K)
                     if DELTA:
                         dkey += tl.sum(R * tl.load(dA_kk_ptr + at + offs * C + t)[:, None], 0)
-                        R = tl.where((offs == t)[:, None], key[None, :], R) * a[None, :]
+                        if SCAN.ERASE == "previous":
+                            R = tl.where((offs == t)[:, None], eraser[None, :], R * a[None, :])
+                        else:
+                            R = tl.where((offs == t)[:, None], eraser[None, :], R) * a[None, :]
                     E = E * a[None, :]
                     if SCAN.BEFORE:
                         E = tl.where((offs == t)[:, None], query[None, :], E)
@@ -582,7 +629,7 @@ def gradients_exact(
                 tl.debug_barrier()
                 log_a = load_gates(gates, start, offs, inside, offs_k % KEYS, K, "key")
                 sums = masked_sums(later, D, tl.float32)
-                if SCAN.BEFORE:
-                    sums -= read
+                if SCAN.BEFORE or SCAN.ERASE == "previous":
+                    sums -= own
                 old = load_tile(dgate, row, offs, inside, offs_k).to(tl.float32)
                 store_tile(dgate, row, offs, inside, offs_k, tl.where(log_a <= RESET, old, old + sums))

@@ -14,118 +14,161 @@ from recur.kernels.chunk_scan import (
     LOG_OUT,
     at_anchor,
     decayed_scores,
+    entering_state,
     head_gates,
     load_log_decay,
+    load_log_erase,
+    locate_pass,
     state_offsets,
 )
-from recur.kernels.tiles import causal, load_tile, locate_segment, matrix_ptrs, off_diagonal, store_tile
+from recur.kernels.decay import FORGOTTEN
+from recur.kernels.tiles import (
+    causal,
+    load_tile,
+    locate_segment,
+    matrix_ptrs,
+    off_diagonal,
+    segment_at,
+    store_tile,
+)
 
 
-@triton.jit
-def _enter(
-    enter_ptr, b, h, segment, begins, rows, cols,
-    SCAN: tl.constexpr, MAP: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "documents", "span", "borders"])
+def warm_up(
+    prepared, warm_ptr, cu_ptr, T, documents, span, borders,  # written: [2 borders H]
+    SCAN: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Parts of the state that enters a segment, zeros where there is no tensor, and as many ones. For the map of a
-    segment that of the scan, which enters the first segment, with an identity beside it if it is WIDTH columns wide."""
-    V: tl.constexpr = SCAN.V
-    S, ones = (), ()
-    for p in tl.static_range(PARTS):
-        part = rows + p * rows.shape[0]
-        _, mask = state_offsets(rows, cols, SCAN.K - p * rows.shape[0], WIDTH)
-        state = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
-        if enter_ptr is not None:
-            entry = enter_ptr + (b * SCAN.H + h if MAP else segment) * (SCAN.K * V)
-            given = (mask & (cols < V)[None, :] & begins) if MAP else mask
-            state = tl.load(entry + part[:, None] * V + cols[None, :], mask=given, other=0.0)
-        if WIDTH > V:
-            state += tl.where(part[:, None] + V == cols[None, :], 1.0, 0.0)
-        S, ones = S + (state,), ones + (tl.full([rows.shape[0]], 1.0, tl.float32),)
-    return S, ones
+    """For one border and head, how many chunks before it, and how many after it, forget whatever enters them, or reach
+    the end of the row or document; -1 if more than CHUNKS or a segment's would be needed."""
+    H: tl.constexpr = SCAN.H
+    pid = tl.program_id(0).to(tl.int64)
+    border, h = 1 + pid // H, pid % H
+    slot = segment_at(border, cu_ptr, documents, span, True)
+    _, left, _, _, _, chunk, before, own, after = locate_segment(slot, cu_ptr, T, documents, span, SCAN.C)
+    if (left != border) | (before == 0) | (own == 0):
+        return
+    offs = tl.arange(0, CHUNKS)
+    for AFTER in tl.static_range(2):
+        there = own + after if AFTER else before
+        inside = offs < tl.minimum(there, span // SCAN.C)
+        chunk_head = (chunk + offs if AFTER else chunk - 1 - offs) * H + h
+        if prepared.log_norm is not None:  # rows of the state are mixed
+            log = tl.cumsum(tl.load(prepared.log_norm + chunk_head, mask=inside, other=0.0), 0)
+        elif SCAN.DECAY == "scalar":
+            log = tl.cumsum(tl.load(prepared.log_total + chunk_head, mask=inside, other=0.0), 0)
+        else:
+            rows = tl.arange(0, BLOCK_K)
+            at, mask = chunk_head[:, None] * SCAN.K + rows[None, :], inside[:, None] & (rows < SCAN.K)[None, :]
+            decay = tl.load(prepared.anchor_in + at, mask=mask, other=0.0)
+            decay *= tl.load(prepared.anchor_out + at, mask=mask, other=0.0)
+            log = tl.log2(tl.maximum(decay, 1e-38, propagate_nan=tl.PropagateNan.ALL))
+            kept = tl.where(tl.cumsum(log, 0) < FORGOTTEN, 0, 1)  # of NaN as well
+            log = tl.where(tl.sum(kept, 1) == 0, 2 * FORGOTTEN, 0.0)
+        needed = tl.min(tl.where(inside & (log < FORGOTTEN), offs + 1, CHUNKS + 1), 0)
+        needed = tl.minimum(needed, tl.where(there <= CHUNKS, there, CHUNKS + 1))
+        needed = tl.where(needed <= tl.minimum(CHUNKS, span // SCAN.C), needed, -1)
+        tl.store(warm_ptr + (AFTER * borders + border) * H + h, needed.to(tl.int32))
 
 
 @triton.jit
-def _leave(
-    S, decay_product, leave_ptr, decay_product_ptr, segment, b, h, ends, tile, rows, cols,
-    SCAN: tl.constexpr, WIDTH: tl.constexpr, EMIT: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """Store parts of the state that leaves a segment; with y only of the segment that ends the scan."""
-    for p in tl.static_range(PARTS):
-        part = rows + p * rows.shape[0]
-        cell, mask = state_offsets(rows, cols, SCAN.K - p * rows.shape[0], WIDTH)
-        if leave_ptr is not None:
-            at = segment
-            if EMIT:
-                at, mask = b * SCAN.H + h, mask & ends
-            tl.store(leave_ptr + (at * SCAN.K + p * rows.shape[0]) * WIDTH + cell, S[p], mask=mask)
-        if decay_product_ptr is not None:
-            in_rows = (part < SCAN.K) & (tile == 0)
-            tl.store(decay_product_ptr + segment * SCAN.K + part, decay_product[p], mask=in_rows)
+def _identities(S, rows, cols, ADD: tl.constexpr):
+    """Parts of a state, plus an identity from column 0 on if ADD; and as many ones per row."""
+    states, ones = (), ()
+    for p in tl.static_range(len(S)):
+        state = S[p]
+        if ADD:
+            state += tl.where((rows + p * rows.shape[0])[:, None] == cols[None, :], 1.0, 0.0)
+        states, ones = states + (state,), ones + (tl.full([rows.shape[0]], 1.0, tl.float32),)
+    return states, ones
 
 
 @triton.jit
-def _correct(v, prediction, x, prepared, error_ptr, chunk, n, h, row, offs, inside, cols, SCAN: tl.constexpr):
-    """The delta rule in a chunk: u = A_inv β (v − prediction) [C V], prediction = k_in S. Stores the error u / β."""
+def _correct(v, prediction, x, prepared, error_ptr, chunk, n, h, row, offs, inside, stored, cols, SCAN: tl.constexpr):
+    """The delta rule in a chunk: u = A_inv β (v − prediction) [C V], prediction = k_in S. Stores the error u / β; β is
+    1 with an erase key."""
     H: tl.constexpr = SCAN.H
     C: tl.constexpr = SCAN.C
     DOT: tl.constexpr = SCAN.DOT
-    beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+    if x.beta is not None:
+        beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
     chunk_head = (chunk + n) * H + h
     A_inv = tl.load(matrix_ptrs(prepared.A_inv, chunk_head, C))
     error = v - prediction
-    u = tl.dot(A_inv, (error * beta[:, None]).to(DOT), input_precision=SCAN.PRECISION)
+    if x.beta is not None:
+        u = tl.dot(A_inv, (error * beta[:, None]).to(DOT), input_precision=SCAN.PRECISION)
+    else:
+        u = tl.dot(A_inv, error.to(DOT), input_precision=SCAN.PRECISION)
     if error_ptr is not None:
-        A_kk = tl.load(matrix_ptrs(prepared.A_kk, chunk_head, C), mask=inside[:, None], other=0.0)
-        error -= tl.dot(A_kk.to(DOT), u.to(DOT), input_precision=SCAN.PRECISION)
+        if x.beta is not None:
+            A_kk = tl.load(matrix_ptrs(prepared.A_kk, chunk_head, C), mask=inside[:, None], other=0.0)
+            error -= tl.dot(A_kk.to(DOT), u.to(DOT), input_precision=SCAN.PRECISION)
+        else:
+            error = u
         tensor = (error_ptr, H, h, SCAN.V)
-        store_tile(tensor, row, offs, inside, cols, error)
+        store_tile(tensor, row, offs, stored, cols, error)
     return u
 
 
-@triton.jit(do_not_specialize=["T", "tiles", "segments", "span"])  # not worth a compilation each
+@triton.jit(do_not_specialize=["T", "documents", "tiles", "span"])  # not worth a compilation each
 def forward(
-    x, prepared,  # Given, with dy for v if BACKWARD; Prepared, with q_in for k_out if BACKWARD
+    x, prepared, entry,  # Given, with dy for v if BACKWARD; Prepared, with q_in for k_out if BACKWARD; Entry
     y_ptr, error_ptr, chunk_states_ptr,  # [B T H V] twice; states before every chunk, at its anchor [chunks H K V]
-    enter_ptr, leave_ptr, decay_product_ptr,  # [B H segments K V] states, [B H segments K] product of the gates
-    cu_ptr, T, tiles, segments, span, scale,
+    leave_ptr, decay_product_ptr,  # final states; or maps [borders H K V], and products of gates [borders H K]
+    cu_ptr, T, documents, tiles, span, scale,
     SCAN: tl.constexpr, BACKWARD: tl.constexpr, EMIT: tl.constexpr,  # EMIT: y is wanted
     BLOCK_K: tl.constexpr, PARTS: tl.constexpr, BLOCK_V: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program owns columns [BLOCK_V] of the state of one segment, in PARTS of BLOCK_K rows.
 
-    With neither y nor chunk_states it computes the map of a segment alone: without delta rule L, and the decay_product
-    that is the diagonal of Q; with it [L Q], [K V+K], from an identity beside the entering state, into which nothing is
-    written. BACKWARD: such a map for `backward_states`, from the end of the scan."""
+    With neither y nor chunk_states it computes the map of the segment before a border alone, which is stored at the
+    border: without delta rule L, and the decay_product that is the diagonal of Q; with it [L Q], each in tiles of its
+    own, Q from an identity, into which nothing is written. Where the state that enters the segment is known, L includes
+    it. BACKWARD: such a map for `backward_states`, from the end of the scan."""
     H: tl.constexpr = SCAN.H
     K: tl.constexpr = SCAN.K
     V: tl.constexpr = SCAN.V
     C: tl.constexpr = SCAN.C
     RIGHT_TO_LEFT: tl.constexpr = SCAN.REVERSE != BACKWARD
-    DELTA: tl.constexpr = x.beta is not None
+    DELTA: tl.constexpr = x.beta is not None or SCAN.ERASE != "none"
     MAP: tl.constexpr = not EMIT and chunk_states_ptr is None
-    WIDTH: tl.constexpr = V + K if MAP and DELTA else V
+    Q_BEGIN: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V * BLOCK_V  # first column of Q
+    WIDTH: tl.constexpr = Q_BEGIN + K if MAP and DELTA else V
     pid = tl.program_id(0).to(tl.int64)
-    tile, segment = pid % tiles, pid // tiles
-    b, h, index, first, begin, stop, chunk = locate_segment(segment, cu_ptr, H, T, segments, span, C)
+    tile, h, slot = pid % tiles, pid // tiles % H, pid // tiles // H
+    document, first, begin, end, chunk, own, passed, ahead, enters, leaves, warm, idle = locate_pass(
+        entry, slot, h, cu_ptr, T, documents, span, tile * BLOCK_V >= V, SCAN, RIGHT_TO_LEFT, MAP, DELTA
+    )  # fmt: skip
+    if idle:
+        return
     offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
     group = h * SCAN.GROUPS_IN // H
     queries, keys = (prepared.q_in, SCAN.GROUPS_IN, group, K), (prepared.k_out, SCAN.GROUPS_IN, group, K)
     erasers, values = (prepared.k_in, SCAN.GROUPS_IN, group, K), (x.v, H, h, V)
+    if prepared.k_in is None:
+        erasers = keys
     read, gates = off_diagonal(causal(C, SCAN.REVERSE)) if SCAN.BEFORE else causal(C, SCAN.REVERSE), ()
     if SCAN.DECAY == "scalar":
         gates = head_gates(x, first, T, h, cu_ptr, SCAN)
-    begins, ends = index == (segments - 1 if RIGHT_TO_LEFT else 0), index == (0 if RIGHT_TO_LEFT else segments - 1)
-    S, decay_product = _enter(enter_ptr, b, h, segment, begins, offs_k, offs_v, SCAN, MAP, WIDTH, PARTS)
+    S = entering_state(entry, document, enters, h, warm == passed, warm < 0, offs_k, offs_v, SCAN, PARTS)
+    S, decay_product = _identities(S, offs_k, offs_v - Q_BEGIN, MAP and DELTA)
+    steps = own
+    if entry.warm is not None:
+        warm = tl.maximum(warm, 0)
+        if MAP and DELTA:
+            warm = tl.where(tile * BLOCK_V >= V, 0, warm)
+        steps += warm
 
-    chunks = tl.cdiv(stop - begin, C)
-    if MAP:  # nobody reads L of the last segment, nor Q of the first
-        chunks = tl.where(ends | (begins & (tile * BLOCK_V >= V)), 0, chunks)
-    for i in tl.range(0, chunks, num_stages=STAGES):
-        n = chunks - 1 - i if RIGHT_TO_LEFT else i
+    for i in tl.range(0, steps, num_stages=STAGES):
+        n = own - 1 - i if RIGHT_TO_LEFT else i
+        if entry.warm is not None:
+            n += warm if RIGHT_TO_LEFT else -warm
         start = begin + n * C
-        row, inside = first + start, offs < stop - start
+        row, inside = first + start, offs < end - start
         chunk_head, log_in = (chunk + n) * H + h, 0.0
+        stored = inside
+        if entry.warm is not None:
+            stored = inside & (n >= 0) & (n < own)
         if SCAN.DECAY == "scalar":
             log_in = load_log_decay(prepared.log_decays, chunk_head, C, LOG_IN)
             decay_total = tl.exp2(tl.load(prepared.log_total + chunk_head))
@@ -144,6 +187,8 @@ def forward(
                 state = state.to(SCAN.DOT)
             if chunk_states_ptr is not None:
                 ptrs = chunk_states_ptr + (chunk_head * K + p * BLOCK_K) * V + cell
+                if entry.warm is not None:
+                    in_state = in_state & (n >= 0) & (n < own)
                 tl.store(ptrs, state.to(chunk_states_ptr.dtype.element_ty), mask=in_state)
             if PARTS > 1:  # read at once, so that no part waits as an operand
                 if DELTA:
@@ -163,11 +208,13 @@ def forward(
         u = load_tile(values, row, offs, inside, offs_v)
         if DELTA:
             if PARTS == 1:
-                k_in = load_tile(erasers, row, offs, inside, offs_k)
+                k_in = k_out
+                if prepared.k_in is not None:
+                    k_in = load_tile(erasers, row, offs, inside, offs_k)
                 prediction = tl.dot(k_in.to(SCAN.DOT), entering[0], input_precision=SCAN.PRECISION)
             if SCAN.DECAY == "scalar":
-                prediction = prediction * tl.exp2(log_in)[:, None]
-            u = _correct(u, prediction, x, prepared, error_ptr, chunk, n, h, row, offs, inside, offs_v, SCAN)
+                prediction = prediction * tl.exp2(load_log_erase(prepared, chunk_head, log_in, SCAN))[:, None]
+            u = _correct(u, prediction, x, prepared, error_ptr, chunk, n, h, row, offs, inside, stored, offs_v, SCAN)
         written = u
         if SCAN.DECAY == "scalar":
             weight = tl.exp2(log_in if BACKWARD else load_log_decay(prepared.log_decays, chunk_head, C, LOG_OUT))
@@ -196,48 +243,77 @@ def forward(
             y = tl.dot(A_qk.to(SCAN.DOT), u, y, input_precision=SCAN.PRECISION)
             if SCAN.BEFORE:
                 y += load_log_decay(prepared.log_decays, chunk_head, C, BONUS)[:, None] * u.to(tl.float32)
-            store_tile((y_ptr, H, h, V), row, offs, inside, offs_v, y)
+            store_tile((y_ptr, H, h, V), row, offs, stored, offs_v, y)
 
-    _leave(
-        S, decay_product, leave_ptr, decay_product_ptr, segment, b, h, ends, tile, offs_k, offs_v,
-        SCAN, WIDTH, EMIT, PARTS,
-    )  # fmt: skip
+    if leave_ptr is not None:
+        at = ((leaves if MAP else document) * H + h) * K
+        for p in tl.static_range(PARTS):
+            cell, mask = state_offsets(offs_k, offs_v, K - p * BLOCK_K, WIDTH)
+            if entry.states is not None:
+                mask = mask & (ahead == 0)
+            elif MAP and DELTA:  # no column of L is one of Q
+                mask = mask & ((offs_v < V) | (offs_v >= Q_BEGIN))[None, :]
+            tl.store(leave_ptr + (at + p * BLOCK_K) * WIDTH + cell, S[p], mask=mask)
+            if decay_product_ptr is not None:
+                rows = offs_k + p * BLOCK_K
+                tl.store(decay_product_ptr + at + rows, decay_product[p], mask=(rows < K) & (tile == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "documents", "span"])
 def combine(
-    L_ptr, Q_ptr, enter_ptr, state_ptr,  # maps S -> Q S + L, or the diagonal of Q; [B H K V]; [B H segments K V]
-    K, V, segments, L_stride, Q_stride,  # strides over rows
-    RIGHT_TO_LEFT: tl.constexpr, DELTA: tl.constexpr, TRANSPOSE: tl.constexpr,
+    L_ptr, Q_ptr, warm_ptr, state_ptr,  # [borders H ...]: maps S -> Q S + L, or the diagonal of Q; see `Entry`; written
+    cu_ptr, T, documents, span, L_stride, Q_stride,  # strides over rows
+    SCAN: tl.constexpr, RIGHT_TO_LEFT: tl.constexpr, DELTA: tl.constexpr, TRANSPOSE: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """The state that enters each segment: S <- Q S + L, or Qᵀ S + L if TRANSPOSE, segment by segment; L of the first
-    one includes Q S. A Q that is no diagonal needs all rows in one program, which reads them as it stored them, BLOCK_V
-    at a time."""
-    bh = tl.program_id(0).to(tl.int64)
+    """The states of borders without a warm-up, border by border: S <- Q S + L, or Qᵀ S + L if TRANSPOSE, from one whose
+    L includes Q S up to the next that has a warm-up. A Q that is no diagonal needs all rows in one program, which reads
+    them as it stored them, BLOCK_V at a time; its transpose is that of the pass in the other direction."""
+    H: tl.constexpr = SCAN.H
+    K: tl.constexpr = SCAN.K
+    V: tl.constexpr = SCAN.V
+    pid = tl.program_id(0).to(tl.int64)
+    border, h, step = 1 + pid // H, pid % H, -1 if RIGHT_TO_LEFT else 1
+    slot = segment_at(border, cu_ptr, documents, span, RIGHT_TO_LEFT)
+    _, left, _, _, _, _, before, own, after = locate_segment(slot, cu_ptr, T, documents, span, SCAN.C)
+    leaves, passed, ahead = (left, after, before) if RIGHT_TO_LEFT else (left + 1, before, after)
+    if (leaves != border) | (ahead == 0) | (own == 0):
+        return
+    borders = tl.cdiv(ahead, span // SCAN.C)  # from this one on
+    if warm_ptr is None:
+        if passed > 0:
+            return
+    else:
+        previous = tl.load(warm_ptr + (border - step) * H + h, mask=passed > 0, other=0)
+        if (tl.load(warm_ptr + border * H + h) >= 0) | (previous < 0):
+            return
+        count = border * 0 + 1
+        while count < borders and tl.load(warm_ptr + (border + count * step) * H + h) < 0:
+            count += 1
+        borders = count
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = (offs_k < K)[:, None] & (offs_v < V)[None, :]
     cell = offs_k[:, None] * V + offs_v[None, :]
     S = tl.zeros([BLOCK_K, BLOCK_V], tl.float32)
-    if enter_ptr is not None:
-        S = tl.load(enter_ptr + bh * K * V + cell, mask=inside, other=0.0)
-    for i in range(0, segments):
-        segment = bh * segments + (segments - 1 - i if RIGHT_TO_LEFT else i)
-        state, transition = state_ptr + segment * K * V, Q_ptr + segment * K * Q_stride
-        tl.store(state + cell, S, mask=inside)
-        L = L_ptr + segment * K * L_stride + offs_k[:, None] * L_stride + offs_v[None, :]
+    for i in range(0, borders):
+        at = (border + i * step) * H + h
+        behind = at - step * H  # the border before, which has numbers if there is one
+        L = L_ptr + at * K * L_stride + offs_k[:, None] * L_stride + offs_v[None, :]
         L = tl.load(L, mask=inside, other=0.0)
         if DELTA:
-            tl.debug_barrier()
+            transition = Q_ptr + (behind if TRANSPOSE else at) * K * Q_stride
             S = L
             for part in tl.range(0, K, BLOCK_V, num_stages=1):
                 cols = part + tl.arange(0, BLOCK_V)
                 along, across = (1, Q_stride) if TRANSPOSE else (Q_stride, 1)
                 Q = transition + offs_k[:, None] * along + cols[None, :] * across
                 Q = tl.load(Q, mask=(offs_k < K)[:, None] & (cols < K)[None, :] & (i > 0), other=0.0)
-                rows = state + cols[:, None] * V + offs_v[None, :]
-                rows = tl.load(rows, mask=(cols < K)[:, None] & (offs_v < V)[None, :], other=0.0)
+                rows = state_ptr + behind * K * V + cols[:, None] * V + offs_v[None, :]
+                rows = tl.load(rows, mask=(cols < K)[:, None] & (offs_v < V)[None, :] & (i > 0), other=0.0)
                 S = tl.dot(Q, rows, S, input_precision="tf32x3")
         else:
-            S = S * tl.load(transition + offs_k, mask=(offs_k < K) & (i > 0), other=0.0)[:, None] + L
+            S = S * tl.load(Q_ptr + at * K + offs_k, mask=(offs_k < K) & (i > 0), other=0.0)[:, None] + L
+        tl.store(state_ptr + at * K * V + cell, S, mask=inside)
+        if DELTA:
+            tl.debug_barrier()

@@ -11,17 +11,18 @@ import triton.language as tl
 from recur.kernels.chunk_scan import (
     BONUS,
     CUMULATIVE,
-    LOG_IN,
+    LOG_ERASE,
     all_in_range,
     first_phase,
     head_gates,
     load_log_decay,
+    load_log_erase,
     load_rotated,
     log_anchor,
     token_gates,
     token_phases,
 )
-from recur.kernels.decay import chunk_decays, gates_of, load_gates, pair_decay, tied_key
+from recur.kernels.decay import chunk_decays, gates_of, load_gates, log_before, pair_decay, tied_key
 from recur.kernels.rotate import (
     angle,
     cos_sin_of,
@@ -68,22 +69,43 @@ def cumulative_decay(
     log_out = load_gates(gates, start + shift, offs, neighbour, h, H, "key").to(tl.float32)
     log_out = tl.cumsum(log_out, 0, reverse=not SCAN.REVERSE)
     log_in = cumulative
-    if SCAN.BEFORE:
+    if SCAN.BEFORE or SCAN.ERASE == "previous":
         neighbour = (offs - shift >= 0) & (offs - shift < length)
-        log_in = load_gates(gates, start - shift, offs, neighbour, h, H, "key").to(tl.float32)
-        log_in = tl.cumsum(log_in, 0, reverse=SCAN.REVERSE)
+        exclusive = load_gates(gates, start - shift, offs, neighbour, h, H, "key").to(tl.float32)
+        exclusive = tl.cumsum(exclusive, 0, reverse=SCAN.REVERSE)
+        if SCAN.BEFORE:
+            log_in = exclusive
     at = log_decays_ptr + ((chunk * H + h) * (4 * C))[None, :] + offs[:, None]
     in_heads = (h < H)[None, :] & (offs >= 0)[:, None]
     tl.store(at, log_in * LOG2E, mask=in_heads)
     tl.store(at + C, cumulative * LOG2E, mask=in_heads)
     tl.store(at + 2 * C, log_out * LOG2E, mask=in_heads)
+    if SCAN.ERASE == "previous":
+        tl.store(at + LOG_ERASE * C, exclusive * LOG2E, mask=in_heads)
     last = offs[:, None] == (0 if SCAN.REVERSE else C - 1)
     tl.store(log_total_ptr + chunk * H + h, tl.sum(tl.where(last, cumulative, 0.0), 0) * LOG2E, mask=h < H)
 
 
+@triton.jit
+def _slowest(slowest, norm, logs, key, cols, size):
+    """The largest log gate of every token, and |k|² [C], these columns included."""
+    slowest = tl.maximum(slowest, tl.max(tl.where((cols < size)[None, :], logs, float("-inf")), 1))
+    key = key.to(tl.float32)
+    return slowest, norm + tl.sum(key * key, 1)
+
+
+@triton.jit
+def _store_log_norm(norm, log_total, x, out, chunk_head, row, offs, inside, h, H: tl.constexpr):
+    """log2 of a bound of the norm of a chunk's transition, of |k|² and the gates: 1 - beta k kᵀ multiplies k by
+    1 - beta |k|² and what is orthogonal to it by 1."""
+    beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+    growth = tl.maximum(tl.abs(1 - beta * norm), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out.log_norm + chunk_head, log_total + tl.sum(tl.log2(growth), 0))
+
+
 @triton.jit(do_not_specialize=["T", "documents", "chunks"])
 def prepare(
-    x, out, descriptors_ptr,  # Given; Prepared, written, but for its log_decays of one gate per head; see `lookback`
+    x, out, descriptors_ptr,  # Given; Prepared, written, but for logs of one gate per head; see `lookback`
     cu_ptr, T, documents, chunks, scale,
     SCAN: tl.constexpr, LIMIT: tl.constexpr, WINDOW: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
@@ -95,6 +117,8 @@ def prepare(
     DECAY: tl.constexpr = SCAN.DECAY
     DOT: tl.constexpr = SCAN.DOT
     COMPLEX: tl.constexpr = descriptors_ptr is not None
+    DELTA: tl.constexpr = out.A_kk is not None
+    NORM: tl.constexpr = out.log_norm is not None
     HALVES: tl.constexpr = K // KEYS
     chunk_head = tl.program_id(0).to(tl.int64)
     if COMPLEX:
@@ -103,13 +127,14 @@ def prepare(
     document, index, first, start, stop = locate_chunk(chunk, cu_ptr, T, documents, C)
     if start >= stop:
         return
-    DELTA: tl.constexpr = out.A_kk is not None
     offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     length = tl.minimum(stop - start, C).to(tl.int32)
     row, inside = first + start, offs < length
     seen = causal(C, SCAN.REVERSE)
     k, q = (x.k, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), (x.q, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
+    erase = (x.erase, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
     in_range = 1
+    slowest, norm = tl.full([C], float("-inf"), tl.float32), tl.zeros([C], tl.float32)
     if DECAY != "none":
         gates = head_gates(x, first, T, h, cu_ptr, SCAN)
     if COMPLEX:
@@ -119,15 +144,25 @@ def prepare(
             log_p, phase = load_phases(gates, start, offs, inside, part, KEYS, DECAY, PART)
             publish_phases(own, part, phase, KEYS, WINDOW)
             most = tl.maximum(most, tl.max(tl.abs(tl.sum(log_p, 0)), 0) * LOG2E)
+            if NORM and DECAY == "key":
+                cols = part + tl.arange(0, PART)
+                key = load_tile(k, row, offs, inside, cols)
+                slowest, norm = _slowest(slowest, norm, log_p, key, cols, KEYS)
     elif DECAY == "key":
         CHANNELS: tl.constexpr = BLOCK_K if BLOCK_K < 256 else 256
         most = start.to(tl.float32) * 0.0
         for part in tl.static_range(0, BLOCK_K, CHANNELS):
-            logs = load_gates(gates, start, offs, inside, part + tl.arange(0, CHANNELS), K, DECAY)
-            most = tl.maximum(most, tl.max(tl.abs(tl.sum(logs.to(tl.float32), 0) * LOG2E), 0))
+            cols = part + tl.arange(0, CHANNELS)
+            logs = load_gates(gates, start, offs, inside, cols, K, DECAY).to(tl.float32)
+            most = tl.maximum(most, tl.max(tl.abs(tl.sum(logs, 0) * LOG2E), 0))
+            if NORM:
+                slowest, norm = _slowest(slowest, norm, logs, load_tile(k, row, offs, inside, cols), cols, K)
     if DECAY == "key":
         in_range = tl.where(most <= 2 * LIMIT, 1, 0)
         tl.store(out.in_range + chunk_head, in_range)
+        if NORM:  # erasing mixes the rows: of each token the gate that keeps most
+            slowest = tl.where(inside, slowest * LOG2E, 0.0)
+            _store_log_norm(norm, tl.sum(slowest, 0), x, out, chunk_head, row, offs, inside, h, H)
     A_kk = tl.zeros([C, C], tl.float32)
     now = tl.zeros([C], tl.float32)
     for part in tl.range(0, KEYS, PART, num_stages=1):
@@ -139,9 +174,11 @@ def prepare(
             last = stop - start <= C if SCAN.REVERSE else index == 0
             tl.store(out.state_angle + (document * H + h) * KEYS + offs_p, angle(begin), mask=(offs_p < KEYS) & last)
             cos, sin = cos_sin_of(end, DOT)
-            cos_q, sin_q = cos, sin
+            cos_q, sin_q, cos_e, sin_e = cos, sin, cos, sin
             if SCAN.BEFORE:
                 cos_q, sin_q = cos_sin_of(end + phase, DOT)
+            if SCAN.ERASE == "previous":
+                cos_e, sin_e = cos_sin_of(end + phase, DOT)
         elif DECAY == "key":
             log_p = load_gates(gates, start, offs, inside, offs_p, K, DECAY)
         key = tied_key(log_p) if SCAN.TIED else load_tile(k, row, offs, inside, offs_p)
@@ -163,15 +200,27 @@ def prepare(
                 q_in, k_out = query * (-sin_q if half else cos_q), key * (-sin if half else cos)
             if out.q_in is not None:
                 store_tile((out.q_in,) + to, row, offs, inside, offs_p, q_in * decay_in if DECAY == "key" else q_in)
-            k_in = k_out
+            if SCAN.ERASE == "none":
+                k_in = k_out
+                if DECAY == "key":
+                    k_in = k_in * decay_in
             if DECAY == "key":
-                k_in, k_out = k_out * decay_in, k_out * tl.exp2(log_out - anchor[None, :])
+                k_out = k_out * tl.exp2(log_out - anchor[None, :])
             if out.k_out is not None:
                 store_tile((out.k_out,) + to, row, offs, inside, offs_p, k_out)
             if DECAY == "key":
                 at = (chunk_head * HALVES + half) * KEYS + offs_p
                 tl.store(out.anchor_in + at, tl.exp2(anchor), mask=offs_p < KEYS)
                 tl.store(out.anchor_out + at, tl.exp2(log_total - anchor), mask=offs_p < KEYS)
+            if SCAN.ERASE != "none":
+                k_in = load_tile(erase, row, offs, inside, offs_p)
+                if COMPLEX:
+                    k_in = k_in * (-sin_e if half else cos_e)
+                if DECAY == "key":
+                    log_erase = log_in
+                    if SCAN.ERASE == "previous":
+                        log_erase = log_before(log_p.to(tl.float32) * LOG2E, log_in, SCAN.REVERSE, DOT)
+                    k_in = k_in * tl.exp2(log_erase - anchor[None, :])
             if out.k_in is not None:
                 store_tile((out.k_in,) + to, row, offs, inside, offs_p, k_in)
             if DELTA:
@@ -179,11 +228,16 @@ def prepare(
     if SCAN.BEFORE:
         tl.store(out.log_decays + chunk_head * (4 * C) + BONUS * C + offs, now)
     if DELTA:
+        if NORM and DECAY == "scalar":
+            diagonal = tl.sum(tl.where(offs[:, None] == offs[None, :], A_kk, 0.0), 1)  # |k|²
+            log_total = tl.load(out.log_total + chunk_head)
+            _store_log_norm(diagonal, log_total, x, out, chunk_head, row, offs, inside, h, H)
         if DECAY == "scalar":
             log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
-            log_in = load_log_decay(out.log_decays, chunk_head, C, LOG_IN)
             cumulative = load_log_decay(out.log_decays, chunk_head, C, CUMULATIVE)
-            A_kk = A_kk * pair_decay(log_a, log_in, cumulative, SCAN.REVERSE, False, False, DOT)
+            log_erase = load_log_erase(out, chunk_head, cumulative, SCAN)
+            PREVIOUS: tl.constexpr = SCAN.ERASE == "previous"
+            A_kk = A_kk * pair_decay(log_a, log_erase, cumulative, SCAN.REVERSE, PREVIOUS, False, DOT)
         A_kk = tl.where(off_diagonal(seen), A_kk, 0.0)
         tl.store(matrix_ptrs(out.A_kk, chunk * H + h, C), A_kk, mask=(inside & (in_range != 0))[:, None])
 
@@ -210,6 +264,7 @@ def scores_exact(
             offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
             length, row = tl.minimum(stop - start, C).to(tl.int32), first + start
             k, q = (x.k, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), (x.q, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
+            erase = (x.erase, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
             gates = head_gates(x, first, T, h, cu_ptr, SCAN)
             # E [s K]: the key of token s times the gates after it, up to the token that reads
             E = tl.zeros([C, BLOCK_K], tl.float32)
@@ -223,11 +278,17 @@ def scores_exact(
                     phase -= token_phases(gates, start + t, offs_k, K, KEYS)
                 query = load_rotated(q, row + t, offs_k, phase_before if SCAN.BEFORE else phase, K)
                 key = tied_key(log_t) if SCAN.TIED else load_rotated(k, row + t, offs_k, phase, K)
+                eraser = key
+                if SCAN.ERASE != "none":
+                    eraser_phase = phase_before if SCAN.ERASE == "previous" else phase
+                    eraser = load_rotated(erase, row + t, offs_k, eraser_phase, K)
                 if SCAN.BEFORE:
                     scores = tl.sum(E * query[None, :], 1)
+                if A_kk_ptr is not None and SCAN.ERASE == "previous":
+                    tl.store(A_kk_ptr + at + t * C, tl.sum(E * eraser[None, :], 1))
                 E = E * a[None, :]
-                if A_kk_ptr is not None:
-                    tl.store(A_kk_ptr + at + t * C, tl.sum(E * key[None, :], 1))
+                if A_kk_ptr is not None and SCAN.ERASE != "previous":
+                    tl.store(A_kk_ptr + at + t * C, tl.sum(E * eraser[None, :], 1))
                 E = tl.where((offs == t)[:, None], key[None, :], E)
                 if not SCAN.BEFORE:
                     scores = tl.sum(E * query[None, :], 1)
@@ -244,7 +305,7 @@ def _store_block(ptr, n, m, block, C: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "documents"])
 def solve_tril(A_kk_ptr, beta_ptr, A_inv_ptr, cu_ptr, T, documents, SCAN: tl.constexpr):
     """A_inv = (1 + β A_kk)⁻¹, in the order of the scan: 16 rows one by one among themselves, then blocks of 16 by
-    products."""
+    products. β is 1 without beta."""
     H: tl.constexpr = SCAN.H
     C: tl.constexpr = SCAN.C
     REVERSE: tl.constexpr = SCAN.REVERSE
@@ -256,16 +317,20 @@ def solve_tril(A_kk_ptr, beta_ptr, A_inv_ptr, cu_ptr, T, documents, SCAN: tl.con
     N: tl.constexpr = C // 16
     block, offs = tl.arange(0, N), tl.arange(0, 16)
     length = tl.minimum(stop - start, C).to(tl.int32)
-    beta = beta_ptr + (first + start) * H + h
+    if beta_ptr is not None:
+        beta = beta_ptr + (first + start) * H + h
     A_kk = A_kk_ptr + chunk_head * (C * C)
     # each 16 rows by themselves, all blocks at once: [N 16 16]
     D = tl.where(offs[:, None] == offs[None, :], 1.0, 0.0)[None, :, :] + tl.zeros([N, 16, 16], tl.float32)
     for r in tl.range(0, 16, num_stages=4):
         t = 15 - r if REVERSE else r
         rows = block * 16 + t
-        weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
+        if beta_ptr is not None:
+            weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
         ptrs = A_kk + (rows * C + block * 16)[:, None] + offs[None, :]
-        A_row = tl.load(ptrs, mask=(rows < length)[:, None], other=0.0) * weight[:, None]
+        A_row = tl.load(ptrs, mask=(rows < length)[:, None], other=0.0)
+        if beta_ptr is not None:
+            A_row = A_row * weight[:, None]
         product = tl.sum(D * A_row[:, :, None], 1)
         D = tl.where((offs == t)[None, :, None], D - product[:, None, :], D)
     A_inv, diagonal = A_inv_ptr + chunk_head * (C * C), ()
@@ -281,12 +346,15 @@ def solve_tril(A_kk_ptr, beta_ptr, A_inv_ptr, cu_ptr, T, documents, SCAN: tl.con
         for i in tl.static_range(j + 1, N):
             n = N - 1 - i if REVERSE else i
             rows = n * 16 + offs
-            weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
+            if beta_ptr is not None:
+                weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
             product = tl.zeros([16, 16], tl.float32)
             for p in tl.static_range(j, i):
                 cols = (N - 1 - p if REVERSE else p) * 16 + offs
                 A_ip = tl.load(A_kk + rows[:, None] * C + cols[None, :], mask=(rows < length)[:, None], other=0.0)
-                product = tl.dot(A_ip * weight[:, None], column[p - j], product, input_precision="tf32x3")
+                if beta_ptr is not None:
+                    A_ip = A_ip * weight[:, None]
+                product = tl.dot(A_ip, column[p - j], product, input_precision="tf32x3")
             product = -tl.dot(diagonal[i], product, input_precision="tf32x3")
             column = column + (product,)
             _store_block(A_inv, n, m, product, C)

@@ -7,13 +7,18 @@ Notation
     C           tokens per chunk; chunks begin at fixed places of a row, so every kernel finds the same ones
     chunk_head  number of a chunk of one head, chunk · H + h; a tensor [chunks H ...] has one entry for each
     segment     consecutive chunks of one head, which one program scans with the state in registers
-    u           v, or with beta the corrected value β_t (v_t − (a_t S_{t-1})ᵀ k_t) of the delta rule
-    error       u / β, which the forward pass keeps for dβ
+    border      the place between two segments of a row or document; a tensor [borders H ...] has one entry per head
+    u           v, or with beta the corrected value β_t (v_t − (a_t S_{t-1})ᵀ k_t) of the delta rule, or with an erase key
+                v_t − (a_t S_{t-1})ᵀ e_t, without a_t if it reads from the previous state
+    error       u / β, which the forward pass keeps for dβ; u itself with an erase key
     decay_in, decay_out, decay_total    see `decay`
     q_in        q · decay_in, k_out = k · decay_out, k_in = k · decay_in, if there is one gate per key channel; otherwise
                 they are q, k and k, and decay is applied to their products. Rotated if gates are complex, see `rotate`
     A_qk, A_kk  [C C] decayed scores q_t·k_s and, for the delta rule, k_t·k_s inside a chunk
     A_inv       (1 + β A_kk)⁻¹, the UT transform (Yang et al. 2024)
+    eraser      k, the key under which the delta rule looks up what it corrects; with an erase key e, k_in is e · decay_in
+                (decay up to the token before, if it reads from the previous state), A_kk the decayed scores e_t·k_s, and β
+                is 1 in all that follows
     KEYS        key channels: K of them, or K / 2 if gates are complex, whose rotation doubles the rows of the state
 
 A chunk that is entered by S computes
@@ -21,7 +26,12 @@ A chunk that is entered by S computes
     y = q_in S + A_qk u      S <- decay_total S + k_outᵀ u      u = v, or u = A_inv β (v − k_in S)
 
 which is linear in S, as is any number of chunks: a segment maps S to Q S + L, with Q [K K], or diagonal without delta
-rule. So the derivative has the same shape in the other direction:
+rule. Where the gates of a few chunks before a border multiply to less than 2^FORGOTTEN, whatever enters those chunks is
+lost at the border, and the segment behind it needs no map: it begins with zeros that many chunks earlier, a warm-up that
+writes nothing. `warm_up` finds the numbers of chunks; maps are computed and combined for the other borders alone. What
+is not finite before a warm-up does not reach the segment. The backward pass warms up in the other direction.
+
+The derivative has the shape of the scan in the other direction:
 
     du = A_qkᵀ dy + k_out dS    dS <- decay_total dS + q_inᵀ dy    dv = du, or dv = β A_invᵀ du, and dS <- dS − k_inᵀ dv
     dq_in = dy Sᵀ    dk_out = u dSᵀ    dk_in = −dv Sᵀ    dA_qk = dy uᵀ    dA_kk = −dv uᵀ    ddecay_total = rowsum(dS S)
@@ -38,6 +48,7 @@ Kernels, in the order of a training step
     chunk_prepare.prepare           decayed and rotated q and k; in_range; A_kk; the term of a bonus
     chunk_prepare.scores_exact      A_qk and A_kk of chunks that are not in range
     chunk_prepare.solve_tril        A_inv
+    chunk_forward.warm_up           where segments may begin with zeros, and how many chunks earlier
     chunk_forward.forward           y; or the map of a segment; or the state before every chunk
     chunk_forward.combine           the state that enters each segment
     chunk_backward.backward_states  against the direction of the scan: dv, and dS after every chunk; or the map of a segment
@@ -49,7 +60,7 @@ More than 256 rows are scanned in PARTS of 128, each a tile of its own: S and dS
 columns are differentiated in BLOCKS, each a program with summands of its own.
 """  # noqa: E501
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
 
 from __future__ import annotations
 
@@ -59,11 +70,12 @@ import triton
 import triton.language as tl
 from recur.kernels.decay import RESET, gates_of, load_gates, pair_decay
 from recur.kernels.rotate import cos_sin_of, phase_of
-from recur.kernels.tiles import LOG2E, load_row, matrix_ptrs
+from recur.kernels.tiles import LOG2E, load_row, locate_segment, matrix_ptrs, segment_at
 
 # Rows of log_decays [chunks H 4 C]
 LOG_IN, CUMULATIVE, LOG_OUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 BONUS = tl.constexpr(3)  # what a token's bonus adds to its own read: scale q·(bonus k)
+LOG_ERASE = tl.constexpr(3)  # without a bonus: log_in of an eraser that reads from the previous state
 
 
 class Scan(NamedTuple):
@@ -81,6 +93,7 @@ class Scan(NamedTuple):
     REVERSE: bool  # from right to left
     BEFORE: bool  # tokens read before their own gate is applied
     TIED: bool  # k is 1 − exp(log a)
+    ERASE: str  # state that an erase key reads from, "decayed" or "previous"; "none" without one
     DOT: Any  # dtype that matmuls take
     PRECISION: str
     C: int  # tokens per chunk
@@ -88,7 +101,8 @@ class Scan(NamedTuple):
 
 class Given(NamedTuple):
     """Pointers to tensors of the caller, those that a kernel reads: q, k [B T G KEYS], v [B T H V], gate [B|1 T|1 H
-    KEYS|1], complex ones with a last axis of 2, with strides over batch and heads, beta [B T H], bonus [H K]."""
+    KEYS|1], complex ones with a last axis of 2, with strides over batch and heads, beta [B T H], bonus [H K], erase
+    [B T G KEYS]."""
 
     q: Any = None
     k: Any = None
@@ -98,6 +112,7 @@ class Given(NamedTuple):
     gate_sh: Any = None
     beta: Any = None
     bonus: Any = None
+    erase: Any = None
 
 
 class Prepared(NamedTuple):
@@ -105,7 +120,7 @@ class Prepared(NamedTuple):
 
     q_in: Any = None  # [B T H K], these three; or those of the caller
     k_out: Any = None
-    k_in: Any = None
+    k_in: Any = None  # for `forward` None where it is k_out
     anchor_in: Any = (
         None  # [chunks H K] of key-wise decay: decay from the entry of a chunk to its anchor, and from there
     )
@@ -115,9 +130,21 @@ class Prepared(NamedTuple):
     state_angle: Any = None  # [B H KEYS] of complex gates
     log_decays: Any = None  # [chunks H 4 C] of one gate per head, or for a bonus
     log_total: Any = None  # [chunks H] of one gate per head
+    log_norm: Any = None  # [chunks H] of the delta rule: log2 of what the norm of a chunk's Q cannot exceed
     A_qk: Any = None  # [chunks H C C], of chunks that are not in range
     A_kk: Any = None  # [chunks H C C] of the delta rule
     A_inv: Any = None  # [chunks H C C] of the delta rule
+
+
+class Entry(NamedTuple):
+    """Pointers to what enters the segments of a pass: the state or gradient that enters the scan [rows H K V], or one
+    per document; at borders without a warm-up what `combine` found [borders H K V], and chunks of warm-up [borders H],
+    -1 for none, in the direction of the pass and against it. None where there is one segment, and no gate."""
+
+    initial: Any = None
+    states: Any = None
+    warm: Any = None
+    against: Any = None
 
 
 @triton.jit
@@ -130,6 +157,15 @@ def head_gates(x, first, T, h, cu_ptr, SCAN: tl.constexpr):
 def load_log_decay(ptr, chunk_head, C: tl.constexpr, ROW: tl.constexpr):
     """One of the rows [C] of log_decays."""
     return tl.load(ptr + chunk_head * (4 * C) + ROW * C + tl.arange(0, C))
+
+
+@triton.jit
+def load_log_erase(prepared, chunk_head, log_in, SCAN: tl.constexpr):
+    """log_in [C] of what an eraser reads, of one gate per head."""
+    log = log_in
+    if SCAN.ERASE == "previous":
+        log = load_log_decay(prepared.log_decays, chunk_head, SCAN.C, LOG_ERASE)
+    return log
 
 
 @triton.jit
@@ -165,7 +201,9 @@ def decayed_scores(
     C: tl.constexpr = SCAN.C
     if SCAN.DECAY == "scalar":
         log_a = load_gates(gates, start, offs, inside, offs, SCAN.K, SCAN.DECAY)
-        cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
+        cumulative = log_in
+        if SCAN.BEFORE:
+            cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
         A = A * (pair_decay(log_a, log_in, cumulative, SCAN.REVERSE, SCAN.BEFORE, TRANSPOSE, SCAN.DOT) * scale)
     elif SCAN.DECAY == "key":
         in_range = tl.load(prepared.in_range + chunk_head) != 0
@@ -180,6 +218,72 @@ def decayed_scores(
     else:
         A = tl.where(mask, A, 0.0) * scale
     return A
+
+
+# Where segments begin
+
+
+@triton.jit
+def locate_pass(
+    entry, slot, h, cu_ptr, T, documents, span, is_Q,
+    SCAN: tl.constexpr, RIGHT_TO_LEFT: tl.constexpr, MAP: tl.constexpr, DELTA: tl.constexpr,
+):  # fmt: skip
+    """The segment of a program: what `locate_segment` says of it but its borders; chunks ahead of it; the borders where
+    the pass enters and leaves it; chunks of warm-up, -1 where none suffice; whether there is nothing to do.
+
+    If MAP it is the segment that is left at border number slot + 1. Its map is needed if that border has no warm-up; of
+    the delta rule, Q only if the one where the segment is entered has none either, in the direction of the pass or
+    against it.
+    """
+    wanted = slot + 1
+    if MAP:
+        slot = segment_at(wanted, cu_ptr, documents, span, RIGHT_TO_LEFT)
+    document, left, first, begin, end, chunk, before, own, after = locate_segment(
+        slot, cu_ptr, T, documents, span, SCAN.C
+    )  # fmt: skip
+    passed, ahead = (after, before) if RIGHT_TO_LEFT else (before, after)
+    enters, leaves = (left + 1, left) if RIGHT_TO_LEFT else (left, left + 1)
+    idle = (own == 0) & (before > 0)  # a slot without tokens
+    if MAP:
+        idle = idle | (leaves != wanted) | (ahead == 0)
+    warm = passed * 0
+    if MAP or entry.states is not None:
+        warm = tl.where(passed == 0, 0, -1)
+    if entry.warm is not None:
+        warm = tl.load(entry.warm + enters * SCAN.H + h, mask=(passed > 0) & (idle == 0), other=0)
+        if MAP:
+            border, other = leaves * SCAN.H + h, enters * SCAN.H + h
+            last = tl.load(entry.warm + border, mask=idle == 0, other=0) < 0
+            inner = last & (warm < 0)
+            if DELTA:
+                back = tl.load(entry.against + border, mask=idle == 0, other=0) < 0
+                back = back & (tl.load(entry.against + other, mask=(passed > 0) & (idle == 0), other=0) < 0)
+                inner = inner | back
+            idle = idle | (tl.where(is_Q, inner, last) == 0)
+    elif MAP:
+        idle = idle | (is_Q & (passed == 0))
+    return document, first, begin, end, chunk, own, passed, ahead, enters, leaves, warm, idle
+
+
+@triton.jit
+def entering_state(
+    entry, document, border, h, from_initial, from_border, rows, cols, SCAN: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Parts of the state that enters a segment: that of the scan, that of its border, or zeros."""
+    S, ptr = (), entry.states if entry.initial is None else entry.initial
+    at, given = document * SCAN.H + h, from_initial
+    if entry.states is not None:
+        at, given = tl.where(from_border, border * SCAN.H + h, at), from_border
+        if entry.initial is not None:  # one load: two would take twice the registers
+            ptr, given = entry.states if from_border else entry.initial, from_border | from_initial
+    for p in tl.static_range(PARTS):
+        cell, mask = state_offsets(rows, cols, SCAN.K - p * rows.shape[0], SCAN.V)
+        state = tl.zeros([rows.shape[0], cols.shape[0]], tl.float32)
+        if ptr is not None:
+            ptrs = ptr + (at * SCAN.K + p * rows.shape[0]) * SCAN.V + cell
+            state = tl.load(ptrs, mask=mask & given, other=0.0)
+        S += (state,)
+    return S
 
 
 # Token by token, for chunks that are not in range

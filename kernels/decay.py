@@ -22,6 +22,7 @@ import triton.language as tl
 from recur.kernels.tiles import LOG2E, causal, off_diagonal
 
 RESET = tl.constexpr(-103.9)  # the natural log of what is 0 in float32
+FORGOTTEN = tl.constexpr(-30.0)  # log2 of a decay below which nothing is left of a state in float32
 FLOOR = tl.constexpr(-111.0)  # a reset in sums: exact in bfloat16, and its exponential is 0 (it is 2^-160)
 
 
@@ -69,6 +70,16 @@ def masked_sums(mask, x, DOT: tl.constexpr):
     else:
         sums = tl.dot(mask.to(tl.float32), x.to(tl.float32), input_precision="tf32x3")
     return sums
+
+
+@triton.jit
+def log_before(log_a, log_in, REVERSE: tl.constexpr, DOT: tl.constexpr):
+    """log_in [C K] without the token's own gate, for erasers that read from the previous state; log_a in base 2."""
+    if tl.bfloat16 == DOT:
+        log = tl.minimum(log_in - log_a, 0.0)
+    else:
+        log = masked_sums(off_diagonal(causal(log_a.shape[0], REVERSE)), log_a, DOT)
+    return log
 
 
 @triton.jit

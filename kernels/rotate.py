@@ -118,14 +118,15 @@ def sum_phases(own, part, phase, KEYS, REVERSE: tl.constexpr, WINDOW: tl.constex
 
 @triton.jit(do_not_specialize=["T", "documents"])
 def rotate_backward(
-    x, prepared, dq_rotated_ptr, dk_rotated_ptr, drows_ptr, dphase_state_ptr,  # records of `chunk_scan`; gradients
-    dq_ptr, dk_ptr, dgate_ptr,  # written: [B T H KEYS] twice, [B T H KEYS 2]
+    x, prepared, dq_rotated_ptr, dk_rotated_ptr, derase_rotated_ptr, drows_ptr,  # records of `chunk_scan`; gradients
+    dphase_state_ptr,
+    dq_ptr, dk_ptr, derase_ptr, dgate_ptr,  # written: [B T H KEYS] three times, [B T H KEYS 2]
     cu_ptr, T, documents,
     SCAN: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """From gradients of rotated q and k [B T H K], of log gates of rows [B T H K] (None with one gate per head), and of
-    the rotation of the states that enter chunks [chunks H KEYS], to those of q, k and complex gates. One program owns
-    BLOCK_D key channels of one chunk of one head."""
+    """From gradients of rotated q, k and erase key [B T H K], of log gates of rows [B T H K] (None with one gate per
+    head), and of the rotation of the states that enter chunks [chunks H KEYS], to those of q, k, the erase key and
+    complex gates. One program owns BLOCK_D key channels of one chunk of one head."""
     H: tl.constexpr = SCAN.H
     C: tl.constexpr = SCAN.C
     KEYS: tl.constexpr = SCAN.KEYS
@@ -158,6 +159,16 @@ def rotate_backward(
     inclusive = -q * (re * sin + im * cos)
     if not SCAN.BEFORE:
         exclusive, inclusive = exclusive + inclusive, tl.zeros_like(inclusive)
+    if SCAN.ERASE != "none":
+        cos, sin = cos_sin_of(after + phase if SCAN.ERASE == "previous" else after, SCAN.DOT)
+        re = load_tile((derase_rotated_ptr, 2 * H, 2 * h, KEYS), row, offs, inside, d).to(tl.float32)
+        im = load_tile((derase_rotated_ptr, 2 * H, 2 * h + 1, KEYS), row, offs, inside, d).to(tl.float32)
+        store_tile((derase_ptr, H, h, KEYS), row, offs, inside, d, re * cos - im * sin)
+        erase = load_tile((x.erase, GROUPS, group, KEYS), row, offs, inside, d).to(tl.float32)
+        if SCAN.ERASE == "previous":
+            inclusive -= erase * (re * sin + im * cos)
+        else:
+            exclusive -= erase * (re * sin + im * cos)
     dphase = tl.load(dphase_state_ptr + chunk_head * KEYS + d, mask=d < KEYS, other=0.0)
     dphase = dphase[None, :] + exclusive - tl.cumsum(exclusive + inclusive, 0, reverse=SCAN.REVERSE)
     dphase = tl.where(log_a > RESET, dphase, 0.0)

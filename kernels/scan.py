@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from recur.kernels import chunk_backward, chunk_forward, chunk_prepare, rotate
 from recur.kernels.cached import cached
-from recur.kernels.chunk_scan import Given, Prepared, Scan
+from recur.kernels.chunk_scan import Entry, Given, Prepared, Scan
 from recur.kernels.operators import (
     capability,
     cdiv,
@@ -27,6 +27,7 @@ from recur.kernels.packing import state_count
 from recur.kernels.tiles import constants
 from torch import Tensor
 
+WARM_UP = 32  # chunks at most that a segment begins earlier; more would take `warm_up` more registers
 CHUNKS_PER_PROGRAM = 8  # of `scores_exact` and `gradients_exact`, which mostly find nothing to do
 INTERPRETED = not isinstance(chunk_forward.forward, triton.JITFunction)  # by Triton's interpreter, on a CPU
 
@@ -62,18 +63,20 @@ class Plan(NamedTuple):
 
 
 # Measured on an H100 and an H200; 512 rows by what fits. By rows of the state, at most 64 to 512: columns of a tile,
-# warps and stages of `forward` and `backward_states`, then the same for the delta rule.
+# warps and stages of `forward` and `backward_states`, then the same for the delta rule, and with erasers of their own.
+# Of 128 rows in bfloat16 the delta rule's `forward` has as many stages as let two programs share a processor (113 KiB
+# of shared memory each; not measured), which three tiles of keys and queries do not.
 _STATE_TILES = {
     torch.bfloat16: {
-        64: (((64, 4, 3), (64, 4, 3)), ((64, 4, 3), (64, 4, 3))),
-        128: (((64, 4, 2), (64, 4, 2)), ((64, 4, 3), (64, 4, 2))),
-        256: (((64, 8, 2), (64, 8, 2)), ((64, 8, 1), (64, 8, 1))),
+        64: (((64, 4, 3),) * 2,) * 3,
+        128: (((64, 4, 2),) * 2, ((64, 4, 2),) * 2, ((64, 4, 3), (64, 4, 2))),
+        256: (((64, 8, 2),) * 2, ((64, 8, 1),) * 2, ((64, 8, 1),) * 2),
     },
     torch.float32: {
-        64: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1))),
-        128: (((32, 4, 1), (32, 4, 1)), ((32, 4, 1), (32, 4, 1))),
-        256: (((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1))),
-        512: (((16, 8, 1), (16, 8, 1)), ((16, 8, 1), (16, 8, 1))),
+        64: (((32, 4, 1),) * 2,) * 3,
+        128: (((32, 4, 1),) * 2,) * 3,
+        256: (((16, 8, 1),) * 2,) * 3,
+        512: (((16, 8, 1),) * 2,) * 3,
     },
 }
 _NARROW_STATE_TILES = ((32, 4, 2), (32, 4, 2))  # 256 rows in bfloat16, where 64 columns would make too few programs
@@ -82,6 +85,7 @@ _INPUT_TILES = {
     torch.bfloat16: {64: (64, 4, 1), 128: (64, 4, 1), 256: (64, 4, 1)},
     torch.float32: {64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 8, 1)},
 }
+_WARM_UP_EXPECTED = 3  # chunks with which a segment begins where gates forget, for the number of segments
 _BLOCK = 256  # columns of a program of `backward_inputs`, at most
 
 
@@ -104,36 +108,50 @@ def _fills(programs: int, processors: int) -> bool:
     return 4 * programs >= 3 * processors
 
 
-def plan(*, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, processors: int = 132) -> Plan:
-    """The plan for `heads` states [K V] (batch times heads) over T tokens.
+def plan(
+    *, heads: int, T: int, K: int, V: int, dtype: torch.dtype, delta: bool = False, own: bool = False,
+    decay: str = "scalar", processors: int = 132,
+) -> Plan:  # fmt: skip
+    """The plan for `heads` states [K V] (batch times heads) over T tokens; own: what the delta rule erases with is a
+    tensor beside the keys; decay: "none" where gates forget nothing, or cannot be relied on to.
 
-    One segment if the heads alone give three of four processors a program; otherwise enough to give each processor two
-    programs, with at least 512 tokens per segment. The delta rule has at most 8 segments of at least 1024 tokens, as
-    many as make the longest chain of chunks shortest, with one program per processor: first the maps of all segments
-    but the last, those of inner segments with K more columns for Q, then all segments. Joining a segment is estimated
-    to take as long as four chunks.
+    One segment if the heads alone give three of four processors a program; otherwise as many as two programs per
+    processor allow, with at least 512 tokens per segment. Packed documents are cut as one row would be.
+
+    The delta rule has as many as make the longest chain of chunks shortest where gates forget: each segment but the
+    first begins with a warm-up. Where gates keep everything, segments need maps: first those of all segments but the
+    last, those of inner segments with K more columns for Q, then all segments; joining one is estimated to take as long
+    as four chunks. Segments for which that chain is more than a quarter longer than the shortest are not taken. Without
+    gates the shortest is taken, of at most 8 segments of at least 1024 tokens.
     """
     block_k, block_v = (max(64, power_of_2(size)) for size in (K, min(V, _BLOCK)))
     dtype = computed_as(dtype, K)
     chunk, kept = chunk_of(dtype), _kept(dtype)
     wide = (kept, block_k, delta) == (torch.bfloat16, 256, False)
     underfilled = wide and not _fills(heads * cdiv(V, 64), processors)
-    state_tiles = _NARROW_STATE_TILES if underfilled else _STATE_TILES[kept][block_k][delta]
+    state_tiles = _NARROW_STATE_TILES if underfilled else _STATE_TILES[kept][block_k][delta + own]
     forward, backward_states, backward_inputs = (
         Tiles(block, cdiv(size, block), warps, stages)
         for (block, warps, stages), size in zip((*state_tiles, _INPUT_TILES[kept][block_v]), (V, V, K), strict=True)
     )
-    programs, chunks = heads * forward.parts, cdiv(T, chunk)
+    programs, chunks = max(1, heads * forward.parts), cdiv(T, chunk)
+    most = max(1, min(T // 512, 2 * processors // programs))
 
-    def longest_chain(n: int) -> int:
+    def keeping(n: int) -> int:
         maps = (n - 1) * programs + max(0, n - 2) * heads * cdiv(K, forward.block)
         return cdiv(chunks, n) * (cdiv(maps, processors) + cdiv(n * programs, processors)) + 4 * n
 
-    if delta:
-        wanted = min(range(1, 1 + max(1, min(8, T // 1024))), key=longest_chain) if 2 * programs < processors else 1
+    def forgetting(n: int) -> int:
+        return (cdiv(chunks, n) + _WARM_UP_EXPECTED * (n > 1)) * cdiv(n * programs, 2 * processors)
+
+    if not delta:
+        wanted = 1 if _fills(programs, processors) else most
+    elif decay == "none":
+        wanted = min(range(1, 1 + max(1, min(8, T // 1024))), key=keeping)
     else:
-        wanted = 1 if _fills(programs, processors) else cdiv(2 * processors, max(1, programs))
-    span = chunk * cdiv(max(T, 1), chunk * min(wanted, max(1, T // 512)))
+        shortest = min(map(keeping, range(1, most + 1)))
+        wanted = min((n for n in range(1, most + 1) if 4 * keeping(n) <= 5 * shortest), key=forgetting)
+    span = chunk * cdiv(max(T, 1), chunk * wanted)
     segments = max(1, cdiv(T, span))
     return Plan(chunk, segments, span, block_k, block_v, cdiv(V, block_v), forward, backward_states, backward_inputs)
 
@@ -165,8 +183,8 @@ class Tensors(NamedTuple):
 
     q, k [B T G K], k None if tied: 1 − exp(log_decay), not with beta; v [B T H V], all of one dtype; log_decay
     [B|1 T|1 H K|1], or complex with a last axis of 2: states then have 2K rows, real parts before imaginary ones;
-    beta [B T H]; bonus [H K] float32, not with complex gates; initial [B H K V] float32, or [n H K V] for the n
-    documents of cu_seqlens [n+1].
+    beta [B T H]; bonus [H K] float32, not with complex gates; erase [B T G K], of v's dtype, not with beta, bonus or
+    tied keys; initial [B H K V] float32, or [n H K V] for the n documents of cu_seqlens [n+1].
     """
 
     q: Tensor
@@ -175,6 +193,7 @@ class Tensors(NamedTuple):
     log_decay: Tensor | None = None
     beta: Tensor | None = None
     bonus: Tensor | None = None
+    erase: Tensor | None = None
     initial: Tensor | None = None
     cu_seqlens: Tensor | None = None
 
@@ -182,7 +201,7 @@ class Tensors(NamedTuple):
 COUNT = len(Tensors._fields)
 _OPTIONAL = Tensors._field_defaults
 SCHEMA = ", ".join(f"Tensor{'?' if name in _OPTIONAL else ''} {name}" for name in Tensors._fields)
-SCHEMA += ", float scale, bool reverse, bool before"
+SCHEMA += ", float scale, bool reverse, bool before, bool previous"
 GRADIENTS = f"({', '.join(['Tensor'] * (COUNT - 1))})"
 
 
@@ -193,13 +212,18 @@ def decay_of(x: Tensors) -> str:
     return "scalar" if x.log_decay.shape[3] == 1 and x.k is not None else "key"
 
 
+def erases(x: Tensors) -> bool:
+    """Whether tokens erase something of the state before they write."""
+    return x.beta is not None or x.erase is not None
+
+
 def rows_of(x: Tensors) -> int:
     """Rows of a state: two per key channel if gates are complex."""
     return x.q.shape[3] * (2 if x.log_decay is not None and x.log_decay.ndim == 5 else 1)
 
 
 def prepared(x: Tensors, before: bool) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what is computed of q, k and gates alone, and kept for the backward: the fields of
+    """Shapes and dtypes of what is computed of keys, queries and gates alone, and kept for the backward: the fields of
     `chunk_scan.Prepared` that this scan needs."""
     (B, T, H, _), keys, K = x.v.shape, x.q.shape[3], rows_of(x)
     dtype = computed_as(x.v.dtype, K)
@@ -211,7 +235,7 @@ def prepared(x: Tensors, before: bool) -> dict[str, tuple[tuple[int, ...], torch
     if decay == "key":
         found |= dict.fromkeys(("anchor_in", "anchor_out"), ((*chunk_heads, K), torch.float32))
         found["in_range"] = chunk_heads, torch.int32
-    if decay == "key" and x.beta is not None:
+    if (decay == "key" and x.beta is not None) or ("q_in" in found and x.erase is not None):
         found["k_in"] = (B, T, H, K), kept
     if rotated:
         found["chunk_phase"] = (*chunk_heads, keys), torch.int32
@@ -221,6 +245,8 @@ def prepared(x: Tensors, before: bool) -> dict[str, tuple[tuple[int, ...], torch
     if decay == "scalar":
         found["log_total"] = chunk_heads, torch.float32
     if x.beta is not None:
+        found["log_norm"] = chunk_heads, torch.float32
+    if erases(x):
         found["A_kk"] = (*chunk_heads, chunk, chunk), torch.float32
         found["A_inv"] = (*chunk_heads, chunk, chunk), kept
     return found
@@ -229,17 +255,32 @@ def prepared(x: Tensors, before: bool) -> dict[str, tuple[tuple[int, ...], torch
 class _Layout:
     """What the launches of a scan take that follows from shapes, strides and dtypes alone: one per signature."""
 
-    def __init__(self, x: Tensors, scale: float, reverse: bool, before: bool, processors: int, capability: int) -> None:
+    def __init__(
+        self,
+        x: Tensors,
+        scale: float,
+        reverse: bool,
+        before: bool,
+        previous: bool,
+        processors: int,
+        capability: int,
+    ) -> None:
         (B, T, H, V), self.keys, K = x.v.shape, x.q.shape[3], rows_of(x)
-        delta, packed = x.beta is not None, x.cu_seqlens is not None
+        delta, packed = erases(x), x.cu_seqlens is not None
         self.dtype = computed_as(x.v.dtype, K)
-        self.plan = plan(heads=B * H, T=T, K=K, V=V, dtype=self.dtype, delta=delta, processors=processors)
-        if packed:
-            self.plan = self.plan._replace(segments=1, span=T)
+        self.decay, strides = decay_of(x), [0, 0, 0, 0]
+        forgets = self.decay if x.erase is None else "none"  # no bound is computed of what an erase key lets grow
+        self.plan = plan(
+            heads=B * H, T=T, K=K, V=V, dtype=self.dtype, delta=delta, decay=forgets,
+            own=delta and (self.decay == "key" or x.erase is not None), processors=processors,
+        )  # fmt: skip
+        self.warms_up = self.plan.segments > 1 and forgets != "none"
         self.sizes = (B, T, H, K, V)
         self.documents = state_count(B, x.cu_seqlens)
         self.chunks = chunk_slots(B, T, self.dtype, x.cu_seqlens)
-        self.decay, strides = decay_of(x), [0, 0, 0, 0]
+        # slots of segments, and numbers of borders, see `tiles.locate_segment`
+        self.slots = T // self.plan.span + self.documents if packed else B * self.plan.segments
+        self.borders = T // self.plan.span + 1 if packed else self.slots
         if x.log_decay is not None:
             strides = list(x.log_decay.expand(B, T, H, *x.log_decay.shape[3:]).stride())
         self.gate_sb, self.gate_sh = strides[0], strides[2]
@@ -250,9 +291,10 @@ class _Layout:
         scan = constants(Scan(
             H=H, K=K, V=V, KEYS=self.keys, GROUPS=x.q.shape[2], GROUPS_IN=H if "q_in" in self.shapes else x.q.shape[2],
             DECAY=self.decay, GATE_ST=strides[1], GATE_SD=strides[3], REVERSE=reverse, BEFORE=before, TIED=x.k is None,
-            DOT=dot, PRECISION=precision, C=self.plan.chunk,
+            ERASE="none" if x.erase is None else "previous" if previous else "decayed", DOT=dot, PRECISION=precision,
+            C=self.plan.chunk,
         ))  # fmt: skip
-        self.laid = {"T": T, "SCAN": scan, "enable_fp_fusion": True}
+        self.laid = {"T": T, "SCAN": scan, "documents": self.documents, "enable_fp_fusion": True}
         self.common = {**self.laid, "scale": scale}
         self._tiled: dict[Hashable, dict[str, Any]] = {}
         if dot != tl.bfloat16 or capability < 90:  # else the assembler gives up on some, in 32 registers
@@ -261,48 +303,60 @@ class _Layout:
     def tiled(self, tiles: Tiles) -> dict[str, Any]:
         """What `forward` and `backward_states` take by name."""
         return cached(self._tiled, tiles, lambda: {
-            **self.common, "tiles": tiles.parts, "segments": self.plan.segments, "span": self.plan.span,
-            "BLOCK_K": self.plan.part, "PARTS": cdiv(self.sizes[3], self.plan.part), "BLOCK_V": tiles.block,
-            "STAGES": tiles.stages, "num_warps": tiles.warps,
+            **self.common, "tiles": tiles.parts, "span": self.plan.span, "BLOCK_K": self.plan.part,
+            "PARTS": cdiv(self.sizes[3], self.plan.part), "BLOCK_V": tiles.block, "STAGES": tiles.stages,
+            "num_warps": tiles.warps,
         })  # fmt: skip
 
 
 _LAYOUTS: dict[Hashable, _Layout] = {}
 
 
-def _layout(x: Tensors, scale: float, reverse: bool, before: bool) -> _Layout:
+def _layout(x: Tensors, scale: float, reverse: bool, before: bool, previous: bool) -> _Layout:
     gate, cu = x.log_decay, x.cu_seqlens
     signature = (
         x.q.shape, x.v.shape, x.v.dtype, x.k is None, None if gate is None else (gate.shape, gate.stride()),
-        x.beta is None, None if cu is None else cu.shape, scale, reverse, before, plan, processors(x.v.device),
-        capability(x.v.device),
+        x.beta is None, x.erase is None, None if cu is None else cu.shape, scale, reverse, before, previous, plan,
+        processors(x.v.device), capability(x.v.device),
     )  # fmt: skip
-    return cached(_LAYOUTS, signature, lambda: _Layout(x, scale, reverse, before, *signature[-2:]))
+    return cached(_LAYOUTS, signature, lambda: _Layout(x, scale, reverse, before, previous, *signature[-2:]))
 
 
 class _Launcher:
     """One scan: its layout, what is prepared for it (unless `saved` has it), and the launches of its kernels."""
 
     def __init__(
-        self, x: Tensors, scale: float, reverse: bool, before: bool, saved: list[Tensor] | None = None
+        self,
+        x: Tensors,
+        scale: float,
+        reverse: bool,
+        before: bool,
+        previous: bool,
+        saved: list[Tensor] | None = None,
     ) -> None:
-        self.layout = layout = _layout(x, scale, reverse, before)
+        self.layout = layout = _layout(x, scale, reverse, before, previous)
         self.x, self.reverse, self.before = x, reverse, before
         self.dtype, self.plan, self.sizes, self.keys = layout.dtype, layout.plan, layout.sizes, layout.keys
         self.documents, self.chunks, self.decay = layout.documents, layout.chunks, layout.decay
+        self.slots, self.borders = layout.slots, layout.borders
+        self.laid, self.common = ({"cu_ptr": x.cu_seqlens, **laid} for laid in (layout.laid, layout.common))
         first = saved is None
         tensors = [self.new(*shape, dtype=dtype) for shape, dtype in layout.shapes.values()] if saved is None else saved
         self.made = dict(zip(layout.shapes, tensors, strict=True))
         self.scores = self.matrices(layout.kept) if self.decay == "key" else None
-        self.given = Given(q=x.q, k=x.k, gate=x.log_decay, gate_sb=layout.gate_sb, gate_sh=layout.gate_sh)
+        self.given = Given(
+            q=x.q, k=x.k, gate=x.log_decay, gate_sb=layout.gate_sb, gate_sh=layout.gate_sh, erase=x.erase
+        )
         made = self.made.get
         q_in, k_out = made("q_in", x.q), made("k_out", x.k)
         self.prepared = Prepared(
-            q_in=q_in, k_out=k_out, k_in=made("k_in", k_out), anchor_in=made("anchor_in"),
-            anchor_out=made("anchor_out"), in_range=made("in_range"), log_decays=made("log_decays"),
-            log_total=made("log_total"), A_qk=self.scores, A_kk=made("A_kk"), A_inv=made("A_inv"),
+            q_in=q_in, k_out=k_out, k_in=made("k_in", k_out if x.erase is None else x.erase),
+            anchor_in=made("anchor_in"), anchor_out=made("anchor_out"), in_range=made("in_range"),
+            log_decays=made("log_decays"), log_total=made("log_total"), log_norm=made("log_norm"), A_qk=self.scores,
+            A_kk=made("A_kk"), A_inv=made("A_inv"),
         )  # fmt: skip
         self._prepare(first)
+        self.warm = self._warm_up() if layout.warms_up else None
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.x.v.new_empty(shape, dtype=dtype)
@@ -329,10 +383,12 @@ class _Launcher:
             block_h = min(16, power_of_2(H))
             chunk_prepare.cumulative_decay[(self.chunks, cdiv(H, block_h))](
                 x=Given(gate=x.log_decay, gate_sb=self.given.gate_sb, gate_sh=self.given.gate_sh),
-                log_decays_ptr=made("log_decays"), log_total_ptr=made("log_total"), documents=self.documents,
-                BLOCK_H=block_h, num_warps=1, cu_ptr=x.cu_seqlens, **self.layout.laid,
+                log_decays_ptr=made("log_decays"), log_total_ptr=made("log_total"),
+                BLOCK_H=block_h, num_warps=1, **self.laid,
             )  # fmt: skip
-        options = {"maxnreg": 128} if self.decay == "key" and x.beta is not None else {}  # of bfloat16 on Hopper
+        options = {}
+        if self.decay == "key" and erases(x):
+            options = {"maxnreg": 128 if x.erase is None else 168}  # of bfloat16 on Hopper
         if first and "chunk_phase" in self.made:
             options = {"maxnreg": 168}
             descriptors = self.new(2 + self.chunks * H * self.keys, dtype=torch.int64).fill_(-1)  # see `lookback`
@@ -341,102 +397,133 @@ class _Launcher:
             out = Prepared(
                 q_in=made("q_in"), k_out=made("k_out"), k_in=made("k_in"), anchor_in=made("anchor_in"),
                 anchor_out=made("anchor_out"), in_range=made("in_range"), chunk_phase=made("chunk_phase"),
-                state_angle=made("state_angle"), log_decays=made("log_decays"), A_kk=A_kk,
+                state_angle=made("state_angle"), log_decays=made("log_decays"), log_total=made("log_total"),
+                log_norm=made("log_norm") if self.plan.segments > 1 else None, A_kk=A_kk,
             )  # fmt: skip
             chunk_prepare.prepare[(self.chunks * H,)](
-                x=self.given._replace(bonus=x.bonus), out=out, descriptors_ptr=descriptors, documents=self.documents,
+                x=self.given._replace(beta=x.beta, bonus=x.bonus), out=out, descriptors_ptr=descriptors,
                 chunks=self.chunks, LIMIT=self.layout.limit, WINDOW=rotate.WINDOW, BLOCK_K=self.plan.block_k,
                 PART=32 if self.decay == "key" or descriptors is not None else 64, num_warps=4,
-                cu_ptr=x.cu_seqlens, **(options | self.layout.common),
+                **(options | self.common),
             )  # fmt: skip
         if self.decay == "key":
             block_k = self.plan.block_k
             chunk_prepare.scores_exact[(cdiv(self.chunks * H, CHUNKS_PER_PROGRAM),)](
                 x=self.given, prepared=Prepared(chunk_phase=made("chunk_phase"), in_range=made("in_range")),
-                A_qk_ptr=self.scores, A_kk_ptr=A_kk, documents=self.documents, chunk_heads=self.chunks * H,
+                A_qk_ptr=self.scores, A_kk_ptr=A_kk, chunk_heads=self.chunks * H,
                 CHUNKS_PER_PROGRAM=CHUNKS_PER_PROGRAM, BLOCK_K=block_k, num_warps=4 if block_k <= 256 else 8,
-                cu_ptr=x.cu_seqlens, **self.layout.common,
+                **self.common,
             )  # fmt: skip
         if A_kk is not None:
             chunk_prepare.solve_tril[(self.chunks * H,)](
-                A_kk_ptr=A_kk, beta_ptr=x.beta, A_inv_ptr=made("A_inv"), documents=self.documents, num_warps=1,
-                maxnreg=128, cu_ptr=x.cu_seqlens, **self.layout.laid,
+                A_kk_ptr=A_kk, beta_ptr=x.beta, A_inv_ptr=made("A_inv"), num_warps=1,
+                maxnreg=128, **self.laid,
             )  # fmt: skip
 
+    def _warm_up(self) -> Tensor:
+        """Launch `chunk_forward.warm_up`: [2 borders H], for passes from left to right and from right to left."""
+        H, K = self.sizes[2:4]
+        warm = self.new(2, self.borders, H, dtype=torch.int32)
+        chunk_forward.warm_up[((self.borders - 1) * H,)](
+            prepared=Prepared(
+                anchor_in=self.prepared.anchor_in, anchor_out=self.prepared.anchor_out,
+                log_total=self.prepared.log_total, log_norm=self.prepared.log_norm,
+            ),
+            warm_ptr=warm, span=self.plan.span, borders=self.borders, CHUNKS=WARM_UP, BLOCK_K=power_of_2(K),
+            num_warps=4 if K <= 256 else 8, **self.laid,
+        )  # fmt: skip
+        return warm
+
+    def entry(self, right_to_left: bool, initial: Tensor | None, states: Tensor | None = None) -> Entry:
+        """Where the segments of a pass begin."""
+        if self.warm is None:
+            return Entry(initial, states)
+        return Entry(initial, states, self.warm[int(right_to_left)], self.warm[int(not right_to_left)])
+
+    def _passes(self, tiles: Tiles, map_of_segments: bool) -> tuple[tuple[int], dict[str, Any]]:
+        """The grid of `forward` and `backward_states`, and what both take by name."""
+        places = self.borders - 1 if map_of_segments else self.slots
+        grid = (tiles.parts * self.sizes[2] * places,)
+        return grid, {"cu_ptr": self.x.cu_seqlens, **self.layout.tiled(tiles)}
+
     def forward(
-        self, *, y: Tensor | None = None, error: Tensor | None = None, chunk_states: Tensor | None = None,
-        enter: Tensor | None = None, leave: Tensor | None = None, decay_product: Tensor | None = None,
+        self, entry: Entry, *, y: Tensor | None = None, error: Tensor | None = None,
+        chunk_states: Tensor | None = None, leave: Tensor | None = None, decay_product: Tensor | None = None,
         dy: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Launch `chunk_forward.forward`; `dy` selects the map for the backward pass."""
         x, given, tiles, backward = self.x, self.given, self.plan.forward, dy is not None
         if leave is not None:  # [L Q] has more columns
             tiles = tiles._replace(parts=cdiv(leave.shape[-1], tiles.block))
-        chunk_forward.forward[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
+        grid, options = self._passes(tiles, y is None and chunk_states is None)
+        reads = self.prepared
+        if reads.k_in is reads.k_out:
+            reads = reads._replace(k_in=None)  # so that it is loaded once
+        chunk_forward.forward[grid](
             x=Given(
                 v=dy if backward else x.v, gate=given.gate, gate_sb=given.gate_sb, gate_sh=given.gate_sh, beta=x.beta
             ),
-            prepared=self.prepared._replace(k_out=self.prepared.q_in) if backward else self.prepared,
-            y_ptr=y, error_ptr=error, chunk_states_ptr=chunk_states, enter_ptr=enter, leave_ptr=leave,
-            decay_product_ptr=decay_product, BACKWARD=backward, EMIT=y is not None, cu_ptr=x.cu_seqlens,
-            **self.layout.tiled(tiles),
+            prepared=reads._replace(k_out=reads.q_in) if backward else reads,
+            entry=entry, y_ptr=y, error_ptr=error, chunk_states_ptr=chunk_states, leave_ptr=leave,
+            decay_product_ptr=decay_product, BACKWARD=backward, EMIT=y is not None, **options,
         )  # fmt: skip
 
     def backward_states(
-        self, dy: Tensor, dv: Tensor | None = None, chunk_dstates: Tensor | None = None, *,
-        error: Tensor | None = None, dbeta: Tensor | None = None, enter: Tensor | None = None,
-        leave: Tensor | None = None, chunk_states: Tensor | None = None, dphase_state: Tensor | None = None,
+        self, entry: Entry, dy: Tensor, dv: Tensor | None = None, chunk_dstates: Tensor | None = None, *,
+        error: Tensor | None = None, dbeta: Tensor | None = None, leave: Tensor | None = None,
+        chunk_states: Tensor | None = None, dphase_state: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Launch `chunk_backward.backward_states`."""
         given, tiles = self.given, self.plan.backward_states
-        chunk_backward.backward_states[(tiles.parts * self.documents * self.sizes[2] * self.plan.segments,)](
+        grid, options = self._passes(tiles, dv is None)
+        chunk_backward.backward_states[grid](
             x=Given(gate=given.gate, gate_sb=given.gate_sb, gate_sh=given.gate_sh, beta=self.x.beta),
-            prepared=self.prepared._replace(A_kk=None), dy_ptr=dy, error_ptr=error, chunk_states_ptr=chunk_states,
-            dv_ptr=dv, dbeta_ptr=dbeta, chunk_dstates_ptr=chunk_dstates, enter_ptr=enter, leave_ptr=leave,
-            dphase_state_ptr=dphase_state, B=self.sizes[0], chunk_slots=self.chunks,
-            cu_ptr=self.x.cu_seqlens, **self.layout.tiled(tiles),
+            prepared=self.prepared._replace(A_kk=None), entry=entry,
+            dy_ptr=dy, error_ptr=error, chunk_states_ptr=chunk_states, dv_ptr=dv, dbeta_ptr=dbeta,
+            chunk_dstates_ptr=chunk_dstates, leave_ptr=leave, dphase_state_ptr=dphase_state, B=self.sizes[0],
+            chunk_slots=self.chunks, **options,
         )  # fmt: skip
 
     def backward_inputs(
         self, u: Tensor, dy: Tensor, dv: Tensor, chunk_states: Tensor, chunk_dstates: Tensor, dq: Tensor,
-        dk: Tensor | None, dgate: Tensor | None, dbonus: Tensor | None,
+        dk: Tensor | None, derase: Tensor | None, dgate: Tensor | None, dbonus: Tensor | None,
     ) -> None:  # fmt: skip
         """Launch `chunk_backward.backward_inputs`, and `gradients_exact` where a chunk may not be in range."""
         x, tiles, H = self.x, self.plan.backward_inputs, self.sizes[2]
-        written = {"dq_ptr": dq, "dk_ptr": dk, "dgate_ptr": dgate}
+        written = {"dq_ptr": dq, "dk_ptr": dk, "derase_ptr": derase, "dgate_ptr": dgate}
         chunk_backward.backward_inputs[(self.chunks * H * self.plan.blocks * tiles.parts,)](
             x=self.given._replace(beta=x.beta, bonus=x.bonus),
             prepared=self.prepared._replace(A_qk=None, A_kk=None, A_inv=None), u_ptr=u, dy_ptr=dy, dv_ptr=dv,
             chunk_states_ptr=chunk_states, chunk_dstates_ptr=chunk_dstates, dbonus_ptr=dbonus, B=self.sizes[0],
-            tiles=tiles.parts, documents=self.documents, chunks=self.chunks, BLOCKS=self.plan.blocks,
-            BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v, num_warps=tiles.warps, cu_ptr=x.cu_seqlens, **written,
-            **self.layout.common,
+            tiles=tiles.parts, chunks=self.chunks, BLOCKS=self.plan.blocks,
+            BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v, num_warps=tiles.warps, **written, **self.common,
         )  # fmt: skip
         if self.decay == "key":
             chunk_backward.gradients_exact[(cdiv(self.chunks * H, CHUNKS_PER_PROGRAM),)](
                 x=self.given._replace(beta=x.beta),
                 prepared=Prepared(chunk_phase=self.made.get("chunk_phase"), in_range=self.made["in_range"]),
                 dy_ptr=dy, u_ptr=u, dv_ptr=dv, dA_qk_ptr=self.matrices(torch.float32),
-                dA_kk_ptr=self.matrices(torch.float32) if x.beta is not None else None, documents=self.documents,
+                dA_kk_ptr=self.matrices(torch.float32) if erases(x) else None,
                 chunk_heads=self.chunks * H, CHUNKS_PER_PROGRAM=CHUNKS_PER_PROGRAM,
-                BLOCK_K=min(self.plan.block_k, 256), BLOCK_V=self.plan.block_v, num_warps=8, cu_ptr=x.cu_seqlens,
-                **written, **self.layout.common,
+                BLOCK_K=min(self.plan.block_k, 256), BLOCK_V=self.plan.block_v, num_warps=8, **written, **self.common,
             )  # fmt: skip
 
     def rotate_backward(
-        self, dq: Tensor, dk: Tensor, dgate: Tensor | None, dphase_state: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Launch `rotate.rotate_backward`: gradients of q, k and complex gates, [B T H K] and [B T H K 2]."""
+        self, dq: Tensor, dk: Tensor, derase: Tensor | None, dgate: Tensor | None, dphase_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Launch `rotate.rotate_backward`: gradients of q, k, erase [B T H K] and of complex gates [B T H K 2]."""
         x, (B, T, H, _, _), block = self.x, self.sizes, min(32, power_of_2(self.keys))
         own = x.q.dtype if x.q.shape[2] == H else torch.float32
-        outs = [self.new(B, T, H, self.keys, dtype=own) for _ in range(2)] + [self.new(B, T, H, self.keys, 2)]
+        of_q, of_k = (self.new(B, T, H, self.keys, dtype=own) for _ in range(2))
+        of_erase = None if derase is None else torch.empty_like(of_q)
+        of_gate = self.new(B, T, H, self.keys, 2)
         rotate.rotate_backward[(self.chunks * H * cdiv(self.keys, block),)](
             x=self.given, prepared=Prepared(chunk_phase=self.made["chunk_phase"]), dq_rotated_ptr=dq,
-            dk_rotated_ptr=dk, drows_ptr=dgate, dphase_state_ptr=dphase_state.unflatten(3, (2, -1)).sum((0, 3)),
-            dq_ptr=outs[0], dk_ptr=outs[1], dgate_ptr=outs[2], documents=self.documents, BLOCK_D=block, num_warps=4,
-            maxnreg=128, cu_ptr=x.cu_seqlens, **self.layout.laid,
+            dk_rotated_ptr=dk, derase_rotated_ptr=derase, drows_ptr=dgate,
+            dphase_state_ptr=dphase_state.unflatten(3, (2, -1)).sum((0, 3)), dq_ptr=of_q, dk_ptr=of_k,
+            derase_ptr=of_erase, dgate_ptr=of_gate, BLOCK_D=block, num_warps=4, maxnreg=128, **self.laid,
         )  # fmt: skip
-        return outs[0], outs[1], outs[2]
+        return of_q, of_k, of_erase, of_gate
 
     def rotated(self, state: Tensor | None, sign: int = 1) -> Tensor | None:
         """The rows of a state that enters or leaves, rotated to where phases are counted from; from there by −1."""
@@ -447,31 +534,36 @@ class _Launcher:
         cos, sin = angle.cos().unsqueeze(-1), sign * angle.sin().unsqueeze(-1)
         return torch.cat([re * cos + im * sin, im * cos - re * sin], 2)
 
-    def entering(self, initial: Tensor | None, dy: Tensor | None = None) -> Tensor | None:
-        """[B H segments K V], the state that enters each segment; or, given dy, the gradient that enters it from the
-        end. The latter after the former, whose Q the delta rule needs again."""
-        segments, delta, backward = self.plan.segments, self.x.beta is not None, dy is not None
-        if segments == 1:
-            return initial
-        B, _, H, K, V = self.sizes
-        states = self.new(B, H, segments, K, V)
-        maps = self.new(B, H, segments, K, V + K if delta and not backward else V)
+    def entering(self, initial: Tensor | None, dy: Tensor | None = None) -> Entry:
+        """Where the segments of the pass in the direction of the scan begin; or, given dy, of the pass against it. The
+        latter after the former, whose Q the delta rule needs again."""
+        delta, backward = erases(self.x), dy is not None
+        right_to_left = self.reverse != backward
+        entry = self.entry(right_to_left, initial)
+        if self.plan.segments == 1:
+            return entry
+        _, _, H, K, V = self.sizes
+        states, first = self.new(self.borders, H, K, V), V
+        if delta and not backward:
+            first = self.plan.forward.parts * self.plan.forward.block
+        maps = self.new(self.borders, H, K, first + K if delta and not backward else V)
         if not delta:
-            self.Q = self.new(B, H, segments, K)
-            self.forward(enter=initial, leave=maps, decay_product=self.Q, dy=dy)
+            self.Q = self.new(self.borders, H, K)
+            self.forward(entry, leave=maps, decay_product=self.Q, dy=dy)
         elif dy is None:
-            self.forward(enter=initial, leave=maps)
-            self.Q = maps[..., V:]
+            self.forward(entry, leave=maps)
+            self.Q = maps[..., first:]
         else:
-            self.backward_states(dy, enter=initial, leave=maps)
+            self.backward_states(entry, dy, leave=maps)
         block_k, block_v = (self.plan.block_k, 32) if delta else (min(16, power_of_2(K)), min(64, power_of_2(V)))
-        chunk_forward.combine[(B * H, cdiv(K, block_k), cdiv(V, block_v))](
-            L_ptr=maps, Q_ptr=self.Q, enter_ptr=initial, state_ptr=states, K=K, V=V, segments=segments,
-            L_stride=maps.stride(3), Q_stride=self.Q.stride(3) if delta else 1,
-            RIGHT_TO_LEFT=self.reverse != backward, DELTA=delta, TRANSPOSE=backward, BLOCK_K=block_k,
-            BLOCK_V=block_v, num_warps=max(4, block_k // 32), enable_fp_fusion=True,
+        limit = {"maxnreg": 128} if block_k > 256 else {}  # or the assembler gives up on some, in 32 registers
+        chunk_forward.combine[((self.borders - 1) * H, cdiv(K, block_k), cdiv(V, block_v))](
+            L_ptr=maps, Q_ptr=self.Q, warm_ptr=entry.warm, state_ptr=states, span=self.plan.span,
+            L_stride=maps.stride(2), Q_stride=self.Q.stride(2) if delta else 1, RIGHT_TO_LEFT=right_to_left,
+            DELTA=delta, TRANSPOSE=backward, BLOCK_K=block_k, BLOCK_V=block_v, num_warps=max(4, block_k // 32),
+            **(limit | self.laid),
         )  # fmt: skip
-        return states
+        return self.entry(right_to_left, initial, states)
 
 
 @operator("scan", f"({SCHEMA}, bool save) -> (Tensor, Tensor, Tensor[])")
@@ -479,25 +571,25 @@ def scan_forward(*inputs: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """`recur.scan`; T is at least 1.
 
     Args: the `Tensors`; scale; reverse: from right to left; before: tokens are read before their own gate, as a bonus
-        wants it; save: for a derivative.
+        wants it; previous: what is erased is read before it; save: for a derivative.
     Returns: y [B T H V]; state like initial; with `save`, what is `prepared`.
     """
-    x, (scale, reverse, before, save) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
-    run = _Launcher(x, scale, reverse, before)
+    x, (*options, save) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
+    run = _Launcher(x, *options)
     y, state = torch.empty_like(x.v), run.new(*run.layout.states)
-    run.forward(y=y, enter=run.entering(run.rotated(x.initial)), leave=state)
+    run.forward(run.entering(run.rotated(x.initial)), y=y, leave=state)
     return y, state, list(run.made.values()) if save else []
 
 
-def scan(x: Tensors, scale: float, reverse: bool, before: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+def scan(x: Tensors, scale: float, reverse: bool, before: bool, previous: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
     """`scan_forward`, with what is prepared where a gradient will be asked for."""
-    made: tuple[Tensor, Tensor, list[Tensor]] = scan_forward(*x, scale, reverse, before, recorded(*x))
+    made: tuple[Tensor, Tensor, list[Tensor]] = scan_forward(*x, scale, reverse, before, previous, recorded(*x))
     return made
 
 
 @fake("scan")
 def _(*inputs):
-    x, (_, _, before, save) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
+    x, (_, _, before, _, save) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
     B, _, H, V = x.v.shape
     y, state = torch.empty_like(x.v), x.v.new_empty(state_count(B, x.cu_seqlens), H, rows_of(x), V, dtype=torch.float32)
     shapes = prepared(x, before) if save else {}
@@ -507,23 +599,23 @@ def _(*inputs):
 @operator("scan_backward", f"(Tensor dy, Tensor? dstate, {SCHEMA}, Tensor[] saved) -> {GRADIENTS}")
 def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients of all `Tensors` but the last; empty for what is None. Has no derivative."""
-    x, (scale, reverse, before, saved) = Tensors(*inputs[:COUNT]), inputs[COUNT:]
-    run = _Launcher(x, scale, reverse, before, saved)
+    x, options = Tensors(*inputs[:COUNT]), inputs[COUNT:]
+    run = _Launcher(x, *options)
     B, T, H, K, _ = run.sizes
     chunk_states, chunk_dstates, blocks = run.chunk_states(), run.chunk_states(), run.plan.blocks
     dv, dinitial = torch.empty_like(x.v), None if x.initial is None else torch.empty_like(x.initial)
-    delta, rotated = x.beta is not None, "chunk_phase" in run.made
-    error, dbeta = (torch.empty_like(x.v), run.new(run.plan.backward_states.parts, B, T, H)) if delta else (None, None)
-    run.forward(chunk_states=chunk_states, error=error, enter=run.entering(run.rotated(x.initial)))
+    rotated = "chunk_phase" in run.made
+    error = torch.empty_like(x.v) if erases(x) else None
+    dbeta = None if x.beta is None else run.new(run.plan.backward_states.parts, B, T, H)
+    run.forward(run.entering(run.rotated(x.initial)), chunk_states=chunk_states, error=error)
     dphase_state = run.new(run.plan.backward_states.parts, run.chunks, H, K) if rotated else None
-    entering = run.entering(dstate, dy=dy)
     run.backward_states(
-        dy, dv, chunk_dstates, error=error, dbeta=dbeta, enter=entering, leave=dinitial, chunk_states=chunk_states,
-        dphase_state=dphase_state,
+        run.entering(dstate, dy=dy), dy, dv, chunk_dstates, error=error, dbeta=dbeta, leave=dinitial,
+        chunk_states=chunk_states, dphase_state=dphase_state,
     )  # fmt: skip
 
     dq = run.summands(B, T, H, K, dtype=x.q.dtype if rotated or x.q.shape[2] == H else torch.float32)
-    dk = None if x.k is None else torch.empty_like(dq)
+    dk, derase = (None if key is None else torch.empty_like(dq) for key in (x.k, x.erase))
     dgate = dbonus = None
     if run.decay == "scalar":
         dgate = run.new(blocks * run.plan.backward_inputs.parts, B, T, H)
@@ -533,15 +625,17 @@ def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tens
     if x.bonus is not None:
         dbonus = run.new(blocks * run.chunks, H, K).zero_()  # documents leave some chunk slots unused
     u = x.v if error is None else error
-    run.backward_inputs(u, dy, dv, chunk_states, chunk_dstates, dq, dk, dgate, dbonus)
+    run.backward_inputs(u, dy, dv, chunk_states, chunk_dstates, dq, dk, derase, dgate, dbonus)
     if blocks > 1:
-        dq, dk = dq.sum(0), None if dk is None else dk.sum(0)
+        dq = dq.sum(0)
+        dk, derase = (None if summands is None else summands.sum(0) for summands in (dk, derase))
         dgate = dgate.sum(0) if dgate is not None and run.decay == "key" else dgate
 
     if dgate is not None and x.log_decay is not None:
         total = dgate.sum(0).unsqueeze(-1) if run.decay == "scalar" else dgate
         if dphase_state is not None and dk is not None:
-            dq, dk, pairs = run.rotate_backward(dq, dk, None if run.decay == "scalar" else dgate, dphase_state)
+            rows = None if run.decay == "scalar" else dgate
+            dq, dk, derase, pairs = run.rotate_backward(dq, dk, derase, rows, dphase_state)
             dgate = pairs.sum_to_size(x.log_decay.shape)
             if run.decay == "scalar":
                 dgate[..., 0] += total.sum_to_size(x.log_decay.shape[:4])
@@ -550,7 +644,9 @@ def scan_backward(dy: Tensor, dstate: Tensor | None, *inputs: Any) -> tuple[Tens
     gradients = Tensors(
         q=sum_groups(dq, x.q), v=dv, k=None if x.k is None or dk is None else sum_groups(dk, x.k), log_decay=dgate,
         beta=None if dbeta is None or x.beta is None else dbeta.sum(0).to(x.beta.dtype),
-        bonus=None if dbonus is None else dbonus.sum(0), initial=run.rotated(dinitial, -1),
+        bonus=None if dbonus is None else dbonus.sum(0),
+        erase=None if x.erase is None or derase is None else sum_groups(derase, x.erase),
+        initial=run.rotated(dinitial, -1),
     )  # fmt: skip
     return tuple(dv.new_empty(0) if g is None else g for g in gradients[:-1])
 
@@ -593,25 +689,26 @@ def products(kernel: Any, grid: tuple[int, ...], x: dict[str, Any]) -> int:
     if not passes and kernel is not chunk_backward.backward_inputs:
         return 0
     C, width = (int(getattr(size, "value", size)) for size in (x["SCAN"].C, x["SCAN"].V))  # constexpr, when compiled
-    rows, V, delta = x["BLOCK_K"] * x.get("PARTS", 1), x["BLOCK_V"], x["x"].beta is not None
+    erase = getattr(x["SCAN"].ERASE, "value", x["SCAN"].ERASE)
+    delta = x["x"].beta is not None or erase != "none"
+    rows, V = x["BLOCK_K"] * x.get("PARTS", 1), x["BLOCK_V"]
     state, scores, values = 2 * C * rows * V, 2 * C * C * rows, 2 * C * C * V
     if not passes:
         each = 2 * (state + scores) + values + delta * (state + 2 * scores + values)
         return grid[0] * each
-    T, segments, per, packed = x["T"], x["segments"], cdiv(x["span"], C), x["cu_ptr"] is not None
-    columns, chunks = grid[0] // segments, T // C if packed else cdiv(T, C)
-    if packed:
-        columns //= x["cu_ptr"].shape[0] - 1
+    T, packed, columns = x["T"], x["cu_ptr"] is not None, x["tiles"] * x["SCAN"].H
+    chunks = T // C if packed else x["documents"] * cdiv(T, C)
     if kernel is chunk_backward.backward_states:
         each, alone = 2 * state + scores + values + delta * (state + values), x["dv_ptr"] is None
     else:
         each = state + x["EMIT"] * (state + scores + values) + delta * (state + values)
         each, alone = (
-            each + delta * (x["error_ptr"] is not None) * values,
+            each + (x["x"].beta is not None) * (x["error_ptr"] is not None) * values,
             not x["EMIT"] and x["chunk_states_ptr"] is None,
         )
-    if alone:  # no segment but those before the last
-        chunks = (segments - 1) * per
-        if delta and kernel is chunk_forward.forward:  # the first gives no Q
-            return columns * each * (chunks - per) + columns // x["tiles"] * cdiv(width, V) * per * each
+    if alone:  # segments before a border, at most: none whose gates forget
+        per, segments = x["span"] // C, cdiv(T, x["span"])
+        before, inner = (T // x["span"],) * 2 if packed else (x["documents"] * (segments - n) for n in (1, 2))
+        written = x["tiles"] if kernel is chunk_backward.backward_states else cdiv(width, V)  # tiles of L; then of Q
+        return x["SCAN"].H * per * each * (written * before + (x["tiles"] - written) * max(0, inner))
     return columns * chunks * each

@@ -1,8 +1,8 @@
 """Tiles in memory, and where chunks and segments lie.
 
 A tile is rows of a tensor with axes [rows heads D], named by a tuple (pointer, heads, head, D). A chunk is C tokens of
-a row or packed document, counted from its first token; a segment is several consecutive chunks. Complex numbers are two
-float32 planes in registers.
+a row or packed document, counted from its first token; a segment is several consecutive chunks, `span` tokens. Complex
+numbers are two float32 planes in registers.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -67,7 +67,20 @@ def matrix_ptrs(ptr, chunk_head, C: tl.constexpr):
 
 
 @triton.jit
-def locate_chunk(chunk, cu_ptr, T, documents, C: tl.constexpr):
+def find_document(slot, cu_ptr, documents, size, EACH: tl.constexpr):
+    """The last document n whose slots, from cu[n] // size + EACH n on, begin at or before `slot`."""
+    low, high = 0, documents - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(cu_ptr + middle) // size + EACH * middle <= slot:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@triton.jit
+def locate_chunk(chunk, cu_ptr, T, documents, C):
     """Place of chunk slot `chunk`: its row or document, its index there, and then what `chunk_bounds` returns.
 
     Slots are numbered over all rows, or over all documents of the one packed row. Document n owns the slots from
@@ -78,16 +91,10 @@ def locate_chunk(chunk, cu_ptr, T, documents, C: tl.constexpr):
         document, index = chunk // chunks, chunk % chunks
         first, begin, stop = document * T, index * C, T
     else:
-        low, high = 0, documents - 1
-        while low < high:  # the last document whose slots begin at or before this one
-            middle = (low + high + 1) // 2
-            if tl.load(cu_ptr + middle) // C + middle <= chunk:
-                low = middle
-            else:
-                high = middle - 1
-        cu = tl.load(cu_ptr + low).to(tl.int64)
-        document, index = low, chunk - cu // C - low
-        first, begin, stop = chunk * 0, cu + index * C, tl.load(cu_ptr + low + 1).to(tl.int64)
+        document = find_document(chunk, cu_ptr, documents, C, 1)
+        cu = tl.load(cu_ptr + document).to(tl.int64)
+        index = chunk - cu // C - document
+        first, begin, stop = chunk * 0, cu + index * C, tl.load(cu_ptr + document + 1).to(tl.int64)
     return document, index, first, begin, stop
 
 
@@ -99,19 +106,32 @@ def chunk_bounds(chunk, cu_ptr, T, documents, C: tl.constexpr):
 
 
 @triton.jit
-def locate_segment(segment, cu_ptr, H, T, segments, span, C: tl.constexpr):
-    """Place of segment number `segment` of [B H segments]: row or document, head, index in the head; first token of the
-    row; where, counted from there, the segment begins and ends; slot of its first chunk."""
-    index, bh = segment % segments, segment // segments
-    b, h = bh // H, bh % H
-    if cu_ptr is None:
-        first, begin = b * T, index * span
-        stop = tl.minimum(begin + span, T)
-        chunk = b * tl.cdiv(T, C) + begin // C
-    else:
-        first, begin, stop = b * 0, tl.load(cu_ptr + b).to(tl.int64), tl.load(cu_ptr + b + 1).to(tl.int64)
-        chunk = begin // C + b
-    return b, h, index, first, begin, stop, chunk
+def locate_segment(slot, cu_ptr, T, documents, span, C: tl.constexpr):
+    """Place of segment slot `slot`, numbered as chunk slots are: row or document; number of the border at its left;
+    first token of the row; where, counted from there, the segment begins and its row or document ends; slot of its
+    first chunk; chunks of the row or document before it, in it and after it.
+
+    A border lies between two segments, and its number names it in tensors [borders ...]; some numbers have none.
+    """
+    document, index, first, begin, end = locate_chunk(slot, cu_ptr, T, documents, span)
+    per, border = span // C, document * tl.cdiv(T, span)
+    chunk = document * tl.cdiv(T, C)
+    if cu_ptr is not None:
+        cu = begin - index * span
+        border, chunk = cu // span, cu // C + document
+    left = tl.cdiv(tl.maximum(end - begin, 0), C)
+    own = tl.minimum(left, per)
+    return document, border + index, first, begin, end, chunk + index * per, index * per, own, left - own
+
+
+@triton.jit
+def segment_at(border, cu_ptr, documents, span, AFTER: tl.constexpr):
+    """Slot of the segment at the right of a border if AFTER, else at its left. Where the number has no border, that
+    segment has another one there, or is the last or the first of its document."""
+    slot = border if AFTER else border - 1
+    if cu_ptr is not None:
+        slot += find_document(border - 1, cu_ptr, documents, span, 0)
+    return slot
 
 
 @triton.jit

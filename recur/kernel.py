@@ -153,18 +153,22 @@ def scan(
     log_decay: Tensor | None = None,
     beta: Tensor | None = None,
     bonus: Tensor | None = None,
+    erase: Tensor | None = None,
     *,
+    previous: bool = False,
     scale: float = 1.0,
     reverse: bool = False,
 ) -> ScanOut:
     """`recur.scan` by the Triton kernel; arguments as there, already checked, log_decay [B|1 T|1 H] or with an axis K.
-    T is at least 1.
+    T is at least 1. An erase key removes under k; `previous`: it reads the state before the gate.
 
-    Operands are read in their own dtype, the widest of q, k and v; states and gates are float32.
+    Operands are read in their own dtype, the widest of q, k and v, to which erase is rounded; states and gates are
+    float32.
     """
     from recur.kernels.scan import Tensors, scan
 
-    if log_decay is not None and q.shape[-1] == v.shape[-1] == 1 and beta is None and bonus is None:
+    plain = beta is None and bonus is None and erase is None
+    if log_decay is not None and q.shape[-1] == v.shape[-1] == 1 and plain:
         return _one_number(initial_state, cu_seqlens, q, k, v, log_decay, scale=scale, reverse=reverse)
     dtype = v.dtype
     if q.dtype != dtype or (k is not None and k.dtype != dtype):
@@ -179,6 +183,10 @@ def scan(
         if k is None and beta is not None:
             k = (-torch.expm1(log_decay.float()).expand(*v.shape[:3], -1)).to(dtype)
             q = to_heads(q, v.shape[2])
+    if erase is not None and k is not None:
+        erase = erase.to(dtype)
+        if not q.shape[2] == k.shape[2] == erase.shape[2]:
+            q, k, erase = (to_heads(x, v.shape[2]) for x in (q, k, erase))
     if bonus is not None:
         bonus = bonus.float().reshape(v.shape[2], -1).expand(-1, q.shape[-1])
     if log_decay is not None and rotated:
@@ -189,8 +197,8 @@ def scan(
             bonus = None
     if initial_state is not None and initial_state.dtype != torch.float32:
         initial_state = initial_state.float()
-    x = Tensors(q, w, k, log_decay, beta, bonus, initial_state, cu_seqlens)
-    y, state, _ = scan(x, scale, reverse, before)
+    x = Tensors(q, w, k, log_decay, beta, bonus, erase, initial_state, cu_seqlens)
+    y, state, _ = scan(x, scale, reverse, before, previous)
     if now is not None:
         y = y + now
     return ScanOut(y if y.dtype == v.dtype else y.to(v.dtype), as_complex(state) if rotated else state)

@@ -84,7 +84,7 @@ class Flow:
     def once(self, name: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
         """compute(), which all layers of a model share: it follows from `name`, the positions and the type of x alone.
 
-        Nothing of it may want a gradient. In a graph every layer computes it, and the compiler finds what is the same.
+        It may not require a gradient. In a graph every layer computes it, and the compiler merges what is the same.
         """
         if self.common is None or torch.compiler.is_compiling():
             return compute()
@@ -296,7 +296,7 @@ class Chain(Part):
     """Parts one after another: the body of every recipe and of every combinator.
 
     Args:
-        parts: in the order the data meets them.
+        parts: in the order in which they run.
 
     >>> from recur.blocks import Chain, Project
     >>> Chain((Project("x", u="D"), Project("u", y="D"))).keys()
@@ -442,7 +442,7 @@ class Reverse(Around):
 
 @dataclass(frozen=True)
 class Frame:
-    """What surrounds a layer in its publication; `LanguageModel` takes from it what is left at "paper".
+    """What surrounds a layer in its publication; `LanguageModel` uses it for arguments that are "paper".
 
     Args:
         ffn: feed-forward of every layer, by a name that LanguageModel knows; None for none.
@@ -464,9 +464,9 @@ class Recipe:
     """A frozen sequence of parts from "x" [B T D] to "y" [B T D] (or another width `out`), checked when built.
 
     Args:
-        parts:  in the order the data meets them.
+        parts:  in the order in which they run.
         axes:   letters and their sizes: integers, or expressions over D and each other.
-        inputs: further tensors a call must bring, name -> axes ("H K").
+        inputs: further tensors that a call must pass, name -> axes ("H K").
         source: where the architecture was published.
         out:    axes of y; only a layer that stands alone may have others than "D".
         frame:  feed-forward, norm and positions around it, as published.
@@ -557,7 +557,7 @@ class Recipe:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Further tensors a call must bring, and their axes."""
+        """Further tensors that a call must pass, and their axes."""
         return dict(self._inputs)
 
     @property
@@ -577,7 +577,7 @@ class Recipe:
     # ------------------------------------------------------------------ edits: each returns a new recipe
 
     def replace(self, which: type[Part] | str, *new: Part) -> Recipe:
-        """The recipe with other parts in the place of one.
+        """The recipe with one part replaced by others.
 
         Args:
             which: the class of the part, or its name.

@@ -1,7 +1,7 @@
 """The axis letters, checked in one place.
 
 B batch, T time, H heads, G groups of heads, K key dim, V value dim, N state slots, C chunk, D model width.
-A pattern names one letter an axis, "*" any number of further axes, "|" separates alternatives: "B T H | B T H K".
+A pattern names one letter per axis, "*" any number of further axes, "|" separates alternatives: "B T H | B T H K".
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _fitting(patterns: str, shape: torch.Size, sizes: dict[str, Any]) -> str:
 
 
 def _split(letters: str, shape: torch.Size) -> list[Any]:
-    """One size a letter; the sizes that "*" stands for as a tuple."""
+    """One size per letter; the sizes that "*" stands for as a tuple."""
     at, extra = letters.index("*"), len(shape) - len(letters) + 1
     return [*shape[:at], tuple(shape[at : at + extra]), *shape[at + extra :]]
 

@@ -45,7 +45,7 @@ class Param:
 class Weights(nn.Module):
     """The parameters of one part, each remembering its declaration, and `facts`: numbers that its sizes fix.
 
-    Called with what the part does, it does so, and hooks, pruning, wrappers and `compile()` of this module take effect.
+    A part runs by calling this module with its function, so that hooks, pruning, wrappers and `compile()` take effect.
     """
 
     def __init__(self, params: Mapping[str, Param], facts: Mapping[str, Any] | None = None) -> None:
@@ -131,7 +131,7 @@ def call(module: nn.Module, act: Callable[..., Any], flow: Any, state: Any) -> t
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether something wants this module to be called: a hook, compile(), a wrapper, a forward that replaces its own.
+    """Whether this module must be called: it has a hook, compile(), a wrapper or another forward.
 
     Who computes with its weights in another way must then call it instead.
     """
@@ -150,18 +150,6 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def plain(module: nn.Module) -> bool:
-    """Whether the declared weights of a module are parameters of its own and ordinary tensors: none is computed from
-    others, quantised or spread over devices."""
-    if not isinstance(module, Weights):
-        return False
-    for name in module.declared:
-        weight = module._parameters.get(name)
-        if weight is None or (type(weight) is not nn.Parameter and hasattr(weight, "__tensor_flatten__")):
-            return False
-    return True
-
-
 # What torch's wrappers call the module inside: torch.compile, DDP, FSDP, activation checkpointing.
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -173,14 +161,14 @@ def unwrapped(name: str) -> str:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """How many numbers a module learns."""
+    """The number of parameters of a module."""
     return sum(weight.numel() for weight in module.parameters())
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser: weight decay on what is declared so, none on gates, norms and biases.
+    """Parameter groups for an optimiser: weight decay where it is declared, none on gates, norms and biases.
 
-    Of the weights that want a gradient.   Raises: TypeError if one of them is not declared.
+    Only weights that require a gradient are listed.   Raises: TypeError if one of them is not declared.
     """
     decays = {id(weight): param.decay for weight, param in declared(module)}
     weights = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
@@ -272,7 +260,7 @@ def between(low: float, high: float) -> Init:
 
 
 def cut_normal(std: float) -> Init:
-    """A normal law without what lies beyond two of its deviations, of standard deviation `std` after the cut."""
+    """A normal distribution truncated at two standard deviations, of standard deviation `std` after truncation."""
     return partial(_cut_normal, std=std / 0.87962566103423978)  # the deviation of N(0, 1) between -2 and 2
 
 
@@ -293,7 +281,7 @@ def spread_time_constants(bias: Tensor, low: float = 1e-3, high: float = 1e-1, f
 
 
 def matrix_init(law: str, fan_in: int, fan_out: int, depth: int) -> Init:
-    """The laws a projection can name.
+    """The first weights that a projection can name.
 
     "linear":   U(-b, b), b = 1/sqrt(fan_in), as torch's Linear, biases too.
     "residual": the same divided by sqrt(depth), for what adds to the residual stream; biases are 0, as of all others.

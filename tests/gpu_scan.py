@@ -1,5 +1,6 @@
 """The separable kernel on a GPU against the float64 token loop, in every dtype: `python tests/gpu_scan.py`, or
-`python tests/gpu_scan.py wide` for states of more than 256 rows or columns alone.
+`python tests/gpu_scan.py wide` for states of more than 256 rows or columns alone, `... erasing` for erase keys and
+several writes or reads.
 
 One line per case: relative errors of y, state and all gradients, which two runs must give alike. Exits with 1 if one
 passes its limit. The cases of test_kernel_compiles.py, in which every pair of values of every axis meets, are among
@@ -29,7 +30,11 @@ DTYPES = (torch.float32, *LIMITS)
 
 
 class Case(NamedTuple):
-    """Sizes are B T H G K V; axes and kind those of the gates, in `dtype` if narrow; borders of packed documents."""
+    """Sizes are B T H G K V; axes and kind those of the gates, in `dtype` if narrow; borders of packed documents.
+
+    erase: "decayed" or "previous", the state that an erase key reads from; remove: there is a removal key as well;
+    write: axes of the write gate; writes, reads: per token, 0 for one without an axis of their own.
+    """
 
     sizes: tuple[int, ...]
     axes: str | None
@@ -42,6 +47,11 @@ class Case(NamedTuple):
     bonus: bool = False
     reverse: bool = False
     narrow: bool = False
+    erase: str = ""
+    remove: bool = False
+    write: str = ""
+    writes: int = 0
+    reads: int = 0
 
     def gates(self) -> Tensor | None:
         if self.axes is None:
@@ -59,23 +69,42 @@ class Case(NamedTuple):
         """What `recur.scan` takes by name."""
         torch.manual_seed(sum(self.sizes))
         B, T, H, G, K, V = self.sizes
-        k = torch.nn.functional.normalize(torch.randn(B, T, G, K), dim=-1)
+        several, queries = (B, T) + (self.writes,) * (self.writes > 0), (B, T) + (self.reads,) * (self.reads > 0)
+
+        def key(heads: int) -> Tensor:
+            return torch.nn.functional.normalize(torch.randn(*several, heads, K), dim=-1)
+
+        k = key(G)
+
+        def near() -> Tensor:
+            """Not far from k, or the state would grow from token to token."""
+            return torch.nn.functional.normalize(k + key(G) / 2, dim=-1)
+
         number = torch.complex64 if self.kind == "complex" else torch.float32
         inputs = {
-            "q": torch.randn(B, T, G, K).to(self.dtype),
+            "q": torch.randn(*queries, G, K).to(self.dtype),
             "k": None if self.tied else k.to(self.dtype),
-            "v": torch.randn(B, T, H, V).to(self.dtype),
+            "v": torch.randn(*several, H, V).to(self.dtype),
             "log_decay": self.gates(),
             "initial_state": torch.randn(len(self.borders[1:]) or B, H, K, V, dtype=number) if self.initial else None,
-            "beta": torch.rand(B, T, H).round(decimals=2).to(self.dtype) if self.beta else None,
+            "beta": torch.rand(*several, H).round(decimals=2).to(self.dtype) if self.beta else None,
+            "erase": (near() * torch.rand(*several, G, 1)).to(self.dtype) if self.erase else None,
+            "remove": near().to(self.dtype) if self.remove else None,
+            "write": torch.rand(*several, *([H, V] if self.write == "H V" else [H])).to(self.dtype)
+            if self.write
+            else None,
             "bonus": torch.randn(H, K) if self.bonus else None,
         }
         return {name: x for name, x in inputs.items() if x is not None}
 
     def run(self, form: str, **tensors: Tensor) -> ScanOut:
         cu = torch.tensor(self.borders) if self.borders else None
-        tensors = {"k": None, **tensors}
-        return recur.scan(**tensors, cu_seqlens=cu, reverse=self.reverse, scale=0.5, form=form)
+        return recur.scan(
+            **{"k": None, **tensors}, **self.erased(), cu_seqlens=cu, reverse=self.reverse, scale=0.5, form=form
+        )
+
+    def erased(self) -> dict[str, str]:
+        return {"erase_from": self.erase} if self.erase else {}
 
     def steps(self, **tensors: Tensor) -> dict[str, Tensor]:
         """y of the first token alone; the state is float32, or bfloat16 where one is given, or complex."""
@@ -85,7 +114,8 @@ class Case(NamedTuple):
         state = widen(state) if tensors["v"].dtype == torch.float64 else state
         still = ("bonus",) if self.axes and self.axes.startswith("B T") else ("bonus", "log_decay")
         tokens = {name: t if name in still else t[:, 0] for name, t in tensors.items() if name != "initial_state"}
-        return {"step": recur.step(**{"k": None, "log_decay": None, **tokens}, state=state, scale=0.5)}
+        given = {"k": None, "log_decay": None, **tokens, **self.erased()}
+        return {"step": recur.step(**given, state=state, scale=0.5)}
 
 
 def listed() -> list[Case]:
@@ -94,7 +124,8 @@ def listed() -> list[Case]:
     for row in specialisations.SCAN.rows:
         more, packed = row["segments"] == "more", row["rows"] == "packed"
         delta, axes = row["write"] == "delta", "B T H" if row["time"] == "token" else "H"
-        T, H = ((3100 if delta else 1100), 2) if more else (130, 4)
+        erases = row["write"] in ("delta", "erase", "previous")
+        T, H = ((3100 if erases else 1100), 2) if more else (130, 4)
         found.append(
             Case(
                 (
@@ -113,6 +144,7 @@ def listed() -> list[Case]:
                 borders=(0, 0, 70, T) if packed else (),
                 beta=delta,
                 bonus=row["write"] == "bonus",
+                erase={"erase": "decayed", "previous": "previous"}.get(row["write"], ""),
                 reverse=row["way"] == "left",
                 narrow=row["gates"] == "narrow",
             )
@@ -212,6 +244,35 @@ def wide() -> list[Case]:
     return found
 
 
+def erasing() -> list[Case]:
+    """Erase and removal keys, write gates, several writes and reads per token."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    found = [
+        Case((2, 300, 2, 1, K, K), axes, kind, dtype, erase=source, reverse=dtype == fp32, initial=dtype == bf16)
+        for K in (64, 128)
+        for axes in GATES
+        for kind, dtype in (("mild", bf16), ("hard", bf16), ("hard", fp32))
+        for source in ("decayed", "previous")
+        if axes or kind == "mild"
+    ]
+    found += [
+        Case((2, 300, 2, 2, 64, 64), axes, kind, bf16, erase="previous", remove=True, write=write)
+        for axes in GATES[1:]
+        for kind, write in (("mild", ""), ("leaky", "H V"), ("complex", "H"))
+    ]
+    found += [
+        Case((2, 300, 2, 1, 128, 128), axes, beta=True, writes=M, reads=R)
+        for axes in GATES
+        for M, R in ((2, 0), (3, 2))
+    ]
+    found += [Case((2, 200, 2, 2, 64, 64), "B T H K", write="H V", writes=2, reads=4, reverse=True)]
+    borders = (0, 0, 5, 130, 300, 300)
+    found += [Case((1, 300, 2, 1, 64, 64), axes, erase="previous", remove=True, borders=borders) for axes in GATES]
+    found += [Case((1, 3100, 2, 2, 64, 64), axes, erase="previous", remove=axes is not None) for axes in GATES]
+    found += [Case((1, 200, 2, 1, K, V), "B T H K", erase="previous") for K, V in ((100, 72), (256, 512), (384, 300))]
+    return [*found, Case((2, 300, 2, 2, 64, 64), "B T H K", dtype=torch.float16, erase="decayed", remove=True)]
+
+
 def attempt(job: tuple[Any, dict[torch.dtype, float], float]) -> bool:
     case, limits, slack = job
     torch.set_default_device("cuda")
@@ -238,5 +299,6 @@ def main(cases: list[Any], limits: dict[torch.dtype, float], slack: float = 1) -
 
 
 if __name__ == "__main__":
-    chosen = wide() if sys.argv[1:] == ["wide"] else listed() + cases() + wide()
+    sets = {"wide": wide, "erasing": erasing}
+    chosen = [case for name in sys.argv[1:] for case in sets[name]()] or listed() + cases() + wide() + erasing()
     sys.exit(main(chosen, LIMITS, slack=4))  # differences of sums, added up over time

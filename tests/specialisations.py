@@ -45,7 +45,7 @@ SCAN = Family(
         "time": "token fixed",  # gates [B T H *], or [H *]
         "gates": "wide narrow",  # in float32, or in the dtype of the tokens
         "phase": "no yes",
-        "write": "plain delta bonus",  # delta with bonus is refused
+        "write": "plain delta bonus erase previous",  # the last two with an erase key, which reads from either state
         "keys": "own tied",
         "heads": "each group",  # has q and k
         **PLACES,
@@ -61,38 +61,42 @@ SCAN = Family(
         {"phase": "yes", "K": "512"},  # refused: complex rows are two real ones
         {"keys": "tied", "decay": "none one"},  # refused
         {"keys": "tied", "phase": "yes"},  # refused
-        {"keys": "tied", "write": "delta"},  # keys are written out
-        {"segments": "more", "rows": "packed"},
+        {"keys": "tied", "write": "delta erase previous"},  # keys are written out
         {"segments": "more", "V": "640"},  # many columns fill the machine
     ),
     rows=_rows("""
-name             sm dtype    way   decay time  gates  phase write keys heads rows   segments states K   V
-linear-attention 90 bfloat16 right none  token wide   no    plain own  each  whole  one      zero   128 128
-mamba2           90 bfloat16 right one   token wide   no    plain own  group whole  one      zero   128 128
-gla              90 bfloat16 right key   token narrow no    plain own  each  whole  one      zero   128 128
-hgrn2            90 bfloat16 right key   token narrow no    plain tied each  whole  one      zero   128 128
-rwkv5            90 bfloat16 right key   fixed wide   no    bonus own  each  whole  one      zero   64  64
-gated-delta-net  90 bfloat16 right one   token wide   no    delta own  each  whole  one      zero   128 128
-kda              90 bfloat16 right key   token narrow no    delta own  each  whole  one      zero   128 128
--                80 float16  left  key   fixed narrow no    bonus tied each  packed one      given  256 200
--                80 float32  left  one   token wide   yes   plain own  each  whole  more     given  64  200
--                90 float16  right one   fixed wide   yes   delta own  group packed one      given  128 64
--                80 float32  left  none  token wide   no    delta own  group packed one      zero   256 64
--                80 float16  right one   fixed narrow no    plain own  each  whole  more     given  256 128
--                80 float32  left  key   token wide   yes   bonus own  group whole  more     zero   128 128
--                90 bfloat16 left  none  token wide   no    delta own  each  packed one      given  64  200
--                90 float16  right key   token narrow no    plain tied group whole  more     zero   64  64
--                90 float32  right key   fixed wide   no    plain tied group packed one      zero   64  128
--                80 bfloat16 right one   token wide   yes   bonus own  each  whole  one      zero   128 200
--                90 bfloat16 left  none  token wide   no    bonus own  group whole  more     given  256 200
--                80 float16  left  none  token wide   no    bonus own  each  packed one      zero   512 640
--                90 bfloat16 right key   fixed narrow no    plain tied group whole  one      given  512 640
--                80 float32  left  one   token wide   no    delta own  group whole  more     zero   512 128
--                90 float32  left  one   token wide   yes   delta own  group packed one      given  256 640
--                80 bfloat16 left  key   fixed wide   no    delta own  each  packed one      zero   512 200
--                90 bfloat16 right one   fixed wide   yes   delta own  each  whole  one      given  128 640
--                80 float32  right key   token wide   no    plain own  each  whole  one      given  64  640
--                80 float16  right one   token wide   no    plain own  group whole  more     zero   512 64
+name             sm dtype    way   decay time  gates  phase write    keys heads rows   segments states K   V
+linear-attention 90 bfloat16 right none  token wide   no    plain    own  each  whole  one      zero   128 128
+mamba2           90 bfloat16 right one   token wide   no    plain    own  group whole  one      zero   128 128
+gla              90 bfloat16 right key   token narrow no    plain    own  each  whole  one      zero   128 128
+hgrn2            90 bfloat16 right key   token narrow no    plain    tied each  whole  one      zero   128 128
+rwkv5            90 bfloat16 right key   fixed wide   no    bonus    own  each  whole  one      zero   64  64
+gated-delta-net  90 bfloat16 right one   token wide   no    delta    own  each  whole  one      zero   128 128
+kda              90 bfloat16 right key   token narrow no    delta    own  each  whole  one      zero   128 128
+comba            90 bfloat16 right one   token wide   no    previous own  each  whole  one      zero   128 128
+gated-delta-net2 90 bfloat16 right key   token narrow no    erase    own  each  whole  one      zero   128 128
+rwkv7            90 bfloat16 right key   token narrow no    previous own  each  whole  one      zero   64  64
+-                80 float16  left  key   fixed narrow no    bonus    tied each  packed one      given  256 200
+-                80 float32  left  one   token wide   yes   plain    own  each  whole  more     given  64  200
+-                90 float16  right one   fixed wide   yes   delta    own  group packed more     given  128 64
+-                80 float32  left  none  token wide   no    delta    own  group packed one      zero   256 64
+-                80 float16  right one   fixed narrow no    plain    own  each  whole  more     given  256 128
+-                80 float32  left  key   token wide   yes   bonus    own  group whole  more     zero   128 128
+-                90 bfloat16 left  none  token wide   no    delta    own  each  packed one      given  64  200
+-                90 float16  right key   token narrow no    plain    tied group whole  more     zero   64  64
+-                90 float32  right key   fixed wide   no    plain    tied group packed one      zero   64  128
+-                80 bfloat16 right one   token wide   yes   bonus    own  each  whole  one      zero   128 200
+-                90 bfloat16 left  none  token wide   no    bonus    own  group whole  more     given  256 200
+-                80 float16  left  none  token wide   no    bonus    own  each  packed one      zero   512 640
+-                90 bfloat16 right key   fixed narrow no    plain    tied group whole  one      given  512 640
+-                80 float32  left  one   token wide   no    delta    own  group whole  more     zero   512 128
+-                90 bfloat16 right one   fixed wide   yes   delta    own  each  whole  one      given  128 640
+-                80 float32  right key   token wide   no    plain    own  each  whole  one      given  64  640
+-                80 float16  left  one   fixed wide   yes   erase    own  group whole  more     given  64  200
+-                80 float16  left  one   fixed wide   yes   previous own  group packed one      given  256 640
+-                90 float32  right none  token wide   no    erase    own  group packed one      zero   512 64
+-                80 float32  left  none  token wide   no    previous own  group whole  more     zero   512 200
+-                80 float16  right one   token narrow no    erase    own  group packed one      zero   256 640
 """),
 )
 

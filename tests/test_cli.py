@@ -9,12 +9,15 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import recur
 from recur import train
+from recur.blocks.quantise import quantised
 from recur.cli import main
 
 TINY = ["--dim", "16", "--depth", "1", "--steps", "4", "--batch", "2", "--length", "16", "--every", "2"]
@@ -107,6 +110,33 @@ def test_check_lists_kept_and_broken_laws(capsys: pytest.CaptureFixture[str], mo
     assert capsys.readouterr().err == "longhorn breaks a law:\nsplit at 3 differs by 0.5\n"
 
 
+def test_generate_with_weights_in_eight_bits_says_what_they_cost(
+    capsys: pytest.CaptureFixture[str], run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a stand-in for torchao, which rounds the weights of the modules it is to change."""
+    ask = ["generate", str(run_folder), "--prompt", "the ", "--max-new-tokens", "9", "--quantize", "int8"]
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert "--quantize needs torchao: pip install" in refused(capsys, *ask)
+    changed = []
+
+    def quantize_(model: torch.nn.Module, configuration: str, filter_fn: Any) -> None:
+        for path, module in model.named_modules():
+            if filter_fn(module, path):
+                changed.append(path)
+                module.weight.copy_((module.weight * 8).round() / 8)
+
+    standin = SimpleNamespace(quantize_=quantize_, Int8WeightOnlyConfig=lambda: "int8")
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=standin))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", standin)
+    assert main(ask) == 0
+    before, after = map(float, re.findall(r"\d+\.\d{4}", capsys.readouterr().err))
+    assert before != after
+    assert any("project" in path for path in changed)
+    with pytest.raises(ValueError, match="quantised: kind must be one of int8, fp8, got 'int3'"):
+        quantised(recur.LanguageModel("gla:heads=1", vocab_size=3, dim=8, depth=1), "int3")
+
+
 @pytest.mark.parametrize("command", ["list", "show", "check", "train", "task", "compare", "data", "generate", "bench"])
 def test_every_command_has_help_with_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as leaving:
@@ -119,13 +149,15 @@ BENCH = ["bench", "--device", "cpu", "--form", "chunked"]
 
 
 def test_bench_measures_what_is_missing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    tiny = ["--families", "none", "decode scalar", "--shapes", "1,8,1,2,2", "2,1,2,2", "--out", str(tmp_path)]
+    families = ["none", "decode scalar", "gated_delta grouped", "gated_delta packed"]
+    shapes = ["1,64,1,2,2", "2,1,2,2", "1,8,1,2,2,2"]
+    tiny = ["--families", *families, "--shapes", *shapes, "--out", str(tmp_path)]
     assert main([*BENCH, *tiny]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [json.loads(line)["family"] for line in printed] == ["none", "decode scalar"]
+    assert [json.loads(line)["family"] for line in printed] == families
     assert all(json.loads(line)["y_error"] < 4e-3 for line in printed)  # one rounding to bfloat16
     assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md", "gpu.png"}
-    assert "| none | 1×8×1×2×2 | recur |" in (tmp_path / "gpu.md").read_text()
+    assert "| none | 1×64×1×2×2 | recur |" in (tmp_path / "gpu.md").read_text()
     assert (
         "| decode scalar | 2×1×2×2 | mamba_ssm selective_state_update | not run here |"
         in (tmp_path / "gpu.md").read_text()

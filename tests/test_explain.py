@@ -281,6 +281,7 @@ def launches_of_a_scan_are_those_that_are_made() -> None:
     agrees(recur.scan, q.clone(), None, v.clone(), -torch.rand(1, 70, 2, 8))
     agrees(recur.scan, q.clone(), q.clone(), v.clone(), -torch.rand(1, 70, 2), bonus=randn(2))
     agrees(recur.scan, q.clone(), q.clone(), v.clone(), -torch.rand(1, 70, 2, 8), beta=torch.rand(1, 70, 2))
+    agrees(recur.scan, q.clone(), q.clone(), v.clone(), erase=q.clone(), remove=q.clone(), write=torch.rand(1, 70, 2))
     agrees(recur.scan, q.clone(), q.clone(), v.clone(), cu_seqlens=torch.tensor([0, 30, 70]))
 
 

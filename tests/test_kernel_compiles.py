@@ -33,7 +33,7 @@ SHARED = {80: 166_912, 90: 232_448}  # bytes one program may have
 # Bytes per thread that programs of hot specialisations may spill; what is not named spills none. `gradients_exact` is
 # not hot: it looks for chunks whose gates forget too much for matmuls, and mostly finds none.
 SPILLS = {"gla gradients_exact": 1288, "hgrn2 gradients_exact": 1288, "rwkv5 gradients_exact": 1176}
-SPILLS |= {"kda gradients_exact": 1256}
+SPILLS |= {"kda gradients_exact": 1256, "gated-delta-net2 gradients_exact": 1272, "rwkv7 gradients_exact": 1072}
 Launch = tuple[Any, tuple, dict]
 Pair = tuple[tuple[str, str], tuple[str, str]]
 
@@ -140,7 +140,7 @@ def test_every_possible_pair_of_values_is_listed(family: Family) -> None:
 
 
 def test_the_list_is_short() -> None:
-    assert len(ROWS) <= 48
+    assert len(ROWS) <= 52
 
 
 @pytest.mark.parametrize("name", quick(CASES, {name for name, (row, _) in CASES.items() if row["name"] != "-"}))
@@ -151,7 +151,7 @@ def test_programs_compile_and_fit(name: str) -> None:
     found = launches(case, sm)
     kernels = [kernel.fn.__name__ for kernel, *_ in found]
     segments = {kwargs.get("segments", 1) for *_, kwargs in found}
-    assert (max(segments) > 1) == (row["segments"] == "more"), kernels
+    assert (max(segments) > 1 or "combine" in kernels) == (row["segments"] == "more"), kernels
     for kernel, launch in zip(kernels, found, strict=True):
         program = compiled(launch, sm)
         shared = program.metadata.shared

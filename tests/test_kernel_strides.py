@@ -132,7 +132,8 @@ def gates(shape: tuple[int, ...], rotated: bool) -> Tensor:
 def scans_with_a_matrix_state() -> None:
     def run(draw: Callable[..., Any]) -> None:
         gate = draw(st.sampled_from([None, *GATES]), "gates")
-        write = draw(st.sampled_from(["plain", "delta", "bonus", *(["tied"] if gate in ("H K", "B T H K") else [])]))
+        tied = ["tied"] if gate in ("H K", "B T H K") else []
+        write = draw(st.sampled_from(["plain", "delta", "bonus", "wide", *tied]))
         rotated = gate is not None and write != "tied" and draw(st.booleans(), "complex")
         tensors = {"q": torch.randn(B, T, G, K), "k": torch.randn(B, T, G, K), "v": torch.randn(B, T, H, V)}
         tensors["initial_state"] = torch.randn(B, H, K, V, dtype=torch.complex64 if rotated else torch.float32)
@@ -142,6 +143,9 @@ def scans_with_a_matrix_state() -> None:
             tensors["beta"] = torch.rand(B, T, H)
         if write == "bonus":
             tensors["bonus"] = torch.randn(H, K)
+        if write == "wide":
+            tensors |= {"erase": torch.randn(B, T, H, K), "remove": torch.randn(B, T, G, K)}
+            tensors |= {"write": torch.randn(B, T, H, V)}
         if write == "tied":
             del tensors["k"]
 

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import recur.primitives.chunked as chunked
 from recur.primitives.scan import scan, step
+from recur.primitives.sub_tokens import sub_tokens
 from recur.primitives.summary import advance, combine, summary
 from recur.shapes import ShapeError
 
@@ -351,17 +352,6 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
             ("several reads per token", {"q": q_[:, :, None]}),
         )
     ),
-    *(
-        ({"form": "triton", **more}, NotImplementedError, f"form='triton' does not cover {name}.*; form='chunked' does")
-        for name, more in (
-            ("erase=", {"erase": q_}),
-            ("write=", {"write": v_}),
-            ("several writes per token", {"k": q_[:, :, None], "v": v_[:, :, None]}),
-            ("several reads per token", {"q": q_[:, :, None]}),
-            ("remove=", {"beta": torch.zeros(2, 4, 4), "remove": q_}),
-            ("erase_from='previous'", {"beta": torch.zeros(2, 4, 4), "erase_from": "previous"}),
-        )
-    ),
 ]
 
 
@@ -408,6 +398,24 @@ def test_what_is_erased_from_the_previous_state_meets_no_gate_of_its_token(decay
     assert_close(final, S)
     (grad,) = torch.autograd.grad(y.sum() + final.sum(), log)
     assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("removes", [False, True])
+def test_sub_tokens_compute_what_their_tokens_do(removes: bool, reverse: bool) -> None:
+    torch.manual_seed(0)
+    normal = partial(torch.randn, dtype=torch.float64)
+    q, k, v, w = normal(2, 5, 2, 1, 3), normal(2, 5, 3, 1, 3) / 3, normal(2, 5, 3, 2, 4), normal(2, 5, 3, 2, 4)
+    log, e, b = -normal(2, 3).abs(), normal(2, 5, 3, 2, 3) / 3, normal(2, 5, 3, 1, 3) / 3 if removes else None
+    options: Any = {"erase_from": "previous", "reverse": reverse}
+    y, state = scan(q, k, v, log, erase=e, remove=b, write=w, **options)
+    found, places = sub_tokens(q, k, v, log[None, None], None, None, e, b, w, previous=True, reverse=reverse)
+    assert places.length == (7 if removes else 4)
+    assert found.log_decay is not None
+    decay = found.log_decay.expand(2, -1, -1, -1)  # which is one for all rows
+    got, final = scan(found.q, found.k, found.v, decay, erase=found.erase, **options)
+    assert_close(places.reads_of(got), y)
+    assert_close(final, state)
 
 
 def test_several_writes_are_tokens_that_share_a_gate_and_several_reads_are_queries() -> None:

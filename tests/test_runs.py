@@ -198,7 +198,7 @@ def test_what_is_not_finite_never_replaces_a_checkpoint(
     }
     last = tmp_path / "run" / "step-00000002"
     with pytest.raises(
-        InputError, match=f"{problem[kind]}: try a smaller --lr; the last good checkpoint is {last}: go on"
+        InputError, match=f"{problem[kind]}: try a smaller --lr; the last good checkpoint is {last}: continue"
     ):
         train.fit(run)
     monkeypatch.undo()
@@ -241,7 +241,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert signal.getsignal(number) is before
     kept, command = out / "step-00000003", f"recur train min_gru --out '{out}' --resume"
     said = capsys.readouterr().out
-    assert said.endswith(f"\nstopped by {number.name} at step 3 of 6: {kept} is kept; go on with: {command}\n")
+    assert said.endswith(f"\nstopped by {number.name} at step 3 of 6: {kept} is kept; continue with: {command}\n")
     assert main(shlex.split(command)[1:]) == 0
     assert main(flags(whole, text_file)) == 0
     curves = [json.loads((folder / "history.json").read_text())["curve"] for folder in (out, whole)]

@@ -627,7 +627,7 @@ class LanguageModel(nn.Module):
         return loss
 
     def decay_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameter groups for an optimiser: weight decay on what is declared so, none on gates, norms and biases.
+        """Parameter groups for an optimiser: weight decay where it is declared, none on gates, norms and biases.
 
         Args:
             weight_decay: of the weights that have one.

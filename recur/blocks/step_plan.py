@@ -24,13 +24,29 @@ from recur.blocks.glue import LowRank, Project, Projection, ShortConv
 from recur.blocks.leave import join
 from recur.primitives.forms import Choice, Refusal, listener
 from recur.recipe import Around, Chain, Flow, Part, Site, State, above
-from recur.weights import plain, watched
+from recur.weights import watched
 
 if TYPE_CHECKING:
     from recur.blocks.mixer import Mixer
 
 Modules = Mapping[str, nn.Module]
 NARROW = 32  # ranks up to this are multiplied in a kernel
+
+
+def ordinary(weight: Tensor) -> bool:
+    """Whether a weight is a plain tensor: not quantised, not spread over devices."""
+    return type(weight) is nn.Parameter or not hasattr(weight, "__tensor_flatten__")
+
+
+def owned(module: nn.Module) -> bool:
+    """Whether the weights of a part are parameters of its own, none of them computed from others, and ordinary; those
+    that F.linear alone multiplies may be quantised."""
+    linear = isinstance(module, Projection)
+    for name in module.declared:  # type: ignore[union-attr]
+        weight = module._parameters.get(name)
+        if weight is None or not (ordinary(weight) or (linear and name == "weight")):
+            return False
+    return True
 
 
 class Stage:
@@ -78,14 +94,14 @@ class Products(Stage):
         self.lock = threading.Lock()
 
     def __call__(self, flow: Flow, modules: Modules, before: Mapping[str, State], after: dict[str, State]) -> Flow:
-        own = self._own(modules)
-        product = F.linear(_read(flow, self.parts[0]), *self.prepare(modules))
-        if len(own) == 1:
-            made = own[0].outputs(product, self.narrow)
+        own, x, made = self._own(modules), _read(flow, self.parts[0]), dict[str, Tensor]()
+        matrix = self.prepare(modules)
+        if matrix is None:
+            pieces = [F.linear(x, module.weight, module.declared_or_none("bias")) for module in own]
         else:
-            made, pieces = {}, product.split_with_sizes([len(module.weight) for module in own], -1)
-            for module, piece in zip(own, pieces, strict=True):
-                made |= module.outputs(piece, self.narrow)
+            pieces = list(F.linear(x, *matrix).split_with_sizes([len(module.weight) for module in own], -1))
+        for module, piece in zip(own, pieces, strict=True):
+            made |= module.outputs(piece, self.narrow)
         return flow.set(**({self.names.get(name, name): x for name, x in made.items()} if self.names else made))
 
     def leaving(self, narrow: Collection[str]) -> Products:
@@ -98,11 +114,11 @@ class Products(Stage):
     def _own(self, modules: Modules) -> list[Projection]:
         return [modules[key] for key in self.keys]  # type: ignore[misc]
 
-    def prepare(self, modules: Modules) -> tuple[Tensor, Tensor | None]:
-        """The matrix of all weights, and the vector of all biases."""
+    def prepare(self, modules: Modules) -> tuple[Tensor, Tensor | None] | None:
+        """The matrix of all weights, and the vector of all biases; None for one Project, or if one is quantised."""
         own = self._own(modules)
-        if len(own) == 1:
-            return own[0].weight, own[0].declared_or_none("bias")
+        if len(own) == 1 or not all(ordinary(module.weight) for module in own):
+            return None
         with self.lock, torch.inference_mode(False):
             weight, bias = (self._matrix(name, own) for name in ("weight", "bias"))
         assert weight is not None
@@ -112,7 +128,7 @@ class Products(Stage):
         """The output of one Project with `residual` [B 1 D] added."""
         own = self._own(modules)[0]
         x, bias = _read(flow, self.parts[0]), own.declared_or_none("bias")
-        if x.dtype != residual.dtype:
+        if x.dtype != residual.dtype or not ordinary(own.weight):
             return residual + F.linear(x, own.weight, bias).to(residual.dtype)
         y = torch.addmm(residual[:, 0], x[:, 0], own.weight.mT)[:, None]
         return y if bias is None else y + bias
@@ -171,7 +187,7 @@ class Fused(Stage):
 class StepPlan:
     """The stages of one layer in a step, which compute what its parts do one by one.
 
-    A layer has none if something wants one of its parts to be called, or if a weight is no ordinary tensor.
+    A layer has none if something wants one of its parts to be called, or if a weight is not its own.
     """
 
     _plans: ClassVar[WeakKeyDictionary[nn.Module, StepPlan]] = WeakKeyDictionary()
@@ -186,7 +202,7 @@ class StepPlan:
 
     @classmethod
     def of(cls, mixer: Mixer, modules: Modules) -> StepPlan | None:
-        if any(watched(module) or not plain(module) for module in modules.values()):
+        if any(watched(module) or not owned(module) for module in modules.values()):
             return None
         with cls._lock:  # two plans of one layer would move its weights to and fro
             plan = cls._plans.get(mixer)

@@ -1,17 +1,6 @@
 """Comba: a delta rule in a closed loop, whose state is corrected by one key and whose query by the same."""
 
-from recur.blocks import (
-    Act,
-    FeedbackKey,
-    Multiply,
-    Norm,
-    OutputGate,
-    Project,
-    Repeat,
-    ShortConv,
-    StepDecay,
-    WideScan,
-)
+from recur.blocks import Act, FeedbackKey, Multiply, Norm, OutputGate, Project, Repeat, ShortConv, StepDecay, WideScan
 from recur.presets.delta_net import smooth_unit
 from recur.recipe import Frame, Part, Recipe
 

@@ -1,17 +1,6 @@
 """Gated DeltaNet-2: what is erased and what is written have gates of their own, per key and per value channel."""
 
-from recur.blocks import (
-    Act,
-    LowRank,
-    Multiply,
-    Norm,
-    OutputGate,
-    Project,
-    Repeat,
-    ShortConv,
-    StepDecay,
-    WideScan,
-)
+from recur.blocks import Act, LowRank, Multiply, Norm, OutputGate, Project, Repeat, ShortConv, StepDecay, WideScan
 from recur.presets.delta_net import smooth_unit
 from recur.recipe import Frame, Part, Recipe
 

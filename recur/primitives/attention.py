@@ -54,5 +54,5 @@ def forgetting_softmax(q: Tensor, k: Tensor, v: Tensor, since: Tensor, since_key
     gap = (since[:, :, None] - since_key[:, None]).masked_fill(~mask[..., None], -math.inf)  # [B T L H]
     groups = q.to(real).unflatten(2, (G, H // G))
     scores = torch.einsum("btgrk,blgk->btlgr", groups, k.to(real)).flatten(3) / math.sqrt(q.shape[-1])
-    share = (scores + gap).softmax(2).unflatten(3, (G, H // G))
-    return torch.einsum("btlgr,blgv->btgrv", share, v.to(real)).flatten(2, 3).to(v.dtype)
+    weights = (scores + gap).softmax(2).unflatten(3, (G, H // G))
+    return torch.einsum("btlgr,blgv->btgrv", weights, v.to(real)).flatten(2, 3).to(v.dtype)

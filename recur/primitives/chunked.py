@@ -85,12 +85,7 @@ _chunked = one_node("recur::chunked_scan", _run, _fake, schema=schema_of(_Inputs
 
 
 def chunked_scan(
-    form: str,
-    bonus: Tensor | None,
-    previous: bool,
-    initial: Tensor,
-    cu_seqlens: Tensor | None,
-    **tokens: Tensor,
+    form: str, bonus: Tensor | None, previous: bool, initial: Tensor, cu_seqlens: Tensor | None, **tokens: Tensor
 ) -> ScanOut:
     """All tokens in chunks: `wide_step` with an axis T, one node where a graph is made.
 
@@ -144,10 +139,10 @@ def _erasing(
         return x if rotation is None else as_real(as_complex(x.mT) * rotation[..., None]).mT
 
     overlap = A_ek if A_eb is None else A_eb
-    solve = solve_tril(overlap if beta is None else beta * overlap)
+    A_inv = solve_tril(overlap if beta is None else beta * overlap)
     if beta is not None:
-        solve = solve * beta.mT
-        solve = solve if all_finite(beta) else solve.tril()  # 0 times a beta that is not finite is NaN
+        A_inv = A_inv * beta.mT
+        A_inv = A_inv if all_finite(beta) else A_inv.tril()  # 0 times a beta that is not finite is NaN
     (start, added), sealed = chunks.openings(start), chunks.sealed
     if b_out is None:
         A_qu, writer, given = A_qk, to_end(k_out), v
@@ -159,8 +154,8 @@ def _erasing(
             written if added is None or sealed is None else added + written.masked_fill(like_batch(sealed, written), 0)
         )
     lead = (chunks.n, *v.shape[1:4])
-    decay, e_in, writer, solve = (x.expand(*lead, *x.shape[-2:]) for x in (decay, e_in, writer, solve))
-    entering, _, u, _ = chunked_state_pass(decay, e_in, writer, solve, given, None, added, start, sealed, 1)
+    decay, e_in, writer, A_inv = (x.expand(*lead, *x.shape[-2:]) for x in (decay, e_in, writer, A_inv))
+    entering, _, u, _ = chunked_state_pass(decay, e_in, writer, A_inv, given, None, added, start, sealed, 1)
     y = add_to(lower_product(A_qu, u, chunks.size), q_in @ entering)
     state = kept(chunks.last(decay), chunks.last(entering)) + chunks.last(writer).mT @ chunks.last(u)
     if b_out is not None:

@@ -11,7 +11,7 @@ from recur.primitives.forms import document_of
 
 
 class Rows:
-    """Whole rows [B T ...] in n chunks of C tokens, the last one filled up with zeros.
+    """Whole rows [B T ...] in n chunks of C tokens, the last one padded with zeros.
 
     Logs of decays are split like everything else, so a token of zeros neither decays nor writes.
     """
@@ -23,7 +23,7 @@ class Rows:
         self.borders = None  # [documents+1] cu_seqlens of the row of chunks
 
     def split(self, tokens: Tensor) -> Tensor:
-        """[B T ...] -> [B n C ...]. Tokens all alike, [B 1 ...], give [B 1 C ...] where nothing is filled up."""
+        """[B T ...] -> [B n C ...]. Tokens all alike, [B 1 ...], give [B 1 C ...] where nothing is padded."""
         missing = self.n * self.size - self.length
         if tokens.shape[1] != self.length:
             if missing == 0:
@@ -56,7 +56,7 @@ class Rows:
 
 
 class Documents:
-    """One packed row [1 T ...] in n chunks of C tokens, every document filled up with zeros to whole chunks.
+    """One packed row [1 T ...] in n chunks of C tokens, every document padded with zeros to full chunks.
 
     n = T // C + documents is the most chunks that documents of T tokens can need. Those not needed come last and hold
     zeros. Everything is found on the device from cu_seqlens [documents + 1]; no value is read by the host.

@@ -1,4 +1,4 @@
-"""What every scan shares: its result, its forms, the token loop, packing."""
+"""What all scans have in common: their result, forms, the token loop, packing."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def choose_form(
     function: str, form: str, available: tuple[str, ...], device: torch.device, refusal: Callable[..., Refusal | None]
 ) -> str:
     """The form to run: "auto" is "triton" for what the kernel covers on a GPU and "chunked" for all else; any other
-    name is taken or refused.
+    name is used or raises an error.
 
     Args: available: the forms of this function; refusal: why "triton" cannot run this call on a device, None if it can.
     Raises: ValueError for a name that is not a form, NotImplementedError for one this function, or this call, lacks.

@@ -251,11 +251,5 @@ _scaled = operator(
 )
 
 _loss = operator(
-    "recur::linear_cross_entropy",
-    _run,
-    fake=_fake,
-    save=_save,
-    backward=_backward,
-    jvp=_tangent,
-    vmap=_one_by_one,
+    "recur::linear_cross_entropy", _run, fake=_fake, save=_save, backward=_backward, jvp=_tangent, vmap=_one_by_one
 )

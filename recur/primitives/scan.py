@@ -14,6 +14,7 @@ from recur.primitives.chunked import chunked_scan
 from recur.primitives.diagonal import check_state, number_of, state_number
 from recur.primitives.forms import ScanOut, check_packing, choose_form, first_state, right_to_left, unroll
 from recur.primitives.reference import wide_step
+from recur.primitives.sub_tokens import sub_tokens
 from recur.shapes import (
     ShapeError,
     accumulation_dtype,
@@ -94,7 +95,8 @@ def scan(
     Raises: ShapeError if axes disagree, TypeError for dtypes, ValueError for arguments that exclude each other,
         NotImplementedError for forms.
     Cost: "chunked" O(T (C + K) (K + V)) per head with C = 64, and O(T (C + K V / C)) memory; twice that where something
-        is erased, three times with a removal key; times M. Defined by `wide_step`.
+        is erased, three times with a removal key; times M. In "triton" M writes and R reads are M + R − 1 tokens, twice
+        as many writes with a removal key. Defined by `wide_step`.
     Source: Katharopoulos et al. 2020, arXiv:2006.16236; Yang et al. 2024, arXiv:2312.06635 and arXiv:2412.06464;
         Siems et al. 2025, arXiv:2502.10297; Peng et al. 2025, arXiv:2503.14456.
 
@@ -105,11 +107,11 @@ def scan(
     """
     given = Given(q, k, v, log_decay, beta, bonus, erase, remove, write)
     options = erase_from, cu_seqlens is not None
-    previous, real, number, lacks = per_signature(
+    previous, real, number, wide = per_signature(
         _CHECKED, options, (*given, initial_state), lambda: _check_scan(given, initial_state, *options)
     )
     (B, T, H, V), K = (*v.shape[:2], *v.shape[-2:]), q.shape[-1]
-    refusal = partial(kernel.refusal, number, lacks=lacks, K=K)
+    refusal = partial(kernel.refusal, number, K=K)
     form = choose_form("scan", form, ("recurrent", "chunked", "parallel", "triton"), kernel.device_of(v), refusal)
     check_packing("scan", cu_seqlens, B, T, initial_state)
     if T == 0:
@@ -121,8 +123,14 @@ def scan(
     if log_decay is not None and log_decay.ndim <= 2:
         given = given._replace(log_decay=log_decay[None, None])
     if form == "triton":
-        tensors: Any = given[:6]
-        return kernel.scan(initial_state, cu_seqlens, *tensors, scale=scale, reverse=reverse)
+        if not wide:
+            tensors: Any = given[:6]
+            return kernel.scan(initial_state, cu_seqlens, *tensors, scale=scale, reverse=reverse)
+        found, places = sub_tokens(*given, previous=previous, reverse=reverse)
+        borders = cu_seqlens if cu_seqlens is None else cu_seqlens * places.length
+        y, state = kernel.scan(initial_state, borders, *found, previous=previous, scale=scale, reverse=reverse)
+        y = y if places.length == 1 and q.ndim == 4 else places.reads_of(y)
+        return ScanOut(y if y.ndim == q.ndim else y.squeeze(2), state)
     with without_autocast(v):
         tokens = _tokens(real, given, scale)
         weight = None if bonus is None else bonus.to(real).reshape(H, -1)
@@ -208,8 +216,8 @@ def _launch(given: Given, state: Tensor, scale: float) -> Tensor:
 
 
 def _wide(given: Given, previous: bool, rank: int) -> tuple[str, str] | None:
-    """What a call needs that no kernel computes, by the name of the argument, and the remedy; None if kernels have it
-    all. q and v with one read and one write per token have this rank."""
+    """What a step needs that its kernel lacks, by the name of the argument, and the remedy; None if nothing. q and v
+    with one read and one write per token have this rank."""
     names = [name for name in ("erase", "remove", "write") if getattr(given, name) is not None]
     if previous and given.beta is not None:
         lacks = "erase_from='previous'"
@@ -224,26 +232,26 @@ def _wide(given: Given, previous: bool, rank: int) -> tuple[str, str] | None:
     return lacks, "the delta rule of beta=, with one write and one read per token, runs in it"
 
 
-Checked = tuple[bool, torch.dtype, torch.dtype, tuple[str, str] | None]
+Checked = tuple[bool, torch.dtype, torch.dtype, bool]
 _CHECKED: dict[Hashable, Checked] = {}
 
 
 def _check_scan(given: Given, initial_state: Tensor | None, erase_from: str, packed: bool) -> Checked:
-    """Of a call whose arguments fit: whether S_{t-1} is erased from, the dtypes of sums and states, what kernels
-    lack."""
+    """Of a call whose arguments fit: whether S_{t-1} is erased from, the dtypes of sums and states, whether it
+    takes more than the plain and the delta rule."""
     states = "n H K V" if packed else "B H K V"
     decays = "H | H K | B T H | B T H K"
     previous = _check("scan", "B T", given, erase_from, decays, initial_state=(initial_state, states))
     real = accumulation_dtype(*given, initial_state)
     number = state_number("scan", real, "log_decay is not complex", (given.log_decay,), initial_state=initial_state)
-    return previous, real, number, _wide(given, previous, rank=4)
+    return previous, real, number, _wide(given, previous, rank=4) is not None
 
 
 _STEPPED: dict[Hashable, tuple[Any, ...]] = {}
 
 
 def _check_step(given: Given, state: Tensor, erase_from: str) -> tuple[Any, ...]:
-    """As `_check_scan`; and whether each token has a decay of its own."""
+    """As `_check_scan`, but what the kernel lacks; and whether each token has a decay of its own."""
     q, _, v, log_decay, *_ = given
     check_given("step", q=q, v=v, state=state)
     token_decay = log_decay is not None and (log_decay.ndim == 3 or log_decay.shape == (v.shape[0], *v.shape[-2:-1]))

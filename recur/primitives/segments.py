@@ -14,24 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recur.primitives.diagonal import (
-    LOG2_E,
-    document_starts,
-    like_batch,
-    recur_backward,
-    recur_forward,
-    recurrence,
-)
+from recur.primitives.diagonal import LOG2_E, document_starts, like_batch, recur_backward, recur_forward, recurrence
 from recur.primitives.forms import ScanOut, document_of, state_count
-from recur.primitives.operators import (
-    batch_axis,
-    batched_at,
-    operator,
-    pullback,
-    pushforward,
-    remember,
-    schema_of,
-)
+from recur.primitives.operators import batch_axis, batched_at, operator, pullback, pushforward, remember, schema_of
 from recur.shapes import without_autocast
 
 SEGMENT = 2**19  # numbers of A_t that are held at a time: what a cache holds

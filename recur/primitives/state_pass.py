@@ -18,10 +18,10 @@ class _Inputs(NamedTuple):
     """The states S_j that enter the chunks, the errors e_j and the solved values u_j:
 
         e_j = write_j − order reader_j S_j
-        u_j = solve_j e_j + more_j
+        u_j = A_inv_j e_j + more_j
         S_{j+1} = decay_j S_j + order writer_jᵀ u_j + added_j
 
-    With order −1 the pass goes from the last chunk to the first. That, with reader and writer exchanged and solve
+    With order −1 the pass goes from the last chunk to the first. That, with reader and writer exchanged and A_inv
     transposed, is the backward pass. Rows of e_j that are not finite make NaN of later rows of u_j, never of earlier
     ones.
     """
@@ -29,7 +29,7 @@ class _Inputs(NamedTuple):
     decay: Tensor  # [n ... K | 1 1]
     reader: Tensor  # [n ... C K]
     writer: Tensor  # [n ... C K]
-    solve: Tensor  # [n ... C C]
+    A_inv: Tensor  # [n ... C C]
     write: Tensor  # [n ... C V]
     more: Tensor | None  # [n ... C V]
     added: Tensor | None  # [n ... K V]
@@ -40,7 +40,7 @@ class _Inputs(NamedTuple):
 
 def _run_pass(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = _Inputs(*inputs)
-    if given.order < 0:  # solve is upper triangular: gradients may mix the tokens of a chunk
+    if given.order < 0:  # A_inv is upper triangular: gradients may mix the tokens of a chunk
         return _chunk_by_chunk(torch.bmm, given)
     if readable(given.write):
         found = _chunk_by_chunk(torch.bmm, given)
@@ -55,7 +55,7 @@ def _lower_bmm(t: Tensor, e: Tensor, *, out: Tensor) -> Tensor:
 
 
 def _chunk_by_chunk(product: Callable[..., Tensor], given: _Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The pass, with `product` for solve_j e_j."""
+    """The pass, with `product` for A_inv_j e_j."""
     *tensors, start, sealed, order = given
     (entering, error, u, final), n = _fake_pass(*given), len(given.write)
     final.copy_(start)
@@ -89,25 +89,21 @@ def _fake_pass(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _save_pass(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    decay, reader, writer, solve, *_, sealed, ctx.order = inputs
-    remember(ctx, decay, reader, writer, solve, *output[:3], sealed)
+    decay, reader, writer, A_inv, *_, sealed, ctx.order = inputs
+    remember(ctx, decay, reader, writer, A_inv, *output[:3], sealed)
     ctx.set_materialize_grads(False)
 
 
 def _gradients_pass(
-    ctx: Any,
-    grad_entering: Tensor | None,
-    grad_error: Tensor | None,
-    grad_u: Tensor | None,
-    grad_final: Tensor | None,
+    ctx: Any, grad_entering: Tensor | None, grad_error: Tensor | None, grad_u: Tensor | None, grad_final: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    decay, reader, writer, solve, entering, error, u, sealed = ctx.saved_tensors
+    decay, reader, writer, A_inv, entering, error, u, sealed = ctx.saved_tensors
     order = ctx.order
     after, push_u, push_error, grad_start = chunked_state_pass(
         decay.conj(),
         writer,
         reader,
-        solve.mT,
+        A_inv.mT,
         torch.zeros_like(u) if grad_u is None else grad_u,
         grad_error,
         grad_entering,
@@ -126,30 +122,30 @@ def _gradients_pass(
     else:
         grad_decay = entering * after
     grad_decay = grad_decay.sum(-1, keepdim=True).sum_to_size(decay.shape)
-    grad_solve = push_u @ error.mT
+    grad_A_inv = push_u @ error.mT
     grad_more = push_u if ctx.needs_input_grad[5] else None
-    return grad_decay, grad_reader, grad_writer, grad_solve, push_error, grad_more, grad_added, grad_start, None, None
+    return grad_decay, grad_reader, grad_writer, grad_A_inv, push_error, grad_more, grad_added, grad_start, None, None
 
 
 def _tangent_pass(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-    """The same pass: what the tangents of decay, reader, writer and solve change is written and added."""
-    ddecay, dreader, dwriter, dsolve, dwrite, dmore, dadded, dstart, *_ = tangents
-    decay, reader, writer, solve, entering, error, u, sealed = ctx.saved_tensors
+    """The same pass: what the tangents of decay, reader, writer and A_inv change is written and added."""
+    ddecay, dreader, dwriter, dA_inv, dwrite, dmore, dadded, dstart, *_ = tangents
+    decay, reader, writer, A_inv, entering, error, u, sealed = ctx.saved_tensors
     order = ctx.order
     before = entering if order > 0 else _unless(sealed, entering)
     dwrite = torch.zeros_like(error) if dwrite is None else dwrite
     dstart = torch.zeros_like(entering[0]) if dstart is None else dstart
     if dreader is not None:
         dwrite = dwrite - order * (dreader @ before)
-    if dsolve is not None:
-        dmore = _sum(dmore, dsolve @ error)
+    if dA_inv is not None:
+        dmore = _sum(dmore, dA_inv @ error)
     if ddecay is not None:
         carried = kept(ddecay, before)
         dadded = _sum(dadded, _unless(sealed, carried) if order > 0 else carried)
     if dwriter is not None:
         written = order * (dwriter.mT @ u)
         dadded = _sum(dadded, _unless(sealed, written) if order > 0 else written)
-    return chunked_state_pass(decay, reader, writer, solve, dwrite, dmore, dadded, dstart, sealed, order)
+    return chunked_state_pass(decay, reader, writer, A_inv, dwrite, dmore, dadded, dstart, sealed, order)
 
 
 def _unless(sealed: Tensor | None, states: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a stretch of tokens does to the state, as a value. Stretches combine: time can be cut and rejoined anywhere."""
+"""The map that a segment of tokens applies to the state, as a value: segments combine, so time can be cut anywhere."""
 
 from __future__ import annotations
 

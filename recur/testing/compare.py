@@ -39,8 +39,8 @@ class Inputs:
         tokens: [B T ...] by argument name.
         constants: what all rows and tokens share, by argument name: a constant decay, the weights of a layer.
         state: [B ...] before the first token, a tensor or a tree of them; None starts afresh.
-        sizes: what the counter-example is to say: letters, regime.
-        seed: what the tensors, and whatever random numbers a law needs, were made from.
+        sizes: what a counter-example reports: sizes by letter, the regime.
+        seed: of the tensors, and of random numbers that a law needs.
         like: the token whose dtype, and shape, y takes.
         shape: of y after B T, where it is not that of this token.
         rotates: whether y is complex although that token is real.

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from recur import own
+from recur import LanguageModel, own
+from recur.blocks.quantise import quantised
 from recur.train import checkpoint, config
 from recur.train.config import InputError, Settings, known
 from recur.train.lock import hold
@@ -94,6 +95,9 @@ def add(command: Command, nested: Callable[[argparse.ArgumentParser], Command]) 
         "--top-p", type=config.share, help="sample among the most likely tokens with this total probability"
     )
     writer.add_argument("--stop", metavar="TEXT", nargs="+", help="end with the token that completes one of these")
+    writer.add_argument(
+        "--quantize", metavar="KIND", choices=("int8", "fp8"), help="weights of projections in 8 bits: int8 or fp8"
+    )
     writer.add_argument(
         "--checkpoint", metavar="WHICH", type=_which, default="newest", help="best, newest or a step (newest)"
     )
@@ -175,7 +179,7 @@ def _task(arguments: argparse.Namespace) -> int:
     settings, task = run.settings, run.task
     machine = use_threads(settings) + use_compiler(settings)
     show: Callable[..., None] = print if run.is_main else lambda *words: None
-    again = f"go on with: {_resuming(arguments, out)}"
+    again = f"continue with: {_resuming(arguments, out)}"
     for recipe in task.recipes(settings):
         show(recipe)
     show(f"\ndepth {settings.depth}, width {settings.dim}: {parameter_count(run.plain_model):,} parameters{machine}\n")
@@ -294,10 +298,31 @@ def _generate(arguments: argparse.Namespace) -> int:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     options = {name: getattr(arguments, name) for name in names}
     stop = {"stop": arguments.stop, "decode": tokenizer.decode} if arguments.stop else {}
-    prompt = ids[0].tolist()
+    whole, written = model, list[int]()
+    if arguments.quantize:
+        model = _quantised(model, arguments.quantize)
     new = (int(token) for token in model.stream(ids, **options, **stop))
-    for piece in pieces(chain(prompt, new), tokenizer.decode):
+    for piece in pieces(_noted(chain(ids[0].tolist(), new), written), tokenizer.decode):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    if arguments.quantize and len(written) > 1:
+        with torch.no_grad():
+            before, after = (float(one.loss(torch.tensor([written]))) for one in (whole, model))
+        _say(f"{arguments.quantize}: loss per token of this text {after:.4f}, {before:.4f} as trained")
     return 0
+
+
+def _noted(tokens: Iterable[int], written: list[int]) -> Iterator[int]:
+    """The tokens, each added to what was written."""
+    for token in tokens:
+        written.append(token)
+        yield token
+
+
+def _quantised(model: LanguageModel, kind: str) -> LanguageModel:
+    """Raises: InputError where torchao is not installed."""
+    try:
+        return quantised(model, kind)
+    except ModuleNotFoundError as error:
+        raise InputError("--quantize needs torchao: pip install 'recur-primitives[quantize]'") from error

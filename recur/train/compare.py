@@ -1,4 +1,4 @@
-"""Recipes trained alike: the same data, size, schedule and seeds; a table, pictures, and the order they came in."""
+"""Recipes trained under the same conditions: data, size, schedule and seeds; with a table, plots and their order."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _sized(task: Task, settings: Settings, recipe: str, target: int | None, widt
 
 
 def _answers(task: Task, settings: Settings) -> int:
-    """How many answers the shown final evaluation asks for, about."""
+    """About how many answers the shown final evaluation has."""
     split = task.finals[0]
     return task.weight(task.batch(split, 0, 1)) * (task.rows(split) or settings.evaluate)
 
@@ -244,7 +244,7 @@ def _order(
 
 
 def _best_guess(guess: Guess, better: Callable[..., Any]) -> float:
-    """What guesses reach at best: chance and three standard errors of an accuracy; a loss, a fiftieth less."""
+    """The best that guessing reaches: chance plus three standard errors for an accuracy, 2% less for a loss."""
     chance = guess.chance
     if chance is None:
         return -math.inf if better is max else math.inf

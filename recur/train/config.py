@@ -50,7 +50,7 @@ def path(text: str) -> str:
 
 
 def file_or_folder(text: str) -> Path:
-    """A file or folder by name, which need not be there."""
+    """The name of a file or folder, which need not exist."""
     try:
         if text.strip():
             found = Path(text).expanduser()
@@ -143,7 +143,7 @@ def known(*classes: type) -> dict[str, Field[Any]]:
 
 
 def add_flags(parser: argparse.ArgumentParser, options: Mapping[str, Field[Any]], defaults: Mapping[str, Any]) -> None:
-    """A flag for every option; what is not given leaves no trace, so that files and defaults can be under it."""
+    """A flag for every option. Flags that are not given set nothing, so that files and defaults apply."""
     for name, made in options.items():
         default = defaults.get(name, made.default)
         about = made.metadata["about"] + ("" if default is None else f" ({_text(default)})")

@@ -72,7 +72,7 @@ class Tokens:
         }
 
     def sample(self, rows: int, length: int, *seeds: int) -> Batch:
-        """Windows at random places, which `seeds` alone decide: there is no order to save."""
+        """Windows at random places that only `seeds` decide, so no order needs to be saved."""
         return self.rows(generator(*seeds).integers(0, len(self) - length, size=rows), length)
 
     def count(self, length: int) -> int:
@@ -87,7 +87,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens to learn from, to be judged by, and (where there are some) to be tested on; `digest` identifies them."""
+    """Tokens for training, validation and, if there are any, testing; `digest` identifies them."""
 
     tokenizer: Tokenizer
     train: Tokens
@@ -138,7 +138,7 @@ ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[abfn
 
 
 def unescaped(words: str) -> str:
-    """Text with Python's escapes in the place of what stands for them; all other characters as they are.
+    """Text in which Python's escapes are replaced by what they mean; all other characters stay as they are.
 
     Raises: InputError for a backslash that begins no escape.
     """

@@ -1,4 +1,4 @@
-"""What this machine can do for a run: how many threads are its own, which models it can hold, how it compiles."""
+"""What this machine offers a run: threads, memory for a model, and compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task is to the trainer: a model, batches that a number alone decides, and a score."""
+"""What the trainer needs of a task: a model, batches that only a number decides, and a score."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPLITS = {"train": 0, "valid": 1, "test": 2}
 class Task:
     """A task whose fields are its options. Subclasses say what differs.
 
-    name, about, source: how it is called, what it asks, and where it was published.
+    name, about, source: its name, what it tests, and where it was published.
     defaults: settings that differ from those of Settings.
     setups:   named sets of choices, such as a paper's.
     metrics:  what `score` sums besides the loss, and which of them is shown.
@@ -62,7 +62,7 @@ class Task:
         return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
     def weight(self, batch: Batch) -> int:
-        """What the summed loss is divided by: predictions asked for."""
+        """The number of predictions, by which the summed loss is divided."""
         return int((batch["labels"] != -100).sum())
 
     def score(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:

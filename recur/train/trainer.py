@@ -50,7 +50,7 @@ class Training:
     curve: list[dict[str, Any]]
     data: dict[str, dict[str, str]]
     held: Held | None
-    saved: Path | None = None  # the checkpoint that the run would go on from
+    saved: Path | None = None  # the checkpoint from which the run would continue
     spare: Collection[Path] = ()  # damaged checkpoints that were passed over
     stopped: bool = False
     signal: int | None = None  # set it, and the run is saved and stops after the step under way
@@ -63,7 +63,7 @@ class Training:
 
     @property
     def plain_model(self) -> nn.Module:
-        """The model without what `accelerate` wraps around it."""
+        """The model without the wrappers of `accelerate`."""
         return self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
 
     @property
@@ -86,7 +86,7 @@ def prepare(
         settings: model, optimiser and run.
         out:      the folder of the run; without a checkpoint unless the run is taken up.
         resume:   the choices, by option, that the run in `out` must agree with or may be changed by; None starts a run.
-        say:      called with a line on each thing that a user should know: what changed, which checkpoint is damaged.
+        say:      called with each line that a user should see: what changed, which checkpoint is damaged.
 
     Raises: InputError if a choice cannot be met, or contradicts the run that is taken up; or if another process has
         locked `out`.
@@ -246,7 +246,7 @@ def evaluate(run: Training, split: str, *, full: bool = False) -> dict[str, floa
 
 
 def save(run: Training) -> None:
-    """A checkpoint of this step, by the main process, of what all of them hold."""
+    """Save a checkpoint of this step: the main process writes what all processes hold."""
     model, accelerator = run.plain_model, run.accelerator
     weights = {name: checkpoint.whole(weight) for name, weight in checkpoint.named(model).items()}
     trainer = checkpoint.trainer_tensors(model, run.optimizer.optimizer)
@@ -324,7 +324,7 @@ def _score(run: Training, model: nn.Module, batch: dict[str, Tensor]) -> dict[st
 def _settle(run: Training, *wishes: bool) -> tuple[list[dict[str, Any]], list[bool]]:
     """Read the losses of the steps since the last look into the curve; and which wishes any process has.
 
-    All processes must act alike, so wishes travel with the losses.   Raises: InputError if a loss is not finite.
+    All processes must act alike, so a stop is sent with the losses.   Raises: InputError if a loss is not finite.
     """
     totals = [total for _, total in run._pending]
     numbers = torch.stack([*totals, *(totals[0].new_tensor(float(wish)) for wish in wishes)])
@@ -404,7 +404,7 @@ def _accelerator(settings: Settings) -> Any:
 
 
 def _is_first_process() -> bool:
-    """Whether this is the main process of a launch, by what launchers set, before they are connected."""
+    """Whether this is the main process of a launch, by the variables of launchers, before they are connected."""
     from accelerate.utils import get_int_from_env
 
     return bool(get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0)
@@ -520,7 +520,7 @@ def recorded_recipes(record: checkpoint.Record, place: Path, imports: str | Path
 def _with_frames(record: checkpoint.Record) -> list[dict[str, Any]]:
     """The recipes of a run; those recorded without a frame get the one that their preset's name stood for then.
 
-    The name of the first decided what stood around all layers.
+    The name of the first recipe decided feed-forward and norm of all layers.
     """
     words = [piece.partition(":")[0] for piece in str(record.config.get("recipe", "")).split("+")]
     found = []
