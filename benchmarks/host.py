@@ -69,7 +69,7 @@ def scans() -> dict[str, Call]:
     dq, dk, dv = (new(B, T, H, K, grad=True) for _ in range(3))
     head, key, dkey = log(B, T, H), log(B, T, H, K), log(B, T, H, K, grad=True)
     beta, state, cu = new(B, T, H), torch.zeros(B, H, K, K), torch.tensor([0, 20, 64])
-    turning = torch.polar(key.exp(), key).log()
+    complex_gates = torch.polar(key.exp(), key).log()
     x, delta, few_x = new(B, T, K), new(B, T, K), new(B, T, 8)
     dx, ddelta = new(B, T, K, grad=True), new(B, T, K, grad=True)
     A, channels, poles, readout = log(K, 8), log(B, T, K), log(8), new(K, 8)
@@ -85,7 +85,7 @@ def scans() -> dict[str, Call]:
         "scan, packed": scan(q, k, v, key, cu_seqlens=cu),
         "scan, bfloat16 with groups and a state": scan(few, few, wide, head, initial_state=state),
         "scan, delta rule": scan(low, low, wide, head, beta=beta),
-        "scan, complex gates": scan(q, k, v, turning),
+        "scan, complex gates": scan(q, k, v, complex_gates),
         "gated_scan": lambda: recur.gated_scan(x, channels, form="triton"),
         "gated_scan, with gradient": lambda: recur.gated_scan(dx, channels, form="triton"),
         "selective_scan": lambda: recur.selective_scan(x, delta, A, few_x, few_x, form="triton"),
@@ -105,14 +105,14 @@ def layers() -> dict[str, Call]:
     return found
 
 
-def measured(call: Call, turns: int) -> tuple[float, float]:
-    """Microseconds of a call, and how many times as long as x + x: medians, in turns, so that neither finds caches as
+def measured(call: Call, rounds: int) -> tuple[float, float]:
+    """Microseconds of a call, and its ratio to x + x: medians, alternating, so that neither finds caches as
     only itself leaves them."""
     x = torch.ones(4)
     own, unit = [], []
     for _ in range(20):
         call()
-    for _ in range(turns):
+    for _ in range(rounds):
         clock = [time.thread_time_ns(), time.thread_time_ns()]  # reading it takes time too
         call()
         clock.append(time.thread_time_ns())
@@ -137,7 +137,7 @@ def profiled(call: Call) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="rows whose names begin so")
-    parser.add_argument("--turns", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--profile", action="store_true", help="print where the time goes")
     parser.add_argument("--out", type=Path, help="folder for host.json and host.md")
     o = parser.parse_args()
@@ -149,7 +149,7 @@ def main() -> None:
             if not name.startswith(tuple(o.only)):
                 continue
             with around():
-                found[name] = measured(call, o.turns)
+                found[name] = measured(call, o.rounds)
                 print("{:<42}{:>9} us{:>8}".format(name, *found[name]), flush=True)
                 if o.profile:
                     profiled(call)

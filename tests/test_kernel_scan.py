@@ -371,13 +371,13 @@ def operators_keep_the_rules_of_torch() -> None:
 
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     q, k, v, e = (torch.randn(1, 9, 2, 4, requires_grad=True) for _ in range(4))
-    turned = torch.randn(1, 9, 2, 4, 2, requires_grad=True)
+    rotated = torch.randn(1, 9, 2, 4, 2, requires_grad=True)
     a, beta, cu = -torch.rand(1, 9, 2, 4), torch.rand(1, 9, 2), torch.tensor([0, 4, 9])
     for arguments in (
         (q, v, k, a.requires_grad_(), None, None, None, None, None, 1.0, False, False, False, True),
         (q, v, k, None, beta, None, None, torch.randn(2, 2, 4, 4), cu, 0.5, True, False, False, True),
-        (q, v, k, turned, beta, None, None, None, None, 1.0, False, False, False, True),
-        (q, v, k, turned, None, None, e, None, None, 1.0, False, False, True, True),
+        (q, v, k, rotated, beta, None, None, None, None, 1.0, False, False, False, True),
+        (q, v, k, rotated, None, None, e, None, None, 1.0, False, False, True, True),
         (
             q,
             v,

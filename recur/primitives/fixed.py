@@ -75,7 +75,7 @@ def fixed_scan(
     check_packing("fixed_scan", cu_seqlens, B, T, initial_state)
     forms = ("recurrent", "chunked", "triton", "parallel")[: 3 if cu_seqlens is not None else 4]
     if form == "auto" and cu_seqlens is None:
-        form, why = "parallel", "no kernel computes the convolution by FFT, which costs less than to walk N states"
+        form, why = "parallel", "no kernel computes the convolution by FFT, which costs less than stepping N states"
         kernel.without("fixed_scan", form, x, why, "form='triton', a scan over chunks by a kernel, where N is small")
     else:
         refusal = partial(kernel.refusal, accumulation_dtype(x, log_decay, readout, write, initial_state))

@@ -251,7 +251,7 @@ _STEPPED: dict[Hashable, tuple[Any, ...]] = {}
 
 
 def _check_step(given: Given, state: Tensor, erase_from: str) -> tuple[Any, ...]:
-    """As `_check_scan`, but what the kernel lacks; and whether the decay is one of a token."""
+    """As `_check_scan`, but what the kernel lacks; and whether there is a decay per token."""
     q, _, v, log_decay, *_ = given
     check_given("step", q=q, v=v, state=state)
     token_decay = log_decay is not None and (log_decay.ndim == 3 or log_decay.shape == (v.shape[0], *v.shape[-2:-1]))
