@@ -71,7 +71,9 @@ def test_the_path_of_a_query_names_existing_functions() -> None:
     rows = re.findall(r"^\| `(\w+)` \| \[[^]]*\]\(\.\./([\w/]+\.py)\)", page, flags=re.MULTILINE)
     assert len(rows) > 10
     for function, file in rows:
-        assert re.search(rf"^def {function}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), function
+        assert re.search(rf"^(?:def|class) {function}\b", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (
+            function
+        )
 
 
 def test_its_new_recurrence_is_the_one_of_the_example() -> None:

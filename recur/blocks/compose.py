@@ -332,8 +332,8 @@ def _norm(part: Norm, at: At) -> Written:
                 e = k.of(eps, View(view.group, None, "head"))
             else:
                 e = k.of(eps, View(view.group, k.let(f"{view.group} < {math.prod(rows)}"), "groups"))
-        turn = "tl.trans({})" if view.kind == "rows" else "{}"  # whose entries lie along the first axis
-        x = k.let(turn.format(f"normed({turn.format(x)}, {e}, {turn.format(view.here)}, {n}, {kind!r})"))
+        across = "tl.trans({})" if view.kind == "rows" else "{}"  # whose entries lie along the first axis
+        x = k.let(across.format(f"normed({across.format(x)}, {e}, {across.format(view.here)}, {n}, {kind!r})"))
         if factor != 1:
             x = k.let(f"{x} * {factor!r}")
         if part.affine != "none":
