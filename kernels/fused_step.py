@@ -2,7 +2,7 @@
 
 Such source loads what its parts read, computes them one after another in float32, and overwrites their states. Its
 programs each have all K rows and BLOCK_V columns of the state of one head, or BLOCK_V channels where there is no such
-state. What wants all channels of a row (a norm, the shift of a short convolution that heads share) is done by the
+state. What wants all channels of a row (a norm, the shift of a short convolution common to heads) is done by the
 program of that row that ends last: it takes the last ticket.
 
 The functions here are what the source may call; tensors are tiles of two axes, [K 1], [1 V], or [rows entries].
@@ -63,10 +63,10 @@ def lower_bound(ptr, at, here, layer, DEPTH: tl.constexpr, WIDTH: tl.constexpr, 
         top = tl.maximum(top, logits[j])
     total, below = tl.zeros_like(top), tl.zeros_like(top)
     for j in tl.static_range(DEPTH):
-        share = tl.exp2((logits[j] - top) * LOG2E)
-        total += share
+        weight = tl.exp2((logits[j] - top) * LOG2E)
+        total += weight
         if j >= FIRST:
-            below += tl.where(j < FIRST + layer, share, 0.0)
+            below += tl.where(j < FIRST + layer, weight, 0.0)
     return below / total
 
 
@@ -117,9 +117,9 @@ def attend(
         score = tl.where(here, tl.sum(key * query, 1)[:, None], float("-inf"))
         value = tl.load(v_ptr + slot * v_l + cols * v_v, mask=here & in_v, other=0.0).to(tl.float32)
         higher = tl.maximum(top, tl.max(tl.max(score, 1), 0))
-        share, keep = tl.exp2((score - higher) * LOG2E), tl.exp2((top - higher) * LOG2E)
-        y = y * keep + tl.sum(share * value, 0)[None, :]
-        total = total * keep + tl.sum(tl.sum(share, 1), 0)
+        weight, keep = tl.exp2((score - higher) * LOG2E), tl.exp2((top - higher) * LOG2E)
+        y = y * keep + tl.sum(weight * value, 0)[None, :]
+        total = total * keep + tl.sum(tl.sum(weight, 1), 0)
         top = higher
     return y / total
 
