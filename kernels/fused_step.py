@@ -2,7 +2,7 @@
 
 Such source loads what its parts read, computes them one after another in float32, and overwrites their states. Its
 programs each have all K rows and BLOCK_V columns of the state of one head, or BLOCK_V channels where there is no such
-state. What wants all channels of a row (a norm, the shift of a short convolution that heads share) is done by the
+state. What wants all channels of a row (a norm, the shift of a short convolution common to heads) is done by the
 program of that row that ends last: it takes the last ticket.
 
 The functions here are what the source may call; tensors are tiles of two axes, [K 1], [1 V], or [rows entries].

@@ -47,7 +47,7 @@ def step(recipe: Recipe, ffn: str | None) -> Counter[str]:
     return found[1] - found[0]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["gla", "hgrn2", "gated_delta_net", "retnet", "mamba2", "mamba", "longhorn", "llama"])
 def test_a_step_launches_at_most_eight_times_per_layer(name: str) -> None:
     pytest.importorskip("triton")
     made = step(*MODELS[name][:2])
