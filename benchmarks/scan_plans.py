@@ -74,8 +74,8 @@ def lay(family: str, shape: tuple[int, ...], setting: tuple[int, int, int]) -> d
 
 
 def segments(family: str, shape: tuple[int, ...], n: int, shift: float) -> dict[str, float]:
-    """Milliseconds of a forward and a backward in n segments, in a CUDA graph, and how many borders have a warm-up.
-    Gates forget the more slowly the larger `shift`: 2 is 10 bits per chunk of 64 tokens, 8 is 0.03."""
+    """Milliseconds of a forward and a backward in n segments, in a CUDA graph, with gates that forget the more slowly
+    the larger `shift` (2: 15 bits per chunk of 64 tokens, 8: 0.05), and what part of the borders has a warm-up."""
     from recur.kernels import scan
     from triton.testing import do_bench_cudagraph
 

@@ -38,7 +38,7 @@ Words
     tile        the part of a tensor that a program holds; block: tokens or columns taken at once
     decay       product of gates: decay_in from the entry of a chunk, decay_out to its end, decay_total over all of it
     anchor      the point of a chunk from which key-wise decay is counted; in_range: whether that overflows nowhere
-    A_qk, A_kk  decayed scores inside a chunk; A_inv: (1 + β A_kk)⁻¹, the UT transform
+    A_qk, A_kk  decayed scores inside a chunk; A_solve: A_kk (1 + β A_kk)⁻¹, 1 − β A_solve the UT transform
     eraser      key under which the delta rule reads what it erases: k, or an erase key e
     phase       angle of a complex gate, a 32-bit fraction of a circle
     descriptor  what a program publishes for those that wait for it, see `lookback`

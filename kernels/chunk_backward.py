@@ -135,10 +135,12 @@ def backward_states(
         if SCAN.BEFORE:
             du += load_log_decay(prepared.log_decays, chunk_head, C, BONUS)[:, None] * dy.to(tl.float32)
         if DELTA:
-            A_inv = tl.load(prepared.A_inv + chunk_head * (C * C) + offs[None, :] * C + offs[:, None])  # transposed
-            du = tl.dot(A_inv, du.to(DOT), input_precision=PRECISION)
+            A_solve = tl.load(prepared.A_solve + chunk_head * (C * C) + offs[None, :] * C + offs[:, None])  # transposed
+            weighed = -du
             if x.beta is not None:
                 beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+                weighed = weighed * beta[:, None]
+            du = tl.dot(A_solve, weighed.to(DOT), du, input_precision=PRECISION)
             if PARTS == 1:  # where it is k_out, by another pointer: one load for both would spill
                 k_in = load_tile(erasers, row, offs, inside, offs_k).to(DOT)
             if not MAP and x.beta is not None:

@@ -84,29 +84,20 @@ def _identities(S, rows, cols, ADD: tl.constexpr):
 
 @triton.jit
 def _correct(v, prediction, x, prepared, error_ptr, chunk, n, h, row, offs, inside, stored, cols, SCAN: tl.constexpr):
-    """The delta rule in a chunk: u = A_inv β (v − prediction) [C V], prediction = k_in S. Stores the error u / β; β is
-    1 with an erase key."""
+    """The delta rule in a chunk: u = β error [C V], error = (1 − A_solve β) (v − prediction), which is stored, with
+    prediction = k_in S; β is 1 with an erase key."""
     H: tl.constexpr = SCAN.H
     C: tl.constexpr = SCAN.C
-    DOT: tl.constexpr = SCAN.DOT
+    error = v - prediction
+    weighed = -error
     if x.beta is not None:
         beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-    chunk_head = (chunk + n) * H + h
-    A_inv = tl.load(matrix_ptrs(prepared.A_inv, chunk_head, C))
-    error = v - prediction
-    if x.beta is not None:
-        u = tl.dot(A_inv, (error * beta[:, None]).to(DOT), input_precision=SCAN.PRECISION)
-    else:
-        u = tl.dot(A_inv, error.to(DOT), input_precision=SCAN.PRECISION)
+        weighed = weighed * beta[:, None]
+    A_solve = tl.load(matrix_ptrs(prepared.A_solve, (chunk + n) * H + h, C))
+    error = tl.dot(A_solve, weighed.to(SCAN.DOT), error, input_precision=SCAN.PRECISION)
     if error_ptr is not None:
-        if x.beta is not None:
-            A_kk = tl.load(matrix_ptrs(prepared.A_kk, chunk_head, C), mask=inside[:, None], other=0.0)
-            error -= tl.dot(A_kk.to(DOT), u.to(DOT), input_precision=SCAN.PRECISION)
-        else:
-            error = u
-        tensor = (error_ptr, H, h, SCAN.V)
-        store_tile(tensor, row, offs, stored, cols, error)
-    return u
+        store_tile((error_ptr, H, h, SCAN.V), row, offs, stored, cols, error)
+    return error * beta[:, None] if x.beta is not None else error
 
 
 @triton.jit(do_not_specialize=["T", "documents", "tiles", "span"])  # not worth a compilation each

@@ -299,10 +299,19 @@ def _store_block(ptr, n, m, block, C: tl.constexpr):
     tl.store(ptr + (n * 16 + offs)[:, None] * C + m * 16 + offs[None, :], block)
 
 
+@triton.jit
+def _weights(beta_ptr, row, h, rows, length, H: tl.constexpr):
+    """beta of these tokens of a chunk, 0 outside; 1 without beta."""
+    weights = tl.full(rows.shape, 1.0, tl.float32)
+    if beta_ptr is not None:
+        weights = tl.load(beta_ptr + (row + rows) * H + h, mask=rows < length, other=0.0).to(tl.float32)
+    return weights
+
+
 @triton.jit(do_not_specialize=["T", "documents"])
-def solve_tril(A_kk_ptr, beta_ptr, A_inv_ptr, cu_ptr, T, documents, SCAN: tl.constexpr):
-    """A_inv = (1 + β A_kk)⁻¹, in the order of the scan: 16 rows one by one among themselves, then blocks of 16 by
-    products. β is 1 without beta."""
+def solve_tril(A_kk_ptr, beta_ptr, A_solve_ptr, cu_ptr, T, documents, SCAN: tl.constexpr):
+    """A_solve = A_kk (1 + β A_kk)⁻¹, in the order of the scan: 16 rows one by one among themselves, then blocks of 16
+    by products. β is 1 without beta."""
     H: tl.constexpr = SCAN.H
     C: tl.constexpr = SCAN.C
     REVERSE: tl.constexpr = SCAN.REVERSE
@@ -314,44 +323,39 @@ def solve_tril(A_kk_ptr, beta_ptr, A_inv_ptr, cu_ptr, T, documents, SCAN: tl.con
     N: tl.constexpr = C // 16
     block, offs = tl.arange(0, N), tl.arange(0, 16)
     length = tl.minimum(stop - start, C).to(tl.int32)
-    if beta_ptr is not None:
-        beta = beta_ptr + (first + start) * H + h
     A_kk = A_kk_ptr + chunk_head * (C * C)
+    rows = block[:, None] * 16 + offs[None, :]
+    beta = _weights(beta_ptr, first + start, h, rows, length, H)
     # each 16 rows by themselves, all blocks at once: [N 16 16]
-    D = tl.where(offs[:, None] == offs[None, :], 1.0, 0.0)[None, :, :] + tl.zeros([N, 16, 16], tl.float32)
+    D = tl.zeros([N, 16, 16], tl.float32)
     for r in tl.range(0, 16, num_stages=4):
         t = 15 - r if REVERSE else r
-        rows = block * 16 + t
-        if beta_ptr is not None:
-            weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
-        ptrs = A_kk + (rows * C + block * 16)[:, None] + offs[None, :]
-        A_row = tl.load(ptrs, mask=(rows < length)[:, None], other=0.0)
-        if beta_ptr is not None:
-            A_row = A_row * weight[:, None]
-        product = tl.sum(D * A_row[:, :, None], 1)
-        D = tl.where((offs == t)[None, :, None], D - product[:, None, :], D)
-    A_inv, diagonal = A_inv_ptr + chunk_head * (C * C), ()
+        row = block * 16 + t
+        ptrs = A_kk + (row * C + block * 16)[:, None] + offs[None, :]
+        A_row = tl.load(ptrs, mask=(row < length)[:, None], other=0.0)
+        product = A_row - tl.sum(D * (A_row * beta)[:, :, None], 1)
+        D = tl.where((offs == t)[None, :, None], product[:, None, :], D)
+    A_solve, diagonal, weights = A_solve_ptr + chunk_head * (C * C), (), ()
     for i in tl.static_range(N):
         n = N - 1 - i if REVERSE else i
         diagonal = diagonal + (tl.sum(tl.where((block == n)[:, None, None], D, 0.0), 0),)
-        _store_block(A_inv, n, n, diagonal[i], C)
+        weights = weights + (-_weights(beta_ptr, first + start, h, n * 16 + offs, length, H)[:, None],)
+        _store_block(A_solve, n, n, diagonal[i], C)
         for j in tl.static_range(i):
-            _store_block(A_inv, N - 1 - j if REVERSE else j, n, tl.zeros([16, 16], tl.float32), C)
-    # below the diagonal, with D_i on it: A_inv_ij = -D_i Σ_p β A_kk_ip A_inv_pj, over the blocks p from j up to i
+            _store_block(A_solve, N - 1 - j if REVERSE else j, n, tl.zeros([16, 16], tl.float32), C)
+    # below the diagonal, with D_i on it: (1 - D_i β) (A_kk_ij - Σ_p A_kk_ip β A_solve_pj), over blocks p from j up to i
     for j in tl.static_range(N):
-        m, column = N - 1 - j if REVERSE else j, (diagonal[j],)
+        m, column = N - 1 - j if REVERSE else j, (diagonal[j] * weights[j],)
         for i in tl.static_range(j + 1, N):
             n = N - 1 - i if REVERSE else i
             rows = n * 16 + offs
-            if beta_ptr is not None:
-                weight = tl.load(beta + rows * H, mask=rows < length, other=0.0).to(tl.float32)
-            product = tl.zeros([16, 16], tl.float32)
+            rest = tl.load(
+                A_kk + rows[:, None] * C + (m * 16 + offs)[None, :], mask=(rows < length)[:, None], other=0.0
+            )
             for p in tl.static_range(j, i):
                 cols = (N - 1 - p if REVERSE else p) * 16 + offs
                 A_ip = tl.load(A_kk + rows[:, None] * C + cols[None, :], mask=(rows < length)[:, None], other=0.0)
-                if beta_ptr is not None:
-                    A_ip = A_ip * weight[:, None]
-                product = tl.dot(A_ip, column[p - j], product, input_precision="tf32x3")
-            product = -tl.dot(diagonal[i], product, input_precision="tf32x3")
-            column = column + (product,)
-            _store_block(A_inv, n, m, product, C)
+                rest = tl.dot(A_ip, column[p - j], rest, input_precision="tf32x3")
+            rest = tl.dot(diagonal[i], rest * weights[i], rest, input_precision="tf32x3")
+            column = column + (rest * weights[i],)
+            _store_block(A_solve, n, m, rest, C)

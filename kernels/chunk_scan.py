@@ -15,7 +15,8 @@ Notation
     q_in        q · decay_in, k_out = k · decay_out, k_in = k · decay_in, if there is one gate per key channel; otherwise
                 they are q, k and k, and decay is applied to their products. Rotated if gates are complex, see `rotate`
     A_qk, A_kk  [C C] decayed scores q_t·k_s and, for the delta rule, k_t·k_s inside a chunk
-    A_inv       (1 + β A_kk)⁻¹, the UT transform (Yang et al. 2024)
+    A_solve     A_kk (1 + β A_kk)⁻¹; 1 − β A_solve = (1 + β A_kk)⁻¹ is the UT transform (Yang et al. 2024), and
+                1 − A_solve β = (1 + A_kk β)⁻¹ gives the error itself, where β is 0 too
     eraser      k, the key under which the delta rule looks up what it corrects; with an erase key e, k_in is e · decay_in
                 (decay up to the token before, if it reads from the previous state), A_kk the decayed scores e_t·k_s, and β
                 is 1 in all that follows
@@ -23,9 +24,10 @@ Notation
 
 A chunk that is entered by S computes
 
-    y = q_in S + A_qk u      S <- decay_total S + k_outᵀ u      u = v, or u = A_inv β (v − k_in S)
+    y = q_in S + A_qk u      S <- decay_total S + k_outᵀ u      u = v, or u = β error
 
-which is linear in S, as is any number of chunks: a segment maps S to Q S + L, with Q [K K], or diagonal without delta
+with error = (1 − A_solve β) (v − k_in S) and, on the way back, derror = (1 − A_solveᵀ β) du and dβ = rowsum(derror error).
+It is linear in S, as is any number of chunks: a segment maps S to Q S + L, with Q [K K], or diagonal without delta
 rule. Where the gates of a few chunks before a border multiply to less than 2^FORGOTTEN, whatever enters those chunks is
 lost at the border, and the segment behind it needs no map: it begins with zeros that many chunks earlier, a warm-up that
 writes nothing. `warm_up` finds the numbers of chunks; maps are computed and combined for the other borders alone. What
@@ -33,7 +35,7 @@ is not finite before a warm-up does not reach the segment. The backward pass war
 
 The derivative has the shape of the scan in the other direction:
 
-    du = A_qkᵀ dy + k_out dS    dS <- decay_total dS + q_inᵀ dy    dv = du, or dv = β A_invᵀ du, and dS <- dS − k_inᵀ dv
+    du = A_qkᵀ dy + k_out dS    dS <- decay_total dS + q_inᵀ dy    dv = du, or dv = β derror, and dS <- dS − k_inᵀ dv
     dq_in = dy Sᵀ    dk_out = u dSᵀ    dk_in = −dv Sᵀ    dA_qk = dy uᵀ    dA_kk = −dv uᵀ    ddecay_total = rowsum(dS S)
 
 With one gate per head, A_qk is decayed pair by pair. With one gate per key channel, q and k are decayed before they are
@@ -47,7 +49,7 @@ Kernels, in the order of a training step
     chunk_prepare.cumulative_decay  one gate per head: decay of every chunk
     chunk_prepare.prepare           decayed and rotated q and k; in_range; A_kk; the term of a bonus
     chunk_prepare.scores_exact      A_qk and A_kk of chunks that are not in range
-    chunk_prepare.solve_tril        A_inv
+    chunk_prepare.solve_tril        A_solve
     chunk_forward.warm_up           where segments may begin with zeros, and how many chunks earlier
     chunk_forward.forward           y; or the map of a segment; or the state before every chunk
     chunk_forward.combine           the state that enters each segment
@@ -132,8 +134,8 @@ class Prepared(NamedTuple):
     log_total: Any = None  # [chunks H] of one gate per head
     log_norm: Any = None  # [chunks H] of the delta rule: log2 of what the norm of a chunk's Q cannot exceed
     A_qk: Any = None  # [chunks H C C], of chunks that are not in range
-    A_kk: Any = None  # [chunks H C C] of the delta rule
-    A_inv: Any = None  # [chunks H C C] of the delta rule
+    A_kk: Any = None  # [chunks H C C] of the delta rule, for `solve_tril` alone
+    A_solve: Any = None  # [chunks H C C] of the delta rule
 
 
 class Entry(NamedTuple):

@@ -247,8 +247,7 @@ def prepared(x: Tensors, before: bool) -> dict[str, tuple[tuple[int, ...], torch
     if x.beta is not None:
         found["log_norm"] = chunk_heads, torch.float32
     if erases(x):
-        found["A_kk"] = (*chunk_heads, chunk, chunk), torch.float32
-        found["A_inv"] = (*chunk_heads, chunk, chunk), kept
+        found["A_solve"] = (*chunk_heads, chunk, chunk), kept
     return found
 
 
@@ -353,7 +352,7 @@ class _Launcher:
             q_in=q_in, k_out=k_out, k_in=made("k_in", k_out if x.erase is None else x.erase),
             anchor_in=made("anchor_in"), anchor_out=made("anchor_out"), in_range=made("in_range"),
             log_decays=made("log_decays"), log_total=made("log_total"), log_norm=made("log_norm"), A_qk=self.scores,
-            A_kk=made("A_kk"), A_inv=made("A_inv"),
+            A_solve=made("A_solve"),
         )  # fmt: skip
         self._prepare(first)
         self.warm = self._warm_up() if layout.warms_up else None
@@ -378,7 +377,7 @@ class _Launcher:
     def _prepare(self, first: bool) -> None:
         """Launch the kernels that read gates, q and k alone; once, but for `scores_exact`, whose result is not kept."""
         x, (_, _, H, _, _), made, descriptors = self.x, self.sizes, self.made.get, None
-        A_kk = made("A_kk") if first else None
+        A_kk = self.matrices(torch.float32) if first and erases(x) else None
         if first and self.decay == "scalar":
             block_h = min(16, power_of_2(H))
             chunk_prepare.cumulative_decay[(self.chunks, cdiv(H, block_h))](
@@ -416,8 +415,8 @@ class _Launcher:
             )  # fmt: skip
         if A_kk is not None:
             chunk_prepare.solve_tril[(self.chunks * H,)](
-                A_kk_ptr=A_kk, beta_ptr=x.beta, A_inv_ptr=made("A_inv"), num_warps=1,
-                maxnreg=128, **self.laid,
+                A_kk_ptr=A_kk, beta_ptr=x.beta, A_solve_ptr=made("A_solve"), num_warps=1,
+                maxnreg=152, **self.laid,
             )  # fmt: skip
 
     def _warm_up(self) -> Tensor:
@@ -478,7 +477,7 @@ class _Launcher:
         grid, options = self._passes(tiles, dv is None)
         chunk_backward.backward_states[grid](
             x=Given(gate=given.gate, gate_sb=given.gate_sb, gate_sh=given.gate_sh, beta=self.x.beta),
-            prepared=self.prepared._replace(A_kk=None), entry=entry,
+            prepared=self.prepared, entry=entry,
             dy_ptr=dy, error_ptr=error, chunk_states_ptr=chunk_states, dv_ptr=dv, dbeta_ptr=dbeta,
             chunk_dstates_ptr=chunk_dstates, leave_ptr=leave, dphase_state_ptr=dphase_state, B=self.sizes[0],
             chunk_slots=self.chunks, **options,
@@ -493,7 +492,7 @@ class _Launcher:
         written = {"dq_ptr": dq, "dk_ptr": dk, "derase_ptr": derase, "dgate_ptr": dgate}
         chunk_backward.backward_inputs[(self.chunks * H * self.plan.blocks * tiles.parts,)](
             x=self.given._replace(beta=x.beta, bonus=x.bonus),
-            prepared=self.prepared._replace(A_qk=None, A_kk=None, A_inv=None), u_ptr=u, dy_ptr=dy, dv_ptr=dv,
+            prepared=self.prepared._replace(A_qk=None, A_solve=None), u_ptr=u, dy_ptr=dy, dv_ptr=dv,
             chunk_states_ptr=chunk_states, chunk_dstates_ptr=chunk_dstates, dbonus_ptr=dbonus, B=self.sizes[0],
             tiles=tiles.parts, chunks=self.chunks, BLOCKS=self.plan.blocks,
             BLOCK_K=tiles.block, BLOCK_V=self.plan.block_v, num_warps=tiles.warps, **written, **self.common,

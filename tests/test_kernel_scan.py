@@ -230,7 +230,7 @@ def segments_side_by_side() -> None:
 
     def cut(*, T: int, **sizes: Any) -> scan.Plan:
         segments = max(1, -(-T // 32))
-        return whole(T=T, **sizes)._replace(segments=segments, span=32 if segments > 1 else T)
+        return whole(T=T, **sizes)._replace(segments=segments, span=32)
 
     scan.plan = cut
     for axes in (None, "B T H", "B T H K"):
