@@ -687,27 +687,24 @@ def products(kernel: Any, grid: tuple[int, ...], x: dict[str, Any]) -> int:
     passes = kernel is chunk_forward.forward or kernel is chunk_backward.backward_states
     if not passes and kernel is not chunk_backward.backward_inputs:
         return 0
-    C, width = (int(getattr(size, "value", size)) for size in (x["SCAN"].C, x["SCAN"].V))  # constexpr, when compiled
-    erase = getattr(x["SCAN"].ERASE, "value", x["SCAN"].ERASE)
-    delta = x["x"].beta is not None or erase != "none"
+    scan = Scan(*(getattr(size, "value", size) for size in x["SCAN"]))  # constexpr, when compiled
+    H, C, width = scan.H, scan.C, scan.V
+    delta = x["x"].beta is not None or scan.ERASE != "none"
     rows, V = x["BLOCK_K"] * x.get("PARTS", 1), x["BLOCK_V"]
     state, scores, values = 2 * C * rows * V, 2 * C * C * rows, 2 * C * C * V
     if not passes:
         each = 2 * (state + scores) + values + delta * (state + 2 * scores + values)
         return grid[0] * each
-    T, packed, columns = x["T"], x["cu_ptr"] is not None, x["tiles"] * x["SCAN"].H
+    T, packed, columns = x["T"], x["cu_ptr"] is not None, x["tiles"] * H
     chunks = T // C if packed else x["documents"] * cdiv(T, C)
     if kernel is chunk_backward.backward_states:
         each, alone = 2 * state + scores + values + delta * (state + values), x["dv_ptr"] is None
     else:
         each = state + x["EMIT"] * (state + scores + values) + delta * (state + values)
-        each, alone = (
-            each + (x["x"].beta is not None) * (x["error_ptr"] is not None) * values,
-            not x["EMIT"] and x["chunk_states_ptr"] is None,
-        )
+        alone = not x["EMIT"] and x["chunk_states_ptr"] is None
     if alone:  # segments before a border, at most: none whose gates forget
         per, segments = x["span"] // C, cdiv(T, x["span"])
         before, inner = (T // x["span"],) * 2 if packed else (x["documents"] * (segments - n) for n in (1, 2))
         written = x["tiles"] if kernel is chunk_backward.backward_states else cdiv(width, V)  # tiles of L; then of Q
-        return x["SCAN"].H * per * each * (written * before + (x["tiles"] - written) * max(0, inner))
+        return H * per * each * (written * before + (x["tiles"] - written) * max(0, inner))
     return columns * chunks * each

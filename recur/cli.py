@@ -23,7 +23,7 @@ from recur.train.config import count, file_or_folder, positive, several
 
 # what brings each optional package
 TRAIN = ("accelerate", "datasets", "matplotlib", "sklearn", "tensorboard", "tqdm", "transformers", "yaml")
-EXTRA = {**dict.fromkeys(TRAIN, "train"), "hypothesis": "test"}
+EXTRA = {**dict.fromkeys(TRAIN, "train"), "hypothesis": "test", "torchao": "quantize"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         parser.error(f"there is not enough memory for these sizes: {one_line(error)}")
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRA:
             raise
-        remedy = f"pip install -e '.[{EXTRA[error.name]}]' in a clone of recur"
-        parser.error(f"{error.name} is not installed: {remedy}")
+        remedy = f"pip install -e '.[{EXTRA[package]}]' in a clone of recur"
+        parser.error(f"{package} is not installed: {remedy}")
     except KeyboardInterrupt:
         print("recur: interrupted", file=sys.stderr)
         return 130

@@ -72,6 +72,9 @@ def patched_once() -> None:
     interpreter._patch_lang = once
 
 
+PRODUCTS = 4  # decays (sums of logs), scores, what they read, and the state: each is rounded in float32
+
+
 def widen(x: Any) -> Any:
     """A tensor in float64 or complex128; anything else as it is."""
     return x.to(torch.complex128 if x.is_complex() else torch.float64) if isinstance(x, torch.Tensor) else x
@@ -91,12 +94,12 @@ def allowed(exact: torch.Tensor, others: Sequence[torch.Tensor], inputs: Iterabl
         exact: an output of the token loop in float64.
         others: the same output of forms in torch, given the same inputs as the kernel.
         inputs: of the kernel: the widest rounding among them, and, for sums in another order, that of float32 times the
-            square root of the longest axis.
+            square root of the longest axis, once for each of the PRODUCTS from an input to a gradient.
     """
     given = [x for x in inputs if x is not None and (x.is_floating_point() or x.is_complex())]
     rounding = max(torch.finfo(x.dtype).eps for x in given)
     terms = max(size for x in given for size in (1, *x.shape))
-    sums = torch.finfo(torch.float32).eps * terms**0.5
+    sums = PRODUCTS * torch.finfo(torch.float32).eps * terms**0.5
     errors = [off_by(other, exact) for other in others]  # not finite where torch has a limit that the kernel has not
     return 2 * max(filter(math.isfinite, errors), default=0.0) + rounding + sums
 

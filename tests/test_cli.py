@@ -117,7 +117,7 @@ def test_generate_with_weights_in_eight_bits_says_what_they_cost(
     ask = ["generate", str(run_folder), "--prompt", "the ", "--max-new-tokens", "9", "--quantize", "int8"]
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    assert "--quantize needs torchao: pip install" in refused(capsys, *ask)
+    assert "torchao is not installed: pip install -e '.[quantize]' in a clone of recur" in refused(capsys, *ask)
     changed = []
 
     def quantize_(model: torch.nn.Module, configuration: str, filter_fn: Any) -> None:

@@ -150,7 +150,7 @@ def the_operator_is_one_of_torch() -> None:
         (memory, None, None, channels, decays(1, 1, 1, 9), None, None, 1.0, "outer", False),
         (transposed, q, None, v, a, None, None, 1.0, "outer", True),
     ):
-        torch.library.opcheck(step, case)
+        torch.library.opcheck(torch.ops.recur.step.default, case)
     version = state._version
     step(state, q, q, v, a, None, None, 1.0, "outer", False)
     assert state._version > version  # a backward that has saved it will notice

@@ -109,7 +109,7 @@ def test_backward_hooks_fire_at_every_layer(checkpoint: bool) -> None:
 def test_backward_hooks_fire_at_every_module_with_weights(name: str) -> None:
     """And change no gradient. What reads nothing of the flow has no input whose gradient could fire the second kind."""
     torch.manual_seed(0)
-    lm = LanguageModel(preset(name), vocab_size=11, dim=32, depth=2, tie=False)
+    lm = LanguageModel(preset(name), vocab_size=11, dim=32, depth=2, tie=False).double()
     lm.loss(IDS).backward()
     want = {key: weight.grad for key, weight in lm.named_parameters()}
     lm.zero_grad(set_to_none=True)

@@ -300,7 +300,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     stop = {"stop": arguments.stop, "decode": tokenizer.decode} if arguments.stop else {}
     whole, written = model, list[int]()
     if arguments.quantize:
-        model = _quantised(model, arguments.quantize)
+        model = quantised(model, arguments.quantize)
     new = (int(token) for token in model.stream(ids, **options, **stop))
     for piece in pieces(_noted(chain(ids[0].tolist(), new), written), tokenizer.decode):
         sys.stdout.write(piece)
@@ -318,11 +318,3 @@ def _noted(tokens: Iterable[int], written: list[int]) -> Iterator[int]:
     for token in tokens:
         written.append(token)
         yield token
-
-
-def _quantised(model: LanguageModel, kind: str) -> LanguageModel:
-    """Raises: InputError where torchao is not installed."""
-    try:
-        return quantised(model, kind)
-    except ModuleNotFoundError as error:
-        raise InputError("--quantize needs torchao: pip install 'recur-primitives[quantize]'") from error
