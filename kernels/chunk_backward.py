@@ -9,27 +9,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from recur.kernels.chunk_scan import (
-    BONUS,
-    CUMULATIVE,
     LOG_IN,
-    LOG_OUT,
+    add_scores,
     all_in_range,
+    apply_decay_in,
+    apply_decay_out,
     at_anchor,
     decayed_scores,
     entering_state,
     first_phase,
+    given_of,
+    head_decay,
     head_gates,
+    key_log_erase,
+    load_beta,
+    load_cumulative,
     load_eraser,
     load_log_decay,
     load_log_erase,
     load_rotated,
     locate_pass,
     log_anchor,
+    prepared_of,
+    solve_error,
     state_offsets,
+    store_chunk_state,
+    store_leaving,
     token_gates,
     token_phases,
+    where_own,
 )
-from recur.kernels.decay import RESET, chunk_decays, load_gates, log_before, masked_sums, pair_decay, tied_key
+from recur.kernels.decay import RESET, chunk_decays, load_gates, masked_sums, pair_decay, tied_key
 from recur.kernels.rotate import load_phases
 from recur.kernels.tiles import (
     LOG2E,
@@ -44,13 +54,22 @@ from recur.kernels.tiles import (
 
 
 @triton.jit
-def _dphase(dS, chunk_states_ptr, chunk_head, rows, cols, mask, K, V):
-    """What rotating the state that enters this chunk would do [K]. Rows k and k + K / 2 are one complex row with one
-    anchor_in, which is in what `forward` kept and so not yet in dS."""
+def _store_dphase(
+    dphase_ptr, dS, chunk_states_ptr, entry, chunk_head, n, own, place, h, offs_k, cols,
+    SCAN: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Store what rotating the state that enters this chunk would do [BLOCK_K], of its part P. Rows k and k + K / 2 are
+    one complex row with one anchor_in, which is in what `forward` kept and so not yet in dS."""
+    K: tl.constexpr = SCAN.K
+    V: tl.constexpr = SCAN.V
+    _, mask = state_offsets(offs_k, cols, K - P * offs_k.shape[0], V)
+    rows = offs_k + P * offs_k.shape[0]
     partner = tl.where(rows < K // 2, rows + K // 2, rows - K // 2)
     ptrs = chunk_states_ptr + chunk_head * (K * V) + partner[:, None] * V + cols[None, :]
     dphase = tl.sum(dS * tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), 1)
-    return tl.where(rows < K // 2, -dphase, dphase)
+    dphase = tl.where(rows < K // 2, -dphase, dphase)
+    at = place * (SCAN.H * K) + h * K + rows
+    tl.store(dphase_ptr + at, dphase, mask=where_own(rows < K, entry, n, own))
 
 
 @triton.jit(do_not_specialize=["B", "T", "documents", "chunk_slots", "tiles", "span"])
@@ -64,7 +83,6 @@ def backward_states(
     """One program owns columns [BLOCK_V] of the gradient of the state of one segment, against the direction of the
     scan. Without dv it computes L of the segment behind a border alone, as `forward` does."""
     H: tl.constexpr = SCAN.H
-    K: tl.constexpr = SCAN.K
     V: tl.constexpr = SCAN.V
     C: tl.constexpr = SCAN.C
     DOT: tl.constexpr = SCAN.DOT
@@ -80,9 +98,7 @@ def backward_states(
         return
     offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
-    group = h * SCAN.GROUPS_IN // H
-    queries, keys = (prepared.q_in, SCAN.GROUPS_IN, group, K), (prepared.k_out, SCAN.GROUPS_IN, group, K)
-    erasers = (prepared.k_in, SCAN.GROUPS_IN, group, K)
+    queries, keys, erasers = prepared_of(prepared, h, SCAN)
     read = off_diagonal(causal(C, not SCAN.REVERSE)) if SCAN.BEFORE else causal(C, not SCAN.REVERSE)  # [s t]
     gates = ()
     if SCAN.DECAY == "scalar":
@@ -94,20 +110,13 @@ def backward_states(
         n = i - warm if SCAN.REVERSE else own - 1 + warm - i
         start = begin + n * C
         row, inside = first + start, offs < tl.minimum(end - start, C).to(tl.int32)
-        chunk_head, log_in = (chunk + n) * H + h, 0.0
-        stored = inside
-        if entry.warm is not None:
-            stored = inside & (n >= 0) & (n < own)
+        chunk_head, stored = (chunk + n) * H + h, where_own(inside, entry, n, own)
         du, A_qk = tl.zeros([C, BLOCK_V], tl.float32), tl.zeros([C, C], tl.float32)  # A_qk [s t]
         states, anchors = (), ()
         for p in tl.static_range(PARTS):
             rows = offs_k + p * BLOCK_K
-            cell, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
             if not MAP:
-                ptrs = chunk_dstates_ptr + (chunk_head * K + p * BLOCK_K) * V + cell
-                if entry.warm is not None:
-                    in_state = in_state & (n >= 0) & (n < own)
-                tl.store(ptrs, dS[p].to(chunk_dstates_ptr.dtype.element_ty), mask=in_state)
+                store_chunk_state(chunk_dstates_ptr, dS[p], entry, chunk_head, n, own, offs_k, offs_v, SCAN, p)
             q_in = load_tile(queries, row, offs, inside, rows).to(DOT)
             k_out = load_tile(keys, row, offs, inside, rows).to(DOT)
             if p == 0:
@@ -115,13 +124,8 @@ def backward_states(
             state, passing, anchor_in, _ = at_anchor(dS[p], prepared, chunk_head, rows, SCAN)
             state, anchors = state.to(DOT), anchors + (anchor_in,)
             if p == 0:
-                dread = dy
-                if SCAN.DECAY == "scalar":
-                    log_in = load_log_decay(prepared.log_decays, chunk_head, C, LOG_IN)
-                    decay_total = tl.exp2(tl.load(prepared.log_total + chunk_head))
-                    dread = dy * (tl.exp2(log_in) * scale)[:, None]
-                elif SCAN.DECAY == "none":
-                    dread = dy * scale
+                log_in, decay_total = head_decay(prepared, chunk_head, SCAN)
+                dread = apply_decay_in(dy, log_in, scale, SCAN)
             if SCAN.DECAY == "scalar":
                 passing = passing * decay_total
             states = states + (tl.dot(tl.trans(q_in), dread.to(DOT), passing, input_precision=PRECISION),)
@@ -129,18 +133,11 @@ def backward_states(
             A_qk = tl.dot(k_out, tl.trans(q_in), A_qk, input_precision=PRECISION)
         dS = states
         A_qk = decayed_scores(A_qk, read, gates, prepared, chunk_head, start, offs, inside, log_in, scale, SCAN, True)
-        if SCAN.DECAY == "scalar":
-            du = du * tl.exp2(load_log_decay(prepared.log_decays, chunk_head, C, LOG_OUT))[:, None]
-        du = tl.dot(A_qk.to(DOT), dy, du, input_precision=PRECISION)
-        if SCAN.BEFORE:
-            du += load_log_decay(prepared.log_decays, chunk_head, C, BONUS)[:, None] * dy.to(tl.float32)
+        du = add_scores(apply_decay_out(du, prepared, chunk_head, SCAN), A_qk, dy, prepared, chunk_head, SCAN)
         if DELTA:
             A_solve = tl.load(prepared.A_solve + chunk_head * (C * C) + offs[None, :] * C + offs[:, None])  # transposed
-            weighed = -du
-            if x.beta is not None:
-                beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-                weighed = weighed * beta[:, None]
-            du = tl.dot(A_solve, weighed.to(DOT), du, input_precision=PRECISION)
+            beta = load_beta(x, row, offs, inside, h, SCAN)
+            du = solve_error(du, A_solve, beta, SCAN)
             if PARTS == 1:  # where it is k_out, by another pointer: one load for both would spill
                 k_in = load_tile(erasers, row, offs, inside, offs_k).to(DOT)
             if not MAP and x.beta is not None:
@@ -163,25 +160,17 @@ def backward_states(
             store_tile((dv_ptr, H, h, V), row, offs, stored, offs_v, du)
         states = ()
         for p in tl.static_range(PARTS):
-            state, rows = dS[p], offs_k + p * BLOCK_K
             if dphase_state_ptr is not None:
-                _, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
-                dphase = _dphase(state, chunk_states_ptr, chunk_head, rows, offs_v, in_state, K, V)
-                at = (tile * chunk_slots + chunk + n) * (H * K) + h * K + rows
-                in_rows = rows < K
-                if entry.warm is not None:
-                    in_rows = in_rows & (n >= 0) & (n < own)
-                tl.store(dphase_state_ptr + at, dphase, mask=in_rows)
-            states = states + (state * anchors[p][:, None] if SCAN.DECAY == "key" else state,)
+                _store_dphase(
+                    dphase_state_ptr, dS[p], chunk_states_ptr, entry, chunk_head, n, own,
+                    tile * chunk_slots + chunk + n, h, offs_k, offs_v, SCAN, p,
+                )  # fmt: skip
+            states = states + (dS[p] * anchors[p][:, None] if SCAN.DECAY == "key" else dS[p],)
         dS = states
 
     if leave_ptr is not None:
-        at = ((leaves if MAP else document) * H + h) * K
-        for p in tl.static_range(PARTS):
-            cell, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, V)
-            if not MAP:
-                in_state = in_state & (ahead == 0)
-            tl.store(leave_ptr + (at + p * BLOCK_K) * V + cell, dS[p], mask=in_state)
+        at, kept = (leaves if MAP else document) * H + h, True if MAP else ahead == 0
+        store_leaving(leave_ptr, dS, at, kept, offs_k, offs_v, SCAN, V)
 
 
 # Gradients of everything that a chunk reads
@@ -207,11 +196,8 @@ def _anchored_decays(log_a, in_range, SCAN: tl.constexpr):
     """decay_in / anchor_in, decay_out / anchor_out and the former of erasers [C K], of key-wise decay."""
     log_in, log_out, log_total = chunk_decays(log_a, SCAN.REVERSE, SCAN.BEFORE, SCAN.DOT)
     anchor = log_anchor(log_total, in_range)[None, :]
-    decay_in = tl.exp2(log_in - anchor)
-    decay_erase = decay_in
-    if SCAN.ERASE == "previous":
-        decay_erase = tl.exp2(log_before(log_a.to(tl.float32) * LOG2E, log_in, SCAN.REVERSE, SCAN.DOT) - anchor)
-    return decay_in, tl.exp2(log_out - anchor), decay_erase
+    decay_erase = tl.exp2(key_log_erase(log_a, log_in, SCAN) - anchor)
+    return tl.exp2(log_in - anchor), tl.exp2(log_out - anchor), decay_erase
 
 
 @triton.jit
@@ -242,6 +228,17 @@ def _score_gradients(
 
 
 @triton.jit
+def _load_dstate(ptr, cell, in_state, S, prepared, chunk_head, rows, SCAN: tl.constexpr):
+    """dS [BLOCK_K BLOCK_V] behind a chunk; rowsum(dS S) [BLOCK_K] of what passes through it, of key-wise decay times
+    anchor_out, as anchor_in is in S."""
+    dS = tl.load(ptr + cell, mask=in_state, other=0.0)
+    through = tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+    if SCAN.DECAY == "key":
+        through *= tl.load(prepared.anchor_out + chunk_head * SCAN.K + rows, mask=rows < SCAN.K, other=0.0)
+    return dS, through
+
+
+@triton.jit
 def _load_given(ptr, row, offs, inside, h, cols, SCAN: tl.constexpr):
     """q or k [C BLOCK_K] as the caller gave it."""
     tensor = (ptr, SCAN.GROUPS, h * SCAN.GROUPS // SCAN.H, SCAN.K)
@@ -259,10 +256,7 @@ def _reader(
     if GATES_FIRST:
         q_in = load_tile(queries, row, offs, inside, cols).to(SCAN.DOT)
     dq = tl.dot(dy, tl.trans(S), input_precision=SCAN.PRECISION)
-    if SCAN.DECAY == "scalar":
-        dq = dq * (tl.exp2(log_in) * scale)[:, None]
-    elif SCAN.DECAY == "none":
-        dq = dq * scale
+    dq = apply_decay_in(dq, log_in, scale, SCAN)
     dq = tl.dot(dA_qk, k_out, dq, input_precision=SCAN.PRECISION)
     if not GATES_FIRST:
         q_in = load_tile(queries, row, offs, inside, cols).to(SCAN.DOT)
@@ -301,8 +295,8 @@ def _writer(
     dk = tl.dot(u, tl.trans(dS), input_precision=SCAN.PRECISION)
     if DELTA and SCAN.ERASE == "none":
         dk = dk * beta[:, None]
+    dk = apply_decay_out(dk, prepared, chunk_head, SCAN)
     if SCAN.DECAY == "scalar":
-        dk = dk * tl.exp2(load_log_decay(prepared.log_decays, chunk_head, SCAN.C, LOG_OUT))[:, None]
         through = tl.sum(through) * tl.exp2(tl.load(prepared.log_total + chunk_head)) + tl.sum(k_out * dk)
     elif SCAN.DECAY == "key":
         dk = dk * tl.load(prepared.anchor_in + chunk_head * SCAN.K + cols, mask=cols < SCAN.K, other=0.0)[None, :]
@@ -433,9 +427,7 @@ def backward_inputs(
     offs_k = (tile * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int32)
     row, inside = first + start, offs < tl.minimum(stop - start, C).to(tl.int32)
     out, seen = row + block * B * T, causal(C, SCAN.REVERSE)  # `out`: rows of what is written
-    group = h * SCAN.GROUPS_IN // H
-    queries, keys = (prepared.q_in, SCAN.GROUPS_IN, group, K), (prepared.k_out, SCAN.GROUPS_IN, group, K)
-    erasers = (prepared.k_in, SCAN.GROUPS_IN, group, K)
+    queries, keys, erasers = prepared_of(prepared, h, SCAN)
     cell = chunk_head * (K * V) + offs_k[:, None] * V + offs_v[None, :]
     in_state = (offs_k < K)[:, None] & (offs_v < V)[None, :]
     gates, log_a, log_in, log_erase, cumulative, in_range = (), 0.0, 0.0, 0.0, 0.0, True
@@ -449,23 +441,17 @@ def backward_inputs(
     if SCALAR:
         log_a = load_gates(gates, start, offs, inside, offs_k, K, "scalar")
         log_in = load_log_decay(prepared.log_decays, chunk_head, C, LOG_IN)
-        cumulative = log_in
-        if SCAN.BEFORE:
-            cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
+        cumulative = load_cumulative(prepared, chunk_head, log_in, SCAN)
         log_erase = load_log_erase(prepared, chunk_head, log_in, SCAN)
 
     dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
     u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
-    if x.beta is not None:
-        beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
     if DELTA:
+        beta = load_beta(x, row, offs, inside, h, SCAN)
         dv = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
     S = tl.load(chunk_states_ptr + cell, mask=in_state, other=0.0)
     if STATES_TOGETHER:
-        dS = tl.load(chunk_dstates_ptr + cell, mask=in_state, other=0.0)
-        through = tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
-        if KEYWISE:
-            through *= tl.load(prepared.anchor_out + chunk_head * K + offs_k, mask=offs_k < K, other=0.0)
+        dS, through = _load_dstate(chunk_dstates_ptr, cell, in_state, S, prepared, chunk_head, offs_k, SCAN)
     k_out = load_tile(keys, row, offs, inside, offs_k).to(SCAN.DOT)
     dA_qk, dA_kk = _score_gradients(
         dy, u, beta, dv, seen, log_a, log_in, log_erase, cumulative, in_range, scale, SCAN, DELTA
@@ -484,8 +470,7 @@ def backward_inputs(
             SCAN, BLOCK_K,
         )  # fmt: skip
     if not STATES_TOGETHER:
-        dS = tl.load(chunk_dstates_ptr + cell, mask=in_state, other=0.0)
-        through = tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+        dS, through = _load_dstate(chunk_dstates_ptr, cell, in_state, S, prepared, chunk_head, offs_k, SCAN)
     dk, through, sums = _writer(
         u, dS, beta, through, sums, k_out, dA_qk, dA_kk, q_in, k_in, prepared, chunk_head, offs, offs_k, SCAN, DELTA
     )
@@ -539,7 +524,7 @@ def _dot_all_columns(
         offs_v = part + tl.arange(0, BLOCK_V)
         u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
         if x.beta is not None:
-            u = u * tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)[:, None]
+            u = u * load_beta(x, row, offs, inside, h, SCAN)[:, None]
         u = u.to(SCAN.DOT)
         dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
         dA_qk = tl.dot(dy, tl.trans(u), dA_qk, input_precision=SCAN.PRECISION)
@@ -574,9 +559,9 @@ def gradients_exact(
             length = tl.minimum(stop - start, C).to(tl.int32)  # 0 for a slot without tokens
             row, inside = first + start, offs < length
             seen, later = causal(C, SCAN.REVERSE), causal(C, not SCAN.REVERSE)
-            q, k = (x.q, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), (x.k, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
+            q, k, erase = given_of(x, h, SCAN)
             dq, dk, dgate = (dq_ptr, H, h, K), (dk_ptr, H, h, K), (dgate_ptr, H, h, K)
-            erase, derase = (x.erase, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), dk
+            derase = dk
             if SCAN.ERASE != "none":
                 derase = (derase_ptr, H, h, K)
             gates = head_gates(x, first, T, h, cu_ptr, SCAN)

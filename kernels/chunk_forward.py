@@ -9,17 +9,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from recur.kernels.chunk_scan import (
-    BONUS,
-    LOG_IN,
-    LOG_OUT,
+    add_scores,
+    apply_decay_in,
+    apply_decay_out,
     at_anchor,
     decayed_scores,
     entering_state,
+    head_decay,
     head_gates,
-    load_log_decay,
+    load_beta,
     load_log_erase,
     locate_pass,
-    state_offsets,
+    prepared_of,
+    solve_error,
+    store_chunk_state,
+    store_leaving,
+    where_own,
 )
 from recur.kernels.decay import FORGOTTEN
 from recur.kernels.tiles import (
@@ -83,21 +88,41 @@ def _identities(S, rows, cols, ADD: tl.constexpr):
 
 
 @triton.jit
-def _correct(v, prediction, x, prepared, error_ptr, chunk, n, h, row, offs, inside, stored, cols, SCAN: tl.constexpr):
+def _read(y, A_qk, S, q_in, k_out, SCAN: tl.constexpr):
+    """y + q_in S [C V] and A_qk + q_in k_outᵀ [t s], of a part of the rows of S, both without decay."""
+    q_in, k_out = q_in.to(SCAN.DOT), k_out.to(SCAN.DOT)
+    y = tl.dot(q_in, S, y, input_precision=SCAN.PRECISION)
+    return y, tl.dot(q_in, tl.trans(k_out), A_qk, input_precision=SCAN.PRECISION)
+
+
+@triton.jit
+def _correct(
+    v, prediction, x, prepared, error_ptr, chunk_head, row, offs, inside, stored, h, cols, SCAN: tl.constexpr
+):  # fmt: skip
     """The delta rule in a chunk: u = β error [C V], error = (1 − A_solve β) (v − prediction), which is stored, with
     prediction = k_in S; β is 1 with an erase key."""
-    H: tl.constexpr = SCAN.H
-    C: tl.constexpr = SCAN.C
-    error = v - prediction
-    weighed = -error
-    if x.beta is not None:
-        beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
-        weighed = weighed * beta[:, None]
-    A_solve = tl.load(matrix_ptrs(prepared.A_solve, (chunk + n) * H + h, C))
-    error = tl.dot(A_solve, weighed.to(SCAN.DOT), error, input_precision=SCAN.PRECISION)
+    beta = load_beta(x, row, offs, inside, h, SCAN)
+    A_solve = tl.load(matrix_ptrs(prepared.A_solve, chunk_head, SCAN.C))
+    error = solve_error(v - prediction, A_solve, beta, SCAN)
     if error_ptr is not None:
-        store_tile((error_ptr, H, h, SCAN.V), row, offs, stored, cols, error)
+        store_tile((error_ptr, SCAN.H, h, SCAN.V), row, offs, stored, cols, error)
     return error * beta[:, None] if x.beta is not None else error
+
+
+@triton.jit
+def _update(passing, anchor_in, k_out, written, SCAN: tl.constexpr):
+    """A part [BLOCK_K BLOCK_V] of the state that leaves a chunk: what passes through it plus k_outᵀ u, both of key-wise
+    decay counted from the anchor."""
+    S = tl.dot(tl.trans(k_out.to(SCAN.DOT)), written.to(SCAN.DOT), passing, input_precision=SCAN.PRECISION)
+    return S * anchor_in[:, None] if SCAN.DECAY == "key" else S
+
+
+@triton.jit
+def _store_products(ptr, decay_product, at, tile, offs_k, SCAN: tl.constexpr):
+    """Store the parts of decay_product as entry `at` of a tensor [borders H K]; the first tile does."""
+    for p in tl.static_range(len(decay_product)):
+        rows = offs_k + p * offs_k.shape[0]
+        tl.store(ptr + at * SCAN.K + rows, decay_product[p], mask=(rows < SCAN.K) & (tile == 0))
 
 
 @triton.jit(do_not_specialize=["T", "documents", "tiles", "span"])  # not worth a compilation each
@@ -133,11 +158,7 @@ def forward(
         return
     offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
     offs_v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int32)
-    group = h * SCAN.GROUPS_IN // H
-    queries, keys = (prepared.q_in, SCAN.GROUPS_IN, group, K), (prepared.k_out, SCAN.GROUPS_IN, group, K)
-    erasers, values = (prepared.k_in, SCAN.GROUPS_IN, group, K), (x.v, H, h, V)
-    if prepared.k_in is None:
-        erasers = keys
+    queries, keys, erasers = prepared_of(prepared, h, SCAN)
     read, gates = off_diagonal(causal(C, SCAN.REVERSE)) if SCAN.BEFORE else causal(C, SCAN.REVERSE), ()
     if SCAN.DECAY == "scalar":
         gates = head_gates(x, first, T, h, cu_ptr, SCAN)
@@ -155,99 +176,74 @@ def forward(
         if entry.warm is not None:
             n += warm if RIGHT_TO_LEFT else -warm
         start = begin + n * C
-        row, inside = first + start, offs < end - start
-        chunk_head, log_in = (chunk + n) * H + h, 0.0
-        stored = inside
-        if entry.warm is not None:
-            stored = inside & (n >= 0) & (n < own)
-        if SCAN.DECAY == "scalar":
-            log_in = load_log_decay(prepared.log_decays, chunk_head, C, LOG_IN)
-            decay_total = tl.exp2(tl.load(prepared.log_total + chunk_head))
-        entering, decayed, anchors, products = (), (), (), ()
+        row, inside, chunk_head = first + start, offs < end - start, (chunk + n) * H + h
+        stored = where_own(inside, entry, n, own)
+        log_in, decay_total = head_decay(prepared, chunk_head, SCAN)
+        decayed, anchors, products = (), (), ()
         prediction, y = tl.zeros([C, BLOCK_V], tl.float32), tl.zeros([C, BLOCK_V], tl.float32)
         A_qk = tl.zeros([C, C], tl.float32)
         for p in tl.static_range(PARTS):
             rows = offs_k + p * BLOCK_K
-            cell, in_state = state_offsets(offs_k, offs_v, K - p * BLOCK_K, WIDTH)
-            state, passing, anchor_in, anchor_out = at_anchor(S[p], prepared, chunk_head, rows, SCAN)
+            entering, passing, anchor_in, anchor_out = at_anchor(S[p], prepared, chunk_head, rows, SCAN)
             factor = decay_total if SCAN.DECAY == "scalar" else anchor_in * anchor_out
             if SCAN.DECAY == "scalar":
                 passing = passing * decay_total
             product = decay_product[p] * factor if decay_product_ptr is not None else decay_product[p]
             if EMIT or DELTA:
-                state = state.to(SCAN.DOT)
+                entering = entering.to(SCAN.DOT)
             if chunk_states_ptr is not None:
-                ptrs = chunk_states_ptr + (chunk_head * K + p * BLOCK_K) * V + cell
-                if entry.warm is not None:
-                    in_state = in_state & (n >= 0) & (n < own)
-                tl.store(ptrs, state.to(chunk_states_ptr.dtype.element_ty), mask=in_state)
+                store_chunk_state(chunk_states_ptr, entering, entry, chunk_head, n, own, offs_k, offs_v, SCAN, p)
             if PARTS > 1:  # read at once, so that no part waits as an operand
                 if DELTA:
                     k_in = load_tile(erasers, row, offs, inside, rows).to(SCAN.DOT)
-                    prediction = tl.dot(k_in, state, prediction, input_precision=SCAN.PRECISION)
+                    prediction = tl.dot(k_in, entering, prediction, input_precision=SCAN.PRECISION)
                 if EMIT:
-                    q_in = load_tile(queries, row, offs, inside, rows).to(SCAN.DOT)
-                    k_out = load_tile(keys, row, offs, inside, rows).to(SCAN.DOT)
-                    y = tl.dot(q_in, state, y, input_precision=SCAN.PRECISION)
-                    A_qk = tl.dot(q_in, tl.trans(k_out), A_qk, input_precision=SCAN.PRECISION)
-            else:
-                entering = (state,)
+                    q_in = load_tile(queries, row, offs, inside, rows)
+                    k_out = load_tile(keys, row, offs, inside, rows)
+                    y, A_qk = _read(y, A_qk, entering, q_in, k_out, SCAN)
             decayed, anchors, products = decayed + (passing,), anchors + (anchor_in,), products + (product,)
         decay_product = products
         if PARTS == 1:
             k_out = load_tile(keys, row, offs, inside, offs_k)
-        u = load_tile(values, row, offs, inside, offs_v)
+        u = load_tile((x.v, H, h, V), row, offs, inside, offs_v)
         if DELTA:
             if PARTS == 1:
                 k_in = k_out
                 if prepared.k_in is not None:
                     k_in = load_tile(erasers, row, offs, inside, offs_k)
-                prediction = tl.dot(k_in.to(SCAN.DOT), entering[0], input_precision=SCAN.PRECISION)
+                prediction = tl.dot(k_in.to(SCAN.DOT), entering, input_precision=SCAN.PRECISION)
             if SCAN.DECAY == "scalar":
                 prediction = prediction * tl.exp2(load_log_erase(prepared, chunk_head, log_in, SCAN))[:, None]
-            u = _correct(u, prediction, x, prepared, error_ptr, chunk, n, h, row, offs, inside, stored, offs_v, SCAN)
-        written = u
-        if SCAN.DECAY == "scalar":
-            weight = tl.exp2(log_in if BACKWARD else load_log_decay(prepared.log_decays, chunk_head, C, LOG_OUT))
-            written = u * (weight * scale if BACKWARD else weight)[:, None]
-        elif SCAN.DECAY == "none" and BACKWARD:
-            written = u * scale
+            u = _correct(u, prediction, x, prepared, error_ptr, chunk_head, row, offs, inside, stored, h, offs_v, SCAN)
+        if BACKWARD:
+            written = apply_decay_in(u, log_in, scale, SCAN)
+        else:
+            written = apply_decay_out(u, prepared, chunk_head, SCAN)
         S = ()
         for p in tl.static_range(PARTS):
             if PARTS > 1:
                 k_out = load_tile(keys, row, offs, inside, offs_k + p * BLOCK_K)
-            state = tl.dot(
-                tl.trans(k_out.to(SCAN.DOT)), written.to(SCAN.DOT), decayed[p], input_precision=SCAN.PRECISION
-            )
-            S = S + (state * anchors[p][:, None] if SCAN.DECAY == "key" else state,)
+            S = S + (_update(decayed[p], anchors[p], k_out, written, SCAN),)
         u = u.to(SCAN.DOT)  # float32 would take twice the registers until the last product
         if EMIT:
             if PARTS == 1:
-                q_in = load_tile(queries, row, offs, inside, offs_k).to(SCAN.DOT)
-                y = tl.dot(q_in, entering[0], input_precision=SCAN.PRECISION)
-                A_qk = tl.dot(q_in, tl.trans(k_out.to(SCAN.DOT)), input_precision=SCAN.PRECISION)
+                q_in = load_tile(queries, row, offs, inside, offs_k)
+                y, A_qk = _read(y, A_qk, entering, q_in, k_out, SCAN)
             A_qk = decayed_scores(
                 A_qk, read, gates, prepared, chunk_head, start, offs, inside, log_in, scale, SCAN, False
             )
-            if SCAN.DECAY != "key":
-                y = y * (tl.exp2(log_in) * scale)[:, None] if SCAN.DECAY == "scalar" else y * scale
-            y = tl.dot(A_qk.to(SCAN.DOT), u, y, input_precision=SCAN.PRECISION)
-            if SCAN.BEFORE:
-                y += load_log_decay(prepared.log_decays, chunk_head, C, BONUS)[:, None] * u.to(tl.float32)
+            y = add_scores(apply_decay_in(y, log_in, scale, SCAN), A_qk, u, prepared, chunk_head, SCAN)
             store_tile((y_ptr, H, h, V), row, offs, stored, offs_v, y)
 
     if leave_ptr is not None:
-        at = ((leaves if MAP else document) * H + h) * K
-        for p in tl.static_range(PARTS):
-            cell, mask = state_offsets(offs_k, offs_v, K - p * BLOCK_K, WIDTH)
-            if entry.states is not None:
-                mask = mask & (ahead == 0)
-            elif MAP and DELTA:  # no column of L is one of Q
-                mask = mask & ((offs_v < V) | (offs_v >= Q_BEGIN))[None, :]
-            tl.store(leave_ptr + (at + p * BLOCK_K) * WIDTH + cell, S[p], mask=mask)
-            if decay_product_ptr is not None:
-                rows = offs_k + p * BLOCK_K
-                tl.store(decay_product_ptr + at + rows, decay_product[p], mask=(rows < K) & (tile == 0))
+        at, kept = (leaves if MAP else document) * H + h, True
+        if entry.states is not None:
+            kept = ahead == 0
+        elif MAP and DELTA:  # no column of L is one of Q
+            kept = ((offs_v < V) | (offs_v >= Q_BEGIN))[None, :]
+        store_leaving(leave_ptr, S, at, kept, offs_k, offs_v, SCAN, WIDTH)
+        if decay_product_ptr is not None:
+            _store_products(decay_product_ptr, decay_product, at, tile, offs_k, SCAN)
 
 
 @triton.jit(do_not_specialize=["T", "documents", "span"])

@@ -14,7 +14,10 @@ from recur.kernels.chunk_scan import (
     LOG_ERASE,
     all_in_range,
     first_phase,
+    given_of,
     head_gates,
+    key_log_erase,
+    load_beta,
     load_eraser,
     load_log_decay,
     load_log_erase,
@@ -23,7 +26,7 @@ from recur.kernels.chunk_scan import (
     token_gates,
     token_phases,
 )
-from recur.kernels.decay import chunk_decays, gates_of, load_gates, log_before, pair_decay, tied_key
+from recur.kernels.decay import chunk_decays, gates_of, load_gates, pair_decay, tied_key
 from recur.kernels.rotate import (
     angle,
     cos_sin_of,
@@ -96,10 +99,76 @@ def _slowest(slowest, norm, logs, key, cols, size):
 
 
 @triton.jit
-def _store_log_norm(norm, log_total, x, out, chunk_head, row, offs, inside, h, H: tl.constexpr):
+def _publish_chunk(
+    own, gates, k, start, row, offs, inside, SCAN: tl.constexpr, NORM: tl.constexpr, WINDOW: tl.constexpr,
+    PART: tl.constexpr,
+):  # fmt: skip
+    """Publish the sums of a chunk's phases, PART channels at a time. Returns what `_extremes` does, of |a|."""
+    KEYS: tl.constexpr = SCAN.KEYS
+    most = start.to(tl.float32) * 0.0
+    slowest, norm = tl.full(offs.shape, float("-inf"), tl.float32), tl.zeros(offs.shape, tl.float32)
+    for part in tl.range(0, KEYS, PART, num_stages=1):
+        log_p, phase = load_phases(gates, start, offs, inside, part, KEYS, SCAN.DECAY, PART)
+        publish_phases(own, part, phase, KEYS, WINDOW)
+        most = tl.maximum(most, tl.max(tl.abs(tl.sum(log_p, 0)), 0) * LOG2E)
+        if NORM and SCAN.DECAY == "key":
+            cols = part + tl.arange(0, PART)
+            slowest, norm = _slowest(slowest, norm, log_p, load_tile(k, row, offs, inside, cols), cols, KEYS)
+    return most, slowest, norm
+
+
+@triton.jit
+def _extremes(
+    gates, k, start, row, offs, inside, SCAN: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """-log2 of the least decay_total of a channel, of one gate per key channel; if NORM, the largest log gate of every
+    token, and |k|² [C]."""
+    CHANNELS: tl.constexpr = BLOCK_K if BLOCK_K < 256 else 256
+    most = start.to(tl.float32) * 0.0
+    slowest, norm = tl.full(offs.shape, float("-inf"), tl.float32), tl.zeros(offs.shape, tl.float32)
+    for part in tl.static_range(0, BLOCK_K, CHANNELS):
+        cols = part + tl.arange(0, CHANNELS)
+        logs = load_gates(gates, start, offs, inside, cols, SCAN.K, "key").to(tl.float32)
+        most = tl.maximum(most, tl.max(tl.abs(tl.sum(logs, 0) * LOG2E), 0))
+        if NORM:
+            slowest, norm = _slowest(slowest, norm, logs, load_tile(k, row, offs, inside, cols), cols, SCAN.K)
+    return most, slowest, norm
+
+
+@triton.jit
+def _rotations(
+    own, gates, out, chunk_head, document_head, is_first, start, offs, inside, part,
+    SCAN: tl.constexpr, WINDOW: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """log |a| [C PART] of complex gates; cos and sin [C PART] of the rotations of k, of q and of erase keys. Stores the
+    phase that the chunk's first token sees and, of the chunk that is scanned first, the angle of the initial state."""
+    KEYS: tl.constexpr = SCAN.KEYS
+    offs_p = part + tl.arange(0, PART)
+    log_p, phase = load_phases(gates, start, offs, inside, part, KEYS, SCAN.DECAY, PART)
+    begin, end = sum_phases(own, part, phase, KEYS, SCAN.REVERSE, WINDOW)
+    tl.store(out.chunk_phase + chunk_head * KEYS + offs_p, begin, mask=offs_p < KEYS)
+    tl.store(out.state_angle + document_head * KEYS + offs_p, angle(begin), mask=(offs_p < KEYS) & is_first)
+    of_k = cos_sin_of(end, SCAN.DOT)
+    of_q, of_e = of_k, of_k
+    if SCAN.BEFORE:
+        of_q = cos_sin_of(end + phase, SCAN.DOT)
+    if SCAN.ERASE == "previous":
+        of_e = cos_sin_of(end + phase, SCAN.DOT)
+    return log_p, of_k, of_q, of_e
+
+
+@triton.jit
+def _half(x, rotation, IMAGINARY: tl.constexpr):
+    """The real or the imaginary part of q or k [C PART] that is rotated, by the cos and sin in `rotation`."""
+    cos, sin = rotation
+    return x * (-sin if IMAGINARY else cos)
+
+
+@triton.jit
+def _store_log_norm(norm, log_total, x, out, chunk_head, row, offs, inside, h, SCAN: tl.constexpr):
     """log2 of a bound of the norm of a chunk's transition, of |k|² and the gates: 1 - beta k kᵀ multiplies k by
     1 - beta |k|² and what is orthogonal to it by 1."""
-    beta = tl.load(x.beta + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
+    beta = load_beta(x, row, offs, inside, h, SCAN)
     growth = tl.maximum(tl.abs(1 - beta * norm), 1.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out.log_norm + chunk_head, log_total + tl.sum(tl.log2(growth), 0))
 
@@ -132,54 +201,30 @@ def prepare(
     length = tl.minimum(stop - start, C).to(tl.int32)
     row, inside = first + start, offs < length
     seen = causal(C, SCAN.REVERSE)
-    k, q = (x.k, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), (x.q, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
-    erase = (x.erase, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
+    q, k, erase = given_of(x, h, SCAN)
     in_range = 1
-    slowest, norm = tl.full([C], float("-inf"), tl.float32), tl.zeros([C], tl.float32)
     if DECAY != "none":
         gates = head_gates(x, first, T, h, cu_ptr, SCAN)
     if COMPLEX:
         own = descriptors_of(descriptors_ptr, chunk_head, start, stop, index, H, KEYS, SCAN.REVERSE, C)
-        most = start.to(tl.float32) * 0.0
-        for part in tl.range(0, KEYS, PART, num_stages=1):
-            log_p, phase = load_phases(gates, start, offs, inside, part, KEYS, DECAY, PART)
-            publish_phases(own, part, phase, KEYS, WINDOW)
-            most = tl.maximum(most, tl.max(tl.abs(tl.sum(log_p, 0)), 0) * LOG2E)
-            if NORM and DECAY == "key":
-                cols = part + tl.arange(0, PART)
-                key = load_tile(k, row, offs, inside, cols)
-                slowest, norm = _slowest(slowest, norm, log_p, key, cols, KEYS)
+        most, slowest, norm = _publish_chunk(own, gates, k, start, row, offs, inside, SCAN, NORM, WINDOW, PART)
     elif DECAY == "key":
-        CHANNELS: tl.constexpr = BLOCK_K if BLOCK_K < 256 else 256
-        most = start.to(tl.float32) * 0.0
-        for part in tl.static_range(0, BLOCK_K, CHANNELS):
-            cols = part + tl.arange(0, CHANNELS)
-            logs = load_gates(gates, start, offs, inside, cols, K, DECAY).to(tl.float32)
-            most = tl.maximum(most, tl.max(tl.abs(tl.sum(logs, 0) * LOG2E), 0))
-            if NORM:
-                slowest, norm = _slowest(slowest, norm, logs, load_tile(k, row, offs, inside, cols), cols, K)
+        most, slowest, norm = _extremes(gates, k, start, row, offs, inside, SCAN, NORM, BLOCK_K)
     if DECAY == "key":
         in_range = tl.where(most <= 2 * LIMIT, 1, 0)
         tl.store(out.in_range + chunk_head, in_range)
         if NORM:  # erasing mixes the rows: of each token the gate that keeps most
             slowest = tl.where(inside, slowest * LOG2E, 0.0)
-            _store_log_norm(norm, tl.sum(slowest, 0), x, out, chunk_head, row, offs, inside, h, H)
+            _store_log_norm(norm, tl.sum(slowest, 0), x, out, chunk_head, row, offs, inside, h, SCAN)
     A_kk = tl.zeros([C, C], tl.float32)
     now = tl.zeros([C], tl.float32)
     for part in tl.range(0, KEYS, PART, num_stages=1):
         offs_p = part + tl.arange(0, PART)
         if COMPLEX:
-            log_p, phase = load_phases(gates, start, offs, inside, part, KEYS, DECAY, PART)
-            begin, end = sum_phases(own, part, phase, KEYS, SCAN.REVERSE, WINDOW)
-            tl.store(out.chunk_phase + chunk_head * KEYS + offs_p, begin, mask=offs_p < KEYS)
-            last = stop - start <= C if SCAN.REVERSE else index == 0
-            tl.store(out.state_angle + (document * H + h) * KEYS + offs_p, angle(begin), mask=(offs_p < KEYS) & last)
-            cos, sin = cos_sin_of(end, DOT)
-            cos_q, sin_q, cos_e, sin_e = cos, sin, cos, sin
-            if SCAN.BEFORE:
-                cos_q, sin_q = cos_sin_of(end + phase, DOT)
-            if SCAN.ERASE == "previous":
-                cos_e, sin_e = cos_sin_of(end + phase, DOT)
+            log_p, of_k, of_q, of_e = _rotations(
+                own, gates, out, chunk_head, document * H + h, stop - start <= C if SCAN.REVERSE else index == 0,
+                start, offs, inside, part, SCAN, WINDOW, PART,
+            )  # fmt: skip
         elif DECAY == "key":
             log_p = load_gates(gates, start, offs, inside, offs_p, K, DECAY)
         key = tied_key(log_p) if SCAN.TIED else load_tile(k, row, offs, inside, offs_p)
@@ -198,7 +243,7 @@ def prepare(
         for half in tl.static_range(HALVES):  # of the rows, if they are twice the keys: real part, imaginary part
             to, q_in, k_out = (H * HALVES, h * HALVES + half, KEYS), query, key
             if COMPLEX:
-                q_in, k_out = query * (-sin_q if half else cos_q), key * (-sin if half else cos)
+                q_in, k_out = _half(query, of_q, half), _half(key, of_k, half)
             if out.q_in is not None:
                 store_tile((out.q_in,) + to, row, offs, inside, offs_p, q_in * decay_in if DECAY == "key" else q_in)
             if SCAN.ERASE == "none":
@@ -216,12 +261,9 @@ def prepare(
             if SCAN.ERASE != "none":
                 k_in = load_tile(erase, row, offs, inside, offs_p)
                 if COMPLEX:
-                    k_in = k_in * (-sin_e if half else cos_e)
+                    k_in = _half(k_in, of_e, half)
                 if DECAY == "key":
-                    log_erase = log_in
-                    if SCAN.ERASE == "previous":
-                        log_erase = log_before(log_p.to(tl.float32) * LOG2E, log_in, SCAN.REVERSE, DOT)
-                    k_in = k_in * tl.exp2(log_erase - anchor[None, :])
+                    k_in = k_in * tl.exp2(key_log_erase(log_p, log_in, SCAN) - anchor[None, :])
             if out.k_in is not None:
                 store_tile((out.k_in,) + to, row, offs, inside, offs_p, k_in)
             if DELTA:
@@ -232,7 +274,7 @@ def prepare(
         if NORM and DECAY == "scalar":
             diagonal = tl.sum(tl.where(offs[:, None] == offs[None, :], A_kk, 0.0), 1)  # |k|²
             log_total = tl.load(out.log_total + chunk_head)
-            _store_log_norm(diagonal, log_total, x, out, chunk_head, row, offs, inside, h, H)
+            _store_log_norm(diagonal, log_total, x, out, chunk_head, row, offs, inside, h, SCAN)
         if DECAY == "scalar":
             log_a = load_gates(gates, start, offs, inside, offs_k, K, DECAY)
             cumulative = load_log_decay(out.log_decays, chunk_head, C, CUMULATIVE)
@@ -263,8 +305,7 @@ def scores_exact(
             first, start, stop = chunk_bounds(chunk, cu_ptr, T, documents, C)
             offs, offs_k = tl.arange(0, C), tl.arange(0, BLOCK_K)
             length, row = tl.minimum(stop - start, C).to(tl.int32), first + start
-            k, q = (x.k, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS), (x.q, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
-            erase = (x.erase, SCAN.GROUPS, h * SCAN.GROUPS // H, KEYS)
+            q, k, erase = given_of(x, h, SCAN)
             gates = head_gates(x, first, T, h, cu_ptr, SCAN)
             # E [s K]: the key of token s times the gates after it, up to the token that reads
             E = tl.zeros([C, BLOCK_K], tl.float32)

@@ -70,7 +70,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from recur.kernels.decay import RESET, gates_of, load_gates, pair_decay
+from recur.kernels.decay import RESET, gates_of, load_gates, log_before, pair_decay
 from recur.kernels.rotate import cos_sin_of, phase_of
 from recur.kernels.tiles import LOG2E, load_row, locate_segment, matrix_ptrs, segment_at
 
@@ -156,9 +156,56 @@ def head_gates(x, first, T, h, cu_ptr, SCAN: tl.constexpr):
 
 
 @triton.jit
+def given_of(x, h, SCAN: tl.constexpr):
+    """q, k and the erase key of a head, as `load_tile` takes them."""
+    group = h * SCAN.GROUPS // SCAN.H
+    q, k = (x.q, SCAN.GROUPS, group, SCAN.KEYS), (x.k, SCAN.GROUPS, group, SCAN.KEYS)
+    return q, k, (x.erase, SCAN.GROUPS, group, SCAN.KEYS)
+
+
+@triton.jit
+def prepared_of(prepared, h, SCAN: tl.constexpr):
+    """q_in, k_out and k_in of a head, as `load_tile` takes them; k_out for a k_in that is None."""
+    group = h * SCAN.GROUPS_IN // SCAN.H
+    queries, keys = (prepared.q_in, SCAN.GROUPS_IN, group, SCAN.K), (prepared.k_out, SCAN.GROUPS_IN, group, SCAN.K)
+    erasers = keys
+    if prepared.k_in is not None:
+        erasers = (prepared.k_in, SCAN.GROUPS_IN, group, SCAN.K)
+    return queries, keys, erasers
+
+
+@triton.jit
+def load_beta(x, row, offs, inside, h, SCAN: tl.constexpr):
+    """beta [C] of the tokens of a chunk in float32, 0 outside; 1 without beta."""
+    beta = 1.0
+    if x.beta is not None:
+        beta = tl.load(x.beta + (row + offs) * SCAN.H + h, mask=inside, other=0.0).to(tl.float32)
+    return beta
+
+
+@triton.jit
 def load_log_decay(ptr, chunk_head, C: tl.constexpr, ROW: tl.constexpr):
     """One of the rows [C] of log_decays."""
     return tl.load(ptr + chunk_head * (4 * C) + ROW * C + tl.arange(0, C))
+
+
+@triton.jit
+def head_decay(prepared, chunk_head, SCAN: tl.constexpr):
+    """log_in [C] and decay_total of a chunk, of one gate per head; 0 and 1 otherwise."""
+    log_in, decay_total = 0.0, 1.0
+    if SCAN.DECAY == "scalar":
+        log_in = load_log_decay(prepared.log_decays, chunk_head, SCAN.C, LOG_IN)
+        decay_total = tl.exp2(tl.load(prepared.log_total + chunk_head))
+    return log_in, decay_total
+
+
+@triton.jit
+def load_cumulative(prepared, chunk_head, log_in, SCAN: tl.constexpr):
+    """log_in [C] with the token's own gate, of one gate per head."""
+    cumulative = log_in
+    if SCAN.BEFORE:
+        cumulative = load_log_decay(prepared.log_decays, chunk_head, SCAN.C, CUMULATIVE)
+    return cumulative
 
 
 @triton.jit
@@ -168,6 +215,33 @@ def load_log_erase(prepared, chunk_head, log_in, SCAN: tl.constexpr):
     if SCAN.ERASE == "previous":
         log = load_log_decay(prepared.log_decays, chunk_head, SCAN.C, LOG_ERASE)
     return log
+
+
+@triton.jit
+def key_log_erase(log_a, log_in, SCAN: tl.constexpr):
+    """log_in [C K] of what an eraser reads, of one gate per key channel."""
+    log = log_in
+    if SCAN.ERASE == "previous":
+        log = log_before(log_a.to(tl.float32) * LOG2E, log_in, SCAN.REVERSE, SCAN.DOT)
+    return log
+
+
+@triton.jit
+def apply_decay_in(x, log_in, scale, SCAN: tl.constexpr):
+    """x [C D] of tokens that read, times decay_in and the scale; of key-wise gates q_in holds both."""
+    if SCAN.DECAY == "scalar":
+        x = x * (tl.exp2(log_in) * scale)[:, None]
+    elif SCAN.DECAY == "none":
+        x = x * scale
+    return x
+
+
+@triton.jit
+def apply_decay_out(x, prepared, chunk_head, SCAN: tl.constexpr):
+    """x [C D] of tokens that write, times decay_out; of key-wise gates k_out holds it."""
+    if SCAN.DECAY == "scalar":
+        x = x * tl.exp2(load_log_decay(prepared.log_decays, chunk_head, SCAN.C, LOG_OUT))[:, None]
+    return x
 
 
 @triton.jit
@@ -203,9 +277,7 @@ def decayed_scores(
     C: tl.constexpr = SCAN.C
     if SCAN.DECAY == "scalar":
         log_a = load_gates(gates, start, offs, inside, offs, SCAN.K, SCAN.DECAY)
-        cumulative = log_in
-        if SCAN.BEFORE:
-            cumulative = load_log_decay(prepared.log_decays, chunk_head, C, CUMULATIVE)
+        cumulative = load_cumulative(prepared, chunk_head, log_in, SCAN)
         A = A * (pair_decay(log_a, log_in, cumulative, SCAN.REVERSE, SCAN.BEFORE, TRANSPOSE, SCAN.DOT) * scale)
     elif SCAN.DECAY == "key":
         in_range = tl.load(prepared.in_range + chunk_head) != 0
@@ -220,6 +292,22 @@ def decayed_scores(
     else:
         A = tl.where(mask, A, 0.0) * scale
     return A
+
+
+@triton.jit
+def add_scores(y, A_qk, u, prepared, chunk_head, SCAN: tl.constexpr):
+    """y + A_qk u [C V], or du + A_qkᵀ dy; with a bonus also what each token reads of its own write."""
+    y = tl.dot(A_qk.to(SCAN.DOT), u, y, input_precision=SCAN.PRECISION)
+    if SCAN.BEFORE:
+        y += load_log_decay(prepared.log_decays, chunk_head, SCAN.C, BONUS)[:, None] * u.to(tl.float32)
+    return y
+
+
+@triton.jit
+def solve_error(error, A_solve, beta, SCAN: tl.constexpr):
+    """(1 − A_solve β) error [C V]; of its transpose, (1 − A_solveᵀ β) du. β is 1 with an erase key."""
+    weighed = -error * beta[:, None] if SCAN.ERASE == "none" else -error
+    return tl.dot(A_solve, weighed.to(SCAN.DOT), error, input_precision=SCAN.PRECISION)
 
 
 # Where segments begin
@@ -286,6 +374,32 @@ def entering_state(
             state = tl.load(ptrs, mask=mask & given, other=0.0)
         S += (state,)
     return S
+
+
+@triton.jit
+def where_own(mask, entry, n, own):
+    """The mask if chunk n is one of the segment's own, nothing if it is one of its warm-up, which writes nothing."""
+    if entry.warm is not None:
+        mask = mask & (n >= 0) & (n < own)
+    return mask
+
+
+@triton.jit
+def store_chunk_state(
+    ptr, state, entry, chunk_head, n, own, rows, cols, SCAN: tl.constexpr, P: tl.constexpr
+):  # fmt: skip
+    """Store part P [BLOCK_K BLOCK_V] of the state around chunk n of a segment in a tensor [chunks H K V]."""
+    cell, mask = state_offsets(rows, cols, SCAN.K - P * rows.shape[0], SCAN.V)
+    ptrs = ptr + (chunk_head * SCAN.K + P * rows.shape[0]) * SCAN.V + cell
+    tl.store(ptrs, state.to(ptr.dtype.element_ty), mask=where_own(mask, entry, n, own))
+
+
+@triton.jit
+def store_leaving(ptr, S, at, kept, rows, cols, SCAN: tl.constexpr, WIDTH: tl.constexpr):
+    """Store the parts of a state as entry `at` of a tensor [... K WIDTH], where `kept` is true."""
+    for p in tl.static_range(len(S)):
+        cell, mask = state_offsets(rows, cols, SCAN.K - p * rows.shape[0], WIDTH)
+        tl.store(ptr + (at * SCAN.K + p * rows.shape[0]) * WIDTH + cell, S[p], mask=mask & kept)
 
 
 # Token by token, for chunks that are not in range
