@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from recur import LanguageModel, own
+from recur import own
 from recur.blocks.quantise import quantised
 from recur.train import checkpoint, config
 from recur.train.config import InputError, Settings, known
@@ -26,7 +26,7 @@ from recur.train.machine import use_compiler, use_threads, with_threads
 from recur.train.models import read_recipes
 from recur.train.run import TASKS, chosen, configured, finish, load_model, report, setup
 from recur.train.tokenize import pieces
-from recur.train.trainer import Training, fit, mfu, prepare
+from recur.train.trainer import Training, fit, leave, mfu, prepare
 from recur.weights import parameter_count
 
 Command = Callable[[str, Callable[[argparse.Namespace], int], str, str], argparse.ArgumentParser]
@@ -220,7 +220,7 @@ def _task(arguments: argparse.Namespace) -> int:
     best = checkpoint.lowest_loss(checkpoint.checkpoints(out), run.curve)
     if best is not None and best != run.saved:
         show(f"lowest validation loss: step {checkpoint.number(best)}, kept in {best}")
-    run.accelerator.end_training()
+    leave(run)
     return 0
 
 

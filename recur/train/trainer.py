@@ -215,6 +215,17 @@ def learning_rate(settings: Settings, step: int) -> float:
     return settings.lr * (settings.min_lr + (1 - settings.min_lr) * shapes.get(settings.schedule, 1.0))
 
 
+def leave(run: Training) -> None:
+    """Leave the process group, if there is one, and keep the plain model.
+
+    The wrapper of DDP goes first: were it the last to hold the group, it would wait for a thread of gloo that waits for
+    the interpreter.
+    """
+    run.model = run.plain_model
+    run.accelerator.free_memory()
+    run.accelerator.end_training()
+
+
 @torch.no_grad()
 def evaluate(run: Training, split: str, *, full: bool = False) -> dict[str, float]:
     """The means over a split: loss and the task's metrics.
