@@ -436,7 +436,7 @@ FAMILIES = {
         "chunk_dplr_delta_rule", lambda run, q, k, v, g, e, b: run(q, k, v, -e, b, g), low_rank, low_rank_scan, 2
     ),
     "comba": erasing("chunk_comba", lambda run, q, k, v, g, p, beta: run(q, k, v, p, g, beta), comba, comba_scan),
-    "gated_delta_net2": erasing("chunk_gdn2", lambda run, *tensors: run(*tensors), gated_keys, gated_keys_scan),
+    "gated_delta_net2": erasing("gdn2.chunk_gdn2", lambda run, *tensors: run(*tensors), gated_keys, gated_keys_scan),
     **{
         f"delta_product {writes}": erasing(
             "gated_delta_product.chunk_gated_delta_product", fla_product, partial(delta_product, writes=writes),

@@ -157,10 +157,16 @@ def head_gates(x, first, T, h, cu_ptr, SCAN: tl.constexpr):
 
 @triton.jit
 def given_of(x, h, SCAN: tl.constexpr):
-    """q, k and the erase key of a head, as `load_tile` takes them."""
+    """q, k and the erase key of a head, as `load_tile` takes them; q for a k and k for an erase key that is None."""
     group = h * SCAN.GROUPS // SCAN.H
-    q, k = (x.q, SCAN.GROUPS, group, SCAN.KEYS), (x.k, SCAN.GROUPS, group, SCAN.KEYS)
-    return q, k, (x.erase, SCAN.GROUPS, group, SCAN.KEYS)
+    q = (x.q, SCAN.GROUPS, group, SCAN.KEYS)
+    k = q
+    if x.k is not None:
+        k = (x.k, SCAN.GROUPS, group, SCAN.KEYS)
+    erase = k
+    if x.erase is not None:
+        erase = (x.erase, SCAN.GROUPS, group, SCAN.KEYS)
+    return q, k, erase
 
 
 @triton.jit
