@@ -332,17 +332,22 @@ def _finite(
     square of a query or key has to be, for then no score overflows.
     A single token of each row sees all there is, so nothing need be done for it.
     """
-    if q.shape[1] == 1 and flow.cu_seqlens is None:
+    T = q.shape[1]
+    if T <= 1 and flow.cu_seqlens is None:
         return (q, k, v), q.new_zeros((), dtype=torch.bool)
     heads, given = q.shape[2], (q, k, v)
     norms = [vector_norm(x.detach(), dim=-1, dtype=accumulation_dtype(x)) for x in given]
     if all(map(all_finite, norms)):
         return given, q.new_zeros((), dtype=torch.bool)
-    bad_q, bad_k, bad_v = (~(norm < math.inf) for norm in norms)  # NaN is not less either
-    bad = bad_k | bad_v
-    seen = bad.cumsum(1) if mask is None else mask.float() @ bad.float()  # [B T G]
-    lost = bad_q | (seen > 0).repeat_interleave(heads // bad.shape[2], 2)
-    q, k, v = (x.masked_fill(rows[..., None], 0) for x, rows in zip(given, (bad_q, bad_k, bad_v), strict=True))
+    norm_q, norm_k, norm_v = norms
+    bad_q, bad = ~(norm_q < math.inf), ~(norm_k + norm_v < math.inf)  # NaN is not less either
+    if mask is None:  # from the first one on, that with the most tokens left
+        left = torch.arange(T, 0, -1, device=q.device)[:, None]
+        seen = left <= (bad * left).amax(1, keepdim=True)  # [B T G]
+    else:
+        seen = mask.float() @ bad.float() > 0
+    lost = bad_q | seen.repeat_interleave(heads // bad.shape[2], 2)
+    q, k, v = (x.masked_fill(rows[..., None], 0) for x, rows in zip(given, (bad_q, bad, bad), strict=True))
     return (q, k, v), lost[..., None]
 
 
