@@ -136,7 +136,7 @@ def backward_states(
         du = add_scores(apply_decay_out(du, prepared, chunk_head, SCAN), A_qk, dy, prepared, chunk_head, SCAN)
         if DELTA:
             A_solve = tl.load(prepared.A_solve + chunk_head * (C * C) + offs[None, :] * C + offs[:, None])  # transposed
-            beta = load_beta(x, row, offs, inside, h, SCAN)
+            beta = load_beta(x.beta, row, offs, inside, h, H)
             du = solve_error(du, A_solve, beta, SCAN)
             if PARTS == 1:  # where it is k_out, by another pointer: one load for both would spill
                 k_in = load_tile(erasers, row, offs, inside, offs_k).to(DOT)
@@ -447,7 +447,7 @@ def backward_inputs(
     dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
     u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
     if DELTA:
-        beta = load_beta(x, row, offs, inside, h, SCAN)
+        beta = load_beta(x.beta, row, offs, inside, h, H)
         dv = load_tile((dv_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
     S = tl.load(chunk_states_ptr + cell, mask=in_state, other=0.0)
     if STATES_TOGETHER:
@@ -524,7 +524,7 @@ def _dot_all_columns(
         offs_v = part + tl.arange(0, BLOCK_V)
         u = load_tile((u_ptr, H, h, V), row, offs, inside, offs_v)
         if x.beta is not None:
-            u = u * load_beta(x, row, offs, inside, h, SCAN)[:, None]
+            u = u * load_beta(x.beta, row, offs, inside, h, H)[:, None]
         u = u.to(SCAN.DOT)
         dy = load_tile((dy_ptr, H, h, V), row, offs, inside, offs_v).to(SCAN.DOT)
         dA_qk = tl.dot(dy, tl.trans(u), dA_qk, input_precision=SCAN.PRECISION)

@@ -101,7 +101,7 @@ def _correct(
 ):  # fmt: skip
     """The delta rule in a chunk: u = β error [C V], error = (1 − A_solve β) (v − prediction), which is stored, with
     prediction = k_in S; β is 1 with an erase key."""
-    beta = load_beta(x, row, offs, inside, h, SCAN)
+    beta = load_beta(x.beta, row, offs, inside, h, SCAN.H)
     A_solve = tl.load(matrix_ptrs(prepared.A_solve, chunk_head, SCAN.C))
     error = solve_error(v - prediction, A_solve, beta, SCAN)
     if error_ptr is not None:

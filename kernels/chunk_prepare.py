@@ -168,7 +168,7 @@ def _half(x, rotation, IMAGINARY: tl.constexpr):
 def _store_log_norm(norm, log_total, x, out, chunk_head, row, offs, inside, h, SCAN: tl.constexpr):
     """log2 of a bound of the norm of a chunk's transition, of |k|² and the gates: 1 - beta k kᵀ multiplies k by
     1 - beta |k|² and what is orthogonal to it by 1."""
-    beta = load_beta(x, row, offs, inside, h, SCAN)
+    beta = load_beta(x.beta, row, offs, inside, h, SCAN.H)
     growth = tl.maximum(tl.abs(1 - beta * norm), 1.0, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out.log_norm + chunk_head, log_total + tl.sum(tl.log2(growth), 0))
 
@@ -340,15 +340,6 @@ def _store_block(ptr, n, m, block, C: tl.constexpr):
     tl.store(ptr + (n * 16 + offs)[:, None] * C + m * 16 + offs[None, :], block)
 
 
-@triton.jit
-def _weights(beta_ptr, row, h, rows, length, H: tl.constexpr):
-    """beta of these tokens of a chunk, 0 outside; 1 without beta."""
-    weights = tl.full(rows.shape, 1.0, tl.float32)
-    if beta_ptr is not None:
-        weights = tl.load(beta_ptr + (row + rows) * H + h, mask=rows < length, other=0.0).to(tl.float32)
-    return weights
-
-
 @triton.jit(do_not_specialize=["T", "documents"])
 def solve_tril(A_kk_ptr, beta_ptr, A_solve_ptr, cu_ptr, T, documents, SCAN: tl.constexpr):
     """A_solve = A_kk (1 + β A_kk)⁻¹, in the order of the scan: 16 rows one by one among themselves, then blocks of 16
@@ -366,7 +357,7 @@ def solve_tril(A_kk_ptr, beta_ptr, A_solve_ptr, cu_ptr, T, documents, SCAN: tl.c
     length = tl.minimum(stop - start, C).to(tl.int32)
     A_kk = A_kk_ptr + chunk_head * (C * C)
     rows = block[:, None] * 16 + offs[None, :]
-    beta = _weights(beta_ptr, first + start, h, rows, length, H)
+    beta = load_beta(beta_ptr, first + start, rows, rows < length, h, H)
     # each 16 rows by themselves, all blocks at once: [N 16 16]
     D = tl.zeros([N, 16, 16], tl.float32)
     for r in tl.range(0, 16, num_stages=4):
@@ -380,7 +371,8 @@ def solve_tril(A_kk_ptr, beta_ptr, A_solve_ptr, cu_ptr, T, documents, SCAN: tl.c
     for i in tl.static_range(N):
         n = N - 1 - i if REVERSE else i
         diagonal = diagonal + (tl.sum(tl.where((block == n)[:, None, None], D, 0.0), 0),)
-        weights = weights + (-_weights(beta_ptr, first + start, h, n * 16 + offs, length, H)[:, None],)
+        rows = n * 16 + offs
+        weights = weights + (-load_beta(beta_ptr, first + start, rows, rows < length, h, H)[:, None],)
         _store_block(A_solve, n, n, diagonal[i], C)
         for j in tl.static_range(i):
             _store_block(A_solve, N - 1 - j if REVERSE else j, n, tl.zeros([16, 16], tl.float32), C)

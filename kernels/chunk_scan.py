@@ -181,11 +181,11 @@ def prepared_of(prepared, h, SCAN: tl.constexpr):
 
 
 @triton.jit
-def load_beta(x, row, offs, inside, h, SCAN: tl.constexpr):
-    """beta [C] of the tokens of a chunk in float32, 0 outside; 1 without beta."""
-    beta = 1.0
-    if x.beta is not None:
-        beta = tl.load(x.beta + (row + offs) * SCAN.H + h, mask=inside, other=0.0).to(tl.float32)
+def load_beta(ptr, row, offs, inside, h, H: tl.constexpr):
+    """beta of these tokens of a chunk in float32, 0 outside; 1 without beta."""
+    beta = tl.full(offs.shape, 1.0, tl.float32)
+    if ptr is not None:
+        beta = tl.load(ptr + (row + offs) * H + h, mask=inside, other=0.0).to(tl.float32)
     return beta
 
 
