@@ -70,10 +70,9 @@ def test_the_path_of_a_query_names_existing_functions() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| \[[^]]*\]\(\.\./([\w/]+\.py)\)", page, flags=re.MULTILINE)
     assert len(rows) > 10
-    for function, file in rows:
-        assert re.search(rf"^(?:def|class) {function}\b", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (
-            function
-        )
+    for name, file in rows:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:def|class) {name}\b", source, re.MULTILINE), name
 
 
 def test_its_new_recurrence_is_the_one_of_the_example() -> None:
